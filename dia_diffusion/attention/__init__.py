@@ -1,0 +1,39 @@
+"""The paper's attention units, and the one place where a name becomes one."""
+
+from typing import Any
+
+from torch import nn
+
+from dia_diffusion.attention.dia_lstm import DIALSTM
+from dia_diffusion.errors import InputError
+
+# name -> the unit's class and the arguments the name stands for
+UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "dia-lstm": (DIALSTM, {"cell": "dia-lstm"}),
+    "dia-lstm-light": (DIALSTM, {"cell": "dia-lstm-light"}),
+    "lstm": (DIALSTM, {"cell": "lstm"}),
+}
+
+
+def build_attention(name: str | None, channels: int, **kwargs: Any) -> nn.Module | None:
+    """The attention unit of that name for so many channels; None or "none" is no unit.
+
+    A unit is called as `features, state = unit(features, state)`, once a block, in the order of the blocks.
+
+    Raises:
+        InputError: no unit has that name, or it does not take one of the arguments.
+    """
+    if name is None or name == "none":
+        if kwargs:
+            raise InputError(f"no attention unit is named, so it can't take {', '.join(kwargs)}")
+        return None
+    if name not in UNITS:
+        raise InputError(f"unknown attention unit {name!r}; accepted: none, {', '.join(UNITS)}")
+    unit, named = UNITS[name]
+    try:
+        return unit(channels, **{**named, **kwargs})
+    except TypeError as error:
+        raise InputError(f"attention unit {name!r} can't be built: {error}") from None
+
+
+__all__ = ["DIALSTM", "UNITS", "build_attention"]

@@ -1,0 +1,114 @@
+"""DIA-LSTM: one self-attention module shared by all blocks, an LSTM along depth (arXiv 2210.16101, eq. 2 and 4)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dia_diffusion.attention.cells import BottleneckGates, FullGates, LightGates
+from dia_diffusion.errors import InputError
+
+# The output activation each cell has in the paper; Table XIV compares others.
+CELL_ACTIVATION = {"dia-lstm": "sigmoid", "dia-lstm-light": "sigmoid", "lstm": "tanh"}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+}
+
+State = tuple[Tensor, Tensor]  # hidden states h and cell states c, each (num_cells, B, N), float32
+
+
+class DIALSTM(nn.Module):
+    """The shared unit: global average pooling, an LSTM step, channel-wise recalibration.
+
+        (h_t, c_t) = LSTM(GAP(a_t), h_{t-1}, c_{t-1}),  h_0 = c_0 = 0;  returns a_t * h_t
+
+    The model holds ONE instance and calls it in every block, handing each call the state the last one returned; the
+    state runs along depth and starts anew with each forward pass of the model.
+
+    Args:
+        channels: N, the channels of the features.
+        reduction: r, the bottleneck's reduction ratio; must divide N. Not used by the cell "lstm".
+        cell: "dia-lstm" (III-C), "dia-lstm-light" (III-D) or "lstm".
+        activation: output activation, h = o * activation(c): "sigmoid", "tanh" or "relu"; None is the cell's own
+            (tanh for "lstm", sigmoid for the others).
+        num_cells: stacked cells (Table XIV). Only the first has the named form, the deeper ones are full linear maps
+            fed by the hidden state of the one below; the last one's hidden state recalibrates.
+        dropout: probability of dropping an element of a hidden state on its way to the next cell.
+
+    Raises:
+        InputError: an unknown cell or activation, or r not dividing N.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 4,
+        cell: str = "dia-lstm",
+        activation: str | None = None,
+        num_cells: int = 1,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if cell not in CELL_ACTIVATION:
+            raise InputError(f"unknown cell {cell!r}; accepted: {', '.join(CELL_ACTIVATION)}")
+        activation = activation or CELL_ACTIVATION[cell]
+        if activation not in ACTIVATIONS:
+            raise InputError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
+        if num_cells < 1:
+            raise InputError(f"num_cells is {num_cells}; accepted: 1 or more")
+        self.channels = channels
+        self.activation = ACTIVATIONS[activation]
+        self.dropout = nn.Dropout(dropout)
+        first: nn.Module
+        if cell == "lstm":
+            first = FullGates(channels)
+        elif cell == "dia-lstm":
+            first = BottleneckGates(channels, reduction)
+        else:
+            first = LightGates(channels, reduction)
+        self.cells = nn.ModuleList([first, *(FullGates(channels) for _ in range(num_cells - 1))])
+
+    def forward(
+        self, features: Tensor, state: State | None = None, num_extra_tokens: int = 0
+    ) -> tuple[Tensor, State]:
+        """Recalibrates features by the attention map h_t.
+
+        Args:
+            features: a_t, tokens (B, L, N) or maps (B, N, H, W).
+            state: what the previous block's call returned; None at the first block.
+            num_extra_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated all the same.
+
+        Returns:
+            (features * h_t, in the shape and dtype of features; the state for the next block).
+        """
+        if features.dim() not in (3, 4):
+            raise InputError(f"features have shape {tuple(features.shape)}; accepted: (B, L, N) or (B, N, H, W)")
+        is_map = features.dim() == 4
+        # Gates and state stay float32 under autocast: the state adds up over all blocks.
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        with torch.autocast(features.device.type, enabled=False):
+            if is_map:
+                pooled = features.mean(dim=(2, 3), dtype=dtype)  # (B, N)
+            else:
+                pooled = features[:, num_extra_tokens:].mean(dim=1, dtype=dtype)
+            state = self.step(pooled, state)
+        attention_map = state[0][-1].to(features.dtype)  # (B, N)
+        return features * (attention_map[:, :, None, None] if is_map else attention_map[:, None, :]), state
+
+    def step(self, pooled: Tensor, state: State | None) -> State:
+        """One LSTM step of all stacked cells from pooled features (B, N)."""
+        if state is None:
+            zeros = pooled.new_zeros(len(self.cells), *pooled.shape)
+            state = zeros, zeros
+        hidden, memory = [], []
+        below = pooled
+        for index, (gates, h, c) in enumerate(zip(self.cells, *state, strict=True)):
+            below = below if index == 0 else self.dropout(below)
+            i, f, g, o = gates(below, h).chunk(4, dim=1)  # each (B, N)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            below = o.sigmoid() * self.activation(c)
+            hidden.append(below)
+            memory.append(c)
+        return torch.stack(hidden), torch.stack(memory)

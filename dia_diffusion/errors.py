@@ -1,0 +1,20 @@
+"""How a command ends other than well, and the exit code of each."""
+
+
+class InputError(ValueError):
+    """What was given can't be used: a recipe, a dataset, a checkpoint, an argument. Exit code 2.
+
+    The message is one line that names the value and what is accepted instead.
+    """
+
+
+class RunError(RuntimeError):
+    """Something failed while running, with valid input: a non-finite loss, no disk space. Exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal ended the work at a place it can go on from. Exit code 128 + signal."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,286 @@
+"""U-ViT (Bao et al., CVPR 2023) with a shared attention unit between Norm and MLP of every block.
+
+The unit's place is that of arXiv 2210.16101, Fig. 7. Without a unit it is U-ViT itself: the same function and the same
+parameters as the official network.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+from einops import rearrange
+from torch import Tensor, nn
+
+from dia_diffusion.attention import build_attention
+from dia_diffusion.errors import InputError
+
+# Table 1 of the U-ViT paper, and a width that a CPU trains in minutes.
+UVIT_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 128, "num_layers": 5, "num_attention_heads": 4},
+    "S": {"hidden_size": 512, "num_layers": 13, "num_attention_heads": 8},
+    "S-deep": {"hidden_size": 512, "num_layers": 17, "num_attention_heads": 8},
+    "M": {"hidden_size": 768, "num_layers": 17, "num_attention_heads": 12},
+    "L": {"hidden_size": 1024, "num_layers": 21, "num_attention_heads": 16},
+    "H": {"hidden_size": 1152, "num_layers": 29, "num_attention_heads": 16},
+}
+INITIALIZATIONS = ("uvit", "xavier")
+POOLINGS = ("all", "patch")
+
+
+@dataclass
+class UViTOutput(BaseOutput):
+    """sample: (B, C, H, W), what the noise process's prediction_type names."""
+
+    sample: Tensor
+
+
+def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding (B, dim), cosines first, of times (B,) that may be fractional."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=timestep.dtype, device=timestep.device) / half
+    angles = timestep[:, None] * torch.exp(-math.log(max_period) * exponents)  # (B, dim/2)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention, (B, heads, L, D) each, in the precision of the inputs."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    # torch's fused CPU kernel is 2 to 5 times slower backward than this at a few hundred tokens.
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
+    return weights.softmax(dim=-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        return self.proj(rearrange(softmax_attention(q, k, v), "B H L D -> B L (H D)"))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A transformer block; the unit it is handed stands between the second norm and the MLP."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, long_skip: bool = False):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, unit: nn.Module | None, state: Any, skip: Tensor | None, num_unpooled: int
+    ) -> tuple[Tensor, Any]:
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        features = self.norm2(x)  # (B, L, N)
+        if unit is not None:
+            features, state = unit(features, state, num_unpooled)
+        return x + self.mlp(features), state
+
+
+class UViT(ModelMixin, ConfigMixin):
+    """U-ViT with a shared attention unit. The defaults are U-ViT-S/2 for CIFAR-10 with DIA-LSTM.
+
+    Args:
+        sample_size: height and width of the images; a multiple of patch_size.
+        patch_size: height and width of a patch.
+        in_channels: channels of the images.
+        hidden_size: width N of the tokens.
+        num_layers: transformer blocks, an odd number: in blocks, one middle block, as many out blocks.
+        num_attention_heads: heads; must divide hidden_size.
+        mlp_ratio: hidden width of the MLPs over hidden_size.
+        qkv_bias: a bias on queries, keys and values.
+        time_embed_mlp: an MLP on the sinusoidal time embedding.
+        num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
+        final_conv: a 3x3 convolution after the patches are put together.
+        long_skips: long skips from in blocks to out blocks.
+        attention: the shared unit by name (see build_attention), None or "none" for plain U-ViT.
+        attention_kwargs: further arguments of the unit, such as {"reduction": 16}.
+        pool_tokens: what the unit pools over, "all" tokens or the "patch" tokens only.
+        initialization: "uvit" (everything normal with deviation 0.02), or "xavier" (Xavier-uniform linear maps,
+            positions of unit variance), with which narrow networks find the positions of their patches early.
+
+    Raises:
+        InputError: sizes that don't fit each other, or an unknown unit.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 3,
+        hidden_size: int = 512,
+        num_layers: int = 13,
+        num_attention_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        time_embed_mlp: bool = False,
+        num_classes: int | None = None,
+        final_conv: bool = True,
+        long_skips: bool = True,
+        attention: str | None = "dia-lstm",
+        attention_kwargs: dict[str, Any] | None = None,
+        pool_tokens: str = "all",
+        initialization: str = "uvit",
+    ):
+        super().__init__()
+        if num_layers < 1 or num_layers % 2 == 0:
+            raise InputError(f"num_layers is {num_layers}; accepted: an odd number (in, middle and out blocks)")
+        if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
+            raise InputError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+        if num_attention_heads < 1 or hidden_size % num_attention_heads:
+            raise InputError(f"num_attention_heads {num_attention_heads} does not divide hidden_size {hidden_size}")
+        if pool_tokens not in POOLINGS:
+            raise InputError(f"unknown pool_tokens {pool_tokens!r}; accepted: {', '.join(POOLINGS)}")
+        if initialization not in INITIALIZATIONS:
+            raise InputError(f"unknown initialization {initialization!r}; accepted: {', '.join(INITIALIZATIONS)}")
+
+        self.gradient_checkpointing = False
+        self.sample_size, self.patch_size, self.in_channels = sample_size, patch_size, in_channels
+        self.hidden_size, self.num_classes = hidden_size, num_classes
+        self.num_extra_tokens = 1 if num_classes is None else 2
+        self.num_unpooled_tokens = self.num_extra_tokens if pool_tokens == "patch" else 0
+        num_patches = (sample_size // patch_size) ** 2
+        half = num_layers // 2
+
+        def block(long_skip: bool = False) -> Block:
+            return Block(hidden_size, num_attention_heads, mlp_ratio, qkv_bias, long_skip)
+
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.time_embed: nn.Module = nn.Identity()
+        if time_embed_mlp:
+            self.time_embed = nn.Sequential(
+                nn.Linear(hidden_size, 4 * hidden_size), nn.SiLU(), nn.Linear(4 * hidden_size, hidden_size)
+            )
+        # The last row is the null label, which stands for "no class".
+        self.label_embed = None if num_classes is None else nn.Embedding(num_classes + 1, hidden_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_extra_tokens + num_patches, hidden_size))
+        self.in_blocks = nn.ModuleList(block() for _ in range(half))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(long_skip=long_skips) for _ in range(half))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.decoder = nn.Linear(hidden_size, patch_size**2 * in_channels)
+        self.output_conv: nn.Module = nn.Identity()
+        if final_conv:
+            self.output_conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
+        self._initialize(initialization)
+
+        # Last and from a generator of its own, so that the backbone starts the same with and without it.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch.initial_seed() + 1)
+            self.unit = build_attention(attention, hidden_size, **(attention_kwargs or {}))
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "UViT":
+        """A published size by name, with its patch size: "S/2", "S-deep/2", "M/4", "L/4", "H/2", "tiny/2"."""
+        name, _, patch = size.partition("/")
+        if name not in UVIT_SIZES or not patch.isdecimal():
+            names = ", ".join(UVIT_SIZES)
+            raise InputError(f"unknown size {size!r}; accepted: SIZE/PATCH with SIZE one of {names}, such as S/2")
+        return cls(**{**UVIT_SIZES[name], "patch_size": int(patch), **kwargs})
+
+    def _initialize(self, initialization: str) -> None:
+        xavier = initialization == "xavier"
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if xavier:
+            nn.init.normal_(self.pos_embed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if xavier:
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UViTOutput | tuple[Tensor]:
+        """Predicts from a noisy sample.
+
+        Args:
+            sample: (B, C, H, W), x_t.
+            timestep: (B,) or a number, 0..999, fractions allowed.
+            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None is the null label
+                for every image. Only for class-conditional models.
+            return_dict: False returns a tuple.
+        """
+        channels, size = self.in_channels, self.sample_size
+        if tuple(sample.shape[1:]) != (channels, size, size):
+            raise InputError(f"sample has shape {tuple(sample.shape)}; accepted: (B, {channels}, {size}, {size})")
+        x = rearrange(self.patch_embed(sample), "B N h w -> B (h w) N")  # (B, L, N)
+        tokens = [self._time_token(timestep, x), x]
+        if self.label_embed is not None:
+            tokens.insert(0, self._label_token(class_labels, x))
+        elif class_labels is not None:
+            raise InputError("class_labels were given to an unconditional model (num_classes is None)")
+        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra + L, N)
+
+        state = None
+        skips = []
+        for block in self.in_blocks:
+            x, state = self._run(block, x, state)
+            skips.append(x)
+        x, state = self._run(self.mid_block, x, state)
+        for block in self.out_blocks:
+            x, state = self._run(block, x, state, skips.pop())
+
+        patches = self.decoder(self.norm(x[:, self.num_extra_tokens :]))  # (B, L, p p C)
+        p, h = self.patch_size, self.sample_size // self.patch_size
+        image = rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
+        prediction = self.output_conv(image)
+        return UViTOutput(sample=prediction) if return_dict else (prediction,)
+
+    def _run(self, block: nn.Module, x: Tensor, state: Any, skip: Tensor | None = None) -> tuple[Tensor, Any]:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x, self.unit, state, skip, self.num_unpooled_tokens)
+        return block(x, self.unit, state, skip, self.num_unpooled_tokens)
+
+    def _time_token(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
+        # Sines of times up to 999 need float32 whatever the model's precision.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        timestep = torch.as_tensor(timestep, dtype=dtype, device=x.device).expand(x.shape[0])
+        embedding = timestep_embedding(timestep, self.hidden_size).to(x.dtype)
+        return self.time_embed(embedding)[:, None]  # (B, 1, N)
+
+    def _label_token(self, class_labels: Tensor | None, x: Tensor) -> Tensor:
+        assert self.label_embed is not None and self.num_classes is not None
+        if class_labels is None:
+            class_labels = torch.full((x.shape[0],), self.num_classes, device=x.device)
+        return self.label_embed(class_labels)[:, None].to(x.dtype)  # (B, 1, N)

@@ -1,0 +1,122 @@
+"""UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UViT
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class UViTPipeline(DiffusionPipeline):
+    """Pixel-space image generation, unconditional or by class.
+
+    Args:
+        unet: the backbone; diffusers' image pipelines call it so whatever its architecture.
+        scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(self, unet: UViT, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        class_labels: int | list[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generates images.
+
+        Args:
+            batch_size: how many.
+            generator: one, or a list with one an image: then image k depends on generator k alone.
+            num_inference_steps: steps of the scheduler.
+            class_labels: a class for all images or one an image; None draws from the model's null label.
+            guidance_scale: classifier-free guidance, uncond + scale (cond - uncond); 1 is none.
+            output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]) or "pt" (float32 (B, C, H, W) in [0, 1]).
+            return_dict: False returns a tuple.
+            callback_on_step_end: called after each step as callback(pipe, step, timestep, {"latents": x_t}); a
+                returned "latents" goes on in its place.
+
+        Raises:
+            InputError: labels or guidance for an unconditional model, labels out of range, an unknown output type.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise InputError(f"unknown output_type {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
+        labels = self._check_labels(class_labels, batch_size, guidance_scale)
+        shape = (batch_size, self.unet.in_channels, self.unet.sample_size, self.unet.sample_size)
+        device, dtype = self._execution_device, self.unet.dtype
+        # The sampler's own arithmetic stays float32; only the network runs in the pipeline's dtype.
+        sample_dtype = torch.promote_types(dtype, torch.float32)
+        sample = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        sample = sample * self.scheduler.init_noise_sigma
+        step_kwargs = self._step_kwargs(generator)
+
+        for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model_input = self.scheduler.scale_model_input(sample, timestep).to(dtype)
+            prediction = self._predict(model_input, timestep, labels, guidance_scale).to(sample_dtype)
+            sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+            if callback_on_step_end is not None:
+                returned = callback_on_step_end(self, index, timestep, {"latents": sample})
+                sample = (returned or {}).get("latents", sample)
+
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        output: Any = images
+        if output_type != "pt":
+            output = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            output = self.numpy_to_pil(output)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    def _step_kwargs(self, generator: Any) -> dict[str, Any]:
+        """Stochastic schedulers take the generator too, so that an image's noise belongs to its seed."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        return {"generator": generator} if "generator" in accepted else {}
+
+    def _predict(self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
+        if labels is None or guidance_scale == 1.0:
+            return self.unet(sample, timestep, labels).sample
+        null = torch.full_like(labels, self.unet.num_classes)
+        both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
+        unconditional, conditional = both.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _check_labels(
+        self, class_labels: int | list[int] | Tensor | None, batch_size: int, guidance_scale: float
+    ) -> Tensor | None:
+        num_classes = self.unet.num_classes
+        if num_classes is None:
+            if class_labels is not None or guidance_scale != 1.0:
+                raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
+            return None
+        if class_labels is None:
+            if guidance_scale != 1.0:
+                raise InputError(f"guidance_scale {guidance_scale} needs class_labels")
+            return None
+        labels = torch.as_tensor(class_labels, device=self._execution_device).long()
+        labels = labels.expand(batch_size) if labels.dim() == 0 else labels
+        if labels.shape != (batch_size,):
+            raise InputError(f"{labels.numel()} class_labels for {batch_size} images; accepted: one, or one an image")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise InputError(f"class_labels {labels.tolist()} out of range; accepted: 0..{num_classes - 1}")
+        return labels
