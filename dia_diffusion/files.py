@@ -18,6 +18,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
+        temporary.chmod(_usual_mode())
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
@@ -39,6 +40,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(_usual_mode())
             _flush(file)
         _flush(temporary)
         if path.exists():
@@ -61,11 +64,15 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def append_json_line(path: str | Path, value: Any) -> None:
-    """Appends one line of JSON and flushes it to the disk."""
+    """Appends one line of JSON and flushes it to the disk; a line that a crash cut short is not glued to it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+    with path.open("ab+") as file:
+        torn = False
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(("\n" if torn else "").encode() + json.dumps(value).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -79,6 +86,13 @@ def sha256_of_file(path: str | Path) -> str:
 def cache_folder() -> Path:
     """Where derived files that can be made again are kept: $DIA_DIFFUSION_CACHE, else ~/.cache/dia-diffusion."""
     return Path(os.environ.get("DIA_DIFFUSION_CACHE") or Path.home() / ".cache" / "dia-diffusion")
+
+
+def _usual_mode() -> int:
+    """The mode of a newly created file; safetensors' own writer leaves files that only their owner can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Files fetched by name: checked by sha256, kept in a cache, there whole or not at all."""
+
+import http.client
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dia_diffusion.data.decode import one_line
+from dia_diffusion.errors import RunError
+from dia_diffusion.files import sha256_of_file, whole_file
+
+
+@dataclass(frozen=True)
+class Download:
+    url: str
+    sha256: str
+    num_bytes: int
+
+    @property
+    def file(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+
+def fetch(download: Download, folder: Path, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The path of the file in `folder`, downloaded unless it is there already; `progress(bytes, of how many)`.
+
+    Raises RunError where it can't be had, or isn't what it should be.
+    """
+    path = folder / download.file
+    if path.is_file() and sha256_of_file(path) == download.sha256:
+        return path
+    try:
+        with whole_file(path) as temporary:
+            with urllib.request.urlopen(download.url, timeout=30) as response, temporary.open("wb") as file:
+                done = 0
+                # A byte more than expected is enough to know that it is another file.
+                while done <= download.num_bytes and (chunk := response.read(1 << 20)):
+                    file.write(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(min(done, download.num_bytes), download.num_bytes)
+            if (sha256 := sha256_of_file(temporary)) != download.sha256:
+                raise OSError(
+                    f"{done} bytes with sha256 {sha256} instead of {download.num_bytes} with {download.sha256}"
+                )
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise RunError(
+            f"{download.url} can't be downloaded to {path} ({one_line(str(error))}): "
+            f"give the path of {download.file}, fetched by other means, instead of the name"
+        ) from error
+    return path

@@ -1,0 +1,151 @@
+"""Image files in a folder or in a zip, sorted by name, and the labels that their folders say."""
+
+import os
+import stat
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dia_diffusion.data.decode import one_line, open_image
+from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+FILE_LIMIT = 1 << 28
+"""An image file may hold this many bytes, in a zip after decompression."""
+RATIO_LIMIT = 200
+"""A zip entry of more than a megabyte may be compressed this far."""
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+
+
+def files_of_folder(folder: Path) -> Undecoded:
+    """The image files in a folder and its subfolders; hidden names are left out.
+
+    Links are followed; a folder that is reached twice counts once, as a link to a parent would go round in circles.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"folder {one_line(str(error.filename))} can't be listed ({error.strerror})")
+
+    names: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        names += [Path(place, file).relative_to(folder).as_posix() for file in files]
+    names = sorted(name for name in names if _is_image_name(name))
+
+    def read(index: int) -> bytes:
+        path = folder / names[index]
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise ValueError("not a regular file")
+        with path.open("rb") as file:
+            return _bounded(file.read(FILE_LIMIT + 1))
+
+    return _files(str(folder), names, read, [_stamp(folder / name) for name in names])
+
+
+def files_of_zip(path: Path) -> Undecoded:
+    """The image files in a zip, read one at a time, never extracted; one made to do harm is refused (InputError)."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise InputError(f"{path} can't be read as a zip ({one_line(str(error))}), maybe it is cut short") from error
+    for entry in archive.infolist():
+        if problem := _harm(entry):
+            raise InputError(f"zip {path} is refused: its entry {one_line(entry.filename)} {problem}")
+    entries = sorted((entry for entry in archive.infolist() if _is_image_name(_name(entry))), key=_name)
+
+    def read(index: int) -> bytes:
+        with archive.open(entries[index]) as file:
+            return _bounded(file.read(FILE_LIMIT + 1))
+
+    return _files(
+        str(path), [_name(entry) for entry in entries], read, [(entry.file_size, entry.CRC) for entry in entries]
+    )
+
+
+def of_split(files: Undecoded, split: str) -> Undecoded:
+    """The files of a split, with the labels that their folders say.
+
+    The first level of folders are the classes, where every image lies in one and there are at least two. A single
+    folder around everything says nothing and is looked through. A first level of train, test or the like is the split.
+    """
+    folders = [name.split("/")[:-1] for name in files.names]
+    depth = 0
+    while len(heads := _heads(folders, depth)) == 1:
+        depth += 1
+    chosen = list(range(len(folders)))
+    if "train" in heads and heads <= SPLIT_FOLDERS:
+        if split not in heads:
+            raise InputError(f"{files.where} has the splits {', '.join(sorted(heads))}, and not {split!r}")
+        chosen = [i for i in chosen if folders[i][depth] == split]
+        depth += 1
+        heads = _heads([folders[i] for i in chosen], depth)
+    elif split != "train":
+        raise InputError(f"{files.where} has no split {split!r}, it is one set of images: give the path of the others")
+    read = files.read
+    files = replace(
+        files,
+        names=[files.names[i] for i in chosen],
+        read=lambda index: read(chosen[index]),
+        stamps=[files.stamps[i] for i in chosen],
+    )
+    if len(heads) < 2:
+        return files
+    numbers = {name: number for number, name in enumerate(sorted(heads))}
+    labels = np.array([numbers[folders[i][depth]] for i in chosen], dtype=np.int64)
+    return replace(files, labels=labels, class_names=tuple(numbers))
+
+
+def _files(where: str, names: list[str], read: Callable[[int], bytes], stamps: list[tuple[int, int]]) -> Undecoded:
+    return Undecoded(where, names, lambda index: open_image(read(index)), stamps)
+
+
+def _heads(folders: list[list[str]], depth: int) -> set[str]:
+    """The folder names at this depth; none where an image lies beside them."""
+    return set() if any(len(parts) <= depth for parts in folders) else {parts[depth] for parts in folders}
+
+
+def _is_image_name(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > FILE_LIMIT:
+        raise ValueError(f"more than the {FILE_LIMIT >> 20} MiB accepted for one image")
+    return data
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0  # reading it will tell
+    return status.st_size, status.st_mtime_ns
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    return entry.filename.replace("\\", "/")  # as some Windows programs write them
+
+
+def _harm(entry: zipfile.ZipInfo) -> str | None:
+    name = _name(entry)
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        return "points outside of the archive"
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return "is a link"
+    if not _is_image_name(name):
+        return None  # never read
+    if entry.file_size > FILE_LIMIT:
+        return f"declares more than the {FILE_LIMIT >> 20} MiB accepted for one image"
+    if entry.file_size > max(1 << 20, RATIO_LIMIT * entry.compress_size):
+        return f"is compressed more than {RATIO_LIMIT} times"
+    return None

@@ -1,0 +1,140 @@
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from dia_diffusion.data import open_images
+from dia_diffusion.errors import InputError
+from tests.data.image_writing import png, write_folder
+
+
+def test_digits_are_split_by_class_and_scaled():
+    train, test = open_images("digits", channels=1), open_images("digits", channels=1, split="test")
+    assert train.images.shape == (1201, 1, 8, 8) and test.images.shape == (596, 1, 8, 8)
+    assert train.name == "digits" and test.split == "test" and train.class_names == tuple("0123456789")
+    assert train.images.min() == 0 and train.images.max() == 255
+    assert train.labels is not None and test.labels is not None
+    all_counts = np.bincount(load_digits().target)
+    np.testing.assert_array_equal(np.bincount(train.labels) + np.bincount(test.labels), all_counts)
+    np.testing.assert_array_equal(np.bincount(test.labels), all_counts // 3)
+    both = np.concatenate([train.images, test.images]).reshape(-1, 64) * (16 / 255)
+    known = zip(load_digits().data.astype(int).tolist(), load_digits().target.tolist(), strict=True)
+    found = zip(np.rint(both).astype(int).tolist(), [*train.labels.tolist(), *test.labels.tolist()], strict=True)
+    assert sorted(known) == sorted(found)
+
+
+def test_digits_in_colour_and_larger():
+    found = open_images("digits", size=16)
+    assert found.images.shape == (1201, 3, 16, 16)
+    assert np.array_equal(found.images[:, 0], found.images[:, 2])
+
+
+@pytest.mark.parametrize("shape", [(5, 8, 8), (5, 8, 8, 1), (5, 8, 6, 3)])
+def test_numpy_files(tmp_path, shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    channels = 3 if shape[-1] == 3 else 1
+    found = open_images(tmp_path / "x.npy", channels=channels)
+    np.testing.assert_array_equal(found.images.transpose(0, 2, 3, 1), images.reshape(*shape[:3], channels))
+    assert not isinstance(found.images, np.memmap) and found.images.flags.c_contiguous
+    assert found.name == "x.npy" and found.labels is None
+    mapped = open_images(tmp_path / "x.npy", channels=channels, memory_limit=10)
+    assert isinstance(mapped.images, np.memmap) and mapped.fingerprint == found.fingerprint
+    np.testing.assert_array_equal(mapped.images[[3, 1]], found.images[[3, 1]])
+    assert open_images(tmp_path / "x.npy", channels=4 - channels).images.shape == (5, 4 - channels, *shape[1:3])
+
+
+def test_numpy_files_with_transparency(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 4, 4), np.uint8))
+    assert open_images(tmp_path / "x.npy").images.min() == 255
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3, 4, 4, 3), np.uint8),
+        np.zeros((2, 3, 8, 8), np.uint8),
+        np.zeros((8, 8), np.uint8),
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((0, 8, 8, 3), np.uint8),
+        np.zeros((2, 0, 8, 3), np.uint8),
+    ],
+)
+def test_other_numpy_files_are_refused(tmp_path, array):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(InputError, match=r"x.npy holds .* \(.*\); accepted: uint8 \(N, H, W, C\)"):
+        open_images(tmp_path / "x.npy")
+
+
+def test_pickled_and_broken_numpy_files_are_refused(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([print, None]), allow_pickle=True)
+    np.save(tmp_path / "cut.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-1])
+    (tmp_path / "head.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': (")
+    for name in ("objects", "cut", "head"):
+        with pytest.raises(InputError, match=f"{name}.npy can't be read as a numpy file") as error:
+            open_images(tmp_path / f"{name}.npy")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["cifra10", "", "/nowhere/at/all", "x\0y"])
+def test_what_is_not_there_is_named_with_what_is_accepted(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="accepted: digits, cifar10, cifar100, or the path of a folder") as error:
+        open_images(source)
+    assert "\n" not in str(error.value) and repr(source) in str(error.value)
+
+
+def test_other_files_are_refused(tmp_path, pixels):
+    for name, data in {"x.png": png(pixels[0]), "empty.zip": b"", "x.yaml": b"a: 1\n"}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=f"{name}' is a file of another kind; accepted: digits"):
+            open_images(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "val"}, "split 'val' isn't accepted: train or test"),
+        ({"channels": 4}, "channels 4 isn't accepted: 3 .* or 1"),
+        ({"size": 0}, "size 0 isn't accepted"),
+        ({"size": -8}, "size -8 isn't accepted"),
+    ],
+)
+def test_other_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        open_images("digits", **options)
+
+
+def test_a_file_named_like_a_source_needs_a_path(tmp_path, monkeypatch, pixels):
+    write_folder(tmp_path / "digits", {"1.png": png(pixels[0])})
+    monkeypatch.chdir(tmp_path)
+    assert len(open_images("digits")) == 1201 and len(open_images("./digits")) == 1
+    assert open_images(Path("digits").resolve()).name == "digits"
+
+
+def test_a_fingerprint_is_of_shape_pixels_and_labels(tmp_path, pixels):
+    labelled = open_images(write_folder(tmp_path / "x", {f"{i}/x.png": png(pixels[i]) for i in range(6)}))
+    other_labels = open_images(write_folder(tmp_path / "y", {f"{i // 2}/{i}.png": png(pixels[i]) for i in range(6)}))
+    np.save(tmp_path / "x.npy", pixels)
+    np.save(tmp_path / "y.npy", pixels.reshape(6, 4, 16, 3))
+    unlabelled, reshaped = open_images(tmp_path / "x.npy"), open_images(tmp_path / "y.npy")
+    np.testing.assert_array_equal(labelled.images, unlabelled.images)
+    assert len({s.fingerprint for s in (labelled, other_labels, unlabelled, reshaped)}) == 4
+    inner = hashlib.sha256(b"uint8 (6, 3, 8, 8)\n" + pixels.transpose(0, 3, 1, 2).tobytes()).hexdigest()
+    assert unlabelled.fingerprint == hashlib.sha256(f"{inner} unlabelled\n".encode()).hexdigest()
+
+
+def test_subsets():
+    digits = open_images("digits")
+    part = digits.subset([7, 3, 3])
+    np.testing.assert_array_equal(part.images, digits.images[[7, 3, 3]])
+    assert part.labels is not None and digits.labels is not None
+    assert part.labels.tolist() == digits.labels[[7, 3, 3]].tolist()
+    assert len(part) == 3 and part.name == "digits" and part.class_names == digits.class_names
+    assert digits.subset(range(len(digits))).fingerprint == digits.fingerprint != part.fingerprint
+    assert len(digits.subset([])) == 0
+    with pytest.raises(IndexError):
+        digits.subset([1201])

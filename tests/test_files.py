@@ -1,0 +1,53 @@
+"""Files and folders appear whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dia_diffusion.files import append_json_line, whole_file, whole_folder
+
+
+def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    with whole_file(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    place = tmp_path / "step"
+    with whole_folder(place) as temporary:
+        (temporary / "old").write_text("1")
+    with pytest.raises(RuntimeError), whole_folder(place) as temporary:
+        (temporary / "new").write_text("1")
+        raise RuntimeError
+    assert [p.name for p in place.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["step"]
+    with whole_folder(place) as temporary:
+        (temporary / "new").write_text("1")
+    assert [p.name for p in place.iterdir()] == ["new"]
+
+
+def test_weights_are_readable_by_others(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    with whole_file(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert os.stat(tmp_path / "a.safetensors").st_mode == os.stat(tmp_path / "usual").st_mode
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_json_line(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2')
+    append_json_line(path, {"a": 3})
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[0]) == {"a": 1} and json.loads(lines[-1]) == {"a": 3} and len(lines) == 3
