@@ -1,0 +1,132 @@
+"""A distance with everything it depends on, one line of JSON an evaluation."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dia_diffusion import __version__
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import append_json_line
+
+RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a distance was measured: what must agree between the points of one curve. None: doesn't apply."""
+
+    features: str
+    features_hash: str
+    """sha256 of the weights' file."""
+    reference: str
+    reference_split: str
+    reference_shape: tuple[int, int, int]
+    """(C, H, W) of the reference's images, after any reduction."""
+    reference_count: int
+    reference_hash: str
+    num_samples: int
+    seeds: str | None = None
+    """Of the sampled images, as `0-999`."""
+    sampler: str | None = None
+    scheduler: dict[str, Any] | None = None
+    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample."""
+    num_inference_steps: int | None = None
+    class_labels: str | None = None
+    guidance_scale: float | None = None
+    weights: str | None = None
+    """`ema` or `raw`."""
+    dtype: str | None = None
+    """Of the model while sampling, as `float32`."""
+
+    def hash(self) -> str:
+        """sha256 over all of it."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
+        """The fields that differ, each with this protocol's value and the other's."""
+        pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the measured images come from. None: not known, as for a folder of images."""
+
+    source: str
+    """The run, pipeline, folder or archive that was named."""
+    run: str | None = None
+    step: int | None = None
+    images_seen: int | None = None
+    unit: str | None = None
+    """The attention unit, `none` for a model without one."""
+    batch_size: int | None = None
+    seed: int | None = None
+    weights_hash: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Origin):
+    """One evaluation: where the images come from, the distance, and the protocol it was measured by."""
+
+    metric: str
+    """`FID` for Inception's features and no others, else `FD(features)`."""
+    distance: float
+    protocol: Protocol
+    versions: dict[str, str]
+    time: str
+    """ISO 8601, UTC."""
+    seconds: float
+    """What making and measuring the images took."""
+
+    def protocol_hash(self) -> str:
+        """One value for all that must agree within a curve."""
+        return self.protocol.hash()
+
+
+def make_record(distance: float, protocol: Protocol, origin: Origin, seconds: float) -> EvaluationRecord:
+    """The record of a distance measured just now, with this installation's versions."""
+    return EvaluationRecord(
+        **vars(origin),
+        metric="FID" if protocol.features == "inception" else f"FD({protocol.features})",
+        distance=distance,
+        protocol=protocol,
+        versions={"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 3),
+    )
+
+
+def append_record(path: str | Path, record: EvaluationRecord) -> None:
+    """Adds the record to a JSON-lines file, as a run's evaluations.jsonl."""
+    append_json_line(path, dataclasses.asdict(record) | {"protocol_hash": record.protocol_hash()})
+
+
+def read_records(path: str | Path) -> list[EvaluationRecord]:
+    """The records of a file that `append_record` wrote, in its order.
+
+    Raises InputError when there is no such file, and naming the line that is cut short or no record.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read as evaluation records ({error})") from error
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parse(line: str, place: str) -> EvaluationRecord:
+    try:
+        fields = json.loads(line)
+        written_hash = fields.pop("protocol_hash")
+        shape = tuple(fields["protocol"].pop("reference_shape"))
+        fields["protocol"] = Protocol(**fields["protocol"], reference_shape=shape)
+        record = EvaluationRecord(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: not a whole evaluation record ({error})") from error
+    if record.protocol_hash() != written_hash:
+        raise InputError(f"{place}: the protocol was changed after it was recorded (hash {written_hash[:12]})")
+    return record

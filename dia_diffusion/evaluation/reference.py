@@ -1,0 +1,88 @@
+"""Statistics of real images, cached under a hash of everything they come from."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dia_diffusion.data import ImageSet
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.evaluate import measure
+from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.files import cache_folder
+
+STATISTICS_VERSION = 1
+"""To be raised when a change of code gives the same images and weights other statistics: it unlearns older caches."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images as a distance sees them."""
+
+    name: str
+    split: str
+    shape: tuple[int, int, int]
+    """(C, H, W)"""
+    hash: str
+    """Of the very images chosen, whatever the features."""
+    statistics: FeatureStatistics
+
+
+def reference_statistics(
+    images: ImageSet, extractor: FeatureExtractor, *, count: int | None = None, seed: int | None = None
+) -> Reference:
+    """The statistics of all of `images`, of the first `count`, or of `count` chosen by `seed`; cached on disk.
+
+    Where several processes share the cache, let the first go ahead (Accelerate's `main_process_first`).
+    Raises InputError when there are fewer than `count` images.
+    """
+    indices = choose(len(images), count, seed)
+    channels, height, width = images.images.shape[1:]
+    image_hash = _hash({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
+    provenance = {
+        "source": images.name,
+        "split": images.split,
+        "shape": [channels, height, width],
+        "images_hash": image_hash,
+        "features": extractor.name,
+        "features_hash": extractor.weights_hash,
+        "statistics_version": STATISTICS_VERSION,
+    }
+    path = cache_folder() / "statistics" / f"{_hash(provenance)}.safetensors"
+    try:
+        statistics, _ = FeatureStatistics.load(path)
+    except InputError:  # not there yet, or cut short
+        statistics = measure(_batches(images.images, indices), extractor)
+        statistics.save(path, provenance)
+    return Reference(images.name, images.split, (channels, height, width), image_hash, statistics)
+
+
+def floor_distance(
+    reference: Reference, images: ImageSet, extractor: FeatureExtractor, *, count: int, seed: int = 0
+) -> float:
+    """The line a perfect model would reach: the distance of `count` other real images, chosen by `seed`."""
+    others = reference_statistics(images, extractor, count=count, seed=seed)
+    return frechet_distance(others.statistics, reference.statistics)
+
+
+def choose(total: int, count: int | None = None, seed: int | None = None) -> np.ndarray:
+    """Ascending int64 indices below `total`: all, the first `count`, or `count` chosen by `seed` without repetition."""
+    if count is None:
+        return np.arange(total)
+    if not 0 < count <= total:
+        raise InputError(f"{count} images asked for; the source has {total}")
+    return np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
+
+
+def _batches(images: np.ndarray, indices: np.ndarray, size: int = 256) -> Iterator[torch.Tensor]:
+    for start in range(0, len(indices), size):
+        yield torch.from_numpy(images[indices[start : start + size]])
+
+
+def _hash(values: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,80 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.statistics import FeatureStatistics
+
+
+def features(count, dimensions, seed, shift=0.0):
+    """Skewed and correlated, with standard deviations from 1 down to 0.02, as a network's features are."""
+    generator = np.random.default_rng(seed)
+    mixing = np.random.default_rng(dimensions).normal(size=(dimensions, dimensions)) / np.sqrt(dimensions)
+    spread = np.exp(-4 * np.arange(dimensions) / dimensions)
+    return np.maximum((generator.normal(size=(count, dimensions)) + 0.3) @ mixing * spread + shift, 0)
+
+
+def moments(samples):
+    return SimpleNamespace(mean=samples.mean(0), covariance=np.atleast_2d(np.cov(samples, rowvar=False)))
+
+
+def torch_fidelity_distance(a, b):
+    pair = [{"mu": each.mean, "sigma": each.covariance} for each in (a, b)]
+    return fid_statistics_to_metric(*pair, verbose=False)["frechet_inception_distance"]
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "count_a", "count_b"),
+    [(1, 30, 40), (2, 500, 400), (16, 200, 100), (64, 1000, 600), (64, 40, 600), (64, 30, 20), (256, 100, 900)],
+)
+def test_equals_torch_fidelity_and_is_symmetric(dimensions, count_a, count_b):
+    a, b = moments(features(count_a, dimensions, 0)), moments(features(count_b, dimensions, 1, shift=0.05))
+    expected = torch_fidelity_distance(a, b)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(frechet_distance(a, b), rel=1e-12)
+
+
+@pytest.mark.parametrize(("dimensions", "count"), [(3, 100), (64, 600), (64, 30), (256, 100)])
+def test_zero_on_itself_and_never_negative(dimensions, count):
+    a = moments(features(count, dimensions, 0))
+    assert 0 <= frechet_distance(a, a) < 1e-12 * np.trace(a.covariance)
+
+
+def test_equals_the_closed_form_of_commuting_covariances():
+    generator = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(generator.normal(size=(20, 20)))
+    a, b = generator.uniform(0, 2, (2, 20))
+    a[3:8] = 0
+    mean_a, mean_b = generator.normal(size=(2, 20))
+    distance = frechet_distance(
+        SimpleNamespace(mean=mean_a, covariance=basis * a @ basis.T),
+        SimpleNamespace(mean=mean_b, covariance=basis * b @ basis.T),
+    )
+    assert distance == pytest.approx(((mean_a - mean_b) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
+
+
+def test_equals_torch_fidelity_from_features_on():
+    a, b = (torch.from_numpy(features(300, 64, seed)).float() for seed in (2, 3))
+    ours = [FeatureStatistics(64), FeatureStatistics(64)]
+    for statistics, samples in zip(ours, (a, b), strict=True):
+        statistics.update(samples)
+    theirs = [fid_features_to_statistics(samples.double()) for samples in (a, b)]
+    expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(*ours) == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_equal_images_have_a_distance():
+    constant = SimpleNamespace(mean=np.ones(5), covariance=np.zeros((5, 5)))
+    assert frechet_distance(constant, constant) == 0
+    other = moments(features(50, 5, 0))
+    expected = ((other.mean - 1) ** 2).sum() + np.trace(other.covariance)
+    assert frechet_distance(constant, other) == pytest.approx(expected, rel=1e-12)
+
+
+def test_refuses_other_dimensions():
+    with pytest.raises(InputError, match="64 and of 16 features"):
+        frechet_distance(moments(features(99, 64, 0)), moments(features(99, 16, 0)))

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+import torch
+
+from dia_diffusion.data import open_images
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation import reference as module
+from dia_diffusion.evaluation.features import DIGITS, build_features
+from dia_diffusion.evaluation.reference import choose, floor_distance, reference_statistics
+
+
+def cached(own_cache):
+    return sorted((own_cache / "statistics").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("asked", "indices"), [({}, range(596)), ({"count": 50}, range(50)), ({"count": 50, "seed": 3}, choose(596, 50, 3))]
+)
+def test_statistics_are_those_of_the_images_chosen(extractor, digits, asked, indices):
+    reference = reference_statistics(digits, extractor, **asked)
+    features = extractor(torch.from_numpy(digits.images[list(indices)])).double().numpy()
+    assert reference.statistics.count == len(features)
+    np.testing.assert_allclose(reference.statistics.mean, features.mean(0), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(reference.statistics.covariance, np.cov(features, rowvar=False), rtol=1e-5, atol=1e-5)
+    assert (reference.name, reference.split, reference.shape) == ("digits", "test", (3, 8, 8))
+
+
+def test_choice_is_a_function_of_the_seed_without_repetition():
+    assert np.array_equal(choose(100, 30, 1), choose(100, 30, 1))
+    assert not np.array_equal(choose(100, 30, 1), choose(100, 30, 2))
+    assert len(set(choose(100, 100, 1))) == 100
+
+
+@pytest.mark.parametrize("count", [0, 597])
+def test_refuses_counts_it_cannot_give(extractor, digits, count):
+    with pytest.raises(InputError, match=f"{count} images asked for; the source has 596"):
+        reference_statistics(digits, extractor, count=count)
+
+
+def test_second_time_nothing_is_measured(extractor, digits, monkeypatch):
+    first = reference_statistics(digits, extractor, count=64)
+    monkeypatch.setattr(module, "measure", None)
+    again = reference_statistics(digits, extractor, count=64)
+    assert again.hash == first.hash
+    assert torch.equal(again.statistics.outer, first.statistics.outer)
+
+
+def test_whatever_they_come_from_makes_another_file(extractor, digits, own_cache, tmp_path):
+    path = tmp_path / "other.safetensors"
+    data = bytearray(DIGITS.weights.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    other_weights = build_features("digits", weights=path)
+    reference_statistics(digits, extractor)
+    reference_statistics(digits, extractor, count=100)
+    reference_statistics(digits, extractor, count=100, seed=0)
+    reference_statistics(digits, other_weights, count=100)
+    reference_statistics(open_images("digits", split="train"), extractor, count=100)
+    assert len(cached(own_cache)) == 5
+    reference_statistics(digits, extractor, count=596)  # the whole set, by another name
+    assert len(cached(own_cache)) == 5
+
+
+def test_cache_file_cut_short_is_computed_again(extractor, digits, own_cache):
+    first = reference_statistics(digits, extractor)
+    (path,) = cached(own_cache)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    again = reference_statistics(digits, extractor)
+    assert torch.equal(again.statistics.outer, first.statistics.outer)
+    assert len(path.read_bytes()) == len(whole)
+
+
+def test_floor_is_the_distance_of_other_real_images(extractor, digits):
+    train = open_images("digits", split="train")
+    reference = reference_statistics(digits, extractor)
+    floor = floor_distance(reference, train, extractor, count=len(digits))
+    assert 0 < floor < floor_distance(reference, train, extractor, count=100)
