@@ -70,9 +70,7 @@ class DIALSTM(nn.Module):
             first = LightGates(channels, reduction)
         self.cells = nn.ModuleList([first, *(FullGates(channels) for _ in range(num_cells - 1))])
 
-    def forward(
-        self, features: Tensor, state: State | None = None, num_extra_tokens: int = 0
-    ) -> tuple[Tensor, State]:
+    def forward(self, features: Tensor, state: State | None = None, num_extra_tokens: int = 0) -> tuple[Tensor, State]:
         """Recalibrates features by the attention map h_t.
 
         Args:

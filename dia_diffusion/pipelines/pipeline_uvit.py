@@ -68,6 +68,9 @@ class UViTPipeline(DiffusionPipeline):
         sample_dtype = torch.promote_types(dtype, torch.float32)
         sample = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
+            self.scheduler.set_begin_index(0)
         sample = sample * self.scheduler.init_noise_sigma
         step_kwargs = self._step_kwargs(generator)
 

@@ -1,0 +1,142 @@
+"""Official U-ViT weights (github.com/baofff/U-ViT) as a UViT and as a pipeline folder."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import whole_folder
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.noise import NoiseProcess
+
+# The published sizes; a width doesn't tell its heads otherwise.
+HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
+# Official models for guidance have 1,001 rows, the last being the null label; other counts are classes alone.
+ROWS_WITH_NULL_LABEL = 1001
+# Prefixes of our names, and the official ones; all other names are the same.
+OFFICIAL_PREFIXES = {
+    "patch_embed.": "patch_embed.proj.",
+    "label_embed.": "label_emb.",
+    "decoder.": "decoder_pred.",
+    "output_conv.": "final_layer.",
+}
+
+
+def convert_official(path: str | Path, heads: int | None = None) -> UViT:
+    """Reads official U-ViT weights (.pth) into a UViT without attention unit, in float32.
+
+    Nothing in the file is executed. Sizes follow from the shapes of the tensors. Class-conditional weights without a
+    null label (ImageNet 64) get the mean of the class embeddings in its place.
+
+    Args:
+        path: a state dict as the official code saves it.
+        heads: attention heads; None takes the published number for the width.
+
+    Raises:
+        InputError: a file that isn't such weights, or a tensor missing, left over or of another shape.
+    """
+    official = _read(Path(path))
+    with torch.device("meta"):
+        model = UViT(**_infer_config(official, heads), attention=None)
+    rows = official.get("label_emb.weight")
+    if rows is not None and len(rows) != ROWS_WITH_NULL_LABEL:
+        official["label_emb.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
+
+    state = {}
+    for ours, parameter in model.state_dict().items():
+        name, shape = _official_name(ours), tuple(parameter.shape)
+        if name not in official:
+            raise InputError(f"{path} has no tensor {name}, which a U-ViT of its sizes has")
+        tensor = official.pop(name)
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"tensor {name} of {path} has shape {tuple(tensor.shape)}; accepted: {shape}")
+        state[ours] = tensor.float().contiguous()
+    if official:
+        raise InputError(f"{path} has tensor {min(official)}, which no U-ViT of its sizes has")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None = None) -> None:
+    """Writes official U-ViT weights as a pipeline folder, with DPM-Solver++ over the continuous VP process.
+
+    Raises:
+        InputError: as `convert_official`; the folder exists; or weights of a model of latents, not of images.
+    """
+    # A pipeline is made of models, so this one function looks upwards.
+    from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+
+    if Path(folder).exists():
+        raise InputError(f"{folder} exists; choose another name, or remove it")
+    model = convert_official(path, heads)
+    if model.in_channels not in (1, 3):
+        raise InputError(f"{path} is a model of latents with {model.in_channels} channels; accepted: models of images")
+    # Steps even in log-SNR, as the sampler dpmsolver++ has them; even in time, diffusers gives NaN at 1,000 steps.
+    scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config(), use_lu_lambdas=True)
+    with whole_folder(folder) as temporary:
+        UViTPipeline(unet=model, scheduler=scheduler).save_pretrained(temporary)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; accepted: official U-ViT weights (.pth)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling what anybody may have written raises almost anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} can't be read as weights alone, or is cut short: {reason}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        for name, tensor in state.items()
+    ):
+        raise InputError(f"{path} is not a state dict of tensors; accepted: official U-ViT weights")
+    return state
+
+
+def _infer_config(official: dict[str, Tensor], heads: int | None) -> dict[str, Any]:
+    def shape(name: str, dims: int) -> torch.Size:
+        if name not in official or official[name].dim() != dims:
+            raise InputError(f"the weights have no tensor {name} with {dims} dimensions, which every U-ViT has")
+        return official[name].shape
+
+    _, num_tokens, hidden_size = shape("pos_embed", 3)
+    _, in_channels, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    mlp_size, _ = shape("mid_block.mlp.fc1.weight", 2)
+    num_classes = None
+    if "label_emb.weight" in official:
+        rows, _ = shape("label_emb.weight", 2)
+        num_classes = rows - 1 if rows == ROWS_WITH_NULL_LABEL else rows
+    num_patches = num_tokens - (1 if num_classes is None else 2)
+    side = math.isqrt(max(num_patches, 0))
+    if side == 0 or side**2 != num_patches:
+        raise InputError(f"pos_embed has {num_tokens} tokens, which leaves {num_patches} patches: not a square image")
+    if heads is None and hidden_size not in HEADS_OF_WIDTH:
+        widths = ", ".join(map(str, HEADS_OF_WIDTH))
+        raise InputError(f"width {hidden_size} is none of the published ({widths}): the number of heads must be given")
+    in_blocks = {match[1] for name in official if (match := re.match(r"in_blocks\.(\d+)\.", name))}
+    return {
+        "sample_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "num_layers": 2 * len(in_blocks) + 1,
+        "num_attention_heads": heads if heads is not None else HEADS_OF_WIDTH[hidden_size],
+        "mlp_ratio": mlp_size / hidden_size,
+        "qkv_bias": "mid_block.attn.qkv.bias" in official,
+        "time_embed_mlp": "time_embed.0.weight" in official,
+        "num_classes": num_classes,
+        "final_conv": "final_layer.weight" in official,
+        "long_skips": "out_blocks.0.skip_linear.weight" in official,
+    }
+
+
+def _official_name(ours: str) -> str:
+    for prefix, official in OFFICIAL_PREFIXES.items():
+        if ours.startswith(prefix):
+            return official + ours.removeprefix(prefix)
+    return ours

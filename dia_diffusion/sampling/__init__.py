@@ -1,0 +1,1 @@
+"""Images from pipelines: one noise stream an image seed, named samplers over diffusers' schedulers."""

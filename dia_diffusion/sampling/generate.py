@@ -1,0 +1,99 @@
+"""Images by seed: image k depends on seed k alone, whatever the batch, the order and the number of processes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.load import adapt_pipeline
+from dia_diffusion.sampling.samplers import check_steps
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    num_inference_steps: int,
+    class_labels: int | Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Generates the images of seeds, batch by batch.
+
+    An image's first noise and its noise in every step come from a generator of its own, on the CPU on any device. In
+    float32 it is the same to one grey level however it is batched.
+
+    Args:
+        pipeline: a UViTPipeline, DDPMPipeline or DDIMPipeline, with the scheduler to use; it is left as it is.
+        seeds: one an image.
+        batch_size: images at a time.
+        num_inference_steps: steps of the scheduler.
+        class_labels: a class for all images, or one a seed, or None.
+        guidance_scale: of classifier-free guidance; None is none.
+        progress: called after each network call with the number of images, in fractions, that it amounts to.
+
+    Yields:
+        Seeds of the batch in the order of `seeds`, and uint8 images (B, C, H, W) on the CPU.
+
+    Raises:
+        InputError: numbers of steps, images or labels that can't be.
+        RunError: a sample that is not finite.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; accepted: 1 or more")
+    labels = None
+    if class_labels is not None:
+        labels = [class_labels] * len(seeds) if isinstance(class_labels, int) else list(class_labels)
+    if labels is not None and len(labels) != len(seeds):
+        raise InputError(f"{len(labels)} class_labels for {len(seeds)} seeds; accepted: one, or one a seed")
+    runner = adapt_pipeline(pipeline)
+    runner.set_progress_bar_config(disable=True)
+    check_steps(runner.scheduler, num_inference_steps)
+    return _batches(
+        runner,
+        list(seeds),
+        batch_size,
+        labels,
+        progress,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+    )
+
+
+def _batches(
+    runner: UViTPipeline,
+    seeds: list[int],
+    batch_size: int,
+    labels: list[int] | None,
+    progress: Callable[[float], None] | None,
+    **kwargs: Any,
+) -> Iterator[tuple[list[int], Tensor]]:
+    for start in range(0, len(seeds), batch_size):
+        batch = seeds[start : start + batch_size]
+        images = runner(
+            batch_size=len(batch),
+            generator=[torch.Generator().manual_seed(seed) for seed in batch],
+            class_labels=None if labels is None else labels[start : start + batch_size],
+            output_type="pt",
+            callback_on_step_end=_report(progress, len(batch)),
+            **kwargs,
+        )[0]  # (B, C, H, W), in [0, 1]
+        if not images.isfinite().all():
+            raise RunError(f"the sample of one of the seeds {batch[0]}..{batch[-1]} is not finite")
+        yield batch, (images * 255).round().to("cpu", torch.uint8)
+
+
+def _report(progress: Callable[[float], None] | None, num_images: int) -> Callable[..., dict[str, Any]] | None:
+    if progress is None:
+        return None
+
+    def on_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        progress(num_images / len(pipeline.scheduler.timesteps))
+        return tensors
+
+    return on_step_end

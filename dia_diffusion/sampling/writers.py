@@ -1,0 +1,111 @@
+"""Generated images as files: PNGs named by seed, one npz, or a grid to look at."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import whole_file, write_json
+
+MANIFEST = "samples.json"
+SEPARATOR = 96  # grey between a grid's images, which neither white nor black ones run into
+
+
+def png_path(folder: str | Path, seed: int) -> Path:
+    """Where the image of a seed lies: eight digits or more, so that names sort as seeds do."""
+    return Path(folder) / f"{seed:08d}.png"
+
+
+def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
+    """Makes a folder for the images of one protocol (model, sampler, steps, labels, ...), or goes on with it.
+
+    The protocol, any JSON, is kept in the folder as samples.json. Images that are there (see `png_path`) are then known
+    to be those that would be generated again. Several processes may call this at the same time.
+
+    Raises:
+        InputError: a folder with other things in it, or with images of another protocol.
+    """
+    folder = Path(folder)
+    manifest = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; accepted: a new folder, or one whose images are to be completed")
+    if not manifest.exists():
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and has no {MANIFEST}; accepted: a new or an empty folder")
+        write_json(manifest, protocol)
+        return
+    try:
+        kept = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        raise InputError(f"{manifest} is not JSON; choose another folder") from None
+    wanted = json.loads(json.dumps(protocol))
+    if not isinstance(kept, dict) or kept != wanted:
+        kept = kept if isinstance(kept, dict) else {}
+        different = sorted(key for key in kept.keys() | wanted.keys() if kept.get(key) != wanted.get(key))
+        raise InputError(f"{folder} holds images of another {', '.join(different)} ({MANIFEST}); choose another folder")
+
+
+def save_png(folder: str | Path, seed: int, image: Tensor) -> None:
+    """Writes the image of a seed, uint8 (C, H, W) with 1 or 3 channels, as a whole PNG file."""
+    with whole_file(png_path(folder, seed)) as temporary:
+        _to_pil(image).save(temporary, format="PNG")
+
+
+def save_npz(path: str | Path, seeds: Sequence[int], images: Tensor) -> None:
+    """Writes `images` uint8 (N, C, H, W) as one file, in order of seed: `images` (N, H, W, C) and `seeds` (N,) int64.
+
+    Raises:
+        InputError: the file exists.
+    """
+    if Path(path).exists():
+        raise InputError(f"{path} exists; choose another name, or remove it")
+    order = sorted(range(len(seeds)), key=lambda index: seeds[index])
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            images=images[order].permute(0, 2, 3, 1).contiguous().numpy(),
+            seeds=np.array([seeds[index] for index in order], dtype=np.int64),
+        )
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None, min_size: int = 512) -> None:
+    """Writes a PNG of images side by side, in rows, for a person to look at.
+
+    Args:
+        images: uint8 (N, C, H, W) with 1 or 3 channels.
+        path: of the PNG file.
+        columns: images a row; None makes the grid about square.
+        min_size: small images are repeated pixel by pixel until the grid is about this wide.
+    """
+    if len(images) == 0:
+        raise InputError("a grid needs at least one image")
+    count, channels, height, width = images.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    scale = max(1, round(min_size / (columns * width)))
+    gap = max(2, scale)  # as wide as one of the images' own pixels
+    large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    height, width = scale * height, scale * width
+    grid = torch.full(
+        (channels, rows * (height + gap) - gap, columns * (width + gap) - gap), SEPARATOR, dtype=torch.uint8
+    )
+    for index, image in enumerate(large):
+        row, column = divmod(index, columns)
+        top, left = row * (height + gap), column * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    with whole_file(path) as temporary:
+        _to_pil(grid).save(temporary, format="PNG")
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    if image.shape[0] not in (1, 3):
+        raise InputError(f"an image of {image.shape[0]} channels can't be a PNG; accepted: 1 or 3")
+    array = image.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array[:, :, 0] if image.shape[0] == 1 else array)

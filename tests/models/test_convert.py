@@ -1,0 +1,203 @@
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from dia_diffusion import UViTPipeline
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.convert import convert_official, convert_to_pipeline
+
+WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
+FULL = {"qkv_bias": True, "time_mlp": True, "label_rows": 6}
+BARE = {"conv": False, "skip": False}
+
+
+def official_weights(
+    depth=4, channels=3, label_rows=0, qkv_bias=False, time_mlp=False, conv=True, skip=True, width=WIDTH
+):
+    """Random weights under the names of the official code."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+
+    def linear(name, n_in, n_out, bias=True):
+        weights[f"{name}.weight"] = torch.randn(n_out, n_in, generator=generator) * n_in**-0.5
+        if bias:
+            weights[f"{name}.bias"] = torch.randn(n_out, generator=generator) * 0.1
+
+    def norm(name):
+        weights[f"{name}.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
+        weights[f"{name}.bias"] = 0.1 * torch.randn(width, generator=generator)
+
+    def block(name, has_skip=False):
+        norm(f"{name}.norm1")
+        linear(f"{name}.attn.qkv", width, 3 * width, qkv_bias)
+        linear(f"{name}.attn.proj", width, width)
+        norm(f"{name}.norm2")
+        linear(f"{name}.mlp.fc1", width, 4 * width)
+        linear(f"{name}.mlp.fc2", 4 * width, width)
+        if has_skip:
+            linear(f"{name}.skip_linear", 2 * width, width)
+
+    extras = 2 if label_rows else 1
+    weights["pos_embed"] = torch.randn(1, extras + SIDE**2, width, generator=generator)
+    weights["patch_embed.proj.weight"] = 0.3 * torch.randn(width, channels, PATCH, PATCH, generator=generator)
+    weights["patch_embed.proj.bias"] = torch.randn(width, generator=generator)
+    if time_mlp:
+        linear("time_embed.0", width, 4 * width)
+        linear("time_embed.2", 4 * width, width)
+    if label_rows:
+        weights["label_emb.weight"] = torch.randn(label_rows, width, generator=generator)
+    for index in range(depth // 2):
+        block(f"in_blocks.{index}")
+        block(f"out_blocks.{index}", skip)
+    block("mid_block")
+    norm("norm")
+    linear("decoder_pred", width, PATCH**2 * channels)
+    if conv:
+        weights["final_layer.weight"] = 0.2 * torch.randn(channels, channels, 3, 3, generator=generator)
+        weights["final_layer.bias"] = torch.randn(channels, generator=generator)
+    return weights
+
+
+def u_vit(weights, x, times, labels=None):
+    """The network of the U-ViT paper, computed straight from official weights."""
+
+    def linear(name, tokens):
+        return F.linear(tokens, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+    def norm(name, tokens):
+        return F.layer_norm(tokens, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def block(name, tokens, skip=None):
+        if f"{name}.skip_linear.weight" in weights:
+            tokens = linear(f"{name}.skip_linear", torch.cat([tokens, skip], dim=-1))
+        q, k, v = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", tokens)).chunk(3, dim=-1)
+        heads = []
+        for h in torch.arange(WIDTH).chunk(HEADS):
+            attention = (q[..., h] @ k[..., h].mT / len(h) ** 0.5).softmax(dim=-1)
+            heads.append(attention @ v[..., h])
+        tokens = tokens + linear(f"{name}.attn.proj", torch.cat(heads, dim=-1))
+        return tokens + linear(f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", tokens))))
+
+    frequencies = 10000 ** (-torch.arange(WIDTH // 2) / (WIDTH // 2))
+    time = torch.cat([torch.cos(times[:, None] * frequencies), torch.sin(times[:, None] * frequencies)], dim=1)
+    if "time_embed.0.weight" in weights:
+        time = linear("time_embed.2", F.silu(linear("time_embed.0", time)))
+    patches = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=PATCH)
+    tokens = torch.cat([time[:, None], patches.flatten(2).mT], dim=1)
+    if labels is not None:
+        tokens = torch.cat([weights["label_emb.weight"][labels][:, None], tokens], dim=1)
+    tokens = tokens + weights["pos_embed"]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("in_blocks")})
+    skips = []
+    for index in range(depth):
+        tokens = block(f"in_blocks.{index}", tokens)
+        skips.append(tokens)
+    tokens = block("mid_block", tokens)
+    for index in range(depth):
+        tokens = block(f"out_blocks.{index}", tokens, skips.pop())
+    tokens = linear("decoder_pred", norm("norm", tokens))[:, -(SIDE**2) :]
+    image = rearrange(tokens, "B (h w) (p q C) -> B C (h p) (w q)", h=SIDE, p=PATCH, q=PATCH)
+    if "final_layer.weight" in weights:
+        image = F.conv2d(image, weights["final_layer.weight"], weights["final_layer.bias"], padding=1)
+    return image
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(weights):
+        torch.save(weights, tmp_path / "official.pth")
+        return tmp_path / "official.pth"
+
+    return save
+
+
+def refusal(path, heads: int | None = HEADS):
+    with pytest.raises(InputError) as error:
+        convert_official(path, heads)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", [{}, FULL, BARE, {"channels": 1, "depth": 0}], ids=str)
+def test_is_the_same_function(kind, saved):
+    weights = official_weights(**kind)
+    model = convert_official(saved(weights), heads=HEADS)
+    assert model.unit is None
+    assert sum(p.numel() for p in model.parameters()) - (WIDTH if "label_rows" in kind else 0) == sum(
+        tensor.numel() for tensor in weights.values()
+    )
+    x = torch.randn(3, kind.get("channels", 3), 8, 8, generator=torch.Generator().manual_seed(1))
+    times = torch.tensor([0.4, 500.0, 998.6])
+    labels = torch.tensor([0, 3, 5]) if "label_rows" in kind else None
+    with torch.no_grad():
+        ours = model(x, times, labels).sample
+        torch.testing.assert_close(ours, u_vit(weights, x, times, labels), rtol=1e-5, atol=1e-5)
+    assert ours.std() > 0.1
+
+
+def test_the_null_label(saved):
+    weights = official_weights(label_rows=6)
+    model = convert_official(saved(weights), heads=HEADS)
+    assert model.config.num_classes == 6
+    torch.testing.assert_close(model.label_embed.weight[6], weights["label_emb.weight"].mean(dim=0))
+    weights = official_weights(label_rows=1001)
+    model = convert_official(saved(weights), heads=HEADS)
+    assert model.config.num_classes == 1000
+    torch.testing.assert_close(model.label_embed.weight.data, weights["label_emb.weight"])
+
+
+def test_heads_of_published_widths(saved):
+    path = saved(official_weights(width=512, depth=2))
+    assert convert_official(path).config.num_attention_heads == 8
+    assert convert_official(path, heads=16).config.num_attention_heads == 16
+    path = saved(official_weights())
+    assert "width 16" in refusal(path, heads=None)
+    assert "does not divide" in refusal(path, heads=3)
+
+
+def test_tensors_missing_left_over_or_of_other_shapes_are_named(saved):
+    weights = official_weights()
+    for name in ("norm.bias", "pos_embed", "in_blocks.1.attn.proj.bias", "out_blocks.1.skip_linear.weight"):
+        assert name in refusal(saved({key: tensor for key, tensor in weights.items() if key != name}))
+    for extra in ("in_blocks.0.attn.gate", "decoder.weight", "time_embed.2.weight"):
+        assert extra in refusal(saved({**weights, extra: torch.zeros(2)}))
+    assert "norm.weight" in refusal(saved({**weights, "norm.weight": torch.zeros(15)}))
+    assert "not a square" in refusal(saved({**weights, "pos_embed": torch.zeros(1, 16, WIDTH)}))
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_files_that_are_no_weights_execute_nothing(saved, tmp_path, capsys):
+    assert "not a file" in refusal(tmp_path / "nowhere.pth")
+    assert "can't be read" in refusal(saved({"pos_embed": Malicious()}))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
+    assert "can't be read" in refusal(tmp_path / "plain.pth")
+    path = saved(official_weights())
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "can't be read" in refusal(path)
+    assert "not a state dict" in refusal(saved([torch.zeros(2)]))
+    assert "not a state dict" in refusal(saved({"pos_embed": 3}))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_pipeline_folder(saved, tmp_path):
+    path = saved(official_weights())
+    convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    model = convert_official(path, heads=HEADS)
+    for name, tensor in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
+    images = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=1000, output_type="pt").images
+    assert images.isfinite().all()
+    with pytest.raises(InputError, match="exists"):
+        convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
+    with pytest.raises(InputError, match="latents with 4 channels"):
+        convert_to_pipeline(saved(official_weights(channels=4)), tmp_path / "latent", heads=HEADS)
+    assert not (tmp_path / "latent").exists()

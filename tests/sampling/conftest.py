@@ -1,0 +1,72 @@
+import pytest
+import torch
+from diffusers import ConfigMixin, DPMSolverMultistepScheduler, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.models.uvit import UViTOutput
+from dia_diffusion.noise import NoiseProcess
+
+
+class GaussianDenoiser(ModelMixin, ConfigMixin):
+    """The exact network for pixels drawn from N(data_mean, data_std^2); notes how its inputs deviate from x_t's law."""
+
+    data_mean, data_std = 0.1, 0.2
+
+    @register_to_config
+    def __init__(self, prediction_type: str = "epsilon", sample_size: int = 128):
+        super().__init__()
+        self.in_channels, self.sample_size, self.num_classes = 1, sample_size, None
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # diffusers asks it for dtype and device
+        self.timesteps: list[float] = []
+        self.std_errors: list[float] = []
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UViTOutput:
+        t = float(timestep) / 999
+        alpha = torch.exp(-0.5 * torch.tensor(0.1 * t + 0.5 * 19.9 * t**2, dtype=torch.float64)).item()
+        sigma = (1 - alpha**2) ** 0.5
+        variance = alpha**2 * self.data_std**2 + sigma**2
+        noise = sigma * (sample - alpha * self.data_mean) / variance
+        image = self.data_mean + alpha * self.data_std**2 * (sample - alpha * self.data_mean) / variance
+        self.timesteps.append(float(timestep))
+        self.std_errors.append(float(sample.std()) / variance**0.5 - 1)
+        outputs = {"epsilon": noise, "sample": image, "v_prediction": alpha * noise - sigma * image}
+        return UViTOutput(sample=outputs[self.config.prediction_type])
+
+
+def vp_scheduler(prediction_type: str = "epsilon") -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(**NoiseProcess(prediction_type=prediction_type).scheduler_config())
+
+
+@pytest.fixture
+def gaussian_pipeline():
+    """Makes a pipeline with the exact network of Gaussian data."""
+
+    def make(prediction_type: str = "epsilon") -> UViTPipeline:
+        pipeline = UViTPipeline(unet=GaussianDenoiser(prediction_type), scheduler=vp_scheduler(prediction_type))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture
+def tiny_pipeline():
+    """Makes a pipeline with a small random UViT that predicts images, of some contrast."""
+
+    def make(num_classes: int | None = None) -> UViTPipeline:
+        torch.manual_seed(0)
+        unet = UViT(
+            sample_size=8,
+            patch_size=4,
+            hidden_size=32,
+            num_layers=3,
+            num_attention_heads=2,
+            num_classes=num_classes,
+            initialization="xavier",
+        )
+        torch.nn.init.normal_(unet.patch_embed.weight)  # more to the input than to its positions
+        return UViTPipeline(unet=unet.eval(), scheduler=vp_scheduler("sample"))
+
+    return make

@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+
+
+def config(prediction_type="epsilon", schedule="vp-continuous"):
+    return NoiseProcess(schedule=schedule, prediction_type=prediction_type).scheduler_config()
+
+
+def network(x, k):
+    """Some smooth function, standing for the noise in x."""
+    return torch.tanh(0.8 * x + 0.001 * k)
+
+
+def brute_force(x, steps, generator):
+    """dx = [f - g^2 score] dt + g dw over each time interval, written out for epsilon."""
+    times = [0.0] + [1e-3 + (1 - 1e-3) * i / (steps - 1) for i in range(steps)]
+    for i in range(steps, 0, -1):
+        t, dt = times[i], times[i - 1] - times[i]
+        g2 = 0.1 + 19.9 * t
+        sigma = math.sqrt(1 - math.exp(-(0.1 * t + 0.5 * 19.9 * t * t)))
+        score = -network(x, 999 * t) / sigma
+        x = x + (-0.5 * g2 * x - g2 * score) * dt
+        if i > 1:
+            x = x + math.sqrt(g2 * -dt) * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return x
+
+
+def run(scheduler, x, steps, generator, predict):
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == steps
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(predict(x, timestep.double()), timestep, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 7, 100])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_equals_the_written_out_loop(steps, prediction_type):
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def predict(x, k):
+        alpha_bar = math.exp(-(0.1 * k / 999 + 0.5 * 19.9 * (k / 999) ** 2))
+        alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        noise = network(x, k)
+        image = (x - sigma * noise) / alpha
+        return {"epsilon": noise, "sample": image, "v_prediction": alpha * noise - sigma * image}[prediction_type]
+
+    ours = run(
+        EulerMaruyamaScheduler.from_config(config(prediction_type)), x, steps, torch.Generator().manual_seed(1), predict
+    )
+    expected = brute_force(x, steps, torch.Generator().manual_seed(1))
+    # The timesteps that the network sees are float32.
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_timesteps():
+    scheduler = EulerMaruyamaScheduler.from_config(config())
+    scheduler.set_timesteps(3)
+    torch.testing.assert_close(scheduler.timesteps, torch.tensor([999.0, 999 * 0.5005, 0.999]))
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999.0]
+
+
+def test_a_generator_an_image():
+    scheduler = EulerMaruyamaScheduler.from_config(config())
+    x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def generators(seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    whole = run(scheduler, x, 10, generators([5, 6, 7]), network)
+    torch.testing.assert_close(run(scheduler, x[1:2], 10, generators([6]), network), whole[1:2])
+    as_tuple = scheduler.step(x, scheduler.timesteps[-1], x, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], scheduler.step(x, scheduler.timesteps[-1], x).prev_sample)
+
+
+@pytest.mark.parametrize("other", [DPMSolverMultistepScheduler, DDPMScheduler, DDIMScheduler])
+def test_from_the_config_of_other_schedulers_and_back(other, caplog):
+    theirs = other(**config("v_prediction"))
+    ours = EulerMaruyamaScheduler.from_config(theirs.config)
+    assert ours.config.prediction_type == "v_prediction"
+    back = other.from_config(ours.config)
+    torch.testing.assert_close(back.alphas_cumprod, theirs.alphas_cumprod)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{}, config(schedule="ddpm-linear"), {**config(), "trained_betas": config()["trained_betas"][:10]}],
+    ids=["no betas", "betas of another process", "too few betas"],
+)
+def test_refuses_another_process(bad):
+    with pytest.raises(InputError, match="vp-continuous"):
+        EulerMaruyamaScheduler.from_config(bad)
+
+
+def test_refuses_an_unknown_prediction_type():
+    with pytest.raises(InputError, match="flow"):
+        EulerMaruyamaScheduler.from_config({**config(), "prediction_type": "flow"})

@@ -1,0 +1,153 @@
+import copy
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.sampling.generate import generate
+from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+from dia_diffusion.sampling.seeds import my_share
+
+
+def images_of(pipeline, seeds, batch_size=2, steps=10, **kwargs):
+    """{seed: uint8 image (C, H, W)}"""
+    images = {}
+    for batch, pixels in generate(pipeline, seeds, batch_size=batch_size, num_inference_steps=steps, **kwargs):
+        assert pixels.dtype == torch.uint8
+        images.update(zip(batch, pixels, strict=True))
+    assert list(images) == list(seeds)
+    return images
+
+
+def largest_difference(images, others):
+    return max(int((images[seed].int() - others[seed].int()).abs().max()) for seed in images)
+
+
+def small_unet(**kwargs):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        **kwargs,
+    ).eval()
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler-ancestral"}))
+def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+    seeds = [0, 1, 2, 3, 2**40 + 7]
+    whole = images_of(pipeline, seeds, batch_size=5)
+    assert torch.stack(list(whole.values())).float().std() > 20
+    assert largest_difference({0: whole[0]}, {0: whole[1]}) > 20
+    assert largest_difference(whole, images_of(pipeline, seeds[::-1], batch_size=2)) <= 1
+    shares = [images_of(pipeline, my_share(seeds, rank, 3), batch_size=4) for rank in range(3)]
+    assert largest_difference(whole, shares[0] | shares[1] | shares[2]) <= 1
+    assert largest_difference({3: whole[3]}, images_of(pipeline, [3], batch_size=1)) <= 1
+
+
+@pytest.mark.parametrize("schedule", ["ddpm-linear", "cosine"])
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler-ancestral", "euler-maruyama"}))
+def test_discrete_processes_too(name, schedule, tiny_pipeline):
+    # The last timestep of the cosine process spans several steps that are even in log-SNR.
+    pipeline = tiny_pipeline()
+    theirs = DDPMScheduler(**NoiseProcess(schedule=schedule, prediction_type="sample").scheduler_config())
+    pipeline.scheduler = build_scheduler(name, theirs)
+    images = images_of(pipeline, [0, 1])
+    assert torch.stack(list(images.values())).float().std() > 20
+
+
+def test_euler_ancestral_belongs_to_its_seed_too(gaussian_pipeline):
+    pipeline = gaussian_pipeline()  # diffusers has no euler-ancestral for networks that predict images
+    pipeline.scheduler = build_scheduler("euler-ancestral", pipeline.scheduler)
+    runner = [
+        pipeline(batch_size=len(seeds), generator=[torch.Generator().manual_seed(s) for s in seeds], output_type="pt")
+        for seeds in ([4, 5, 6], [5])
+    ]
+    torch.testing.assert_close(runner[0].images[1], runner[1].images[0])
+
+
+def test_equals_the_pipeline_itself(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    ours = images_of(pipeline, [3, 4])
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=10).images
+    for image, seed in zip(theirs, (3, 4), strict=True):
+        assert list(image.convert("RGB").get_flattened_data()) == list(
+            map(tuple, ours[seed].permute(1, 2, 0).reshape(-1, 3).tolist())
+        )
+
+
+def test_leaves_the_pipeline_as_it_is(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    before = copy.deepcopy(pipeline.scheduler.__dict__)
+    images_of(pipeline, [0])
+    assert pipeline.scheduler.__dict__.keys() == before.keys()
+    assert pipeline.scheduler.num_inference_steps is None
+
+
+@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
+def test_others_pipelines_give_the_images_they_give(pipeline_class):
+    theirs = pipeline_class(unet=small_unet(), scheduler=DDPMScheduler())
+    ours = images_of(theirs, [7, 8], batch_size=2)
+    theirs.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    arrays = theirs(batch_size=2, generator=generators, num_inference_steps=10, output_type="np").images
+    expected = (torch.from_numpy(arrays).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
+    assert largest_difference(ours, dict(zip((7, 8), expected, strict=True))) == 0
+    assert expected.float().std() > 1
+
+
+def test_others_pipelines_take_every_sampler_but_ours():
+    pipeline = DDIMPipeline(unet=small_unet(), scheduler=DDPMScheduler())
+    own = pipeline.scheduler
+    for name in sorted(set(SAMPLERS) - {"euler-maruyama"}):
+        pipeline.scheduler = build_scheduler(name, own)
+        images_of(pipeline, [0])
+
+
+def test_labels_go_with_their_seeds(tiny_pipeline):
+    pipeline = tiny_pipeline(num_classes=4)
+    torch.nn.init.normal_(pipeline.unet.label_embed.weight, std=3.0)
+    labelled = images_of(pipeline, [0, 1, 2], class_labels=[3, 0, 2], batch_size=2)
+    for seed, label in ((0, 3), (1, 0), (2, 2)):
+        assert largest_difference({seed: labelled[seed]}, images_of(pipeline, [seed], class_labels=label)) <= 1
+    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], class_labels=1)) > 1
+    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], class_labels=3, guidance_scale=3.0)) > 1
+    with pytest.raises(InputError, match="2 class_labels for 3 seeds"):
+        generate(pipeline, [0, 1, 2], batch_size=1, num_inference_steps=2, class_labels=[0, 1])
+
+
+@pytest.mark.parametrize("name", ["dpmsolver++", "heun"])
+def test_progress_adds_up_to_the_images(name, tiny_pipeline):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+    done = []
+    images_of(pipeline, range(5), progress=done.append)
+    assert sum(done) == pytest.approx(5)
+    assert len(done) == 3 * (10 if name == "dpmsolver++" else 19)
+
+
+def test_bad_input_is_told_before_anything_runs(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    with pytest.raises(InputError, match="batch_size is 0"):
+        generate(pipeline, [0], batch_size=0, num_inference_steps=2)
+    with pytest.raises(InputError, match="1001 steps"):
+        generate(pipeline, [0], batch_size=1, num_inference_steps=1001)
+    conditional = DDPMPipeline(unet=small_unet(num_class_embeds=3), scheduler=DDPMScheduler())
+    with pytest.raises(InputError, match="class-conditional"):
+        generate(conditional, [0], batch_size=1, num_inference_steps=2)
+
+
+def test_non_finite_samples_are_told(tiny_pipeline):
+    pipeline = tiny_pipeline()
+    torch.nn.init.constant_(pipeline.unet.decoder.weight, float("nan"))
+    with pytest.raises(RunError, match=r"seeds 4\.\.5"):
+        list(generate(pipeline, [4, 5], batch_size=2, num_inference_steps=2))

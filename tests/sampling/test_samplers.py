@@ -1,0 +1,141 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler, check_steps
+
+# How far the standard deviation may be from that of the data at 50 steps, relative. In even time the last step starts
+# from sigma 0.07, where noise hides a third of the data's own deviation of 0.2; at 1,000 steps all are within 2.5 %.
+TOLERANCE_AT_50 = {
+    "ddpm": 0.22,
+    "ddim": 0.14,
+    "dpmsolver++": 0.015,
+    "dpmsolver++3m": 0.015,
+    "dpmsolver++sde": 0.02,
+    "unipc": 0.025,
+    "euler": 0.14,
+    "euler-ancestral": 0.22,
+    "heun": 0.015,
+    "euler-maruyama": 0.05,
+}
+GIVEN_TO_NO_NETWORK = {("euler-ancestral", "sample")}  # diffusers has no such
+
+
+def sample(pipeline, name, steps, batch_size=1):
+    """Pixels in [-1, 1] and the network, which noted its inputs."""
+    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+    check_steps(pipeline.scheduler, steps)
+    generator = [torch.Generator().manual_seed(seed) for seed in range(batch_size)]
+    images = pipeline(batch_size=batch_size, generator=generator, num_inference_steps=steps, output_type="pt").images
+    return 2 * images - 1, pipeline.unet
+
+
+def test_every_sampler_is_tested():
+    assert TOLERANCE_AT_50.keys() == SAMPLERS.keys()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_draws_from_a_gaussian_given_its_exact_network(name, prediction_type, gaussian_pipeline):
+    if (name, prediction_type) in GIVEN_TO_NO_NETWORK:
+        pytest.skip("not in diffusers")
+    pixels, network = sample(gaussian_pipeline(prediction_type), name, 50)
+    assert abs(pixels.mean() - network.data_mean) < 0.01
+    assert abs(pixels.std() / network.data_std - 1) < TOLERANCE_AT_50[name]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_thousand_steps_follow_the_process(name, gaussian_pipeline):
+    pixels, network = sample(gaussian_pipeline(), name, 1000)
+    assert abs(pixels.mean() - network.data_mean) < 0.01
+    assert abs(pixels.std() / network.data_std - 1) < 0.025
+    # What the network sees has, at every one of its timesteps, the deviation of x_t: right scale and right time.
+    assert max(map(abs, network.std_errors)) < 0.025
+    assert network.timesteps[0] >= 998
+    assert network.timesteps == sorted(network.timesteps, reverse=True)
+    assert network.timesteps[-1] <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"heun"}))
+def test_few_steps_are_finite_and_start_from_pure_noise(name, steps, gaussian_pipeline):
+    pixels, network = sample(gaussian_pipeline(), name, steps)
+    assert pixels.isfinite().all()
+    assert len(network.timesteps) == steps
+    assert network.timesteps[0] >= 998
+    assert abs(network.std_errors[0]) < 0.02
+
+
+def test_heun_calls_the_network_twice_a_step_at_fractional_times(gaussian_pipeline):
+    pixels, network = sample(gaussian_pipeline(), "heun", 7)
+    assert pixels.isfinite().all()
+    assert len(network.timesteps) == 13
+    assert any(not timestep.is_integer() for timestep in network.timesteps)
+
+
+def test_ddim_is_ddim():
+    config = NoiseProcess().scheduler_config()
+    reference = DDIMScheduler(**config, timestep_spacing="trailing", clip_sample=False)
+    ours = build_scheduler("ddim", DDPMScheduler(**config))
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = x
+    for scheduler in (reference, ours):
+        scheduler.set_timesteps(50)
+    assert ours.timesteps.tolist() == reference.timesteps.tolist()
+    for timestep in ours.timesteps:
+        expected = reference.step(torch.tanh(expected), timestep, expected).prev_sample
+        x = ours.step(torch.tanh(x), timestep, x).prev_sample
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_keeps_the_noise_process_and_nothing_else(name, caplog):
+    theirs = DDPMScheduler(
+        **NoiseProcess(prediction_type="v_prediction").scheduler_config(), timestep_spacing="leading", thresholding=True
+    )
+    scheduler = build_scheduler(name, theirs)
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.trained_betas == theirs.config.trained_betas
+    assert not scheduler.config.get("thresholding")
+    assert not caplog.records
+    if name != "euler-maruyama":
+        np.testing.assert_allclose(scheduler.alphas_cumprod, theirs.alphas_cumprod)
+
+
+def test_unknown_names_and_other_processes():
+    with pytest.raises(InputError, match=r"'dpm'; accepted: ddpm, ddim, dpmsolver\+\+"):
+        build_scheduler("dpm", DDPMScheduler())
+    with pytest.raises(InputError, match="vp-continuous"):
+        build_scheduler("euler-maruyama", DDPMScheduler())
+    with pytest.raises(InputError, match="None"):
+        build_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(InputError, match="euler-ancestral takes no model that predicts 'sample'"):
+        build_scheduler("euler-ancestral", DDPMScheduler(prediction_type="sample"))
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "accepted"),
+    [("ddim", 0, "1..1000"), ("unipc", 1001, "1..1000"), ("heun", 2, "7..1000"), ("euler-maruyama", -1, "at least 1")],
+)
+def test_impossible_numbers_of_steps(name, steps, accepted):
+    scheduler = build_scheduler(name, DDPMScheduler(**NoiseProcess().scheduler_config()))
+    with pytest.raises(InputError, match=f"{steps} steps; .* {accepted}"):
+        check_steps(scheduler, steps)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_accepted_numbers_of_steps_are_that_many(name):
+    scheduler = build_scheduler(name, DDPMScheduler(**NoiseProcess().scheduler_config()))
+    refused = 0
+    for steps in range(7, 1001, 9):
+        try:
+            check_steps(scheduler, steps)
+        except InputError:
+            refused += 1
+            continue
+        assert len(scheduler.timesteps) == (2 * steps - 1 if name == "heun" else steps)
+        assert 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() <= 999
+    assert refused < 15
