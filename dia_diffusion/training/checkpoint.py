@@ -1,0 +1,120 @@
+"""Checkpoints: all that resuming needs, as safetensors and JSON, whole or not there at all.
+
+    checkpoints/step-00010000/model.safetensors       weights
+                              ema.safetensors         their moving average
+                              optimizer.safetensors   AdamW's state, a tensor per parameter and quantity
+                              state.json              step, recipe, data, sha256 of the other files
+
+Nothing random is in it: a step's randomness is a function of the seed and the step.
+"""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import sha256_of_file, whole_folder, write_json
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+TENSOR_FILES = ("model", "ema", "optimizer")
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint and pipeline folder."""
+    return f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """step -> folder, in rising order, for the finished step folders in `folder`."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's content."""
+
+    tensors: dict[str, dict[str, Tensor]]  # "model", "ema", "optimizer" -> name -> tensor
+    state: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
+    """Writes folder/step-N, then removes all but the keep_last newest."""
+    place = folder / step_name(step)
+    with whole_folder(place) as temporary:
+        hashes = {}
+        for name, tensors in checkpoint.tensors.items():
+            file = temporary / f"{name}.safetensors"
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, file)
+            hashes[file.name] = sha256_of_file(file)
+        write_json(temporary / "state.json", {**checkpoint.state, "step": step, "sha256": hashes})
+    for old in list(step_folders(folder).values())[:-keep_last]:
+        shutil.rmtree(old)
+    return place
+
+
+def load_checkpoint(place: Path) -> Checkpoint:
+    """Reads a checkpoint, checking every file against its sha256.
+
+    Raises:
+        InputError: a file is missing, cut short or altered.
+    """
+    advice = f"remove {place} to go on from the checkpoint before it"
+    try:
+        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        hashes = state["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"checkpoint file {place / 'state.json'} is missing or cut short; {advice}") from None
+    tensors = {}
+    for name in TENSOR_FILES:
+        file = place / f"{name}.safetensors"
+        if not file.is_file():
+            raise InputError(f"checkpoint file {file} is missing; {advice}")
+        if sha256_of_file(file) != hashes.get(file.name):
+            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs); {advice}")
+        try:
+            tensors[name] = load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"checkpoint file {file} is not safetensors ({error}); {advice}") from None
+    return Checkpoint(tensors, state)
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
+    """Puts tensors into a module in place.
+
+    Raises:
+        InputError: names or shapes differ: the checkpoint is another model's.
+    """
+    own = module.state_dict()
+    differing = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+    if differing:
+        raise InputError(f"checkpoint {place} is of another model: {differing[0]} does not fit")
+    module.load_state_dict(tensors)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """AdamW's state as "PARAMETER/QUANTITY" -> tensor; names in the order of the optimizer's parameters."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}/{key}": value for i, values in state.items() for key, value in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
+    """Puts back what optimizer_tensors gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    place = {name: index for index, name in enumerate(names)}
+    for key, tensor in tensors.items():
+        name, quantity = key.rsplit("/", 1)
+        state.setdefault(place[name], {})[quantity] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

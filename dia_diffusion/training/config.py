@@ -1,0 +1,240 @@
+"""An experiment: everything that decides what is trained, as typed dataclasses with the recipe's keys."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.noise import NoiseProcess
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from."""
+
+    source: str = "digits"
+    """A folder or zip of images or class folders, a CIFAR archive, a uint8 .npy file, or digits, cifar10, cifar100."""
+    split: str = "train"
+    """The part of the source that is trained on, where it has parts."""
+    random_flip: bool = False
+    """Mirror each image with probability one half."""
+    label_dropout: float = 0.0
+    """For class-conditional models: the share of labels replaced by the null label."""
+
+
+@dataclass
+class ModelConfig:
+    """The arguments of dia_diffusion.UViT, which says what each does."""
+
+    sample_size: int = 32
+    """Height and width the images are cropped and resized to."""
+    patch_size: int = 2
+    """Height and width of a patch."""
+    in_channels: int = 3
+    """3 for RGB, 1 for grey."""
+    hidden_size: int = 512
+    """Width of the tokens."""
+    num_layers: int = 13
+    """Transformer blocks, an odd number."""
+    num_attention_heads: int = 8
+    """Attention heads; must divide hidden_size."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs over hidden_size."""
+    qkv_bias: bool = False
+    """A bias on queries, keys and values."""
+    time_embed_mlp: bool = False
+    """An MLP on the sinusoidal time embedding."""
+    num_classes: int | None = None
+    """Classes of a class-conditional model, the null label not counted."""
+    final_conv: bool = True
+    """A 3x3 convolution after the patches are put together."""
+    long_skips: bool = True
+    """Long skips from in blocks to out blocks."""
+    attention: str | None = "dia-lstm"
+    """The shared unit: dia-lstm, dia-lstm-light, lstm or none."""
+    attention_kwargs: dict[str, Any] | None = None
+    """Further arguments of the unit, such as {reduction: 16}."""
+    pool_tokens: Literal["all", "patch"] = "all"
+    """What the unit pools over."""
+    initialization: Literal["uvit", "xavier"] = "uvit"
+    """"xavier" lets narrow networks find the positions of their patches early."""
+
+
+@dataclass
+class NoiseConfig:
+    """The noise process and what the network predicts."""
+
+    schedule: Literal["vp-continuous", "ddpm-linear", "cosine"] = "vp-continuous"
+    """The VP-SDE in continuous time, or 1,000 discrete steps."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    """What the network predicts."""
+    loss_weighting: Literal["uniform", "min-snr"] = "uniform"
+    """Weight of the squared error over time."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = 128
+    """Images an optimizer step, over all processes and accumulations together."""
+    max_steps: int = 500_000
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Micro-batches a process adds up for one optimizer step."""
+    mixed_precision: Literal["none", "bf16", "fp16"] = "bf16"
+    """Autocast precision; weights, norms, attention state and loss stay float32."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile; "auto" is on where there is a CUDA GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    clip_grad_norm: float | None = None
+    """Largest gradient norm; null doesn't clip."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints, each with a pipeline folder."""
+    sample_every: int = 10_000
+    """Steps between sample grids; 0 draws none."""
+    keep_last: int = 3
+    """Checkpoints kept; pipeline folders all stay."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW on every parameter."""
+
+    learning_rate: float = 2.0e-4
+    """Rate after the warm-up."""
+    betas: tuple[float, float] = (0.99, 0.999)
+    """AdamW's decay rates."""
+    weight_decay: float = 0.03
+    """AdamW's weight decay."""
+    warmup_steps: int = 2500
+    """Steps over which the rate rises linearly from zero."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; "cosine" falls to zero at max_steps."""
+
+
+@dataclass
+class EmaConfig:
+    """The exponential moving average of the weights, which samples and pipelines use."""
+
+    decay: float = 0.9999
+    """Share of the old average kept at a step."""
+    warmup: bool = False
+    """Use min(decay, (1 + n) / (10 + n)) at step n: short runs forget their first weights sooner."""
+
+
+@dataclass
+class SamplesConfig:
+    """The sample grids drawn along the way."""
+
+    count: int = 64
+    """Images a grid, from the seeds 0..count - 1."""
+    sampler: str = "dpmsolver++"
+    """A sampler's name, as for `dia-diffusion sample`."""
+    steps: int = 50
+    """Sampler steps."""
+
+
+@dataclass
+class Experiment:
+    """A recipe with every default filled in."""
+
+    output: str = "runs/unnamed"
+    """The run folder."""
+    seed: int = 0
+    """Decides first weights, order of images, flips, times and noise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Images."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Backbone and attention unit."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """Noise process."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Loop."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """Moving average."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Grids."""
+    trackers: list[str] = field(default_factory=list)
+    """Accelerate trackers to log to besides metrics.jsonl: tensorboard, wandb, ..."""
+
+    def __post_init__(self) -> None:
+        self.model.attention = self.model.attention or "none"
+        train, optimizer = self.train, self.optimizer
+        for key, value, lowest in (
+            ("seed", self.seed, 0),
+            ("train.batch_size", train.batch_size, 1),
+            ("train.max_steps", train.max_steps, 1),
+            ("train.accumulation", train.accumulation, 1),
+            ("train.log_every", train.log_every, 1),
+            ("train.checkpoint_every", train.checkpoint_every, 1),
+            ("train.sample_every", train.sample_every, 0),
+            ("train.keep_last", train.keep_last, 1),
+            ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+            ("samples.count", self.samples.count, 1),
+            ("samples.steps", self.samples.steps, 1),
+        ):
+            if value < lowest:
+                raise InputError(f"{key} is {value}; accepted: {lowest} or more")
+        for key, rate in (("ema.decay", self.ema.decay), ("data.label_dropout", self.data.label_dropout)):
+            if not 0 <= rate < 1:
+                raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")
+        if optimizer.learning_rate <= 0:
+            raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
+        if self.data.label_dropout and self.model.num_classes is None:
+            raise InputError("data.label_dropout needs a class-conditional model; set model.num_classes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values, ready for YAML or JSON."""
+        return {**asdict(self), "optimizer": {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}}
+
+    def noise_process(self) -> NoiseProcess:
+        """The noise process the recipe names."""
+        return NoiseProcess(**asdict(self.noise))
+
+
+def flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, down to the keys of Experiment."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict) and not prefix and key in SECTIONS:
+            flat.update(flatten(value, prefix=f"{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+SECTIONS = {f.name for f in fields(Experiment) if f.name not in ("output", "seed", "trackers")}
+
+# What may change when a run goes on: where it lies, what it reports and how it is computed, but not what is trained.
+# The images are compared by their content, so their place may change too.
+MAY_CHANGE = {
+    "output",
+    "trackers",
+    "data.source",
+    "train.max_steps",
+    "train.accumulation",
+    "train.compile",
+    "train.gradient_checkpointing",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.keep_last",
+    "samples.count",
+    "samples.sampler",
+    "samples.steps",
+}
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64"."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in MAY_CHANGE and before.get(key) != after.get(key)
+    ]

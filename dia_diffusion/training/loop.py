@@ -1,0 +1,322 @@
+"""The training loop. Every optimizer step depends on the recipe, the step's number and the weights before it alone."""
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from dia_diffusion.data import ImageSet, open_images
+from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+    step_name,
+)
+from dia_diffusion.training.config import Experiment, OptimizerConfig
+from dia_diffusion.training.distributed import StopSignal, micro_batch_size, start_accelerator
+from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
+from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.snapshot import build_model, build_pipeline, save_pipeline, save_samples
+
+
+class Reporter(Protocol):
+    """Where a run tells a person how it goes; only the main process reports."""
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        """A step is done; values are those of the last logged step."""
+
+
+def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
+    """The rate of a step, counted from 0: linear warm-up, then constant or half a cosine down to zero."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def diffusion_loss(
+    model: nn.Module, process: NoiseProcess, images: Tensor, draws: StepDraws, labels: Tensor | None
+) -> Tensor:
+    """Weighted mean squared error over images (B, C, H, W) in [-1, 1]; float32 whatever the model computes in."""
+    timestep = process.timestep(draws.uniform)  # (B,)
+    noisy, target = process.mix(images, draws.noise.to(images), timestep)
+    (prediction,) = model(noisy, timestep.to(images.device), labels, return_dict=False)
+    error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
+    return (error * process.loss_weight(timestep).to(error)).mean()
+
+
+class Trainer:
+    """A run: everything that a step needs, and where it is kept.
+
+    Raises:
+        InputError: the recipe, the dataset, the checkpoint or the launch doesn't fit.
+    """
+
+    def __init__(self, experiment: Experiment, reporter: Reporter):
+        config = experiment.train
+        self.experiment, self.config, self.reporter = experiment, config, reporter
+        self.accelerator = start_accelerator(
+            config.mixed_precision, log_with=experiment.trackers or None, project_dir=experiment.output
+        )
+        self.micro_batch = micro_batch_size(config.batch_size, self.accelerator.num_processes, config.accumulation)
+        self.process = experiment.noise_process()
+        torch.manual_seed(derive(experiment.seed, WEIGHTS))
+        self.model = build_model(experiment.model)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.dtype = self.model.dtype
+
+        self.folder = RunFolder(experiment.output)
+        if self.accelerator.is_main_process:
+            self.folder.lock()
+        try:
+            self.images = self._open_images()
+            self._resume()
+        except BaseException:
+            self.folder.unlock()
+            raise
+
+    def _open_images(self) -> ImageSet:
+        data, model = self.experiment.data, self.experiment.model
+        images = open_images(data.source, size=model.sample_size, channels=model.in_channels, split=data.split)
+        if model.num_classes is not None:
+            if images.labels is None:
+                raise InputError(f"data.source {data.source} has no class folders, which model.num_classes needs")
+            if int(images.labels.max()) >= model.num_classes:
+                raise InputError(
+                    f"data.source {data.source} has {int(images.labels.max()) + 1} classes and model.num_classes is "
+                    f"{model.num_classes}; accepted: {int(images.labels.max()) + 1} or more"
+                )
+        return images
+
+    def _resume(self) -> None:
+        """Builds network, optimizer and average, from the newest checkpoint where there is one."""
+        experiment, config = self.experiment, self.config
+        place = self.folder.newest_checkpoint()
+        checkpoint = None if place is None else load_checkpoint(place)
+        if self.accelerator.is_main_process:
+            self.folder.write_config(experiment)
+        self.step = 0
+        if checkpoint is not None and place is not None:
+            if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
+                raise InputError(f"data.source {experiment.data.source} has other images than {place} was trained on")
+            load_weights(self.model, checkpoint.tensors["model"], place)
+            self.step = checkpoint.state["step"]
+
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=experiment.optimizer.learning_rate,
+            betas=experiment.optimizer.betas,
+            weight_decay=experiment.optimizer.weight_decay,
+            fused=True,
+        )
+        network = torch.compile(self.model) if compiled else self.model
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        decay, warmup = experiment.ema.decay, experiment.ema.warmup
+        self.ema = EMAModel(
+            self.model.parameters(), decay, min_decay=0.0 if warmup else decay, update_after_step=-1, foreach=True
+        )
+        if checkpoint is not None and place is not None:
+            ema = checkpoint.tensors["ema"]
+            self.ema.load_state_dict(
+                {"optimization_step": self.step, "shadow_params": [ema[n].to(self.model.device) for n in self.names]}
+            )
+            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
+
+    def run(self) -> None:
+        """Trains from the last checkpoint to max_steps.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM, with a checkpoint of the last finished step written.
+            RunError: a non-finite loss or gradient; the last checkpoint stays.
+        """
+        try:
+            self._start()
+            self._loop()
+        finally:
+            self.folder.unlock()
+        self.accelerator.end_training()
+
+    def _loop(self) -> None:
+        with StopSignal() as signal:
+            while self.step < self.config.max_steps:
+                loss, gradient_norm = self._optimize(self.step)
+                self.ema.step(self.model.parameters())
+                self._watch(loss, gradient_norm)
+                self.step += 1
+
+                if self._due(self.config.log_every):
+                    self._log(loss, gradient_norm)
+                if self.accelerator.is_main_process:
+                    self.reporter.progress(self.step, self.config.max_steps, self.logged)
+                finished = self.step == self.config.max_steps
+                checkpoint_due = finished or self._due(self.config.checkpoint_every)
+                if checkpoint_due or self._due(self.config.sample_every):
+                    self._show(pipeline=checkpoint_due)
+                stopped = signal.agreed(self.accelerator)
+                if checkpoint_due or stopped:
+                    self._save()
+                if stopped and not finished:
+                    raise Stopped(stopped, f"stopped after step {self.step:,}; the same command goes on from there")
+
+    def _start(self) -> None:
+        main, config = self.accelerator.is_main_process, self.config
+        if main:
+            self.folder.truncate_metrics(self.step)
+            self.reporter.message(
+                f"{self.images.name}: {len(self.images):,} images; {len(self.names)} tensors, "
+                f"{sum(p.numel() for p in self.model.parameters()):,} parameters; attention "
+                f"{self.experiment.model.attention}; batch {config.batch_size} = {self.accelerator.num_processes} "
+                f"processes x {self.micro_batch} images x {config.accumulation} accumulations on "
+                f"{self.accelerator.device}, {config.mixed_precision}"
+            )
+            if self.step:
+                self.reporter.message(f"going on from step {self.step:,}")
+        if self.experiment.trackers:
+            self.accelerator.init_trackers("dia-diffusion")
+        self.network.train()
+        self.logged: dict[str, Any] = {}
+        self.bad_step = torch.full((), -1, device=self.accelerator.device)
+        self.clock = time.perf_counter(), self.step
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _optimize(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; this process's mean loss and the gradient norm, both still on the device."""
+        shape = self.images.images.shape[1:]
+        draws = draw_step(self.experiment.seed, step, self.config.batch_size, len(self.images), shape)
+        # For what the model itself draws (a unit's dropout), which no slice of a global batch can give.
+        torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.experiment.optimizer, step, self.config.max_steps)
+
+        total = torch.zeros((), device=self.accelerator.device)
+        first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
+        for part in range(self.config.accumulation):
+            start = first + part * self.micro_batch
+            last = part == self.config.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
+                loss = self._micro_loss(draws.slice(start, start + self.micro_batch)) / self.config.accumulation
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        limit = self.config.clip_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, norm
+
+    def _micro_loss(self, draws: StepDraws) -> Tensor:
+        device = self.accelerator.device
+        pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)  # (b, C, H, W) uint8
+        images = pixels.to(self.dtype) / 127.5 - 1
+        if self.experiment.data.random_flip:
+            images = torch.where(draws.flips.to(device)[:, None, None, None], images.flip(-1), images)
+        labels = None
+        if self.images.labels is not None and self.model.num_classes is not None:
+            dropped = draws.drop_label < self.experiment.data.label_dropout
+            labels = torch.from_numpy(self.images.labels[draws.indices]).masked_fill(dropped, self.model.num_classes)
+            labels = labels.to(device)
+        return diffusion_loss(self.network, self.process, images, draws, labels)
+
+    def _watch(self, loss: Tensor, gradient_norm: Tensor) -> None:
+        """Notes the first step that was not finite, without waiting for the device."""
+        finite = loss.isfinite()
+        if self.accelerator.scaler is None:  # fp16's scaler meets infinite gradients as part of its work
+            finite = finite & gradient_norm.isfinite()
+        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
+
+    def _raise_if_not_finite(self) -> None:
+        bad_step = int(self.accelerator.gather(self.bad_step).max())
+        if bad_step >= 0:
+            raise RunError(
+                f"loss or gradient not finite at step {bad_step + 1:,}; the checkpoints before it are kept; try a "
+                "lower optimizer.learning_rate, a train.clip_grad_norm, or train.mixed_precision none"
+            )
+
+    def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
+        """This step's own loss over the global batch, and the rate since the last line."""
+        self._raise_if_not_finite()
+        mean_loss = float(self.accelerator.reduce(loss, "mean"))
+        since, step = self.clock
+        self.clock = time.perf_counter(), self.step
+        images = (self.step - step) * self.config.batch_size
+        self.logged = {
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "loss": mean_loss,
+            "grad_norm": float(gradient_norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": round(images / (self.clock[0] - since), 3),
+        }
+        if self.accelerator.is_main_process:
+            self.folder.log_metrics(self.logged)
+        if self.experiment.trackers:
+            values = {key: value for key, value in self.logged.items() if key != "step"}
+            self.accelerator.log(values, step=self.step)
+
+    def _show(self, pipeline: bool) -> None:
+        """Draws the grid that is due, and leaves the averaged weights as a pipeline folder."""
+        self._raise_if_not_finite()
+        if self.accelerator.is_main_process:
+            grid = self.folder.samples / f"{step_name(self.step)}.png"
+            images = build_pipeline(self.experiment, self._averaged_weights(), self.accelerator.device)
+            if self.config.sample_every and (self._due(self.config.sample_every) or pipeline):
+                save_samples(images, self.experiment, grid)
+            if pipeline:
+                save_pipeline(images, self.folder.pipelines / step_name(self.step), self._origin(), grid)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        """Writes a checkpoint: the last act of a step, so that a step cut short is done again whole."""
+        self._raise_if_not_finite()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            checkpoint = Checkpoint(
+                tensors={
+                    "model": self.model.state_dict(),
+                    "ema": self._averaged_weights(),
+                    "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+                },
+                state={**self._origin(), "grad_scaler": None if scaler is None else scaler.state_dict()},
+            )
+            place = save_checkpoint(self.folder.checkpoints, self.step, checkpoint, self.config.keep_last)
+            self.reporter.message(f"step {self.step:,}: {place}")
+        self.accelerator.wait_for_everyone()
+
+    def _averaged_weights(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.ema.shadow_params, strict=True))
+
+    def _origin(self) -> dict[str, Any]:
+        """Where the weights of this step come from."""
+        return {
+            "run": self.folder.path.name,
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "weights": "ema",
+            "recipe": self.experiment.to_dict(),
+            "data": {
+                "name": self.images.name,
+                "split": self.images.split,
+                "count": len(self.images),
+                "fingerprint": self.images.fingerprint,
+            },
+        }

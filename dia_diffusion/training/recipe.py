@@ -1,0 +1,80 @@
+"""Recipes: YAML files and command-line overrides, checked and turned into an Experiment by jsonargparse."""
+
+import difflib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.training.config import Experiment, flatten
+
+# Help texts come from the docstring under each field.
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: in an installed package beside the code, in a checkout in train/configs."""
+    packaged = Path(str(files("dia_diffusion"))) / "recipes"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "train" / "configs"
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file, by path or by the name of a shipped one."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = recipes_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    raise InputError(f"no recipe {name!r}; accepted: a YAML file or one of {', '.join(names)}")
+
+
+def recipe_parser() -> jsonargparse.ArgumentParser:
+    """A parser with one option a recipe key, such as --train.batch_size."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Experiment, nested_key=None)
+    return parser
+
+
+def read_experiment(config: str | None, overrides: Sequence[str] = ()) -> Experiment:
+    """An Experiment from a recipe and overrides in command-line form ("--train.batch_size", "32", ...).
+
+    Raises:
+        InputError: no such recipe, not YAML, an unknown key (the nearest valid one is named), a value of wrong type.
+    """
+    parser = recipe_parser()
+    recipe = {} if config is None else _read_yaml(recipe_path(config))
+    known = flatten(Experiment().to_dict())
+    _check_keys([*flatten(recipe)], known, str(config))
+    _check_keys([o[2:].split("=")[0] for o in overrides if o.startswith("--")], known, "the command line")
+    try:
+        with_recipe = parser.parse_object(recipe, defaults=True)
+        parsed = parser.parse_args(list(overrides), namespace=with_recipe)
+        values = parser.instantiate(parsed)
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(" ".join(str(error).split())) from None
+    return Experiment(**vars(values))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} is not a recipe; accepted: keys such as data, model, train")
+    return recipe
+
+
+def _check_keys(keys: Sequence[str], known: dict[str, Any], where: str) -> None:
+    for key in keys:
+        # attention_kwargs is open: the unit checks what it is given.
+        if key not in known and not key.startswith("model.attention_kwargs"):
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown key {key!r} in {where}; did you mean {nearest!r}?")

@@ -1,0 +1,110 @@
+"""A run's folder: its paths, its lock, its recipe and its metrics."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import append_json_line, write_text
+from dia_diffusion.training.checkpoint import step_folders
+from dia_diffusion.training.config import Experiment, changed_keys
+
+
+class RunFolder:
+    """Where a run keeps what it makes; see the attributes for what lies where."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.pipelines = self.path / "pipelines"
+        self.samples = self.path / "samples"
+        self.evaluations = self.path / "evaluations.jsonl"
+        self._lock: IO[str] | None = None
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step."""
+        return next(reversed(step_folders(self.checkpoints).values()), None)
+
+    def lock(self) -> None:
+        """Takes the folder for this process until it gives it back or ends.
+
+        Raises:
+            InputError: another process has it, or the folder can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"output {self.path} can't be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise InputError(f"{self.path} is in use by {owner}; stop it, or choose another output") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Gives the folder back; does nothing where it is not held."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, experiment: Experiment) -> None:
+        """Writes the recipe as resolved.
+
+        Raises:
+            InputError: the folder holds a run of a recipe that differs in more than may change on resuming.
+        """
+        if self.config.is_file() and self.newest_checkpoint() is not None:
+            old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            changed = changed_keys(old, experiment.to_dict())
+            if changed:
+                raise InputError(
+                    f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
+                    "go on with its own recipe, or choose another output"
+                )
+        write_text(self.config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run will write again."""
+        if self.metrics.is_file():
+            kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def log_metrics(self, values: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        append_json_line(self.metrics, values)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def read_config(run: str | Path) -> dict[str, Any]:
+    """A run's recipe as plain values.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    path = RunFolder(run).config
+    if not path.is_file():
+        raise InputError(f"{run} is not a run folder (it has no config.yaml)")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,0 +1,53 @@
+"""A run small enough to be trained in a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.recipe import read_experiment
+
+TINY = """
+seed: 0
+data: {source: digits, random_flip: true}
+model: {sample_size: 8, in_channels: 1, patch_size: 4, hidden_size: 16, num_layers: 3, num_attention_heads: 2}
+train: {batch_size: 8, max_steps: 6, mixed_precision: none, log_every: 1, checkpoint_every: 3, sample_every: 0}
+optimizer: {learning_rate: 1.0e-3, warmup_steps: 4}
+"""
+
+
+class Recorder:
+    """A reporter that keeps what it is told, and calls a function at each step."""
+
+    def __init__(self, at_step: Callable[[int], None] = lambda step: None):
+        self.messages: list[str] = []
+        self.at_step = at_step
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        self.at_step(step)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Experiment]:
+    """tiny("name", "--train.batch_size", "4") is an experiment with its run folder in tmp_path."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    return lambda name, *overrides: read_experiment(str(recipe), ["--output", str(tmp_path / name), *overrides])
+
+
+@pytest.fixture
+def train() -> Callable[..., Trainer]:
+    """Trains an experiment to its end."""
+
+    def run(experiment: Experiment, at_step: Callable[[int], None] = lambda step: None) -> Trainer:
+        trainer = Trainer(experiment, Recorder(at_step))
+        trainer.run()
+        return trainer
+
+    return run

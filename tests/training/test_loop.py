@@ -1,0 +1,248 @@
+"""The training loop: against brute force, against itself interrupted, and with what it must refuse."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.training.checkpoint import load_checkpoint
+from dia_diffusion.training.config import OptimizerConfig
+from dia_diffusion.training.distributed import micro_batch_size
+from dia_diffusion.training.loop import Trainer, learning_rate
+from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
+from dia_diffusion.training.run_folder import read_metrics
+from tests.training.conftest import Recorder
+
+TIMES = {"images_per_second"}
+
+
+def metrics(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Path) -> None:
+    """Six steps written out with nothing of the trainer but its draws: loss, AdamW, warm-up, average."""
+    train(tiny("run"))
+    torch.manual_seed(derive(0, WEIGHTS))
+    model = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.999), weight_decay=0.03)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    from dia_diffusion.data import open_images
+
+    images = torch.from_numpy(np.array(open_images("digits", size=8, channels=1).images))
+    losses = []
+    for step in range(6):
+        draws = draw_step(0, step, 8, len(images), (1, 8, 8))
+        x = images[draws.indices].float() / 127.5 - 1
+        x[draws.flips] = x[draws.flips].flip(-1)
+        integral = 0.1 * draws.uniform + 19.9 * draws.uniform**2 / 2
+        alpha = torch.exp(-integral / 2)[:, None, None, None]
+        sigma = (1 - alpha**2).sqrt()
+        loss = (model(alpha * x + sigma * draws.noise, 999 * draws.uniform).sample - draws.noise).square().mean()
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        for name, tensor in model.state_dict().items():
+            average[name] = 0.9999 * average[name] + 0.0001 * tensor
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
+    trained, averaged = weights(tmp_path / "run", 6), weights(tmp_path / "run", 6, "ema")
+    assert all(torch.allclose(trained[name], tensor, atol=1e-5) for name, tensor in model.state_dict().items())
+    assert all(torch.allclose(averaged[name], tensor, atol=1e-6) for name, tensor in average.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_bit_for_bit(number: int, tiny, train, tmp_path: Path) -> None:
+    train(tiny("whole"))
+    with pytest.raises(Stopped, match="stopped after step 4") as stopped:
+        train(tiny("cut"), at_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    assert stopped.value.signal_number == number
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000004").is_dir()
+    train(tiny("cut"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    for name in ("model", "ema", "optimizer"):
+        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_run_killed_after_its_checkpoint_repeats_the_lost_steps(tiny, train, tmp_path: Path) -> None:
+    train(tiny("whole"))
+    train(tiny("killed"))
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000006")
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut short as by a crash
+    train(tiny("killed"))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    whole, killed = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+@pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light"])
+def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        for accumulation in (1, 2, 8):
+            train(tiny(str(accumulation), "--train.accumulation", str(accumulation), "--model.attention", attention))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = weights(tmp_path / "1", 6)
+    assert next(iter(expected.values())).dtype == torch.float64
+    for accumulation in (2, 8):
+        split = weights(tmp_path / str(accumulation), 6)
+        assert max(float((expected[key] - split[key]).abs().max()) for key in expected) < 1e-9
+
+
+def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
+    trainer = Trainer(tiny("run", "--ema.warmup", "true", "--ema.decay", "0.25"), Recorder())
+    kept = []
+    trainer.reporter.at_step = lambda step: kept.append(trainer.model.state_dict()["pos_embed"].clone())
+    first = trainer.model.state_dict()["pos_embed"].clone()
+    trainer.run()
+    average = first
+    for n, tensor in enumerate(kept, start=1):
+        decay = min(0.25, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * tensor
+    assert torch.allclose(weights(tmp_path / "run", 6, "ema")["pos_embed"], average, atol=1e-6)
+
+
+def test_learning_rates() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
+    assert [learning_rate(config, step, 100) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    config.schedule = "cosine"
+    assert learning_rate(config, 10, 110) == 1.0
+    assert learning_rate(config, 60, 110) == pytest.approx(0.5)
+    assert learning_rate(config, 110, 110) == pytest.approx(0.0)
+
+
+def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
+    grids = ("--train.sample_every", "3", "--samples.count", "4", "--samples.steps", "3")
+    train(tiny("run", *grids, "--train.keep_last", "1"))
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert sorted(path.name for path in (run / "pipelines").iterdir()) == ["step-00000003", "step-00000006"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert metrics(run)[-1].keys() == {"step", "images", "loss", "grad_norm", "lr"}
+    folder = run / "pipelines" / "step-00000006"
+    average, saved = weights(run, 6, "ema"), UViTPipeline.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(average[key], saved[key]) for key in average)
+    card = (folder / "README.md").read_text()
+    assert "dia-lstm" in card and "samples.png" in card and "learning_rate: 0.001" in card
+    assert (folder / "samples.png").is_file()
+
+
+def test_class_conditional_training_drops_labels(tiny, train, tmp_path: Path) -> None:
+    experiment = tiny("run", "--model.num_classes", "10", "--data.label_dropout", "0.5", "--train.batch_size", "64")
+    trainer = Trainer(experiment, Recorder())
+    seen = []
+    trainer.model.label_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    trainer.run()
+    labels = torch.cat(seen)
+    assert 0.3 < float((labels == 10).float().mean()) < 0.7
+    assert labels.unique().tolist() == list(range(11))
+
+
+def test_bf16_trains_and_keeps_float32_weights(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run", "--train.mixed_precision", "bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run", 6).values())
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, train, tmp_path: Path) -> None:
+    experiment = tiny("run")
+    trainer = Trainer(experiment, Recorder())
+
+    def poison(step: int) -> None:
+        if step == 4:
+            torch.nn.init.constant_(trainer.model.pos_embed, float("nan"))
+
+    trainer.reporter.at_step = poison
+    with pytest.raises(RunError, match="not finite at step 5"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_changed_recipes_are_refused_by_name(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    for key, value in (("--train.batch_size", "4"), ("--seed", "1"), ("--model.attention", "none")):
+        with pytest.raises(InputError, match=rf"{key[2:]}: \S+ -> {value}"):
+            Trainer(tiny("run", key, value), Recorder())
+    trainer = train(tiny("run", "--train.max_steps", "7", "--train.log_every", "2", "--train.accumulation", "2"))
+    assert trainer.step == 7
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "state", "missing"])
+def test_damaged_checkpoints_are_named(damage: str, tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    place = tmp_path / "run" / "checkpoints" / "step-00000006"
+    file = place / {"state": "state.json"}.get(damage, "ema.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"{file.name}.*remove .*step-00000006 to go on"):
+        Trainer(tiny("run"), Recorder())
+    shutil.rmtree(place)
+    assert train(tiny("run")).step == 6
+
+
+def test_checkpoints_of_other_models_and_data_are_refused(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    train(tiny("other", "--model.hidden_size", "32"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    shutil.copytree(tmp_path / "other" / "checkpoints", checkpoints)
+    with pytest.raises(InputError, match="of another model"):
+        Trainer(tiny("run"), Recorder())
+    state = json.loads((tmp_path / "other" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    state["data"]["fingerprint"] = "0" * 64
+    (tmp_path / "other" / "checkpoints" / "step-00000006" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="other images"):
+        Trainer(tiny("other", "--model.hidden_size", "32"), Recorder())
+
+
+def test_a_pickle_is_not_loaded_as_a_checkpoint(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    place = tmp_path / "run" / "checkpoints" / "step-00000006"
+    torch.save({"a": torch.zeros(1)}, place / "model.safetensors")
+    with pytest.raises(InputError, match="sha256 differs"):
+        load_checkpoint(place)
+
+
+def test_a_run_in_use_is_refused(tiny, train) -> None:
+    def second_run(step: int) -> None:
+        with pytest.raises(InputError, match=rf"in use by process {os.getpid()}"):
+            Trainer(tiny("run"), Recorder())
+
+    train(tiny("run"), at_step=second_run)
+
+
+def test_batches_that_cannot_be_split_are_refused() -> None:
+    assert micro_batch_size(32, 2, 4) == 4
+    with pytest.raises(InputError, match="a multiple of 6"):
+        micro_batch_size(32, 2, 3)
+
+
+def test_datasets_without_classes_are_refused(tiny, tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
+    with pytest.raises(InputError, match="no class folders"):
+        Trainer(tiny("run", "--model.num_classes", "10", "--data.source", str(tmp_path / "images.npy")), Recorder())
+    with pytest.raises(InputError, match="has 10 classes"):
+        Trainer(tiny("run2", "--model.num_classes", "3"), Recorder())

@@ -1,0 +1,99 @@
+"""Several connected processes (gloo) train the model that one trains."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dia_diffusion.training.run_folder import read_metrics
+from tests.training.conftest import TINY
+
+MAIN = """
+import sys
+import torch
+{setup}
+from dia_diffusion.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = "", nodes: int = 1) -> Path:
+    """Trains the tiny recipe on so many connected processes; the run's folder."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    script = tmp_path / "main.py"
+    script.write_text(MAIN.format(setup=setup))
+    train = [str(script), "train", "--config", str(recipe), "--output", str(tmp_path / name), *overrides]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // nodes}"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--nnodes={nodes}"]
+    running = [
+        subprocess.Popen([*torchrun, f"--node_rank={node}", *train], env=environment, stderr=subprocess.PIPE, text=True)
+        for node in range(nodes)
+    ]
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * nodes, errors
+    return tmp_path / name
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    options = ["--train.max_steps", "50", "--train.checkpoint_every", "50"]
+    one, two = launch(tmp_path, "one", 1, *options), launch(tmp_path, "two", 2, *options)
+    assert len(losses(one)) == 50
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_path: Path) -> None:
+    setup = "torch.set_default_dtype(torch.float64)"
+    one = launch(tmp_path, "one", 1, setup=setup)
+    two = launch(tmp_path, "two", 2, "--train.accumulation", "2", setup=setup)
+    checkpointed = launch(tmp_path, "three", 2, "--train.gradient_checkpointing", "true", setup=setup)
+    nodes = launch(tmp_path, "nodes", 2, setup=setup, nodes=2)
+    expected = load_file(one / "checkpoints" / "step-00000006" / "model.safetensors")
+    for run in (two, checkpointed, nodes):
+        weights = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
+        assert max(float((expected[key] - weights[key]).abs().max()) for key in expected) < 1e-9
+        assert losses(run) == pytest.approx(losses(one), rel=1e-9)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    setup = "torch.set_default_dtype(torch.float64)"
+    whole = launch(tmp_path, "whole", 1, setup=setup)
+    launch(tmp_path, "part", 2, "--train.max_steps", "3", setup=setup)
+    part = launch(tmp_path, "part", 1, setup=setup)
+    assert losses(part) == pytest.approx(losses(whole), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
+        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these launches connect their processes")
+def test_processes_that_are_not_connected_are_refused(command: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(MAIN.format(setup=""))
+    arguments = [str(script), "train", "--data.source", "digits", "--output", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *arguments], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode != 0 and "processes and 1 is connected" in done.stderr
+    assert not (tmp_path / "run").exists()
