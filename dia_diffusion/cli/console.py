@@ -1,0 +1,117 @@
+"""Progress on a terminal: bars with rates and time left, or a line now and then where there is no terminal."""
+
+import time
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class RateColumn(ProgressColumn):
+    """How many a second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {self.unit}/s")
+
+
+def progress_bars(unit: str) -> Progress:
+    """Bars counted in `unit`, with rate and time left; nothing is drawn where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(unit),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        speed_estimate_period=20,
+        disable=not console.is_terminal,
+    )
+
+
+class Counter:
+    """One bar, or lines now and then where there is no terminal; call it with (done, total)."""
+
+    def __init__(self, description: str, unit: str):
+        self.description, self.unit = description, unit
+        self.bars = progress_bars(unit)
+        self.task = self.bars.add_task(description, total=None, note="")
+        self.started = self.last_line = time.monotonic()
+        self.first, self.finished = 0, False
+
+    def __enter__(self) -> "Counter":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start_at(self, done: int, total: int) -> None:
+        """Begins with `done` of `total` done earlier, which the rate leaves out."""
+        self.first, self.started = done, time.monotonic()
+        self.bars.reset(self.task, total=total, completed=done, note="")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        self.bars.update(self.task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        finished = done == total and not self.finished
+        if not console.is_terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or finished):
+            self.last_line, self.finished = now, finished
+            rate = (done - self.first) / max(now - self.started, 1e-9)
+            left = (total - done) / rate if rate else 0
+            console.print(
+                f"{self.description}: {done:,}/{total:,} {self.unit}, "
+                f"{rate:.1f} {self.unit}/s, {left:.0f} s left {note}".rstrip()
+            )
+
+    def message(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self.bars.console.print(text)
+
+
+class SharedProgress:
+    """Counts what all processes do, in fractions, on the main process's counter."""
+
+    def __init__(self, counter: Counter, total: int, accelerator: Accelerator):
+        self.counter, self.total, self.accelerator, self.done = counter, total, accelerator, 0.0
+
+    def __call__(self, amount: float) -> None:
+        self.done += amount * self.accelerator.num_processes
+        if self.accelerator.is_main_process:
+            self.counter(min(round(self.done), self.total), self.total)
+
+
+class ConsoleReporter:
+    """A training run's progress on the terminal."""
+
+    def __init__(self) -> None:
+        self.counter: Counter | None = None
+
+    def message(self, text: str) -> None:
+        console.print(text)
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        if self.counter is None:
+            self.counter = Counter("training", "steps")
+            self.counter.start_at(step - 1, max_steps)
+            self.counter.bars.start()
+        loss = values.get("loss")
+        self.counter(step, max_steps, "" if loss is None else f"loss {loss:.4f}")
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self.counter is not None:
+            self.counter.bars.stop()

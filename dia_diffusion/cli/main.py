@@ -1,0 +1,72 @@
+"""`dia-diffusion NAME`: finds the command, and turns every way it can end into a line and an exit code."""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from diffusers.utils import logging as diffusers_logging
+
+from dia_diffusion import __version__
+from dia_diffusion.errors import InputError, RunError, Stopped
+
+# name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
+COMMANDS = {
+    "quickstart": "train twins on handwritten digits, sample, measure and draw the curve, in minutes on a CPU",
+    "train": "train a recipe, or go on with a run",
+    "sample": "draw images from a pipeline or run",
+    "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
+    "curves": "draw distance against images seen for several runs",
+    "convert": "turn official U-ViT weights into a pipeline folder",
+    "train-features": "train the classifier whose features a distance is measured in",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 done, 2 input or usage, 1 failure while running, 128 + n after signal n."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"dia-diffusion {__version__}")
+        return 0
+    # diffusers' bars and remarks on loading say nothing that a person at this command line could act on.
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+        importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}").run(arguments[1:])
+    except InputError as error:
+        return _end(name, f"error: {error}", 2)
+    except RunError as error:
+        return _end(name, f"failed: {error}", 1)
+    except Stopped as stopped:
+        return _end(name, str(stopped), 128 + stopped.signal_number)
+    except KeyboardInterrupt:
+        return _end(name, "interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _end(name, f"failed: {error.strerror}: {error.filename or 'while writing'}", 1)
+    return 0
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        f"usage: dia-diffusion COMMAND [options]\n\n{rows}\n\n"
+        "`dia-diffusion COMMAND --help` tells a command's options; `dia-diffusion --version` the version."
+    )
+
+
+def _end(name: str, line: str, code: int) -> int:
+    # Processes of one launch fail alike; one line a machine is enough.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"dia-diffusion {name}: {line}", file=sys.stderr)
+    return code

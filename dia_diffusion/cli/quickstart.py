@@ -1,0 +1,153 @@
+"""`dia-diffusion quickstart`: the main job in miniature, on scikit-learn's handwritten digits.
+
+Twins of one seed, without attention unit and with DIA-LSTM, are trained side by side, sampled from, measured along the
+way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.table import Table
+
+from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.console import Counter, console
+from dia_diffusion.cli.curves import records
+from dia_diffusion.data import open_images
+from dia_diffusion.errors import RunError, Stopped
+from dia_diffusion.evaluation.curves import draw_curves
+from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
+from dia_diffusion.files import whole_file
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.run_folder import RunFolder, read_metrics
+
+TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
+LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
+SAMPLER_STEPS = 25
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs the quickstart; what a folder holds already is not done again."""
+    parser = CommandParser("quickstart", __doc__.splitlines()[0].split(": ", 1)[1])
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="the folder to work in")
+    parser.add_argument("--seed", type=int, default=0, help="of the twins")
+    options = parser.parse_args(arguments)
+    started = time.monotonic()
+    runs = {unit: options.out / unit for unit in TWINS}
+    steps = {unit: read_experiment(recipe).train.max_steps for unit, recipe in TWINS.items()}
+    console.print(
+        "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"
+        f"DIA-LSTM, {next(iter(steps.values())):,} steps each, side by side; then measuring both."
+    )
+    train = {
+        unit: ["train", "--config", recipe, "--output", str(runs[unit]), "--seed", str(options.seed)]
+        for unit, recipe in TWINS.items()
+    }
+    _side_by_side("training", "steps", train, runs, _trained, steps)
+
+    held_out = open_images("digits", size=8, channels=1, split="test")
+    num = len(held_out)
+    fid = ["--every-step", "--reference", "digits", "--reference-split", "test", "--num", str(num)]
+    fid += ["--steps", str(SAMPLER_STEPS), "--batch-size", str(num)]
+    measure = {unit: ["fid", str(path), *fid] for unit, path in runs.items()}
+    checkpoints = {unit: len(list(RunFolder(path).pipelines.iterdir())) for unit, path in runs.items()}
+    _side_by_side("measuring", "checkpoints", measure, runs, _measured, checkpoints)
+
+    extractor = build_features("digits")
+    reference = reference_statistics(held_out, extractor)
+    training_images = open_images("digits", size=8, channels=1, split="train")
+    floor = floor_distance(reference, training_images, extractor, count=num)
+    measured = {unit: records(str(path)) for unit, path in runs.items()}
+    curve, grids = options.out / "curve.png", options.out / "samples.png"
+    draw_curves([(LABELS[unit], found) for unit, found in measured.items()], curve, floor=floor)
+    _draw_grids({unit: max(RunFolder(path).samples.iterdir()) for unit, path in runs.items()}, grids)
+    _print_table(measured, floor, num)
+    pipeline = max(RunFolder(runs["dia-lstm"]).pipelines.iterdir())
+    console.print(
+        f"\nDone in {time.monotonic() - started:.0f} s. Look at\n"
+        f"  {grids}   what both draw from the seeds 0 to 63, not picked\n"
+        f"  {curve}   distance to held-out digits over training; the dashed line is real digits\n"
+        f"  {pipeline}   a diffusers pipeline folder\n"
+        "Run next\n"
+        f"  dia-diffusion sample {runs['dia-lstm']} --seeds 0-99 --grid mine.png\n"
+        "  dia-diffusion train --config cifar10_uvit_cpu_dia --data.source IMAGES   (a folder, a zip, or cifar10)"
+    )
+
+
+def _side_by_side(
+    doing: str,
+    unit_name: str,
+    commands: dict[str, list[str]],
+    runs: dict[str, Path],
+    count_done: Callable[[Path], int],
+    totals: dict[str, int],
+) -> None:
+    """Runs one command a twin at the same time, the cores divided between them, with a bar over their progress."""
+    threads = str(max(1, (os.cpu_count() or 2) // len(commands)))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    children = {}
+    for unit, command in commands.items():
+        runs[unit].mkdir(parents=True, exist_ok=True)
+        with (runs[unit] / f"{command[0]}.log").open("w", encoding="utf-8") as log:
+            call = [sys.executable, "-m", "dia_diffusion", *command]
+            children[unit] = subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    total = sum(totals.values())
+    try:
+        with Counter(doing, unit_name) as counter:
+            counter.start_at(sum(map(count_done, runs.values())), total)
+            while any(child.poll() is None for child in children.values()):
+                time.sleep(0.5)
+                counter(min(sum(map(count_done, runs.values())), total), total)
+    except KeyboardInterrupt:
+        for child in children.values():  # they were interrupted too, and write their state
+            child.wait()
+        raise Stopped(2, "stopped; the same command goes on from there") from None
+    for unit, child in children.items():
+        if child.returncode:
+            log_file = runs[unit] / f"{commands[unit][0]}.log"
+            last = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise RunError(f"{doing} {runs[unit]} ended with code {child.returncode}: {' '.join(last)} ({log_file})")
+
+
+def _trained(run_path: Path) -> int:
+    file = RunFolder(run_path).metrics
+    lines = read_metrics(file) if file.is_file() else []
+    return lines[-1]["step"] if lines else 0
+
+
+def _measured(run_path: Path) -> int:
+    file = RunFolder(run_path).evaluations
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
+def _draw_grids(grids: dict[str, Path], path: Path) -> None:
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    for axes, (unit, grid) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
+        with Image.open(grid) as image:
+            axes.imshow(image, cmap="gray")
+        axes.set_title(LABELS[unit])
+        axes.axis("off")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+
+
+def _print_table(measured: dict[str, list[EvaluationRecord]], floor: float, num: int) -> None:
+    table = Table(
+        box=None, pad_edge=False, title=f"FD(digits) of {num} samples to {num} held-out digits", title_justify="left"
+    )
+    table.add_column("step")
+    for unit in measured:
+        table.add_column(LABELS[unit], justify="right")
+    by_step = {unit: {record.step or 0: record for record in found} for unit, found in measured.items()}
+    for step in sorted(set.intersection(*(set(found) for found in by_step.values()))):
+        table.add_row(f"{step:,}", *(f"{by_step[unit][step].distance:.2f}" for unit in measured))
+    table.add_row("real digits", *(f"{floor:.2f}" for _ in measured))
+    console.print()
+    console.print(table)

@@ -1,0 +1,87 @@
+"""`dia-diffusion sample`: images from a pipeline or a run; also under `accelerate launch sample/sample.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.console import Counter, SharedProgress, console
+from dia_diffusion.cli.sampling_options import add_sampling_options, load_for_sampling
+from dia_diffusion.errors import InputError
+from dia_diffusion.sampling.load import find_pipeline, weights_hash
+from dia_diffusion.sampling.seeds import my_share, parse_seeds
+from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
+from dia_diffusion.training.distributed import start_accelerator
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Samples what the arguments say."""
+    parser = CommandParser("sample", "Draws images from a pipeline folder or a run. An image belongs to its seed.")
+    parser.add_argument("source", metavar="PIPELINE_OR_RUN", help="a pipeline folder, or a run folder")
+    parser.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
+    parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 1,5,7-9: one image a seed")
+    add_sampling_options(parser)
+    parser.add_argument("--grid", type=Path, help="a PNG of all images side by side, in the order of the seeds")
+    parser.add_argument("--out", type=Path, help="a folder of PNGs named by seed, or a file ending in .npz")
+    options = parser.parse_args(arguments)
+    if options.grid is None and options.out is None:
+        raise InputError("nothing to write; give --grid FILE.png, --out FOLDER or --out FILE.npz")
+    if options.grid is not None and options.grid.suffix.lower() != ".png":
+        raise InputError(f"--grid {options.grid}: accepted is a file ending in .png")
+    seeds = parse_seeds(options.seeds)
+    accelerator = start_accelerator()
+    folder = find_pipeline(options.source, options.step)
+    pipeline, settings = load_for_sampling(folder, options, accelerator.device)
+    as_npz = options.out is not None and options.out.suffix == ".npz"
+    if as_npz and options.out.exists():
+        raise InputError(f"--out {options.out} exists; choose another name, or remove it")
+    pngs = None if options.out is None or as_npz else options.out
+    if pngs is not None:
+        manifest = {"weights": weights_hash(folder), "precision": options.precision, **settings.to_dict()}
+        if accelerator.is_main_process:
+            open_folder(pngs, manifest)
+        accelerator.wait_for_everyone()
+
+    keep = as_npz or options.grid is not None
+    # Images that a folder holds already are those that would be drawn again.
+    wanted = [seed for seed in seeds if keep or pngs is None or not png_path(pngs, seed).is_file()]
+    mine = list(my_share(wanted, accelerator.process_index, accelerator.num_processes))
+    kept: list[Tensor] = []
+    with Counter("sampling", "images") as counter:
+        progress = SharedProgress(counter, len(wanted), accelerator)
+        for batch, images in settings.generate(pipeline, mine, options.batch_size, progress):
+            if pngs is not None:
+                for seed, image in zip(batch, images, strict=True):
+                    save_png(pngs, seed, image)
+            if keep:
+                kept.append(images)
+
+    if keep:
+        channels, size = pipeline.unet.in_channels, pipeline.unet.config.sample_size
+        images = _gather(kept, len(wanted), (channels, size, size), accelerator)
+        if accelerator.is_main_process and as_npz:
+            save_npz(options.out, wanted, images)
+        if accelerator.is_main_process and options.grid is not None:
+            save_grid(images, options.grid)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in (options.grid, options.out):
+            if path is not None:
+                console.print(f"{len(seeds):,} images of {folder}: {path}")
+    accelerator.end_training()
+
+
+def _gather(kept: list[Tensor], count: int, shape: tuple[int, ...], accelerator: Accelerator) -> Tensor:
+    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that my_share dealt out."""
+    world = accelerator.num_processes
+    share = -(-count // world)
+    mine = torch.zeros(share, *shape, dtype=torch.uint8)
+    start = 0
+    for images in kept:
+        mine[start : start + len(images)] = images
+        start += len(images)
+    gathered = accelerator.gather(mine.to(accelerator.device)).cpu()  # (world * share, C, H, W), process by process
+    return gathered.unflatten(0, (world, share)).transpose(0, 1).flatten(0, 1)[:count]

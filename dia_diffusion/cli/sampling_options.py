@@ -1,0 +1,39 @@
+"""The options that `sample` and `fid` share, and the pipeline they lead to."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.errors import InputError
+from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, SAMPLERS
+from dia_diffusion.sampling.settings import SamplingSettings
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_sampling_options(parser: CommandParser) -> None:
+    """--sampler, --steps, --batch-size, --classes, --guidance-scale, --precision."""
+    parser.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"one of {', '.join(SAMPLERS)}")
+    parser.add_argument("--steps", type=int, default=50, help="sampler steps")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a process samples at once")
+    parser.add_argument("--classes", help="such as 3 or 0,1,2, in turn by seed; all classes of a model if none")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the network")
+
+
+def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
+    """The settings that the options name."""
+    try:
+        classes = None if options.classes is None else tuple(int(part) for part in options.classes.split(","))
+    except ValueError:
+        raise InputError(f"--classes {options.classes} is not a list of numbers such as 0,1,2") from None
+    return SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
+
+
+def load_for_sampling(folder: Path, options: argparse.Namespace, device: torch.device) -> tuple:
+    """The pipeline of a folder on the device with the options' sampler in use, and the settings that apply to it."""
+    pipeline = load_pipeline(folder, device, PRECISIONS[options.precision])
+    return pipeline, sampling_settings(options).use(pipeline)

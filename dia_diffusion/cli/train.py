@@ -1,0 +1,52 @@
+"""`dia-diffusion train`: trains a recipe, or goes on with a run; also under `accelerate launch train/train.py`."""
+
+from collections.abc import Sequence
+
+from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.errors import InputError
+from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Trains what the arguments say."""
+    arguments = list(arguments)
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(help_text())
+        return
+    config, overrides = split_config(arguments)
+    experiment = read_experiment(config, overrides)
+
+    from dia_diffusion.training.loop import Trainer
+
+    reporter = ConsoleReporter()
+    try:
+        Trainer(experiment, reporter).run()
+    finally:
+        reporter.close()
+
+
+def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """--config's value, and the other arguments."""
+    config, overrides = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, has_value, value = argument.partition("=")
+        if name != "--config":
+            overrides.append(argument)
+            continue
+        config = value if has_value else next(remaining, None)
+        if config is None:
+            raise InputError("--config needs a recipe: a YAML file or the name of a shipped one")
+    return config, overrides
+
+
+def help_text() -> str:
+    """Usage, the shipped recipes and every key."""
+    names = ", ".join(sorted(path.stem for path in recipes_folder().glob("*.yaml")))
+    keys = recipe_parser().format_help().split("options:")[-1]
+    return (
+        "usage: dia-diffusion train --config RECIPE [--KEY VALUE ...]\n"
+        "       accelerate launch train/train.py --config RECIPE [--KEY VALUE ...]\n\n"
+        "Trains a recipe into the folder `output`; the same command goes on with a run that was stopped.\n"
+        f"RECIPE is a YAML file or one of: {names}\n\nkeys:{keys}"
+    )

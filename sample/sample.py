@@ -1,0 +1,8 @@
+"""For `accelerate launch sample/sample.py`: the same as `dia-diffusion sample`."""
+
+import sys
+
+from dia_diffusion.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["sample", *sys.argv[1:]]))
