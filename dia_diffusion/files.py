@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all: written beside their place, flushed, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
@@ -17,11 +20,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield temporary
-        temporary.chmod(_usual_mode())
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
+        with _naming(path):
+            yield temporary
+            temporary.chmod(_usual_mode())
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,16 +42,17 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(_usual_mode())
-            _flush(file)
-        _flush(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-        _flush(path.parent)
+        with _naming(path):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    file.chmod(_usual_mode())
+                _flush(file)
+            _flush(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.rename(temporary, path)
+            _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -67,14 +72,20 @@ def append_json_line(path: str | Path, value: Any) -> None:
     """Appends one line of JSON and flushes it to the disk; a line that a crash cut short is not glued to it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with _naming(path), path.open("ab+", buffering=0) as file:
+        end = file.tell()
         torn = False
-        if file.tell():
+        if end:
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
-        file.write(("\n" if torn else "").encode() + json.dumps(value).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+        line = ("\n" if torn else "").encode() + json.dumps(value).encode() + b"\n"
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def sha256_of_file(path: str | Path) -> str:
@@ -86,6 +97,21 @@ def sha256_of_file(path: str | Path) -> str:
 def cache_folder() -> Path:
     """Where derived files that can be made again are kept: $DIA_DIFFUSION_CACHE, else ~/.cache/dia-diffusion."""
     return Path(os.environ.get("DIA_DIFFUSION_CACHE") or Path.home() / ".cache" / "dia-diffusion")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes a failure to write an OSError that names the path meant, not a temporary one; safetensors has its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = str(path)
+        raise
 
 
 def _usual_mode() -> int:

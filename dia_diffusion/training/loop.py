@@ -76,7 +76,7 @@ class Trainer:
         self.process = experiment.noise_process()
         torch.manual_seed(derive(experiment.seed, WEIGHTS))
         self.model = build_model(experiment.model)
-        self.names = [name for name, _ in self.model.named_parameters()]
+        self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
         self.dtype = self.model.dtype
 
         self.folder = RunFolder(experiment.output)
@@ -159,7 +159,7 @@ class Trainer:
         with StopSignal() as signal:
             while self.step < self.config.max_steps:
                 loss, gradient_norm = self._optimize(self.step)
-                self.ema.step(self.model.parameters())
+                self.ema.step(self.parameters)
                 self._watch(loss, gradient_norm)
                 self.step += 1
 
@@ -183,7 +183,7 @@ class Trainer:
             self.folder.truncate_metrics(self.step)
             self.reporter.message(
                 f"{self.images.name}: {len(self.images):,} images; {len(self.names)} tensors, "
-                f"{sum(p.numel() for p in self.model.parameters()):,} parameters; attention "
+                f"{sum(p.numel() for p in self.parameters):,} parameters; attention "
                 f"{self.experiment.model.attention}; batch {config.batch_size} = {self.accelerator.num_processes} "
                 f"processes x {self.micro_batch} images x {config.accumulation} accumulations on "
                 f"{self.accelerator.device}, {config.mixed_precision}"
@@ -219,7 +219,7 @@ class Trainer:
                 self.accelerator.backward(loss)
             total += loss.detach()
         limit = self.config.clip_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, norm

@@ -1,0 +1,219 @@
+"""The command line as a person meets it: every way it can end is a line and an exit code."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import SafetensorError
+
+from dia_diffusion import __version__
+from dia_diffusion.cli.main import COMMANDS, main
+from dia_diffusion.evaluation.record import read_records
+from tests.training.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe, made by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.yaml").write_text(TINY)
+    assert main(["train", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def error_of(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    assert error.startswith("dia-diffusion ")
+    return error
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"dia-diffusion {__version__}"
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        assert all(name in capsys.readouterr().out for name in ["usage"])
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "cifar10_uvit_s2_dia" in shown and "--optimizer.learning_rate" in shown
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train"}))
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"dia-diffusion {name}" in capsys.readouterr().out
+
+
+def test_train_sample_fid_curves(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid, out, npz = tmp_path / "grid.png", tmp_path / "images", tmp_path / "images.npz"
+    few = ["--steps", "5", "--batch-size", "3"]
+    assert main(["sample", str(run), "--seeds", "0-4,9", *few, "--grid", str(grid), "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.glob("*.png")) == [f"{seed:08d}.png" for seed in (0, 1, 2, 3, 4, 9)]
+    assert Image.open(grid).size[0] > 100
+    pipeline = run / "pipelines" / "step-00000006"
+    assert main(["sample", str(pipeline), "--seeds", "9,4", "--steps", "5", "--out", str(npz)]) == 0
+    arrays = np.load(npz)
+    assert arrays["seeds"].tolist() == [4, 9]
+    for seed, image in zip((4, 9), arrays["images"], strict=True):
+        png = np.asarray(Image.open(out / f"{seed:08d}.png")).astype(int)
+        assert np.abs(png - image[..., 0]).max() <= 1
+
+    reference = ["--reference", "digits", "--reference-split", "test"]
+    assert main(["fid", str(run), *reference, "--num", "80", "--steps", "3", "--every-step"]) == 0
+    records = read_records(run / "evaluations.jsonl")
+    assert [record.step for record in records] == [3, 6]
+    assert {record.metric for record in records} == {"FD(digits)"}
+    assert (records[0].unit, records[0].batch_size, records[0].images_seen) == ("dia-lstm", 8, 24)
+    assert main(["fid", str(run), *reference, "--num", "80", "--steps", "3", "--every-step"]) == 0
+    assert len(read_records(run / "evaluations.jsonl")) == 2, "what is on record is not measured again"
+    assert f"{records[1].distance:.3f}" in (pipeline / "README.md").read_text()
+
+    figure = tmp_path / "curve.png"
+    assert main(["curves", str(run), "--out", str(figure), "--floor", "1.0"]) == 0
+    assert Image.open(figure).size[0] > 500
+    points = json.loads((tmp_path / "curve.json").read_text())
+    assert [point["step"] for point in points] == [3, 6]
+
+    assert main(["fid", str(run), *reference, "--num", "70", "--steps", "3"]) == 0
+    assert "num_samples 80 against 70" in error_of(["curves", run, "--out", figure], capsys)
+    chosen = records[0].protocol_hash()[:12]
+    assert main(["curves", str(run), "--out", str(figure), "--protocol", chosen]) == 0
+
+
+def test_sampling_goes_on_in_a_folder_and_refuses_others(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "images"
+    assert main(["sample", str(run), "--seeds", "0-2", "--steps", "2", "--out", str(out)]) == 0
+    first = (out / "00000001.png").stat().st_mtime_ns
+    assert main(["sample", str(run), "--seeds", "1-4", "--steps", "2", "--out", str(out)]) == 0
+    assert len(list(out.glob("*.png"))) == 5 and (out / "00000001.png").stat().st_mtime_ns == first
+    assert "another steps" in error_of(["sample", run, "--steps", "3", "--out", out], capsys)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "not empty" in error_of(["sample", run, "--steps", "2", "--out", tmp_path / "mine"], capsys)
+
+
+def test_fid_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The distance of the files that `sample` writes is that of the stream that `fid` measures."""
+    out, record = tmp_path / "images", tmp_path / "records.jsonl"
+    assert main(["sample", str(run), "--seeds", "0-79", "--steps", "3", "--out", str(out)]) == 0
+    assert main(["fid", str(out), "--reference", "digits", "--record", str(record)]) == 0
+    assert main(["fid", str(run), "--reference", "digits", "--num", "80", "--steps", "3", "--record", str(record)]) == 0
+    files, stream = read_records(record)
+    assert files.protocol.num_samples == 80 and files.distance == pytest.approx(stream.distance, rel=1e-3)
+    assert main(["fid", str(out), "--reference", "digits", "--num", "10"]) == 0
+    assert "covariance is singular" in capsys.readouterr().out
+
+
+def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
+    """name -> (arguments, what the line must say)"""
+    torn = folder / "torn"
+    pickled = folder / "pickled"
+    for copy in (torn, pickled):
+        subprocess.run(["cp", "-r", run / "pipelines" / "step-00000006", copy], check=True)
+    weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
+    empty = folder / "empty"
+    empty.mkdir()
+    corrupt = folder / "corrupt"
+    corrupt.mkdir()
+    (corrupt / "a.png").write_bytes(b"no image")
+    config = ["train", "--config", run.parent / "tiny.yaml", "--output", folder / "new"]
+    reference = ["--reference", "digits"]
+    return {
+        "unknown command": (["trian"], "accepted: quickstart, train"),
+        "unknown recipe": (["train", "--config", "nothing"], "no recipe 'nothing'"),
+        "unknown key": ([*config, "--train.batchsize", "8"], "did you mean 'train.batch_size'"),
+        "wrong type": ([*config, "--train.batch_size", "many"], "many"),
+        "batch not divisible": ([*config, "--train.accumulation", "3"], "accepted: a multiple of 3"),
+        "missing dataset": ([*config, "--data.source", folder / "none"], str(folder / "none")),
+        "empty dataset": ([*config, "--data.source", empty], str(empty)),
+        "corrupt dataset": ([*config, "--data.source", corrupt], "a.png"),
+        "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "needs a CUDA GPU"),
+        "even layers": ([*config, "--model.num_layers", "4"], "num_layers is 4"),
+        "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
+        "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
+        "unit": ([*config, "--model.attention", "dia"], "'dia'; accepted: none, dia-lstm"),
+        "changed recipe": (["train", "--config", run.parent / "tiny.yaml", "--output", run, "--seed", "3"], "seed: 0 -> 3"),
+        "config without value": (["train", "--config"], "--config needs"),
+        "nothing to write": (["sample", run], "give --grid"),
+        "unknown sampler": (["sample", run, "--sampler", "plms", "--grid", "g.png"], "'plms'; accepted: ddpm"),
+        "no such pipeline": (["sample", folder / "none", "--grid", "g.png"], "does not exist"),
+        "no such step": (["sample", run, "--step", "4", "--grid", "g.png"], "accepted: 3, 6"),
+        "bad seeds": (["sample", run, "--seeds", "5-1", "--grid", "g.png"], "5-1"),
+        "weights cut short": (["sample", torn, "--grid", "g.png"], "cut short"),
+        "weights pickled": (["sample", pickled, "--grid", "g.png"], "a pickle"),
+        "classes": (["sample", run, "--classes", "1", "--grid", "g.png"], "unconditional"),
+        "zero steps": (["sample", run, "--steps", "0", "--grid", "g.png"], "0 steps"),
+        "unknown option": (["sample", run, "--samplr", "ddim"], "did you mean --sampler"),
+        "unknown features": (["fid", run, *reference, "--features", "vgg"], "'vgg'; there are: digits"),
+        "no reference": (["fid", run], "--reference"),
+        "few images": (["fid", "digits", *reference, "--num", "5000"], "has 1201 images"),
+        "num": (["fid", run, *reference, "--num", "1"], "--num is 1"),
+        "steps of images": (["fid", "digits", *reference, "--every-step"], "no run folder"),
+        "no evaluations": (["curves", folder], "no evaluations.jsonl"),
+        "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
+        "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_exit_code_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(str(path) for path in run.rglob("*"))
+    for name, (arguments, said) in bad_arguments(run, tmp_path).items():
+        error = error_of(arguments, capsys)
+        assert said in error, f"{name}: {error}"
+    assert sorted(str(path) for path in run.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        # What safetensors raises, seen on a full tmpfs.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("dia_diffusion.training.checkpoint.save_file", full)
+    resume = ["train", "--config", run.parent / "tiny.yaml", "--output", run, "--train.max_steps", "7"]
+    error = error_of(resume, capsys, code=1)
+    assert f"No space left on device: {run / 'checkpoints' / 'step-00000007'}" in error
+    assert (run / "checkpoints" / "step-00000006" / "state.json").is_file()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_training_with_a_checkpoint(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dia_diffusion", *arguments, "--train.max_steps", "100000", "--train.checkpoint_every", "90000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    stopped = re.search(r"stopped after step ([\d,]+); the same command goes on", error)
+    assert stopped is not None, error
+    step = int(stopped[1].replace(",", ""))
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
