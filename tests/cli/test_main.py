@@ -150,7 +150,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
         "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
         "unit": ([*config, "--model.attention", "dia"], "'dia'; accepted: none, dia-lstm"),
-        "changed recipe": (["train", "--config", run.parent / "tiny.yaml", "--output", run, "--seed", "3"], "seed: 0 -> 3"),
+        "changed recipe": ([*config[:3], "--output", run, "--seed", "3"], "seed: 0 -> 3"),
         "config without value": (["train", "--config"], "--config needs"),
         "nothing to write": (["sample", run], "give --grid"),
         "unknown sampler": (["sample", run, "--sampler", "plms", "--grid", "g.png"], "'plms'; accepted: ddpm"),
@@ -200,13 +200,14 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
 def test_signals_end_training_with_a_checkpoint(number: int, code: int, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     arguments = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]
+    arguments += ["--train.max_steps", "100000", "--train.checkpoint_every", "90000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dia_diffusion", *arguments, "--train.max_steps", "100000", "--train.checkpoint_every", "90000"],
+        [sys.executable, "-m", "dia_diffusion", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 100
     while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
