@@ -91,6 +91,8 @@ class Trainer:
 
     def _open_images(self) -> ImageSet:
         data, model = self.experiment.data, self.experiment.model
+        if self.accelerator.is_main_process:
+            self.reporter.message(f"reading {data.source}")
         images = open_images(data.source, size=model.sample_size, channels=model.in_channels, split=data.split)
         if model.num_classes is not None:
             if images.labels is None:
@@ -182,9 +184,8 @@ class Trainer:
         if main:
             self.folder.truncate_metrics(self.step)
             self.reporter.message(
-                f"{self.images.name}: {len(self.images):,} images; {len(self.names)} tensors, "
-                f"{sum(p.numel() for p in self.parameters):,} parameters; attention "
-                f"{self.experiment.model.attention}; batch {config.batch_size} = {self.accelerator.num_processes} "
+                f"{self.images.name}: {len(self.images):,} images; attention {self.experiment.model.attention}, "
+                f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = {self.accelerator.num_processes} "
                 f"processes x {self.micro_batch} images x {config.accumulation} accumulations on "
                 f"{self.accelerator.device}, {config.mixed_precision}"
             )
