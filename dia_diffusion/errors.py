@@ -11,6 +11,8 @@ class InputError(ValueError):
 class RunError(RuntimeError):
     """Something failed while running, with valid input: a non-finite loss, no disk space. Exit code 1."""
 
+    told = False  # whether another process tells it
+
 
 class Stopped(Exception):
     """A signal ended the work at a place it can go on from. Exit code 128 + signal."""

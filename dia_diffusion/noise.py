@@ -89,9 +89,10 @@ class NoiseProcess:
         log_alpha_bar = self.log_alpha_bar(timestep)
         snr = 1 / torch.expm1(-log_alpha_bar)
         clipped = snr.clamp(max=self.min_snr_gamma)
-        # min(snr, gamma) weighs errors in x_0; the other predictions' errors are those times snr or snr + 1.
+        # min(snr, gamma) weighs errors in x_0; the other predictions' errors are those times snr or snr + 1, which is
+        # infinite at t = 0 and makes the weight 0 there.
         scale = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.prediction_type]
-        return torch.where(snr.isinf(), torch.zeros_like(snr), clipped / scale).float()
+        return (clipped / scale).float()
 
     def scheduler_config(self) -> dict[str, object]:
         """What any diffusers scheduler needs to run this process backwards."""

@@ -30,9 +30,13 @@ def build_attention(name: str | None, channels: int, **kwargs: Any) -> nn.Module
     if name not in UNITS:
         raise InputError(f"unknown attention unit {name!r}; accepted: none, {', '.join(UNITS)}")
     unit, named = UNITS[name]
+    if overridden := named.keys() & kwargs.keys():
+        raise InputError(f"attention unit {name!r} decides its {min(overridden)} itself; choose another unit")
     try:
-        return unit(channels, **{**named, **kwargs})
-    except TypeError as error:
+        return unit(channels, **named, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(f"attention unit {name!r} can't be built: {error}") from None
 
 

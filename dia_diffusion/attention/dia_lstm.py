@@ -70,13 +70,15 @@ class DIALSTM(nn.Module):
             first = LightGates(channels, reduction)
         self.cells = nn.ModuleList([first, *(FullGates(channels) for _ in range(num_cells - 1))])
 
-    def forward(self, features: Tensor, state: State | None = None, num_extra_tokens: int = 0) -> tuple[Tensor, State]:
+    def forward(
+        self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0
+    ) -> tuple[Tensor, State]:
         """Recalibrates features by the attention map h_t.
 
         Args:
             features: a_t, tokens (B, L, N) or maps (B, N, H, W).
             state: what the previous block's call returned; None at the first block.
-            num_extra_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated all the same.
+            num_unpooled_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated too.
 
         Returns:
             (features * h_t, in the shape and dtype of features; the state for the next block).
@@ -90,7 +92,7 @@ class DIALSTM(nn.Module):
             if is_map:
                 pooled = features.mean(dim=(2, 3), dtype=dtype)  # (B, N)
             else:
-                pooled = features[:, num_extra_tokens:].mean(dim=1, dtype=dtype)
+                pooled = features[:, num_unpooled_tokens:].mean(dim=1, dtype=dtype)
             state = self.step(pooled, state)
         attention_map = state[0][-1].to(features.dtype)  # (B, N)
         return features * (attention_map[:, :, None, None] if is_map else attention_map[:, None, :]), state

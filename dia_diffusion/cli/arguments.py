@@ -19,7 +19,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         if unknown.startswith("-") and "unrecognized" in message:
             known = [option for action in self._actions for option in action.option_strings]
             message += f"; did you mean {difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)[0]}?"

@@ -12,6 +12,7 @@ console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
 SECONDS_BETWEEN_LINES = 20.0
+MOST_IMAGES = 100_000_000  # a count above it is one of bytes, of a download
 
 
 class RateColumn(ProgressColumn):
@@ -83,7 +84,7 @@ class Counter:
 
 
 class SharedProgress:
-    """Counts what all processes do, in fractions, on the main process's counter."""
+    """Counts what all processes do, each taken to do as much as the main one, on the main process's counter."""
 
     def __init__(self, counter: Counter, total: int, accelerator: Accelerator):
         self.counter, self.total, self.accelerator, self.done = counter, total, accelerator, 0.0
@@ -103,6 +104,14 @@ class ConsoleReporter:
     def message(self, text: str) -> None:
         console.print(text)
 
+    def reading(self, done: int, total: int) -> None:
+        if self.counter is None:
+            self.counter = Counter("reading", "bytes" if total > MOST_IMAGES else "images")
+            self.counter.bars.start()
+        self.counter(done, total)
+        if done >= total:
+            self.close()
+
     def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
         if self.counter is None:
             self.counter = Counter("training", "steps")
@@ -115,3 +124,4 @@ class ConsoleReporter:
         """Leaves the terminal as it was."""
         if self.counter is not None:
             self.counter.bars.stop()
+            self.counter = None

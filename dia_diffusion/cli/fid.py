@@ -3,19 +3,22 @@
 import argparse
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
-from dia_diffusion.cli.console import Counter, SharedProgress, console
+from dia_diffusion.cli.console import ConsoleReporter, Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import add_sampling_options, load_for_sampling
 from dia_diffusion.data import SPLITS, ImageSet, open_images
 from dia_diffusion.data.sources import ACCEPTED
+from dia_diffusion.distributed import all_agree, on_main, start_accelerator
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import evaluate
+from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images
 from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
 from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, append_record, read_records
@@ -24,7 +27,6 @@ from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.sampling.load import find_pipeline, weights_hash
 from dia_diffusion.sampling.seeds import my_share
 from dia_diffusion.training.checkpoint import step_folders
-from dia_diffusion.training.distributed import start_accelerator
 from dia_diffusion.training.run_folder import RunFolder
 
 BATCH = 256  # images of a folder measured at once
@@ -49,12 +51,12 @@ def run(arguments: Sequence[str]) -> None:
         raise InputError(f"--num is {options.num}; accepted: 2 or more")
     accelerator = start_accelerator()
     extractor = build_features(options.features, accelerator.device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewImagesWarning)  # told below the table
         records = list(_records(options, extractor, accelerator))
     if accelerator.is_main_process:
         _print(records)
-        for text in dict.fromkeys(str(w.message) for w in caught if "covariance" in str(w.message)):
+        for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
     accelerator.end_training()
 
@@ -89,18 +91,16 @@ def _of_pipelines(
         file = options.record or records_file(folder)
         known = {} if not file.is_file() else {(r.protocol_hash(), r.weights_hash): r for r in read_records(file)}
         record = known.get((distance.protocol(pipeline, folder).hash(), weights_hash(folder)))
-        if record is None:
+        # Should a process not see yet what the main one has written, all of them measure again.
+        if record is None or not all_agree(accelerator, record is not None):
             with Counter(f"measuring {folder.name}", "images") as counter:
                 record = distance.measure(pipeline, folder, SharedProgress(counter, distance.num_samples, accelerator))
-            if accelerator.is_main_process:
-                append_record(file, record)
-                _update_card(folder, file)
-        accelerator.wait_for_everyone()
+            on_main(accelerator, partial(_keep, record, folder, file))
         yield record
 
 
 def _of_images(options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator) -> EvaluationRecord:
-    images = open_images(options.source, split=options.split)
+    images = _open(options.source, accelerator, split=options.split)
     if options.num is not None:
         if options.num > len(images):
             raise InputError(f"--num {options.num}: {options.source} has {len(images)} images")
@@ -116,8 +116,8 @@ def _of_images(options: argparse.Namespace, extractor: FeatureExtractor, acceler
         batches = _batches(images, mine, progress)
         protocol = image_protocol(extractor, reference, len(images))
         record = evaluate(batches, extractor, reference.statistics, protocol, origin)
-    if options.record is not None and accelerator.is_main_process:
-        append_record(options.record, record)
+    if options.record is not None:
+        on_main(accelerator, lambda: append_record(options.record, record))
     return record
 
 
@@ -125,9 +125,15 @@ def _reference(
     options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator, size: int, channels: int
 ) -> Reference:
     """The reference's statistics, its images reduced to the size that is measured."""
-    images = open_images(options.reference, size=size, channels=channels, split=options.reference_split)
+    images = _open(options.reference, accelerator, size=size, channels=channels, split=options.reference_split)
     with accelerator.main_process_first():  # the others find its cache
         return reference_statistics(images, extractor)
+
+
+def _open(source: str, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
+    reporter = ConsoleReporter()
+    progress = reporter.reading if accelerator.is_main_process else None
+    return open_images(source, progress=progress, download_progress=progress, **kwargs)
 
 
 def _batches(images: ImageSet, indices: list[int], progress: SharedProgress) -> Iterator[torch.Tensor]:
@@ -139,12 +145,14 @@ def _batches(images: ImageSet, indices: list[int], progress: SharedProgress) -> 
 
 def records_file(folder: Path) -> Path:
     """Where a pipeline's records lie: in its run, or in the folder itself where it is in none."""
-    run = RunFolder(folder.parents[1]) if len(folder.parents) > 1 else None
-    inside = run is not None and folder.parent == run.pipelines and run.config.is_file()
-    return run.evaluations if run is not None and inside else folder / "evaluations.jsonl"
+    run = RunFolder(folder.resolve().parents[1])
+    inside = folder.resolve().parent == run.pipelines and run.config.is_file()
+    return run.evaluations if inside else folder / "evaluations.jsonl"
 
 
-def _update_card(folder: Path, file: Path) -> None:
+def _keep(record: EvaluationRecord, folder: Path, file: Path) -> None:
+    """Appends the record, and puts the pipeline's records so far into its model card."""
+    append_record(file, record)
     if not (folder / TRAINING_FILE).is_file():
         return
     own = weights_hash(folder)
@@ -165,8 +173,8 @@ def _update_card(folder: Path, file: Path) -> None:
 
 def _print(records: list[EvaluationRecord]) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds"):
-        table.add_column(name, justify="left" if name in ("source", "metric", "reference", "sampler") else "right")
+    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol"):
+        table.add_column(name, justify="right" if name in ("step", "distance", "images", "seconds") else "left")
     for record in records:
         protocol = record.protocol
         sampler = "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
@@ -180,5 +188,6 @@ def _print(records: list[EvaluationRecord]) -> None:
             reference,
             sampler,
             f"{record.seconds:.1f}",
+            record.protocol_hash()[:8],
         )
     console.print(table)

@@ -1,11 +1,11 @@
 """`dia-diffusion NAME`: finds the command, and turns every way it can end into a line and an exit code."""
 
-import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 
 from dia_diffusion import __version__
@@ -43,15 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _end(name, f"error: {error}", 2)
     except RunError as error:
-        return _end(name, f"failed: {error}", 1)
+        return _end(name, f"failed: {error}", 1, told=error.told)
     except Stopped as stopped:
         return _end(name, str(stopped), 128 + stopped.signal_number)
     except KeyboardInterrupt:
         return _end(name, "interrupted", 130)
+    except torch.OutOfMemoryError as error:
+        return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        return _end(name, f"failed: {error.strerror}: {error.filename or 'while writing'}", 1)
+        return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
     return 0
 
 
@@ -65,8 +65,10 @@ def usage() -> str:
     )
 
 
-def _end(name: str, line: str, code: int) -> int:
-    # Processes of one launch fail alike; one line a machine is enough.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _end(name: str, line: str, code: int, told: bool | None = None) -> int:
+    """Prints a command's last line: once a machine where its processes end alike, else by each that has one."""
+    if told is None:
+        told = code != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not told:
         print(f"dia-diffusion {name}: {line}", file=sys.stderr)
     return code

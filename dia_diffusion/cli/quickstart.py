@@ -5,6 +5,7 @@ way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,18 +20,21 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import records
 from dia_diffusion.data import open_images
-from dia_diffusion.errors import RunError, Stopped
+from dia_diffusion.distributed import StopSignal
+from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.evaluation.curves import draw_curves
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
 from dia_diffusion.files import whole_file
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
 LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
 SAMPLER_STEPS = 25
+CHECKPOINTS = 6
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -38,19 +42,23 @@ def run(arguments: Sequence[str]) -> None:
     parser = CommandParser("quickstart", __doc__.splitlines()[0].split(": ", 1)[1])
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="the folder to work in")
     parser.add_argument("--seed", type=int, default=0, help="of the twins")
+    parser.add_argument("--steps", type=int, default=6000, help="of each twin's training")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     runs = {unit: options.out / unit for unit in TWINS}
-    steps = {unit: read_experiment(recipe).train.max_steps for unit, recipe in TWINS.items()}
+    every = str(max(1, options.steps // CHECKPOINTS))
+    overrides = ["--seed", str(options.seed), "--train.max_steps", str(options.steps)]
+    overrides += ["--train.checkpoint_every", every, "--train.sample_every", every]
+    for recipe in TWINS.values():
+        read_experiment(recipe, overrides)  # tells here what the two would be refused for
     console.print(
         "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"
-        f"DIA-LSTM, {next(iter(steps.values())):,} steps each, side by side; then measuring both."
+        f"DIA-LSTM, {options.steps:,} steps each, side by side; then measuring both."
     )
     train = {
-        unit: ["train", "--config", recipe, "--output", str(runs[unit]), "--seed", str(options.seed)]
-        for unit, recipe in TWINS.items()
+        unit: ["train", "--config", recipe, "--output", str(runs[unit]), *overrides] for unit, recipe in TWINS.items()
     }
-    _side_by_side("training", "steps", train, runs, _trained, steps)
+    _side_by_side("training", "steps", train, runs, _trained, dict.fromkeys(TWINS, options.steps))
 
     held_out = open_images("digits", size=8, channels=1, split="test")
     num = len(held_out)
@@ -64,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
     reference = reference_statistics(held_out, extractor)
     training_images = open_images("digits", size=8, channels=1, split="train")
     floor = floor_distance(reference, training_images, extractor, count=num)
-    measured = {unit: records(str(path)) for unit, path in runs.items()}
+    measured = {unit: [r for r in records(str(path)) if _of_quickstart(r, num)] for unit, path in runs.items()}
     curve, grids = options.out / "curve.png", options.out / "samples.png"
     draw_curves([(LABELS[unit], found) for unit, found in measured.items()], curve, floor=floor)
     _draw_grids({unit: max(RunFolder(path).samples.iterdir()) for unit, path in runs.items()}, grids)
@@ -99,21 +107,33 @@ def _side_by_side(
             call = [sys.executable, "-m", "dia_diffusion", *command]
             children[unit] = subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT)
     total = sum(totals.values())
-    try:
-        with Counter(doing, unit_name) as counter:
-            counter.start_at(sum(map(count_done, runs.values())), total)
-            while any(child.poll() is None for child in children.values()):
-                time.sleep(0.5)
-                counter(min(sum(map(count_done, runs.values())), total), total)
-    except KeyboardInterrupt:
-        for child in children.values():  # they were interrupted too, and write their state
-            child.wait()
-        raise Stopped(2, "stopped; the same command goes on from there") from None
+    with StopSignal() as stop, Counter(doing, unit_name) as counter:
+        counter.start_at(sum(map(count_done, runs.values())), total)
+        while any(child.poll() is None for child in children.values()):
+            if stop.received or any(child.poll() for child in children.values()):
+                for child in children.values():
+                    child.terminate()  # training writes a checkpoint first
+            time.sleep(0.5)
+            counter(min(sum(map(count_done, runs.values())), total), total)
+    if stop.received:
+        raise Stopped(stop.received, "stopped; the same command goes on from there")
     for unit, child in children.items():
-        if child.returncode:
+        if child.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
             log_file = runs[unit] / f"{commands[unit][0]}.log"
             last = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise RunError(f"{doing} {runs[unit]} ended with code {child.returncode}: {' '.join(last)} ({log_file})")
+            line = f"{doing} {runs[unit]} ended with code {child.returncode}: {' '.join(last)} ({log_file})"
+            raise InputError(line) if child.returncode == 2 else RunError(line)
+
+
+def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
+    """Whether it was measured as the quickstart measures; a person may have measured the twins otherwise since."""
+    protocol = record.protocol
+    return (protocol.reference_split, protocol.num_samples, protocol.sampler, protocol.num_inference_steps) == (
+        "test",
+        num,
+        DEFAULT_SAMPLER,
+        SAMPLER_STEPS,
+    )
 
 
 def _trained(run_path: Path) -> int:

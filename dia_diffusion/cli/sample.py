@@ -10,11 +10,11 @@ from torch import Tensor
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import add_sampling_options, load_for_sampling
+from dia_diffusion.distributed import on_main, start_accelerator
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import find_pipeline, weights_hash
 from dia_diffusion.sampling.seeds import my_share, parse_seeds
 from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
-from dia_diffusion.training.distributed import start_accelerator
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -29,8 +29,11 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.grid is None and options.out is None:
         raise InputError("nothing to write; give --grid FILE.png, --out FOLDER or --out FILE.npz")
-    if options.grid is not None and options.grid.suffix.lower() != ".png":
+    if options.grid is not None and (options.grid.suffix.lower() != ".png" or options.grid.is_dir()):
         raise InputError(f"--grid {options.grid}: accepted is a file ending in .png")
+    for path in (options.grid, options.out):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
     seeds = parse_seeds(options.seeds)
     accelerator = start_accelerator()
     folder = find_pipeline(options.source, options.step)
@@ -41,17 +44,16 @@ def run(arguments: Sequence[str]) -> None:
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
         manifest = {"weights": weights_hash(folder), "precision": options.precision, **settings.to_dict()}
-        if accelerator.is_main_process:
-            open_folder(pngs, manifest)
-        accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = as_npz or options.grid is not None
-    # Images that a folder holds already are those that would be drawn again.
-    wanted = [seed for seed in seeds if keep or pngs is None or not png_path(pngs, seed).is_file()]
-    mine = list(my_share(wanted, accelerator.process_index, accelerator.num_processes))
+    mine = list(my_share(seeds, accelerator.process_index, accelerator.num_processes))
+    if pngs is not None and not keep:
+        # Images that the folder holds already are those that would be drawn again.
+        mine = [seed for seed in mine if not png_path(pngs, seed).is_file()]
     kept: list[Tensor] = []
     with Counter("sampling", "images") as counter:
-        progress = SharedProgress(counter, len(wanted), accelerator)
+        progress = SharedProgress(counter, len(mine) * accelerator.num_processes, accelerator)
         for batch, images in settings.generate(pipeline, mine, options.batch_size, progress):
             if pngs is not None:
                 for seed, image in zip(batch, images, strict=True):
@@ -61,11 +63,11 @@ def run(arguments: Sequence[str]) -> None:
 
     if keep:
         channels, size = pipeline.unet.in_channels, pipeline.unet.config.sample_size
-        images = _gather(kept, len(wanted), (channels, size, size), accelerator)
-        if accelerator.is_main_process and as_npz:
-            save_npz(options.out, wanted, images)
-        if accelerator.is_main_process and options.grid is not None:
-            save_grid(images, options.grid)
+        images = _gather(kept, len(seeds), (channels, size, size), accelerator)
+        if as_npz:
+            on_main(accelerator, lambda: save_npz(options.out, seeds, images))
+        if options.grid is not None:
+            on_main(accelerator, lambda: save_grid(images, options.grid))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in (options.grid, options.out):

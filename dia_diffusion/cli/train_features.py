@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
+from dia_diffusion.errors import InputError
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -14,6 +15,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
     options = parser.parse_args(arguments)
+
+    if not 0 <= options.seed < 2**63:
+        raise InputError(f"--seed is {options.seed}; accepted: 0 to 2**63 - 1")
 
     from dia_diffusion.evaluation.train_features import train_features
 

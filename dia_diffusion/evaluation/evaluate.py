@@ -34,16 +34,21 @@ def evaluate(
     statistics.reduce()
     if statistics.count != protocol.num_samples:
         raise InputError(f"{protocol.num_samples} images asked for, {origin.source} gave {statistics.count}")
-    warn_of_few(statistics.count, extractor.num_features, "samples")
-    warn_of_few(protocol.reference_count, extractor.num_features, "reference images")
+    for text in few_images(protocol, extractor.num_features):
+        warnings.warn(text, FewImagesWarning, stacklevel=2)
     return make_record(frechet_distance(statistics, reference), protocol, origin, time.monotonic() - start)
 
 
-def warn_of_few(count: int, num_features: int, what: str) -> None:
-    """Warns (UserWarning) what a covariance of no more images than features does to a distance."""
-    if count <= num_features:
-        warnings.warn(
-            f"{count} {what} for {num_features} features: their covariance is singular and the distance comes out too "
-            f"large, the more so the fewer there are; compare it only with distances of as many",
-            stacklevel=3,
-        )
+class FewImagesWarning(UserWarning):
+    """There are no more images than features."""
+
+
+def few_images(protocol: Protocol, num_features: int) -> list[str]:
+    """What covariances of no more images than features do to a distance, in words; empty where there are enough."""
+    counts = {"samples": protocol.num_samples, "reference images": protocol.reference_count}
+    return [
+        f"{count} {what} for {num_features} features: their covariance is singular and the distance comes out too "
+        f"large, the more so the fewer there are; compare it only with distances of as many"
+        for what, count in counts.items()
+        if count <= num_features
+    ]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,8 @@ def reference_statistics(
         statistics, _ = FeatureStatistics.load(path)
     except InputError:  # not there yet, or cut short
         statistics = measure(_batches(images.images, indices), extractor)
-        statistics.save(path, provenance)
+        with suppress(OSError):  # a cache that can't be written is done without
+            statistics.save(path, provenance)
     return Reference(images.name, images.split, (channels, height, width), image_hash, statistics)
 
 

@@ -95,14 +95,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, unit: nn.Module | None, state: Any, skip: Tensor | None, num_unpooled: int
+        self, x: Tensor, unit: nn.Module | None, state: Any, skip: Tensor | None, num_unpooled_tokens: int
     ) -> tuple[Tensor, Any]:
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
         features = self.norm2(x)  # (B, L, N)
         if unit is not None:
-            features, state = unit(features, state, num_unpooled)
+            features, state = unit(features, state, num_unpooled_tokens)
         return x + self.mlp(features), state
 
 
@@ -156,6 +156,11 @@ class UViT(ModelMixin, ConfigMixin):
         initialization: str = "uvit",
     ):
         super().__init__()
+        if min(hidden_size, in_channels) < 1 or mlp_ratio <= 0 or (num_classes is not None and num_classes < 1):
+            raise InputError(
+                f"hidden_size {hidden_size}, in_channels {in_channels}, mlp_ratio {mlp_ratio} and num_classes "
+                f"{num_classes}: accepted are numbers above 0"
+            )
         if num_layers < 1 or num_layers % 2 == 0:
             raise InputError(f"num_layers is {num_layers}; accepted: an odd number (in, middle and out blocks)")
         if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
@@ -197,9 +202,11 @@ class UViT(ModelMixin, ConfigMixin):
             self.output_conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
         self._initialize(initialization)
 
-        # Last and from a generator of its own, so that the backbone starts the same with and without it.
+        # Last and from a generator of its own, so that the backbone starts the same with and without it, and so does
+        # what is drawn after it.
+        unit_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed() + 1)
+            torch.manual_seed(unit_seed)
             self.unit = build_attention(attention, hidden_size, **(attention_kwargs or {}))
 
     @classmethod
@@ -276,7 +283,7 @@ class UViT(ModelMixin, ConfigMixin):
         # Sines of times up to 999 need float32 whatever the model's precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, dtype=dtype, device=x.device).expand(x.shape[0])
-        embedding = timestep_embedding(timestep, self.hidden_size).to(x.dtype)
+        embedding = timestep_embedding(timestep, self.hidden_size).to(self.pos_embed.dtype)
         return self.time_embed(embedding)[:, None]  # (B, 1, N)
 
     def _label_token(self, class_labels: Tensor | None, x: Tensor) -> Tensor:

@@ -6,15 +6,29 @@ from typing import Any
 
 import yaml
 
+from dia_diffusion.errors import InputError
 from dia_diffusion.files import write_text
 
 TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
 
 
 def read_training(folder: str | Path) -> dict[str, Any] | None:
-    """What a pipeline folder says of its training; None where it says nothing."""
+    """What a pipeline folder says of its training; None where it says nothing.
+
+    Raises:
+        InputError: the file is cut short or none of a run's.
+    """
     path = Path(folder) / TRAINING_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        training = json.loads(path.read_text(encoding="utf-8"))
+        whole = {"run", "step", "images", "weights", "recipe", "data"} <= training.keys()
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again")
+    return training
 
 
 def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = None) -> None:

@@ -1,7 +1,7 @@
 """UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class UViTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
@@ -55,12 +56,18 @@ class UViTPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as callback(pipe, step, timestep, {"latents": x_t}); a
                 returned "latents" goes on in its place.
+            callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
 
         Raises:
-            InputError: labels or guidance for an unconditional model, labels out of range, an unknown output type.
+            InputError: labels or guidance for an unconditional model, labels out of range, an unknown output type,
+                another number of generators than images.
         """
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise InputError(f"{len(generator)} generators for {batch_size} images; accepted: one, or one an image")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            raise InputError(f"a callback can be given latents, not {list(callback_on_step_end_tensor_inputs)}")
         labels = self._check_labels(class_labels, batch_size, guidance_scale)
         shape = (batch_size, self.unet.in_channels, self.unet.sample_size, self.unet.sample_size)
         device, dtype = self._execution_device, self.unet.dtype
@@ -79,7 +86,8 @@ class UViTPipeline(DiffusionPipeline):
             prediction = self._predict(model_input, timestep, labels, guidance_scale).to(sample_dtype)
             sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
             if callback_on_step_end is not None:
-                returned = callback_on_step_end(self, index, timestep, {"latents": sample})
+                tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, index, timestep, tensors)
                 sample = (returned or {}).get("latents", sample)
 
         images = (sample / 2 + 0.5).clamp(0, 1)

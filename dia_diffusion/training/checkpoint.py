@@ -74,9 +74,12 @@ def load_checkpoint(place: Path) -> Checkpoint:
     advice = f"remove {place} to go on from the checkpoint before it"
     try:
         state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        hashes = state["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"checkpoint file {place / 'state.json'} is missing or cut short; {advice}") from None
+        hashes = dict(state["sha256"])
+        whole = step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered; {advice}")
     tensors = {}
     for name in TENSOR_FILES:
         file = place / f"{name}.safetensors"

@@ -183,6 +183,14 @@ class Experiment:
         for key, rate in (("ema.decay", self.ema.decay), ("data.label_dropout", self.data.label_dropout)):
             if not 0 <= rate < 1:
                 raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")
+        if not self.output:
+            raise InputError("output is empty; accepted: the path of the run's folder")
+        if train.clip_grad_norm is not None and train.clip_grad_norm <= 0:
+            raise InputError(f"train.clip_grad_norm is {train.clip_grad_norm}; accepted: above 0, or null for none")
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            raise InputError(f"optimizer.betas are {list(optimizer.betas)}; accepted: two numbers from 0 to below 1")
+        if optimizer.weight_decay < 0:
+            raise InputError(f"optimizer.weight_decay is {optimizer.weight_decay}; accepted: 0 or more")
         if optimizer.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
         if self.data.label_dropout and self.model.num_classes is None:
@@ -201,6 +209,8 @@ def flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, down to the keys of Experiment."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
+        if not isinstance(key, str):
+            raise InputError(f"recipe key {prefix}{key!r} is not a name")
         if isinstance(value, dict) and not prefix and key in SECTIONS:
             flat.update(flatten(value, prefix=f"{key}."))
         else:
@@ -233,8 +243,11 @@ MAY_CHANGE = {
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64"."""
     before, after = flatten(old), flatten(new)
+    may_change = MAY_CHANGE
+    if before.get("optimizer.schedule") == "cosine":
+        may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if key not in MAY_CHANGE and before.get(key) != after.get(key)
+        if key not in may_change and before.get(key) != after.get(key)
     ]

@@ -1,8 +1,8 @@
 """The training loop. Every optimizer step depends on the recipe, the step's number and the weights before it alone."""
 
-import math
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +10,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet, open_images
+from dia_diffusion.data.sources import DOWNLOADS
+from dia_diffusion.distributed import StopSignal, check_trackers, micro_batch_size, on_main, start_accelerator
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.files import sha256_of_file
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -21,11 +23,11 @@ from dia_diffusion.training.checkpoint import (
     save_checkpoint,
     step_name,
 )
-from dia_diffusion.training.config import Experiment, OptimizerConfig
-from dia_diffusion.training.distributed import StopSignal, micro_batch_size, start_accelerator
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.objective import diffusion_loss, learning_rate
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
-from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model, build_pipeline, save_pipeline, save_samples
+from dia_diffusion.training.run_folder import RunFolder, refuse_changes
+from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
 
 
 class Reporter(Protocol):
@@ -34,29 +36,11 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """A line that stays."""
 
+    def reading(self, done: int, total: int) -> None:
+        """So much of the images is read, or of their download."""
+
     def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
         """A step is done; values are those of the last logged step."""
-
-
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, then constant or half a cosine down to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def diffusion_loss(
-    model: nn.Module, process: NoiseProcess, images: Tensor, draws: StepDraws, labels: Tensor | None
-) -> Tensor:
-    """Weighted mean squared error over images (B, C, H, W) in [-1, 1]; float32 whatever the model computes in."""
-    timestep = process.timestep(draws.uniform)  # (B,)
-    noisy, target = process.mix(images, draws.noise.to(images), timestep)
-    (prediction,) = model(noisy, timestep.to(images.device), labels, return_dict=False)
-    error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
-    return (error * process.loss_weight(timestep).to(error)).mean()
 
 
 class Trainer:
@@ -69,6 +53,8 @@ class Trainer:
     def __init__(self, experiment: Experiment, reporter: Reporter):
         config = experiment.train
         self.experiment, self.config, self.reporter = experiment, config, reporter
+        check_trackers(experiment.trackers)
+        check_samples(experiment)
         self.accelerator = start_accelerator(
             config.mixed_precision, log_with=experiment.trackers or None, project_dir=experiment.output
         )
@@ -78,12 +64,12 @@ class Trainer:
         self.model = build_model(experiment.model)
         self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
         self.dtype = self.model.dtype
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
+        self.images = self._open_images()
         self.folder = RunFolder(experiment.output)
-        if self.accelerator.is_main_process:
-            self.folder.lock()
+        on_main(self.accelerator, self.folder.lock)
         try:
-            self.images = self._open_images()
             self._resume()
         except BaseException:
             self.folder.unlock()
@@ -91,9 +77,18 @@ class Trainer:
 
     def _open_images(self) -> ImageSet:
         data, model = self.experiment.data, self.experiment.model
-        if self.accelerator.is_main_process:
-            self.reporter.message(f"reading {data.source}")
-        images = open_images(data.source, size=model.sample_size, channels=model.in_channels, split=data.split)
+        progress = self.reporter.reading if self.accelerator.is_main_process else None
+        # One process a machine downloads, and the others find its file.
+        first = self.accelerator.local_main_process_first() if data.source in DOWNLOADS else nullcontext()
+        with first:
+            images = open_images(
+                data.source,
+                size=model.sample_size,
+                channels=model.in_channels,
+                split=data.split,
+                progress=progress,
+                download_progress=progress,
+            )
         if model.num_classes is not None:
             if images.labels is None:
                 raise InputError(f"data.source {data.source} has no class folders, which model.num_classes needs")
@@ -109,10 +104,10 @@ class Trainer:
         experiment, config = self.experiment, self.config
         place = self.folder.newest_checkpoint()
         checkpoint = None if place is None else load_checkpoint(place)
-        if self.accelerator.is_main_process:
-            self.folder.write_config(experiment)
+        self._agree_on(place)
         self.step = 0
         if checkpoint is not None and place is not None:
+            refuse_changes(checkpoint.state["recipe"], experiment, self.folder.path)
             if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
                 raise InputError(f"data.source {experiment.data.source} has other images than {place} was trained on")
             load_weights(self.model, checkpoint.tensors["model"], place)
@@ -122,7 +117,7 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
         optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.parameters,
             lr=experiment.optimizer.learning_rate,
             betas=experiment.optimizer.betas,
             weight_decay=experiment.optimizer.weight_decay,
@@ -132,7 +127,7 @@ class Trainer:
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         decay, warmup = experiment.ema.decay, experiment.ema.warmup
         self.ema = EMAModel(
-            self.model.parameters(), decay, min_decay=0.0 if warmup else decay, update_after_step=-1, foreach=True
+            self.parameters, decay, min_decay=0.0 if warmup else decay, update_after_step=-1, foreach=True
         )
         if checkpoint is not None and place is not None:
             ema = checkpoint.tensors["ema"]
@@ -142,6 +137,15 @@ class Trainer:
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
+
+    def _agree_on(self, place: Path | None) -> None:
+        """Refuses to go on where the processes don't see the same checkpoint."""
+        seen = 0 if place is None else int(sha256_of_file(place / "state.json")[:15], 16)
+        everywhere = self.accelerator.gather(torch.tensor([seen], device=self.accelerator.device))
+        if (everywhere != seen).any():
+            raise InputError(
+                f"the processes see different checkpoints in {self.folder.path}; all machines must share it"
+            )
 
     def run(self) -> None:
         """Trains from the last checkpoint to max_steps.
@@ -158,7 +162,7 @@ class Trainer:
         self.accelerator.end_training()
 
     def _loop(self) -> None:
-        with StopSignal() as signal:
+        with StopSignal(self.accelerator) as signal:
             while self.step < self.config.max_steps:
                 loss, gradient_norm = self._optimize(self.step)
                 self.ema.step(self.parameters)
@@ -173,21 +177,21 @@ class Trainer:
                 checkpoint_due = finished or self._due(self.config.checkpoint_every)
                 if checkpoint_due or self._due(self.config.sample_every):
                     self._show(pipeline=checkpoint_due)
-                stopped = signal.agreed(self.accelerator)
+                stopped = signal.agreed()
                 if checkpoint_due or stopped:
                     self._save()
                 if stopped and not finished:
                     raise Stopped(stopped, f"stopped after step {self.step:,}; the same command goes on from there")
 
     def _start(self) -> None:
-        main, config = self.accelerator.is_main_process, self.config
-        if main:
-            self.folder.truncate_metrics(self.step)
+        config = self.config
+        on_main(self.accelerator, self._open_folder)
+        if self.accelerator.is_main_process:
             self.reporter.message(
                 f"{self.images.name}: {len(self.images):,} images; attention {self.experiment.model.attention}, "
-                f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = {self.accelerator.num_processes} "
-                f"processes x {self.micro_batch} images x {config.accumulation} accumulations on "
-                f"{self.accelerator.device}, {config.mixed_precision}"
+                f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = "
+                f"{self.accelerator.num_processes} processes x {self.micro_batch} images x {config.accumulation} "
+                f"accumulations on {self.accelerator.device}, {config.mixed_precision}"
             )
             if self.step:
                 self.reporter.message(f"going on from step {self.step:,}")
@@ -198,6 +202,10 @@ class Trainer:
         self.bad_step = torch.full((), -1, device=self.accelerator.device)
         self.clock = time.perf_counter(), self.step
 
+    def _open_folder(self) -> None:
+        self.folder.write_config(self.experiment)
+        self.folder.truncate_metrics(self.step)
+
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
@@ -205,8 +213,8 @@ class Trainer:
         """One optimizer step; this process's mean loss and the gradient norm, both still on the device."""
         shape = self.images.images.shape[1:]
         draws = draw_step(self.experiment.seed, step, self.config.batch_size, len(self.images), shape)
-        # For what the model itself draws (a unit's dropout), which no slice of a global batch can give.
-        torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
+        if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
+            torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.experiment.optimizer, step, self.config.max_steps)
 
@@ -219,8 +227,11 @@ class Trainer:
                 loss = self._micro_loss(draws.slice(start, start + self.micro_batch)) / self.config.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
-        limit = self.config.clip_grad_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        if self.config.clip_grad_norm is None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, norm
@@ -264,7 +275,8 @@ class Trainer:
             "step": self.step,
             "images": self.step * self.config.batch_size,
             "loss": mean_loss,
-            "grad_norm": float(gradient_norm),
+            # Not finite where fp16's scaler skips the step, and then no number of JSON's.
+            "grad_norm": float(gradient_norm) if gradient_norm.isfinite() else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(images / (self.clock[0] - since), 3),
         }
@@ -277,19 +289,22 @@ class Trainer:
     def _show(self, pipeline: bool) -> None:
         """Draws the grid that is due, and leaves the averaged weights as a pipeline folder."""
         self._raise_if_not_finite()
-        if self.accelerator.is_main_process:
+
+        def show() -> None:
             grid = self.folder.samples / f"{step_name(self.step)}.png"
             images = build_pipeline(self.experiment, self._averaged_weights(), self.accelerator.device)
             if self.config.sample_every and (self._due(self.config.sample_every) or pipeline):
                 save_samples(images, self.experiment, grid)
             if pipeline:
                 save_pipeline(images, self.folder.pipelines / step_name(self.step), self._origin(), grid)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, show)
 
     def _save(self) -> None:
         """Writes a checkpoint: the last act of a step, so that a step cut short is done again whole."""
         self._raise_if_not_finite()
-        if self.accelerator.is_main_process:
+
+        def save() -> None:
             scaler = self.accelerator.scaler
             checkpoint = Checkpoint(
                 tensors={
@@ -301,7 +316,8 @@ class Trainer:
             )
             place = save_checkpoint(self.folder.checkpoints, self.step, checkpoint, self.config.keep_last)
             self.reporter.message(f"step {self.step:,}: {place}")
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, save)
 
     def _averaged_weights(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema.shadow_params, strict=True))

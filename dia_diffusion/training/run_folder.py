@@ -10,7 +10,7 @@ from typing import IO, Any
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import append_json_line, write_text
+from dia_diffusion.files import append_json_line, remove_partial, write_text
 from dia_diffusion.training.checkpoint import step_folders
 from dia_diffusion.training.config import Experiment, changed_keys
 
@@ -45,14 +45,18 @@ class RunFolder:
             raise InputError(f"output {self.path} can't be written: {error.strerror}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise InputError(f"{self.path} is in use by {owner}; stop it, or choose another output") from None
+        except OSError as error:
+            raise InputError(f"output {self.path} can't be locked on this disk: {error.strerror}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         self._lock = file
+        for folder in (self.checkpoints, self.pipelines, self.samples):
+            remove_partial(folder)  # left by a run that was killed while it wrote
 
     def unlock(self) -> None:
         """Gives the folder back; does nothing where it is not held."""
@@ -61,19 +65,7 @@ class RunFolder:
             self._lock = None
 
     def write_config(self, experiment: Experiment) -> None:
-        """Writes the recipe as resolved.
-
-        Raises:
-            InputError: the folder holds a run of a recipe that differs in more than may change on resuming.
-        """
-        if self.config.is_file() and self.newest_checkpoint() is not None:
-            old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            changed = changed_keys(old, experiment.to_dict())
-            if changed:
-                raise InputError(
-                    f"{self.path} holds a run of another recipe ({'; '.join(changed)}); "
-                    "go on with its own recipe, or choose another output"
-                )
+        """Writes the recipe as resolved."""
         write_text(self.config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
 
     def truncate_metrics(self, step: int) -> None:
@@ -92,19 +84,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or "step" not in line:
+            break
+        lines.append(line)
     return lines
 
 
-def read_config(run: str | Path) -> dict[str, Any]:
-    """A run's recipe as plain values.
-
-    Raises:
-        InputError: the folder holds no run.
-    """
-    path = RunFolder(run).config
-    if not path.is_file():
-        raise InputError(f"{run} is not a run folder (it has no config.yaml)")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> None:
+    """Raises InputError where a run's recipe has changed in more than may change on resuming."""
+    changed = changed_keys(old, experiment.to_dict())
+    if changed:
+        raise InputError(
+            f"{path} holds a run of another recipe ({'; '.join(changed)}); "
+            "go on with its own recipe, or choose another output"
+        )

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.files import whole_folder, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler, check_steps
+from dia_diffusion.sampling.settings import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.training.config import Experiment, ModelConfig
 
@@ -23,25 +24,31 @@ def build_model(config: ModelConfig) -> UViT:
     return UViT(**asdict(config))
 
 
+def build_scheduler_of(experiment: Experiment) -> SchedulerMixin:
+    """The scheduler that the recipe's pipelines have: its noise process, with the default sampler's settings."""
+    return build_scheduler(DEFAULT_SAMPLER, DDPMScheduler(**experiment.noise_process().scheduler_config()))
+
+
 def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
     """A pipeline of the recipe's model with these weights."""
     model = build_model(experiment.model).eval().requires_grad_(False)
     model.load_state_dict(weights)
-    process = DDPMScheduler(**experiment.noise_process().scheduler_config())
-    pipeline = UViTPipeline(model, build_scheduler(DEFAULT_SAMPLER, process))
+    pipeline = UViTPipeline(model, build_scheduler_of(experiment))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
+def check_samples(experiment: Experiment) -> None:
+    """Raises InputError where the recipe's grids couldn't be drawn, hours before the first is due."""
+    samples = experiment.samples
+    check_steps(build_scheduler(samples.sampler, build_scheduler_of(experiment)), samples.steps)
+
+
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
     """A grid of the images of the seeds 0..count - 1; class-conditional models show their classes in turn."""
-    samples = experiment.samples
-    seeds = list(range(samples.count))
-    num_classes = experiment.model.num_classes
-    labels = None if num_classes is None else [seed % num_classes for seed in seeds]
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = build_scheduler(samples.sampler, scheduler)
-    batches = generate(pipeline, seeds, batch_size=64, num_inference_steps=samples.steps, class_labels=labels)
+    samples, scheduler = experiment.samples, pipeline.scheduler
+    settings = SamplingSettings(samples.sampler, samples.steps).use(pipeline)
+    batches = settings.generate(pipeline, range(samples.count), batch_size=64)
     save_grid(torch.cat([images for _, images in batches]), path)
     pipeline.scheduler = scheduler
 

@@ -44,7 +44,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == f"dia-diffusion {__version__}"
     for arguments in ([], ["--help"]):
         assert main(arguments) == 0
-        assert all(name in capsys.readouterr().out for name in ["usage"])
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in COMMANDS)
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "cifar10_uvit_s2_dia" in shown and "--optimizer.learning_rate" in shown
@@ -150,9 +151,19 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
         "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
         "unit": ([*config, "--model.attention", "dia"], "'dia'; accepted: none, dia-lstm"),
+        "clip": ([*config, "--train.clip_grad_norm", "-1"], "accepted: above 0"),
+        "betas": ([*config, "--optimizer.betas", "[1.5, 2]"], "optimizer.betas"),
+        "width": ([*config, "--model.hidden_size", "0"], "hidden_size 0"),
+        "no output": ([*config, "--output", ""], "output is empty"),
+        "unit's cell": ([*config, "--model.attention_kwargs.cell", "lstm"], "decides its cell itself"),
+        "unit's dropout": ([*config, "--model.attention_kwargs.dropout", "2"], "can't be built"),
+        "tracker": ([*config, "--trackers", "[paper]"], "'paper' is not installed"),
+        "grid's sampler": ([*config, "--samples.sampler", "plms"], "'plms'; accepted: ddpm"),
+        "grid's steps": ([*config, "--samples.steps", "2000"], "2000 steps"),
         "changed recipe": ([*config[:3], "--output", run, "--seed", "3"], "seed: 0 -> 3"),
         "config without value": (["train", "--config"], "--config needs"),
         "nothing to write": (["sample", run], "give --grid"),
+        "grid is a folder": (["sample", run, "--grid", folder / "empty"], "file ending in .png"),
         "unknown sampler": (["sample", run, "--sampler", "plms", "--grid", "g.png"], "'plms'; accepted: ddpm"),
         "no such pipeline": (["sample", folder / "none", "--grid", "g.png"], "does not exist"),
         "no such step": (["sample", run, "--step", "4", "--grid", "g.png"], "accepted: 3, 6"),
@@ -169,6 +180,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "steps of images": (["fid", "digits", *reference, "--every-step"], "no run folder"),
         "no evaluations": (["curves", folder], "no evaluations.jsonl"),
         "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
+        "features' seed": (["train-features", "digits", "--out", folder / "x.safetensors", "--seed", -1], "--seed is"),
         "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
     }  # fmt: skip
 
@@ -179,7 +191,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run: Path, tmp_path: Path, capsys
         error = error_of(arguments, capsys)
         assert said in error, f"{name}: {error}"
     assert sorted(str(path) for path in run.rglob("*")) == before
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_is_one_line_and_exit_code_1(

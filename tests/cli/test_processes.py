@@ -42,6 +42,12 @@ def test_two_processes_sample_and_measure_as_one(tmp_path: Path) -> None:
     assert one["seeds"].tolist() == two["seeds"].tolist() == list(range(3, 10))
     assert np.abs(one["images"].astype(int) - two["images"]).max() <= 1
 
+    # A folder that holds some of the images already is filled up, whoever made them.
+    folder = tmp_path / "images"
+    assert main(["sample", run, "--seeds", "4-6", "--steps", "4", "--out", str(folder)]) == 0
+    launch("sample/sample.py", run, "--seeds", "0-9", "--steps", "4", "--out", str(folder))
+    assert sorted(path.stem for path in folder.glob("*.png")) == [f"{seed:08d}" for seed in range(10)]
+
     record = str(tmp_path / "records.jsonl")
     fid = [run, "--reference", "digits", "--num", "81", "--steps", "3", "--record"]
     assert main(["fid", *fid, record]) == 0

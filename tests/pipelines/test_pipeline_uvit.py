@@ -124,6 +124,8 @@ def test_bfloat16_pipeline_samples() -> None:
         (3, {"class_labels": [-1, 0]}, "out of range"),
         (3, {"class_labels": [0, 1, 2]}, "3 class_labels for 2 images"),
         (3, {"guidance_scale": 2.0}, "needs class_labels"),
+        (None, {"generator": generators(0)}, "1 generators for 2 images"),
+        (None, {"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(classes: int | None, arguments: dict, named: str) -> None:

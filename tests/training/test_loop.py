@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.checkpoint import load_checkpoint
 from dia_diffusion.training.config import OptimizerConfig
-from dia_diffusion.training.distributed import micro_batch_size
-from dia_diffusion.training.loop import Trainer, learning_rate
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.objective import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
 from dia_diffusion.training.run_folder import read_metrics
 from tests.training.conftest import Recorder
@@ -184,6 +185,28 @@ def test_changed_recipes_are_refused_by_name(tiny, train, tmp_path: Path) -> Non
     assert trainer.step == 7
 
 
+def test_the_recipe_of_the_checkpoint_counts_whatever_became_of_config_yaml(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"train\.batch_size: 8 -> 4"):
+        Trainer(tiny("run", "--train.batch_size", "4"), Recorder())
+    assert not (tmp_path / "run" / "config.yaml").exists(), "what is refused changes nothing"
+
+
+def test_a_cosine_run_keeps_its_length(tiny, train) -> None:
+    train(tiny("run", "--optimizer.schedule", "cosine"))
+    with pytest.raises(InputError, match=r"train\.max_steps: 6 -> 9"):
+        Trainer(tiny("run", "--optimizer.schedule", "cosine", "--train.max_steps", "9"), Recorder())
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tiny, train, tmp_path: Path) -> None:
+    left = tmp_path / "run" / "checkpoints" / ".step-00000003.elsewhere.1.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    train(tiny("run"))
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "state", "missing"])
 def test_damaged_checkpoints_are_named(damage: str, tiny, train, tmp_path: Path) -> None:
     train(tiny("run"))
@@ -206,16 +229,22 @@ def test_damaged_checkpoints_are_named(damage: str, tiny, train, tmp_path: Path)
 def test_checkpoints_of_other_models_and_data_are_refused(tiny, train, tmp_path: Path) -> None:
     train(tiny("run"))
     train(tiny("other", "--model.hidden_size", "32"))
-    checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.rmtree(checkpoints)
-    shutil.copytree(tmp_path / "other" / "checkpoints", checkpoints)
+    own = tmp_path / "run" / "checkpoints" / "step-00000006"
+    recipe = json.loads((own / "state.json").read_text())["recipe"]
+
+    shutil.rmtree(own)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000006", own)
+    with pytest.raises(InputError, match=r"model\.hidden_size: 32 -> 16"):
+        Trainer(tiny("run"), Recorder())
+    state = json.loads((own / "state.json").read_text()) | {"recipe": recipe}
+    (own / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="of another model"):
         Trainer(tiny("run"), Recorder())
-    state = json.loads((tmp_path / "other" / "checkpoints" / "step-00000006" / "state.json").read_text())
+
     state["data"]["fingerprint"] = "0" * 64
-    (tmp_path / "other" / "checkpoints" / "step-00000006" / "state.json").write_text(json.dumps(state))
+    (own / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="other images"):
-        Trainer(tiny("other", "--model.hidden_size", "32"), Recorder())
+        Trainer(tiny("run"), Recorder())
 
 
 def test_a_pickle_is_not_loaded_as_a_checkpoint(tiny, train, tmp_path: Path) -> None:

@@ -28,8 +28,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = "", nodes: int = 1) -> Path:
-    """Trains the tiny recipe on so many connected processes; the run's folder."""
+def launch(
+    tmp_path: Path,
+    name: str,
+    processes: int,
+    *overrides: str,
+    setup: str = "",
+    nodes: int = 1,
+    refused: str | None = None,
+) -> Path:
+    """Trains the tiny recipe on so many connected processes, or sees it refused with this text; the run's folder."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
     script = tmp_path / "main.py"
@@ -42,8 +50,12 @@ def launch(tmp_path: Path, name: str, processes: int, *overrides: str, setup: st
         subprocess.Popen([*torchrun, f"--node_rank={node}", *train], env=environment, stderr=subprocess.PIPE, text=True)
         for node in range(nodes)
     ]
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * nodes, errors
+    errors = "".join(process.communicate(timeout=200)[1] for process in running)
+    if refused is not None:
+        assert all(process.returncode for process in running) and errors.count(refused) == 1, errors
+        assert "dia_diffusion/cli/main.py" not in errors, "no traceback of ours beside the launcher's own"
+    else:
+        assert [process.returncode for process in running] == [0] * nodes, errors
     return tmp_path / name
 
 
@@ -77,6 +89,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     launch(tmp_path, "part", 2, "--train.max_steps", "3", setup=setup)
     part = launch(tmp_path, "part", 1, setup=setup)
     assert losses(part) == pytest.approx(losses(whole), rel=1e-9)
+
+
+def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(tmp_path, "run", 2, "--train.max_steps", "3")
+    launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
+    launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
+    # As on machines that don't share a disk: the second process looks for the run in another place.
+    elsewhere = "import os; os.chdir(sys.argv[-1]) if os.environ['RANK'] == '1' else None; sys.argv.pop()"
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+    launch(tmp_path, "apart", 2, "--output", "apart", str(other), setup=elsewhere)
+    launch(tmp_path, "apart", 2, "--output", "apart", str(other), setup=elsewhere, refused="must share it")
 
 
 @pytest.mark.parametrize(
