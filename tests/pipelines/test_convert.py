@@ -7,7 +7,7 @@ from einops import rearrange
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.convert import convert_official, convert_to_pipeline
+from dia_diffusion.pipelines.convert import convert_official, convert_to_pipeline
 
 WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
 FULL = {"qkv_bias": True, "time_mlp": True, "label_rows": 6}

@@ -13,6 +13,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.files import whole_folder
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 
 # The published sizes; a width doesn't tell its heads otherwise.
 HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
@@ -68,9 +69,6 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
     Raises:
         InputError: as `convert_official`; the folder exists; or weights of a model of latents, not of images.
     """
-    # A pipeline is made of models, so this one function looks upwards.
-    from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-
     if Path(folder).exists():
         raise InputError(f"{folder} exists; choose another name, or remove it")
     model = convert_official(path, heads)
