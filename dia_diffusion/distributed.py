@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
 from dia_diffusion.errors import InputError, RunError
+
+T = TypeVar("T")
 
 
 def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerator:
@@ -33,7 +35,8 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     if launched != accelerator.num_processes or launched_alone:
         raise InputError(
             f"the launcher asked for {'several' if launched_alone else launched} processes and "
-            f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
+            f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
+            "N (or unset MASTER_ADDR where one process is meant)"
         )
     return accelerator
 
@@ -51,7 +54,7 @@ def _started_alone() -> bool:
 
     The address of its missing peers is the only trace; launched with one process, Accelerate sets none.
     """
-    peers = os.environ.get("MASTER_ADDR") == "127.0.0.1" and "MASTER_PORT" in os.environ
+    peers = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
     return peers and "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
 
 
@@ -60,43 +63,58 @@ def all_agree(accelerator: Accelerator, value: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([value], device=accelerator.device)).all())
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Does work on the main process while the others wait; what it raises is raised on all of them.
+def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Does work that needs no other process on each of them; what it raises on one ends it on all.
 
     Raises:
-        InputError, RunError: as the work did; an OSError becomes a RunError on the other processes.
+        InputError: where the work raised one on some process.
+        RunError: where the work raised anything else on another process.
     """
     failure: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            work()
-        except (InputError, RunError, OSError) as error:
-            failure = error
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others would wait for this process for ever
+        failure = error
     if accelerator.num_processes > 1:
-        failure = _failure_of_main(accelerator, failure)
+        failure = _failure_anywhere(accelerator, failure)
     if failure is not None:
         raise failure
+    return result
 
 
-def _failure_of_main(accelerator: Accelerator, failure: Exception | None) -> Exception | None:
-    """Tells the other processes what failed on the main one."""
+def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Does work on the main process while the others wait; what it raises is raised on all, as by `together`."""
+    together(accelerator, work if accelerator.is_main_process else lambda: None)
+
+
+def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Does work on one process of each machine, then on all: the others find what the first has downloaded."""
+    together(accelerator, work if accelerator.is_local_main_process else lambda: None)
+    return together(accelerator, work)
+
+
+def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Exception | None:
+    """This process's failure, else that of the first process that has one."""
     kind = 0 if failure is None else 1 if isinstance(failure, InputError) else 2
-    text = str(failure or "").encode()
-    header = torch.tensor([kind, len(text)], device=accelerator.device)
-    torch.distributed.broadcast(header, src=0)
-    kind, length = header.tolist()
-    if not kind:
+    kinds = accelerator.gather(torch.tensor([kind], device=accelerator.device)).tolist()
+    if not any(kinds):
         return None
-    content = torch.zeros(length, dtype=torch.uint8, device=accelerator.device)
-    if accelerator.is_main_process:
+    source = next(rank for rank, kind in enumerate(kinds) if kind)
+    text = (str(failure) or type(failure).__name__).encode()
+    length = torch.tensor([len(text)], device=accelerator.device)
+    torch.distributed.broadcast(length, src=source)
+    content = torch.zeros(int(length), dtype=torch.uint8, device=accelerator.device)
+    if accelerator.process_index == source:
         content = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(accelerator.device)
-    torch.distributed.broadcast(content, src=0)
-    text = content.cpu().numpy().tobytes()
-    if kind == 1:
-        return failure or InputError(text.decode())
-    other = RunError(text.decode())
-    other.told = True
-    return failure or other
+    torch.distributed.broadcast(content, src=source)
+    if failure is not None:
+        return failure
+    told = content.cpu().numpy().tobytes().decode()
+    if kinds[source] == 1:
+        return InputError(told)
+    elsewhere = RunError(told)
+    elsewhere.told = True
+    return elsewhere
 
 
 def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:

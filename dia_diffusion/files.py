@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @contextmanager
@@ -65,6 +68,21 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint and pipeline folder."""
+    return f"step-{step:08d}"
+
+
+def step_folders(folder: Path) -> dict[int, Path]:
+    """step -> folder, in rising order, for the finished step folders in `folder`."""
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
 
 
 def write_text(path: str | Path, text: str) -> None:

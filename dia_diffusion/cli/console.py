@@ -1,5 +1,6 @@
 """Progress on a terminal: bars with rates and time left, or a line now and then where there is no terminal."""
 
+import os
 import time
 from typing import Any
 
@@ -8,11 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
 SECONDS_BETWEEN_LINES = 20.0
-MOST_IMAGES = 100_000_000  # a count above it is one of bytes, of a download
 
 
 class RateColumn(ProgressColumn):
@@ -39,7 +39,8 @@ def progress_bars(unit: str) -> Progress:
         TextColumn("{task.fields[note]}"),
         console=console,
         speed_estimate_period=20,
-        disable=not console.is_terminal,
+        # Of the processes of a launch the first one draws.
+        disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
     )
 
 
@@ -78,10 +79,6 @@ class Counter:
                 f"{rate:.1f} {self.unit}/s, {left:.0f} s left {note}".rstrip()
             )
 
-    def message(self, text: str) -> None:
-        """A line that stays, above the bar."""
-        self.bars.console.print(text)
-
 
 class SharedProgress:
     """Counts what all processes do, each taken to do as much as the main one, on the main process's counter."""
@@ -104,9 +101,9 @@ class ConsoleReporter:
     def message(self, text: str) -> None:
         console.print(text)
 
-    def reading(self, done: int, total: int) -> None:
+    def reading(self, unit: str, done: int, total: int) -> None:
         if self.counter is None:
-            self.counter = Counter("reading", "bytes" if total > MOST_IMAGES else "images")
+            self.counter = Counter("reading", unit)
             self.counter.bars.start()
         self.counter(done, total)
         if done >= total:

@@ -13,20 +13,20 @@ from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import ConsoleReporter, Counter, SharedProgress, console
-from dia_diffusion.cli.sampling_options import add_sampling_options, load_for_sampling
+from dia_diffusion.cli.sampling_options import add_sampling_options, check_batch_size, load_for_sampling
 from dia_diffusion.data import SPLITS, ImageSet, open_images
-from dia_diffusion.data.sources import ACCEPTED
-from dia_diffusion.distributed import all_agree, on_main, start_accelerator
+from dia_diffusion.data.sources import ACCEPTED, DOWNLOADS
+from dia_diffusion.distributed import all_agree, first_on_each_machine, on_main, start_accelerator, together
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images
 from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
 from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, append_record, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
+from dia_diffusion.files import step_folders
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.sampling.load import find_pipeline, weights_hash
 from dia_diffusion.sampling.seeds import my_share
-from dia_diffusion.training.checkpoint import step_folders
 from dia_diffusion.training.run_folder import RunFolder
 
 BATCH = 256  # images of a folder measured at once
@@ -45,10 +45,13 @@ def run(arguments: Sequence[str]) -> None:
     which.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
     which.add_argument("--every-step", action="store_true", help="all of a run's pipelines, one after the other")
     add_sampling_options(parser)
-    parser.add_argument("--record", type=Path, help="the file to add records to; a run has its own evaluations.jsonl")
+    parser.add_argument(
+        "--record", type=Path, help="the file to add records to; if none, evaluations.jsonl of the run, else here"
+    )
     options = parser.parse_args(arguments)
     if options.num is not None and options.num < 2:
         raise InputError(f"--num is {options.num}; accepted: 2 or more")
+    check_batch_size(options)
     accelerator = start_accelerator()
     extractor = build_features(options.features, accelerator.device)
     with warnings.catch_warnings():
@@ -92,7 +95,8 @@ def _of_pipelines(
         known = {} if not file.is_file() else {(r.protocol_hash(), r.weights_hash): r for r in read_records(file)}
         record = known.get((distance.protocol(pipeline, folder).hash(), weights_hash(folder)))
         # Should a process not see yet what the main one has written, all of them measure again.
-        if record is None or not all_agree(accelerator, record is not None):
+        seen = all_agree(accelerator, record is not None)
+        if record is None or not seen:
             with Counter(f"measuring {folder.name}", "images") as counter:
                 record = distance.measure(pipeline, folder, SharedProgress(counter, distance.num_samples, accelerator))
             on_main(accelerator, partial(_keep, record, folder, file))
@@ -116,8 +120,10 @@ def _of_images(options: argparse.Namespace, extractor: FeatureExtractor, acceler
         batches = _batches(images, mine, progress)
         protocol = image_protocol(extractor, reference, len(images))
         record = evaluate(batches, extractor, reference.statistics, protocol, origin)
-    if options.record is not None:
-        on_main(accelerator, lambda: append_record(options.record, record))
+    file = options.record or Path("evaluations.jsonl")
+    on_main(accelerator, lambda: append_record(file, record))
+    if accelerator.is_main_process:
+        console.print(f"recorded in {file}")
     return record
 
 
@@ -132,8 +138,10 @@ def _reference(
 
 def _open(source: str, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
     reporter = ConsoleReporter()
-    progress = reporter.reading if accelerator.is_main_process else None
-    return open_images(source, progress=progress, download_progress=progress, **kwargs)
+    for unit, argument in (("images", "progress"), ("bytes", "download_progress")):
+        kwargs[argument] = partial(reporter.reading, unit) if accelerator.is_main_process else None
+    in_turn = first_on_each_machine if source in DOWNLOADS else together
+    return in_turn(accelerator, lambda: open_images(source, **kwargs))
 
 
 def _batches(images: ImageSet, indices: list[int], progress: SharedProgress) -> Iterator[torch.Tensor]:
@@ -153,7 +161,7 @@ def records_file(folder: Path) -> Path:
 def _keep(record: EvaluationRecord, folder: Path, file: Path) -> None:
     """Appends the record, and puts the pipeline's records so far into its model card."""
     append_record(file, record)
-    if not (folder / TRAINING_FILE).is_file():
+    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
         return
     own = weights_hash(folder)
     rows = [

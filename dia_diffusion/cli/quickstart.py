@@ -98,7 +98,8 @@ def _side_by_side(
     totals: dict[str, int],
 ) -> None:
     """Runs one command a twin at the same time, the cores divided between them, with a bar over their progress."""
-    threads = str(max(1, (os.cpu_count() or 2) // len(commands)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // len(commands)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     children = {}
     for unit, command in commands.items():
@@ -117,12 +118,13 @@ def _side_by_side(
             counter(min(sum(map(count_done, runs.values())), total), total)
     if stop.received:
         raise Stopped(stop.received, "stopped; the same command goes on from there")
-    for unit, child in children.items():
-        if child.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
-            log_file = runs[unit] / f"{commands[unit][0]}.log"
-            last = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            line = f"{doing} {runs[unit]} ended with code {child.returncode}: {' '.join(last)} ({log_file})"
-            raise InputError(line) if child.returncode == 2 else RunError(line)
+    failed = {unit: child.returncode for unit, child in children.items() if child.returncode}
+    # The twin that failed by itself, not the one that was stopped for it.
+    for unit, code in sorted(failed.items(), key=lambda item: item[1] in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        log_file = runs[unit] / f"{commands[unit][0]}.log"
+        last = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        line = f"{doing} {runs[unit]} ended with code {code}: {' '.join(last)} ({log_file})"
+        raise InputError(line) if code == 2 else RunError(line)
 
 
 def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
@@ -155,7 +157,7 @@ def _draw_grids(grids: dict[str, Path], path: Path) -> None:
         axes.set_title(LABELS[unit])
         axes.axis("off")
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160)
+        figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
 
 
 def _print_table(measured: dict[str, list[EvaluationRecord]], floor: float, num: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, SharedProgress, console
-from dia_diffusion.cli.sampling_options import add_sampling_options, load_for_sampling
+from dia_diffusion.cli.sampling_options import add_sampling_options, check_batch_size, load_for_sampling
 from dia_diffusion.distributed import on_main, start_accelerator
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import find_pipeline, weights_hash
@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> None:
     for path in (options.grid, options.out):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
+    check_batch_size(options)
     seeds = parse_seeds(options.seeds)
     accelerator = start_accelerator()
     folder = find_pipeline(options.source, options.step)

@@ -24,6 +24,12 @@ def add_sampling_options(parser: CommandParser) -> None:
     parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the network")
 
 
+def check_batch_size(options: argparse.Namespace) -> None:
+    """Raises InputError before anything is read or written."""
+    if options.batch_size < 1:
+        raise InputError(f"--batch-size is {options.batch_size}; accepted: 1 or more")
+
+
 def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
     """The settings that the options name."""
     try:

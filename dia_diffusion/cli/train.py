@@ -14,6 +14,8 @@ def run(arguments: Sequence[str]) -> None:
         print(help_text())
         return
     config, overrides = split_config(arguments)
+    if config is None:
+        raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
     experiment = read_experiment(config, overrides)
 
     from dia_diffusion.training.loop import Trainer

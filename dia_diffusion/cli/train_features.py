@@ -12,15 +12,18 @@ def run(arguments: Sequence[str]) -> None:
     """Trains what the arguments say."""
     parser = CommandParser("train-features", "Trains a classifier whose features a distance is measured in.")
     parser.add_argument("name", choices=("digits",), help="which features")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors", help="where the weights go")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.safetensors", help="where the weights go; NAME.safetensors if none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
     options = parser.parse_args(arguments)
 
+    out = options.out or Path(f"{options.name}.safetensors")
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed is {options.seed}; accepted: 0 to 2**63 - 1")
 
     from dia_diffusion.evaluation.train_features import train_features
 
     with Counter(f"training {options.name} features", "steps") as counter:
-        card = train_features(options.name, options.out, seed=options.seed, progress=counter)
-    console.print(f"{options.out}: test accuracy {card['test_accuracy']:.2%}")
+        card = train_features(options.name, out, seed=options.seed, progress=counter)
+    console.print(f"{out}: test accuracy {card['test_accuracy']:.2%}")

@@ -90,7 +90,9 @@ def _blocks(
             try:
                 pixels = decode(start + k)
                 if pixels.shape != shape[1:]:
-                    raise ValueError(f"{_extent(pixels.shape)} where the first has {_extent(shape[1:])}: choose a size")
+                    raise ValueError(
+                        f"{_extent(pixels.shape)} where the first has {_extent(shape[1:])}: they need one size"
+                    )
                 block[k] = pixels
             except Exception as error:  # a corrupt file can raise almost anything inside a decoder
                 failures[start + k] = reason(error)

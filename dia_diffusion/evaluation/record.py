@@ -126,7 +126,7 @@ def _parse(line: str, place: str) -> EvaluationRecord:
         fields["protocol"] = Protocol(**fields["protocol"], reference_shape=shape)
         record = EvaluationRecord(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{place}: not a whole evaluation record ({error})") from error
+        raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error
     if record.protocol_hash() != written_hash:
         raise InputError(f"{place}: the protocol was changed after it was recorded (hash {written_hash[:12]})")
     return record

@@ -39,7 +39,9 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         evaluations: rows for the table of distances: metric, distance, num_samples, reference, sampler, steps.
     """
     folder = Path(folder)
-    training = read_training(folder) or {}
+    training = read_training(folder)
+    if training is None:
+        raise InputError(f"{folder} has no {TRAINING_FILE}, which its card would be written from")
     recipe, data = training["recipe"], training["data"]
     model, unit = recipe["model"], recipe["model"]["attention"]
     described = "no attention unit" if unit == "none" else f"the shared attention unit `{unit}`"

@@ -115,7 +115,7 @@ def _infer_config(official: dict[str, Tensor], heads: int | None) -> dict[str, A
         raise InputError(f"pos_embed has {num_tokens} tokens, which leaves {num_patches} patches: not a square image")
     if heads is None and hidden_size not in HEADS_OF_WIDTH:
         widths = ", ".join(map(str, HEADS_OF_WIDTH))
-        raise InputError(f"width {hidden_size} is none of the published ({widths}): the number of heads must be given")
+        raise InputError(f"width {hidden_size} is none of the published ({widths}): give the number of heads (--heads)")
     in_blocks = {match[1] for name in official if (match := re.match(r"in_blocks\.(\d+)\.", name))}
     return {
         "sample_size": side * patch_size,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.files import sha256_of_file, step_folders
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 
@@ -34,11 +33,11 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
         if step is not None:
             raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
         return path
-    steps = {}
-    for index in (path / "pipelines").glob("step-*/model_index.json"):
-        # A folder that is still being written has another name.
-        if match := re.fullmatch(r"step-(\d+)", index.parent.name):
-            steps[int(match[1])] = index.parent
+    steps = {
+        step: folder
+        for step, folder in step_folders(path / "pipelines").items()
+        if (folder / "model_index.json").is_file()
+    }
     if not steps:
         raise InputError(
             f"{path} is neither a pipeline folder (it has no model_index.json) nor a run folder with pipelines/step-*"

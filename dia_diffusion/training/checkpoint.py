@@ -9,7 +9,6 @@ Nothing random is in it: a step's randomness is a function of the seed and the s
 """
 
 import json
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file, whole_folder, write_json
+from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 TENSOR_FILES = ("model", "ema", "optimizer")
-
-
-def step_name(step: int) -> str:
-    """The name of a step's checkpoint and pipeline folder."""
-    return f"step-{step:08d}"
-
-
-def step_folders(folder: Path) -> dict[int, Path]:
-    """step -> folder, in rising order, for the finished step folders in `folder`."""
-    found = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
 
 
 @dataclass

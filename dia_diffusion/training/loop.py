@@ -1,8 +1,9 @@
 """The training loop. Every optimizer step depends on the recipe, the step's number and the weights before it alone."""
 
+import hashlib
 import time
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +12,17 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.data.sources import DOWNLOADS
-from dia_diffusion.distributed import StopSignal, check_trackers, micro_batch_size, on_main, start_accelerator
+from dia_diffusion.distributed import (
+    StopSignal,
+    check_trackers,
+    first_on_each_machine,
+    micro_batch_size,
+    on_main,
+    start_accelerator,
+    together,
+)
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.files import step_name
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -21,13 +30,14 @@ from dia_diffusion.training.checkpoint import (
     load_weights,
     optimizer_tensors,
     save_checkpoint,
-    step_name,
 )
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.objective import diffusion_loss, learning_rate
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.run_folder import RunFolder, refuse_changes
 from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
+
+SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
 
 
 class Reporter(Protocol):
@@ -36,8 +46,8 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """A line that stays."""
 
-    def reading(self, done: int, total: int) -> None:
-        """So much of the images is read, or of their download."""
+    def reading(self, unit: str, done: int, total: int) -> None:
+        """So many of the images are read, or so many bytes of their download."""
 
     def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
         """A step is done; values are those of the last logged step."""
@@ -66,29 +76,28 @@ class Trainer:
         self.dtype = self.model.dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-        self.images = self._open_images()
+        in_turn = first_on_each_machine if experiment.data.source in DOWNLOADS else together
+        self.images = in_turn(self.accelerator, self._open_images)
         self.folder = RunFolder(experiment.output)
         on_main(self.accelerator, self.folder.lock)
         try:
-            self._resume()
+            self._check_shared()
+            self._build(together(self.accelerator, self._load))
         except BaseException:
             self.folder.unlock()
             raise
 
     def _open_images(self) -> ImageSet:
         data, model = self.experiment.data, self.experiment.model
-        progress = self.reporter.reading if self.accelerator.is_main_process else None
-        # One process a machine downloads, and the others find its file.
-        first = self.accelerator.local_main_process_first() if data.source in DOWNLOADS else nullcontext()
-        with first:
-            images = open_images(
-                data.source,
-                size=model.sample_size,
-                channels=model.in_channels,
-                split=data.split,
-                progress=progress,
-                download_progress=progress,
-            )
+        main = self.accelerator.is_main_process
+        images = open_images(
+            data.source,
+            size=model.sample_size,
+            channels=model.in_channels,
+            split=data.split,
+            progress=partial(self.reporter.reading, "images") if main else None,
+            download_progress=partial(self.reporter.reading, "bytes") if main else None,
+        )
         if model.num_classes is not None:
             if images.labels is None:
                 raise InputError(f"data.source {data.source} has no class folders, which model.num_classes needs")
@@ -99,20 +108,39 @@ class Trainer:
                 )
         return images
 
-    def _resume(self) -> None:
-        """Builds network, optimizer and average, from the newest checkpoint where there is one."""
-        experiment, config = self.experiment, self.config
-        place = self.folder.newest_checkpoint()
-        checkpoint = None if place is None else load_checkpoint(place)
-        self._agree_on(place)
-        self.step = 0
-        if checkpoint is not None and place is not None:
-            refuse_changes(checkpoint.state["recipe"], experiment, self.folder.path)
-            if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
-                raise InputError(f"data.source {experiment.data.source} has other images than {place} was trained on")
-            load_weights(self.model, checkpoint.tensors["model"], place)
-            self.step = checkpoint.state["step"]
+    def _check_shared(self) -> None:
+        """Refuses processes that see another run folder than the main one's, which would train something else."""
+        text = hashlib.sha256(self.folder.lock_text().encode()).digest()[:8]
+        own = torch.tensor([int.from_bytes(text, "big", signed=True)], device=self.accelerator.device)
+        of_main = self.accelerator.gather(own)[0]
 
+        def check() -> None:
+            deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
+            while own != of_main:
+                if time.monotonic() > deadline:
+                    raise InputError(f"output {self.folder.path} is not one folder; all machines must share it")
+                time.sleep(0.5)
+                text = hashlib.sha256(self.folder.lock_text().encode()).digest()[:8]
+                own.fill_(int.from_bytes(text, "big", signed=True))
+
+        together(self.accelerator, check)
+
+    def _load(self) -> Checkpoint | None:
+        """The newest checkpoint, its weights in the model; None where the run is new."""
+        place = self.folder.newest_checkpoint()
+        if place is None:
+            return None
+        checkpoint = load_checkpoint(place)
+        refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
+        if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
+            raise InputError(f"data.source {self.experiment.data.source} has other images than {place} was trained on")
+        load_weights(self.model, checkpoint.tensors["model"], place)
+        return checkpoint
+
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Network, optimizer and average, as the checkpoint left them."""
+        experiment, config = self.experiment, self.config
+        self.step = 0 if checkpoint is None else checkpoint.state["step"]
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
@@ -129,7 +157,7 @@ class Trainer:
         self.ema = EMAModel(
             self.parameters, decay, min_decay=0.0 if warmup else decay, update_after_step=-1, foreach=True
         )
-        if checkpoint is not None and place is not None:
+        if checkpoint is not None:
             ema = checkpoint.tensors["ema"]
             self.ema.load_state_dict(
                 {"optimization_step": self.step, "shadow_params": [ema[n].to(self.model.device) for n in self.names]}
@@ -137,15 +165,6 @@ class Trainer:
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
-
-    def _agree_on(self, place: Path | None) -> None:
-        """Refuses to go on where the processes don't see the same checkpoint."""
-        seen = 0 if place is None else int(sha256_of_file(place / "state.json")[:15], 16)
-        everywhere = self.accelerator.gather(torch.tensor([seen], device=self.accelerator.device))
-        if (everywhere != seen).any():
-            raise InputError(
-                f"the processes see different checkpoints in {self.folder.path}; all machines must share it"
-            )
 
     def run(self) -> None:
         """Trains from the last checkpoint to max_steps.
@@ -157,9 +176,12 @@ class Trainer:
         try:
             self._start()
             self._loop()
+            self.accelerator.end_training()
+        except Stopped:
+            self.accelerator.end_training()
+            raise
         finally:
             self.folder.unlock()
-        self.accelerator.end_training()
 
     def _loop(self) -> None:
         with StopSignal(self.accelerator) as signal:
@@ -259,10 +281,12 @@ class Trainer:
     def _raise_if_not_finite(self) -> None:
         bad_step = int(self.accelerator.gather(self.bad_step).max())
         if bad_step >= 0:
-            raise RunError(
+            error = RunError(
                 f"loss or gradient not finite at step {bad_step + 1:,}; the checkpoints before it are kept; try a "
                 "lower optimizer.learning_rate, a train.clip_grad_norm, or train.mixed_precision none"
             )
+            error.told = not self.accelerator.is_main_process
+            raise error
 
     def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """This step's own loss over the global batch, and the rate since the last line."""
@@ -280,8 +304,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(images / (self.clock[0] - since), 3),
         }
-        if self.accelerator.is_main_process:
-            self.folder.log_metrics(self.logged)
+        on_main(self.accelerator, lambda: self.folder.log_metrics(self.logged))
         if self.experiment.trackers:
             values = {key: value for key, value in self.logged.items() if key != "step"}
             self.accelerator.log(values, step=self.step)

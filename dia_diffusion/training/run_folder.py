@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import IO, Any
@@ -10,8 +11,7 @@ from typing import IO, Any
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import append_json_line, remove_partial, write_text
-from dia_diffusion.training.checkpoint import step_folders
+from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
 from dia_diffusion.training.config import Experiment, changed_keys
 
 
@@ -47,16 +47,23 @@ class RunFolder:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.readline().strip() or "another process"
             raise InputError(f"{self.path} is in use by {owner}; stop it, or choose another output") from None
         except OSError as error:
             raise InputError(f"output {self.path} can't be locked on this disk: {error.strerror}") from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n")
         file.flush()
         self._lock = file
         for folder in (self.checkpoints, self.pipelines, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
+
+    def lock_text(self) -> str:
+        """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
+        try:
+            return (self.path / ".lock").read_text(encoding="utf-8")
+        except OSError:
+            return ""
 
     def unlock(self) -> None:
         """Gives the folder back; does nothing where it is not held."""

@@ -193,3 +193,20 @@ def test_build_attention_names_what_exists() -> None:
         build_attention("dia-lstm", 8, activation="gelu")
     with pytest.raises(InputError, match="accepted"):
         DIALSTM(8)(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_are_the_numerical_ones(cell: str) -> None:
+    """Through three blocks, for the features and every parameter."""
+    torch.manual_seed(5)
+    unit = DIALSTM(4, reduction=2, cell=cell).double()
+    names = [name for name, _ in unit.named_parameters()]
+
+    def blocks(features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        state, named = None, dict(zip(names, parameters, strict=True))
+        for block in features:
+            recalibrated, state = torch.func.functional_call(unit, named, (block, state))
+        return recalibrated
+
+    features = torch.randn(3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(blocks, (features, *unit.parameters()))

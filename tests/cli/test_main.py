@@ -109,7 +109,9 @@ def test_sampling_goes_on_in_a_folder_and_refuses_others(
     assert "not empty" in error_of(["sample", run, "--steps", "2", "--out", tmp_path / "mine"], capsys)
 
 
-def test_fid_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fid_of_images(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The distance of the files that `sample` writes is that of the stream that `fid` measures."""
     out, record = tmp_path / "images", tmp_path / "records.jsonl"
     assert main(["sample", str(run), "--seeds", "0-79", "--steps", "3", "--out", str(out)]) == 0
@@ -117,8 +119,10 @@ def test_fid_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["fid", str(run), "--reference", "digits", "--num", "80", "--steps", "3", "--record", str(record)]) == 0
     files, stream = read_records(record)
     assert files.protocol.num_samples == 80 and files.distance == pytest.approx(stream.distance, rel=1e-3)
+    monkeypatch.chdir(tmp_path)
     assert main(["fid", str(out), "--reference", "digits", "--num", "10"]) == 0
     assert "covariance is singular" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "evaluations.jsonl")) == 1
 
 
 def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
@@ -161,6 +165,8 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "grid's sampler": ([*config, "--samples.sampler", "plms"], "'plms'; accepted: ddpm"),
         "grid's steps": ([*config, "--samples.steps", "2000"], "2000 steps"),
         "changed recipe": ([*config[:3], "--output", run, "--seed", "3"], "seed: 0 -> 3"),
+        "no config": (["train", "--output", folder / "new"], "--config is missing"),
+        "batch size": (["sample", run, "--batch-size", "0", "--out", folder / "out"], "--batch-size is 0"),
         "config without value": (["train", "--config"], "--config needs"),
         "nothing to write": (["sample", run], "give --grid"),
         "grid is a folder": (["sample", run, "--grid", folder / "empty"], "file ending in .png"),

@@ -16,7 +16,7 @@ from tests.training.test_processes import free_port
 ROOT = Path(__file__).parents[2]
 
 
-def launch(script: str, *arguments: str) -> None:
+def launch(script: str | Path, *arguments: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -55,3 +55,25 @@ def test_two_processes_sample_and_measure_as_one(tmp_path: Path) -> None:
     (one_record,), (two_record,) = read_records(record), read_records(tmp_path / "two.jsonl")
     assert one_record.protocol == two_record.protocol
     assert two_record.distance == pytest.approx(one_record.distance, rel=1e-6)
+
+
+def test_records_that_one_process_does_not_see_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines whose shared disk is slow: nobody waits for the other, all measure again."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    run = str(tmp_path / "run")
+    assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--output", run]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "fid.py"
+    script.write_text(
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.chdir('elsewhere')\n"
+        "from dia_diffusion.cli.main import main\n"
+        "sys.exit(main(['fid', *sys.argv[1:]]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    fid = [run, "--reference", "digits", "--num", "70", "--steps", "2", "--record", "records.jsonl"]
+    assert main(["fid", *fid]) == 0
+    launch(script, *fid)
+    first, second = read_records("records.jsonl")
+    assert second.distance == pytest.approx(first.distance, rel=1e-6)

@@ -94,7 +94,7 @@ def test_all_unreadable(write):
 def test_sizes_must_agree_unless_one_is_chosen(write, pixels):
     source = write({"1.png": png(pixels[0]), "2.png": png(pixels[1, :6]), "3.png": png(pixels[2])})
     assert "1 of 3 images can't be read" in (message := refusal(source))
-    assert "2.png (8 x 6 where the first has 8 x 8: choose a size)" in message
+    assert "2.png (8 x 6 where the first has 8 x 8: they need one size)" in message
     assert open_images(source, size=6).images.shape == (3, 3, 6, 6)
 
 

@@ -29,7 +29,7 @@ class Recorder:
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def reading(self, done: int, total: int) -> None:
+    def reading(self, unit: str, done: int, total: int) -> None:
         pass
 
     def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:

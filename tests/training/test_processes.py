@@ -1,11 +1,14 @@
 """Several connected processes (gloo) train the model that one trains."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +31,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def torchrun(
+    tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = "", nodes: int = 1
+) -> tuple[list[str], dict[str, str]]:
+    """The command, but for the node's rank, and the environment that train the tiny recipe on so many processes."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    script = tmp_path / "main.py"
+    script.write_text(MAIN.format(setup=setup))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // nodes}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--nnodes={nodes}"]
+    command += [str(script), "train", "--config", str(recipe), "--output", str(tmp_path / name), *overrides]
+    return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
 def launch(
     tmp_path: Path,
     name: str,
@@ -38,16 +55,11 @@ def launch(
     refused: str | None = None,
 ) -> Path:
     """Trains the tiny recipe on so many connected processes, or sees it refused with this text; the run's folder."""
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(TINY)
-    script = tmp_path / "main.py"
-    script.write_text(MAIN.format(setup=setup))
-    train = [str(script), "train", "--config", str(recipe), "--output", str(tmp_path / name), *overrides]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // nodes}"]
-    torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--nnodes={nodes}"]
+    command, environment = torchrun(tmp_path, name, processes, *overrides, setup=setup, nodes=nodes)
     running = [
-        subprocess.Popen([*torchrun, f"--node_rank={node}", *train], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command[:3], f"--node_rank={node}", *command[3:]], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for node in range(nodes)
     ]
     errors = "".join(process.communicate(timeout=200)[1] for process in running)
@@ -95,13 +107,33 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
     launch(tmp_path, "run", 2, "--train.max_steps", "3")
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
     launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
-    # As on machines that don't share a disk: the second process looks for the run in another place.
+    # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
     elsewhere = "import os; os.chdir(sys.argv[-1]) if os.environ['RANK'] == '1' else None; sys.argv.pop()"
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.chdir(tmp_path)
-    launch(tmp_path, "apart", 2, "--output", "apart", str(other), setup=elsewhere)
     launch(tmp_path, "apart", 2, "--output", "apart", str(other), setup=elsewhere, refused="must share it")
+    np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
+    launch(
+        tmp_path, "one", 2, "--data.source", "images.npy", str(other), setup=elsewhere, refused="is no file or folder"
+    )
+
+
+def test_a_signal_stops_all_processes_at_one_step(tmp_path: Path) -> None:
+    command, environment = torchrun(
+        tmp_path, "run", 2, "--train.max_steps", "100000", "--train.checkpoint_every", "90000"
+    )
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    (place,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(place.name.removeprefix("step-"))
+    assert f"stopped after step {step:,}" in errors
+    launch(tmp_path, "run", 2, "--train.max_steps", str(step + 1))
+    assert len(losses(tmp_path / "run")) == step + 1
 
 
 @pytest.mark.parametrize(
@@ -109,13 +141,27 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
     [
         ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
         ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+        [
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_machines",
+            "2",
+            "--num_processes",
+            "2",
+            "--machine_rank",
+            "0",
+            "--main_process_ip",
+            "localhost",
+            "--main_process_port",
+            "29511",
+        ],
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these launches connect their processes")
 def test_processes_that_are_not_connected_are_refused(command: list[str], tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(MAIN.format(setup=""))
-    arguments = [str(script), "train", "--data.source", "digits", "--output", str(tmp_path / "run")]
+    arguments = [str(script), "train", "--config", "digits_uvit_cpu", "--output", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *command, *arguments], capture_output=True, text=True, env=environment, timeout=200
