@@ -1,21 +1,16 @@
 """The training loop. Every optimizer step depends on the recipe, the step's number and the weights before it alone."""
 
-import hashlib
 import time
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from dia_diffusion.data import ImageSet, open_images
-from dia_diffusion.data.sources import DOWNLOADS
 from dia_diffusion.distributed import (
     StopSignal,
     check_trackers,
-    first_on_each_machine,
     micro_batch_size,
     on_main,
     start_accelerator,
@@ -32,25 +27,12 @@ from dia_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.images import open_training_images
 from dia_diffusion.training.objective import diffusion_loss, learning_rate
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
-from dia_diffusion.training.run_folder import RunFolder, refuse_changes
+from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes
 from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
-
-SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
-
-
-class Reporter(Protocol):
-    """Where a run tells a person how it goes; only the main process reports."""
-
-    def message(self, text: str) -> None:
-        """A line that stays."""
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        """So many of the images are read, or so many bytes of their download."""
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        """A step is done; values are those of the last logged step."""
 
 
 class Trainer:
@@ -76,54 +58,15 @@ class Trainer:
         self.dtype = self.model.dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-        in_turn = first_on_each_machine if experiment.data.source in DOWNLOADS else together
-        self.images = in_turn(self.accelerator, self._open_images)
+        self.images = open_training_images(experiment, self.accelerator, reporter)
         self.folder = RunFolder(experiment.output)
         on_main(self.accelerator, self.folder.lock)
         try:
-            self._check_shared()
+            check_shared(self.folder, self.accelerator)
             self._build(together(self.accelerator, self._load))
         except BaseException:
             self.folder.unlock()
             raise
-
-    def _open_images(self) -> ImageSet:
-        data, model = self.experiment.data, self.experiment.model
-        main = self.accelerator.is_main_process
-        images = open_images(
-            data.source,
-            size=model.sample_size,
-            channels=model.in_channels,
-            split=data.split,
-            progress=partial(self.reporter.reading, "images") if main else None,
-            download_progress=partial(self.reporter.reading, "bytes") if main else None,
-        )
-        if model.num_classes is not None:
-            if images.labels is None:
-                raise InputError(f"data.source {data.source} has no class folders, which model.num_classes needs")
-            if int(images.labels.max()) >= model.num_classes:
-                raise InputError(
-                    f"data.source {data.source} has {int(images.labels.max()) + 1} classes and model.num_classes is "
-                    f"{model.num_classes}; accepted: {int(images.labels.max()) + 1} or more"
-                )
-        return images
-
-    def _check_shared(self) -> None:
-        """Refuses processes that see another run folder than the main one's, which would train something else."""
-        text = hashlib.sha256(self.folder.lock_text().encode()).digest()[:8]
-        own = torch.tensor([int.from_bytes(text, "big", signed=True)], device=self.accelerator.device)
-        of_main = self.accelerator.gather(own)[0]
-
-        def check() -> None:
-            deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
-            while own != of_main:
-                if time.monotonic() > deadline:
-                    raise InputError(f"output {self.folder.path} is not one folder; all machines must share it")
-                time.sleep(0.5)
-                text = hashlib.sha256(self.folder.lock_text().encode()).digest()[:8]
-                own.fill_(int.from_bytes(text, "big", signed=True))
-
-        together(self.accelerator, check)
 
     def _load(self) -> Checkpoint | None:
         """The newest checkpoint, its weights in the model; None where the run is new."""

@@ -1,18 +1,25 @@
 """A run's folder: its paths, its lock, its recipe and its metrics."""
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import yaml
+from accelerate import Accelerator
 
+from dia_diffusion.distributed import together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
 from dia_diffusion.training.config import Experiment, changed_keys
+
+SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
 
 
 class RunFolder:
@@ -98,6 +105,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:
+    """Refuses processes that see another folder than the main one, which would train something else.
+
+    Called while the main process holds the lock. Raises InputError on all processes.
+    """
+
+    def fingerprint() -> int:
+        return int.from_bytes(hashlib.sha256(folder.lock_text().encode()).digest()[:8], "big", signed=True)
+
+    of_main = int(accelerator.gather(torch.tensor([fingerprint()], device=accelerator.device))[0])
+
+    def check() -> None:
+        deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
+        while fingerprint() != of_main:
+            if time.monotonic() > deadline:
+                raise InputError(f"output {folder.path} is not one folder; all machines must share it")
+            time.sleep(0.5)
+
+    together(accelerator, check)
 
 
 def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> None:
