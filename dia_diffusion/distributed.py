@@ -88,7 +88,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
 
 
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does work on one process of each machine, then on all: the others find what the first has downloaded."""
+    """Does work on one process of each machine, then on all: the others find what the first has put into the cache."""
     together(accelerator, work if accelerator.is_local_main_process else lambda: None)
     return together(accelerator, work)
 

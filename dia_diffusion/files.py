@@ -42,7 +42,7 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
+    temporary, replaced = _beside(path), _beside(path.with_name(f"{path.name}.replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -54,11 +54,12 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
                 _flush(file)
             _flush(temporary)
             if path.exists():
-                shutil.rmtree(path)
+                os.rename(path, replaced)  # removing it first would leave neither for as long as that takes
             os.rename(temporary, path)
             _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

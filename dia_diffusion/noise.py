@@ -21,6 +21,7 @@ LOSS_WEIGHTINGS = ("uniform", "min-snr")
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
+MIN_SNR_GAMMA = 5.0  # of Hang et al. 2023
 # At t = 0 the signal-to-noise ratio is infinite, which no table of betas can hold.
 SMALLEST_TABLE_TIME = 1e-4
 
@@ -38,13 +39,12 @@ class NoiseProcess:
         schedule: "vp-continuous" (VP-SDE, beta 0.1..20, t uniform on [0, 1]), "ddpm-linear" (Ho et al. 2020) or
             "cosine" (Nichol and Dhariwal 2021), the last two with 1,000 discrete steps.
         prediction_type: "epsilon", "sample" (x_0) or "v_prediction" (alpha epsilon - sigma x_0).
-        loss_weighting: "uniform", or "min-snr" (Hang et al. 2023, gamma 5).
+        loss_weighting: "uniform", or "min-snr" (Hang et al. 2023).
     """
 
     schedule: str = "vp-continuous"
     prediction_type: str = "epsilon"
     loss_weighting: str = "uniform"
-    min_snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
         for value, accepted in (
@@ -88,7 +88,7 @@ class NoiseProcess:
             return torch.ones_like(timestep, dtype=torch.float32)
         log_alpha_bar = self.log_alpha_bar(timestep)
         snr = 1 / torch.expm1(-log_alpha_bar)
-        clipped = snr.clamp(max=self.min_snr_gamma)
+        clipped = snr.clamp(max=MIN_SNR_GAMMA)
         # min(snr, gamma) weighs errors in x_0; the other predictions' errors are those times snr or snr + 1, which is
         # infinite at t = 0 and makes the weight 0 there.
         scale = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.prediction_type]

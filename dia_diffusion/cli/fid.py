@@ -132,8 +132,7 @@ def _reference(
 ) -> Reference:
     """The reference's statistics, its images reduced to the size that is measured."""
     images = _open(options.reference, accelerator, size=size, channels=channels, split=options.reference_split)
-    with accelerator.main_process_first():  # the others find its cache
-        return reference_statistics(images, extractor)
+    return first_on_each_machine(accelerator, lambda: reference_statistics(images, extractor))
 
 
 def _open(source: str, accelerator: Accelerator, **kwargs: Any) -> ImageSet:

@@ -31,9 +31,6 @@ def run(arguments: Sequence[str]) -> None:
         raise InputError("nothing to write; give --grid FILE.png, --out FOLDER or --out FILE.npz")
     if options.grid is not None and (options.grid.suffix.lower() != ".png" or options.grid.is_dir()):
         raise InputError(f"--grid {options.grid}: accepted is a file ending in .png")
-    for path in (options.grid, options.out):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
     check_batch_size(options)
     seeds = parse_seeds(options.seeds)
     accelerator = start_accelerator()
@@ -42,6 +39,9 @@ def run(arguments: Sequence[str]) -> None:
     as_npz = options.out is not None and options.out.suffix == ".npz"
     if as_npz and options.out.exists():
         raise InputError(f"--out {options.out} exists; choose another name, or remove it")
+    for path in (options.grid, options.out):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
         manifest = {"weights": weights_hash(folder), "precision": options.precision, **settings.to_dict()}

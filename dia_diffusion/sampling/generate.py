@@ -20,7 +20,7 @@ def generate(
     batch_size: int,
     num_inference_steps: int,
     class_labels: int | Sequence[int] | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: float = 1.0,
     progress: Callable[[float], None] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generates the images of seeds, batch by batch.
@@ -34,7 +34,7 @@ def generate(
         batch_size: images at a time.
         num_inference_steps: steps of the scheduler.
         class_labels: a class for all images, or one a seed, or None.
-        guidance_scale: of classifier-free guidance; None is none.
+        guidance_scale: of classifier-free guidance; 1 is none.
         progress: called after each network call with the number of images, in fractions, that it amounts to.
 
     Yields:
@@ -61,7 +61,7 @@ def generate(
         labels,
         progress,
         num_inference_steps=num_inference_steps,
-        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
+        guidance_scale=guidance_scale,
     )
 
 
