@@ -1,23 +1,27 @@
 """What the processes of a launch agree on: how many they are, when to stop, and what only the main one does."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dia_diffusion.errors import InputError, RunError
 
 T = TypeVar("T")
 
 
-def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerator:
+def start_accelerator(mixed_precision: str = "none", patience: timedelta | None = None, **kwargs: Any) -> Accelerator:
     """Accelerate's engine for this process.
+
+    patience: how long processes wait for each other; None: as long as their backend likes, 10 minutes for GPUs.
 
     Raises:
         InputError: the launcher asked for more processes than are connected, or fp16 without a GPU.
@@ -27,7 +31,10 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     accelerator = Accelerator(
         mixed_precision="no" if mixed_precision == "none" else mixed_precision,
         # Every parameter gets a gradient at every step, so DDP needn't look for unused ones.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            *([] if patience is None else [InitProcessGroupKwargs(timeout=patience)]),
+        ],
         **kwargs,
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -87,9 +94,20 @@ def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
     together(accelerator, work if accelerator.is_main_process else lambda: None)
 
 
+def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What work on the main process returns, on all of them; it is sent as JSON. What it raises is as by `together`."""
+    result: list[T] = []
+    on_main(accelerator, lambda: result.append(work()))
+    if accelerator.num_processes == 1:
+        return result[0]
+    told: T = json.loads(_broadcast(accelerator, json.dumps(result[0]) if result else "", source=0))
+    return told
+
+
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Does work on one process of each machine, then on all: the others find what the first has put into the cache."""
-    together(accelerator, work if accelerator.is_local_main_process else lambda: None)
+    if accelerator.num_processes > 1:
+        together(accelerator, work if accelerator.is_local_main_process else lambda: None)
     return together(accelerator, work)
 
 
@@ -100,21 +118,26 @@ def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Ex
     if not any(kinds):
         return None
     source = next(rank for rank, kind in enumerate(kinds) if kind)
-    text = (str(failure) or type(failure).__name__).encode()
-    length = torch.tensor([len(text)], device=accelerator.device)
-    torch.distributed.broadcast(length, src=source)
-    content = torch.zeros(int(length), dtype=torch.uint8, device=accelerator.device)
-    if accelerator.process_index == source:
-        content = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(accelerator.device)
-    torch.distributed.broadcast(content, src=source)
+    told = _broadcast(accelerator, str(failure) or type(failure).__name__, source)
     if failure is not None:
         return failure
-    told = content.cpu().numpy().tobytes().decode()
     if kinds[source] == 1:
         return InputError(told)
     elsewhere = RunError(told)
     elsewhere.told = True
     return elsewhere
+
+
+def _broadcast(accelerator: Accelerator, text: str, source: int) -> str:
+    """The text that process `source` gives, on all of them."""
+    encoded = bytearray(text.encode())
+    length = torch.tensor([len(encoded)], device=accelerator.device)
+    torch.distributed.broadcast(length, src=source)
+    content = torch.zeros(int(length), dtype=torch.uint8, device=accelerator.device)
+    if accelerator.process_index == source:
+        content = torch.frombuffer(encoded, dtype=torch.uint8).to(accelerator.device)
+    torch.distributed.broadcast(content, src=source)
+    return content.cpu().numpy().tobytes().decode()
 
 
 def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:

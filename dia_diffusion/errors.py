@@ -1,4 +1,11 @@
-"""How a command ends other than well, and the exit code of each."""
+"""How a command ends other than well, the exit code of each, and text that fits its one line."""
+
+
+def one_line(text: str) -> str:
+    """Text from outside, fit for a one-line message: no control characters, of a bounded length."""
+    text = " ".join(text.split())
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 300 else text[:300] + "..."
 
 
 class InputError(ValueError):

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dia_diffusion.data.decode import one_line
 from dia_diffusion.data.image_set import Labels, Pixels
 from dia_diffusion.data.numpy_pickle import PickledArray, load_arrays
 from dia_diffusion.data.undecoded import Undecoded, undecoded_array
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, one_line
 
 BYTES_LIMIT = 1 << 29
 """An archive may hold this many bytes after decompression; the real ones hold less than 190 million."""
@@ -115,7 +114,7 @@ def _parse(layout: _Layout, files: dict[str, bytes], split: str, where: str) -> 
     images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
     labels = np.concatenate([numbers for _, numbers in parts])
     names = _class_names(layout, files.get(layout.names), where)
-    return undecoded_array(where, images.transpose(0, 2, 3, 1), labels, names)
+    return undecoded_array(where, images.transpose(0, 2, 3, 1), labels, names, split)
 
 
 def _binary(data: bytes, layout: _Layout) -> tuple[Pixels, Labels]:

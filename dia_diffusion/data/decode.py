@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dia_diffusion.data.image_set import Pixels
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, one_line
 
 # Pillow reads many more formats, but each is code that a hostile file can reach.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -52,13 +52,6 @@ def to_pixels(image: Image.Image, size: int | None, channels: int) -> Pixels:
         image = image.resize((size, size), filter, box=(left, top, left + side, top + side))
     pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
-
-
-def one_line(text: str) -> str:
-    """Text from outside, fit for a one-line message: no control characters, of a bounded length."""
-    text = " ".join(text.split())
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= 300 else text[:300] + "..."
 
 
 def reason(error: Exception) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dia_diffusion.data.decode import one_line, open_image
+from dia_diffusion.data.decode import open_image
 from dia_diffusion.data.undecoded import Undecoded
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, one_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 FILE_LIMIT = 1 << 28
@@ -42,13 +42,9 @@ def files_of_folder(folder: Path) -> Undecoded:
     names = sorted(name for name in names if _is_image_name(name))
 
     def read(index: int) -> bytes:
-        path = folder / names[index]
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise ValueError("not a regular file")
-        with path.open("rb") as file:
-            return _bounded(file.read(FILE_LIMIT + 1))
+        return read_file(folder / names[index])
 
-    return _files(str(folder), names, read, [_stamp(folder / name) for name in names])
+    return _files(str(folder), names, read, [stamp_of(folder / name) for name in names])
 
 
 def files_of_zip(path: Path) -> Undecoded:
@@ -64,7 +60,7 @@ def files_of_zip(path: Path) -> Undecoded:
 
     def read(index: int) -> bytes:
         with archive.open(entries[index]) as file:
-            return _bounded(file.read(FILE_LIMIT + 1))
+            return bounded(file.read(FILE_LIMIT + 1))
 
     return _files(
         str(path), [_name(entry) for entry in entries], read, [(entry.file_size, entry.CRC) for entry in entries]
@@ -82,7 +78,8 @@ def of_split(files: Undecoded, split: str) -> Undecoded:
     while len(heads := _heads(folders, depth)) == 1:
         depth += 1
     chosen = list(range(len(folders)))
-    if "train" in heads and heads <= SPLIT_FOLDERS:
+    has_parts = "train" in heads and heads <= SPLIT_FOLDERS
+    if has_parts:
         if split not in heads:
             raise InputError(f"{files.where} has the splits {', '.join(sorted(heads))}, and not {split!r}")
         chosen = [i for i in chosen if folders[i][depth] == split]
@@ -96,6 +93,7 @@ def of_split(files: Undecoded, split: str) -> Undecoded:
         names=[files.names[i] for i in chosen],
         read=lambda index: read(chosen[index]),
         stamps=[files.stamps[i] for i in chosen],
+        split=split if has_parts else None,
     )
     if len(heads) < 2:
         return files
@@ -118,13 +116,23 @@ def _is_image_name(name: str) -> bool:
     return not hidden and name.lower().endswith(SUFFIXES)
 
 
-def _bounded(data: bytes) -> bytes:
+def read_file(path: Path) -> bytes:
+    """An image file's bytes; ValueError for more than FILE_LIMIT of them, and for what is no regular file."""
+    if not path.is_file():  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:
+        return bounded(file.read(FILE_LIMIT + 1))
+
+
+def bounded(data: bytes) -> bytes:
+    """The bytes of an image file as they are, unless there are too many (ValueError)."""
     if len(data) > FILE_LIMIT:
         raise ValueError(f"more than the {FILE_LIMIT >> 20} MiB accepted for one image")
     return data
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Two numbers that change when a file does."""
     try:
         status = path.stat()
     except OSError:

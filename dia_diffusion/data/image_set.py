@@ -19,8 +19,8 @@ class ImageSet:
 
     name: str
     """For records: "digits", "cifar10", or the last part of the path."""
-    split: str
-    """ "train" or "test"."""
+    split: str | None
+    """ "train" or "test"; None where the source has no parts."""
     images: Pixels
     """(N, C, H, W), 0..255; an array in memory or a read-only memory map."""
     labels: Labels | None

@@ -3,13 +3,14 @@
 import warnings
 from pathlib import Path
 
-from dia_diffusion.data.arrays import digits, numpy_file
+from dia_diffusion.data.arrays import digits, numpy_archive, numpy_file
 from dia_diffusion.data.cifar import FOLDERS, cifar_archive, cifar_folder
-from dia_diffusion.data.download import Download, fetch
+from dia_diffusion.data.hf_datasets import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
 from dia_diffusion.data.image_files import SUFFIXES, files_of_folder, files_of_zip, of_split
 from dia_diffusion.data.image_set import ImageSet, fingerprint
 from dia_diffusion.data.store import Progress, decode_all
 from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import cache_folder
 
@@ -27,8 +28,9 @@ DOWNLOADS = {
     ),
 }
 ACCEPTED = (
-    f"digits, {', '.join(DOWNLOADS)}, or the path of a folder of images or of class folders, of a zip of either, "
-    f"of a CIFAR archive ({', '.join(FOLDERS)}; extracted or tar.gz), or of a uint8 .npy file"
+    f"digits, {', '.join(DOWNLOADS)}, hf:NAME of a Hugging Face dataset, or the path of a folder of images or of class "
+    f"folders, of a zip of either, of a CIFAR archive ({', '.join(FOLDERS)}; extracted or tar.gz), of a uint8 .npy or "
+    ".npz file, or of a folder that a dataset's save_to_disk wrote"
 )
 MEMORY_LIMIT = 4 << 30
 
@@ -50,6 +52,7 @@ def open_images(
     size: images are cropped to the centre square and resized to size x size; None: all have one size already.
     channels: 3 for RGB, 1 for grey.
     split: "train" or "test". Digits and CIFAR have both; other sources only if their first level is train/, test/.
+        What has no parts is opened as "train".
     cache: folder for downloads and memory maps; None: `files.cache_folder()`.
     memory_limit: bytes of decoded images above which they are memory-mapped instead of kept in memory.
     progress, download_progress: called with (images done, of how many) and (bytes done, of how many).
@@ -69,6 +72,10 @@ def open_images(
         found = digits(split)
     elif name in DOWNLOADS:
         found = cifar_archive(fetch(DOWNLOADS[name], cache / "downloads", download_progress), split)
+    elif name.startswith(PREFIX):
+        found = hub_dataset(name, split, show_progress=download_progress is not None)
+        folder = Path(name.removeprefix(PREFIX).partition(":")[0])
+        name = folder.resolve().name if folder.is_dir() else name
     else:
         found = _open_path(name, split)
         name = Path(name).resolve().name
@@ -77,7 +84,8 @@ def open_images(
         images, pixels_sha256 = decode_all(
             found, size=size, channels=channels, cache=cache / "images", memory_limit=memory_limit, progress=progress
         )
-    return ImageSet(name, split, images, found.labels, found.class_names, fingerprint(pixels_sha256, found.labels))
+    own = fingerprint(pixels_sha256, found.labels)
+    return ImageSet(name, found.split, images, found.labels, found.class_names, own)
 
 
 def _open_path(source: str, split: str) -> Undecoded:
@@ -85,19 +93,30 @@ def _open_path(source: str, split: str) -> Undecoded:
     if path.is_dir():
         if (cifar := cifar_folder(path, split)) is not None:
             return cifar
+        if is_saved_dataset(path):
+            return saved_dataset(path, split)
         files = files_of_folder(path)
     else:
         start = _first_bytes(path)
         if start.startswith(b"\x93NUMPY"):
+            _refuse_parts(path, split)
             return numpy_file(path)
         if start.startswith(b"\x1f\x8b"):
             return cifar_archive(path, split)
         if not start.startswith(b"PK"):
             raise InputError(f"{source!r} is a file of another kind; accepted: {ACCEPTED}")
+        if path.suffix.lower() == ".npz":
+            _refuse_parts(path, split)
+            return numpy_archive(path)
         files = files_of_zip(path)
     if not files.names:
         raise InputError(f"{source!r} holds no image files ({' '.join(SUFFIXES)}); accepted: {ACCEPTED}")
     return of_split(files, split)
+
+
+def _refuse_parts(path: Path, split: str) -> None:
+    if split != "train":
+        raise InputError(f"{path} has no split {split!r}, it is one set of images: give the path of the others")
 
 
 def _first_bytes(path: Path) -> bytes:

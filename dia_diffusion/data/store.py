@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from dia_diffusion.data.decode import one_line, reason, to_pixels
+from dia_diffusion.data.decode import reason, to_pixels
 from dia_diffusion.data.image_set import Pixels, sha256_of_blocks, sha256_of_pixels
 from dia_diffusion.data.undecoded import Undecoded
-from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.errors import InputError, RunError, one_line
 from dia_diffusion.files import whole_file, write_json
 
 Progress = Callable[[int, int], None]

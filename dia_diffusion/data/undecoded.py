@@ -24,10 +24,16 @@ class Undecoded:
     class_names: tuple[str, ...] | None = None
     array: Pixels | None = None
     """(N, H, W, C), where the images are pixels already."""
+    split: str | None = None
+    """Which part of the source these are; None where it has no parts."""
 
 
 def undecoded_array(
-    where: str, array: Pixels, labels: Labels | None = None, class_names: tuple[str, ...] | None = None
+    where: str,
+    array: Pixels,
+    labels: Labels | None = None,
+    class_names: tuple[str, ...] | None = None,
+    split: str | None = None,
 ) -> Undecoded:
     """Images that are pixels already, (N, H, W, C): grey, grey + alpha, RGB or RGBA."""
 
@@ -36,4 +42,4 @@ def undecoded_array(
         return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
     names = [f"image {index}" for index in range(len(array))]
-    return Undecoded(where, names, read, labels=labels, class_names=class_names, array=array)
+    return Undecoded(where, names, read, labels=labels, class_names=class_names, array=array, split=split)

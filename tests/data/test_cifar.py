@@ -106,6 +106,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 def check(source: Path, num_classes: int) -> None:
     train, test = open_images(source), open_images(source, split="test")
+    assert (train.split, test.split) == ("train", "test")
     np.testing.assert_array_equal(train.images.transpose(0, 2, 3, 1), IMAGES[:10])
     np.testing.assert_array_equal(test.images.transpose(0, 2, 3, 1), IMAGES[10:])
     assert train.labels is not None and train.labels.tolist() == LABELS[num_classes][:10]

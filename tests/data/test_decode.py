@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from dia_diffusion.data import read_image
-from dia_diffusion.data.decode import one_line
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, one_line
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:

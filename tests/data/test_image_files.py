@@ -30,7 +30,7 @@ def test_images_are_sorted_by_name_and_unlabelled(write, pixels):
     np.testing.assert_array_equal(as_sets(found.images), pixels[:3])
     assert found.images.dtype == np.uint8 and len(found) == 3
     assert found.labels is None and found.class_names is None
-    assert found.name == source.name and found.split == "train"
+    assert found.name == source.name and found.split is None
 
 
 def test_folders_on_the_first_level_are_the_classes(write, pixels):
@@ -53,6 +53,7 @@ def test_train_and_test_folders_are_splits(write, pixels):
     test, train = open_images(source, split="test"), open_images(source)
     np.testing.assert_array_equal(as_sets(test.images), pixels[:2])
     np.testing.assert_array_equal(as_sets(train.images), pixels[2:5])
+    assert (train.split, test.split) == ("train", "test")
     assert train.labels is not None and train.labels.tolist() == [0, 1, 1] and train.class_names == ("cat", "dog")
 
 

@@ -3,10 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
+from dia_diffusion.sampling.writers import save_npz
 from tests.data.image_writing import png, write_folder
 
 
@@ -39,7 +41,9 @@ def test_numpy_files(tmp_path, shape):
     found = open_images(tmp_path / "x.npy", channels=channels)
     np.testing.assert_array_equal(found.images.transpose(0, 2, 3, 1), images.reshape(*shape[:3], channels))
     assert not isinstance(found.images, np.memmap) and found.images.flags.c_contiguous
-    assert found.name == "x.npy" and found.labels is None
+    assert found.name == "x.npy" and found.labels is None and found.split is None
+    with pytest.raises(InputError, match=r"x.npy has no split 'test'"):
+        open_images(tmp_path / "x.npy", split="test")
     mapped = open_images(tmp_path / "x.npy", channels=channels, memory_limit=10)
     assert isinstance(mapped.images, np.memmap) and mapped.fingerprint == found.fingerprint
     np.testing.assert_array_equal(mapped.images[[3, 1]], found.images[[3, 1]])
@@ -82,7 +86,7 @@ def test_pickled_and_broken_numpy_files_are_refused(tmp_path):
 @pytest.mark.parametrize("source", ["cifra10", "", "/nowhere/at/all", "x\0y"])
 def test_what_is_not_there_is_named_with_what_is_accepted(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="accepted: digits, cifar10, cifar100, or the path of a folder") as error:
+    with pytest.raises(InputError, match="accepted: digits, cifar10, cifar100, hf:NAME") as error:
         open_images(source)
     assert "\n" not in str(error.value) and repr(source) in str(error.value)
 
@@ -138,3 +142,52 @@ def test_subsets():
     assert len(digits.subset([])) == 0
     with pytest.raises(IndexError):
         digits.subset([1201])
+
+
+@pytest.mark.parametrize(("images", "labels"), [("images", "labels"), ("arr_0", "arr_1")])
+def test_npz_files(tmp_path, pixels, images, labels):
+    np.savez(tmp_path / "x.npz", **{images: pixels, "seeds": np.arange(6)})
+    np.save(tmp_path / "x.npy", pixels)
+    found = open_images(tmp_path / "x.npz")
+    assert found.fingerprint == open_images(tmp_path / "x.npy").fingerprint and found.labels is None
+    np.savez_compressed(tmp_path / "y.npz", **{images: pixels, labels: np.array([0, 3, 1, 1, 0, 2], dtype=np.int32)})
+    found = open_images(tmp_path / "y.npz", size=4)
+    assert found.images.shape == (6, 3, 4, 4) and found.class_names == tuple("0123")
+    assert found.labels is not None and found.labels.tolist() == [0, 3, 1, 1, 0, 2]
+
+
+def test_npz_files_that_hold_their_statistics_too(tmp_path, pixels):
+    """As ADM's reference batches."""
+    np.savez(tmp_path / "x.npz", arr_0=pixels, mu=np.zeros(4), sigma=np.eye(4))
+    np.testing.assert_array_equal(open_images(tmp_path / "x.npz").images, pixels.transpose(0, 3, 1, 2))
+
+
+def test_npz_files_that_sample_writes(tmp_path):
+    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).to(torch.uint8)
+    save_npz(tmp_path / "x.npz", [7, 3], images)
+    np.testing.assert_array_equal(open_images(tmp_path / "x.npz").images, images.flip(0).numpy())
+
+
+def test_other_npz_files_are_refused(tmp_path, pixels):
+    refused = {
+        "holds statistics": {"mu": np.zeros(4), "sigma": np.zeros((4, 4))},
+        "holds weights, bias; accepted: an .npz file with images": {"weights": pixels, "bias": pixels},
+        "holds nothing; accepted": {},
+        r"x.npz holds float32 \(6, 8, 8, 3\); accepted: uint8": {"images": pixels.astype(np.float32)},
+        r"the labels arr_1, int64 \(5,\); accepted: a class number an image": {"arr_0": pixels, "arr_1": np.arange(5)},
+        r"the labels arr_1, float64 \(6,\)": {"arr_0": pixels, "arr_1": np.zeros(6)},
+        "the class 65536 in arr_1": {"arr_0": pixels, "arr_1": np.full(6, 1 << 16)},
+        "the class 18446744073709551615 in": {"arr_0": pixels, "arr_1": np.full(6, 2**64 - 1, dtype=np.uint64)},
+        r"the labels arr_1, int64 \(6,\)": {"arr_0": pixels, "arr_1": np.full(6, -1)},
+        "can't be read as an .npz file .*allow_pickle": {"arr_0": np.array([print, None])},
+        "can't be read as an .npz file .*more than 200 times": {"arr_0": np.zeros((1000, 64, 64, 3), np.uint8)},
+    }
+    for message, arrays in refused.items():
+        np.savez_compressed(tmp_path / "x.npz", **arrays)
+        with pytest.raises(InputError, match=message) as error:
+            open_images(tmp_path / "x.npz")
+        assert "\n" not in str(error.value)
+    np.savez(tmp_path / "x.npz", arr_0=pixels)
+    (tmp_path / "x.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"can't be read as an \.npz file"):
+        open_images(tmp_path / "x.npz")

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dia_diffusion.data.decode import one_line
-from dia_diffusion.errors import RunError
+from dia_diffusion.errors import RunError, one_line
 from dia_diffusion.files import sha256_of_file, whole_file
 
 
@@ -22,9 +21,15 @@ class Download:
         return self.url.rsplit("/", 1)[-1]
 
 
-def fetch(download: Download, folder: Path, progress: Callable[[int, int], None] | None = None) -> Path:
+def fetch(
+    download: Download,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    instead: str = "instead of the name",
+) -> Path:
     """The path of the file in `folder`, downloaded unless it is there already; `progress(bytes, of how many)`.
 
+    `instead` says where a person gives the file's own path, in the message that ends a download that failed.
     Raises RunError where it can't be had, or isn't what it should be.
     """
     path = folder / download.file
@@ -47,6 +52,6 @@ def fetch(download: Download, folder: Path, progress: Callable[[int, int], None]
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise RunError(
             f"{download.url} can't be downloaded to {path} ({one_line(str(error))}): "
-            f"give the path of {download.file}, fetched by other means, instead of the name"
+            f"give the path of {download.file}, fetched by other means, {instead}"
         ) from error
     return path

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.data import open_images, sources
-from dia_diffusion.data.download import Download, fetch
+from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import RunError
 from tests.data.test_cifar import binary, write_tar
 
