@@ -14,6 +14,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from dia_diffusion.errors import InputError
+
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -35,12 +37,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def whole_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes that name when the block ends well.
 
-    A folder that is already at `path` is replaced, and only once the new one is complete.
+    A folder that is already at `path` is replaced, and only once the new one is complete. With replace False whatever
+    is there stays, as what another process puts there meanwhile, and InputError is raised.
     """
     path = Path(path)
+    if not replace:
+        refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = _beside(path), _beside(path.with_name(f"{path.name}.replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -53,13 +58,21 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
                     file.chmod(_usual_mode())
                 _flush(file)
             _flush(temporary)
-            if path.exists():
+            if not replace:
+                refuse_existing(path)
+            elif path.exists():
                 os.rename(path, replaced)  # removing it first would leave neither for as long as that takes
             os.rename(temporary, path)
             _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises InputError where anything is at `path`, be it a broken link."""
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists; choose another name, or remove it")
 
 
 def remove_partial(folder: Path) -> None:

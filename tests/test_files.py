@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, whole_file, whole_folder
 
 
@@ -34,6 +35,14 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     with whole_folder(place) as temporary:
         (temporary / "new").write_text("1")
     assert [p.name for p in place.iterdir()] == ["new"]
+
+
+def test_a_new_folder_replaces_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    with pytest.raises(InputError, match="out exists"), whole_folder(place, replace=False):
+        place.mkdir()
+        (place / "mine").write_text("1")
+    assert [p.name for p in place.iterdir()] == ["mine"] and [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_weights_are_readable_by_others(tmp_path: Path) -> None:

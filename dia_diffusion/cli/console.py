@@ -92,6 +92,19 @@ class SharedProgress:
             self.counter(min(round(self.done), self.total), self.total)
 
 
+class MeasuringProgress(SharedProgress):
+    """The same for a measurement (an evaluation's `Reporter`), which may go on where an earlier one was stopped."""
+
+    def going_on(self, done: int, total: int) -> None:
+        self.done = done
+        if self.accelerator.is_main_process:
+            console.print(f"going on after {done:,} of {total:,} images")
+            self.counter.start_at(done, total)
+
+    def computing(self, what: str, done: int = 0, total: int = 0) -> None:
+        self.counter(self.total, self.total, f"{what} {done}/{total}" if total else what)
+
+
 class ConsoleReporter:
     """A training run's progress on the terminal."""
 

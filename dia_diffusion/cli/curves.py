@@ -18,11 +18,16 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders with evaluations.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the figure; its numbers lie beside it")
     parser.add_argument("--protocol", help="the start of a protocol's hash, where runs were measured by several")
-    parser.add_argument("--floor", type=float, help="the distance that a perfect model would reach, as a line")
+    parser.add_argument(
+        "--floor",
+        metavar="FILE_or_DISTANCE",
+        help="a line for what a perfect model would reach: a number, or the file that `fid` recorded real images in",
+    )
     parser.add_argument("--title", help="above the figure")
     options = parser.parse_args(arguments)
     runs = [(label(run), records(run, options.protocol)) for run in options.runs]
-    points = draw_curves(runs, options.out, floor=options.floor, title=options.title)
+    floor = None if options.floor is None else floor_of(options.floor, runs[0][1][0])
+    points = draw_curves(runs, options.out, floor=floor, title=options.title)
     numbers = options.out.with_suffix(".json")
     write_json(numbers, points)
     console.print(f"{len(points)} points of {len(runs)} runs: {options.out}, numbers in {numbers}")
@@ -42,3 +47,23 @@ def records(run: str, protocol: str | None = None) -> list[EvaluationRecord]:
     if not found:
         raise InputError(f"{run} has no evaluations of protocol {protocol}")
     return found
+
+
+def floor_of(floor: str, record: EvaluationRecord) -> float:
+    """A number, or the distance of a file's newest record that was measured as a run's record was."""
+    try:
+        return float(floor)
+    except ValueError:
+        if not Path(floor).is_file():
+            raise InputError(f"--floor {floor} is neither a number nor a file of evaluations") from None
+    compared = ("features", "features_hash", "reference_hash", "num_samples")
+    told = ""
+    for candidate in reversed(read_records(floor)):
+        differences = candidate.protocol.differences(record.protocol)
+        different = [name for name in compared if name in differences]
+        if candidate.protocol.seeds is None and not different:
+            return candidate.distance
+        told = told or ", ".join(
+            f"{name} {differences[name][0]} there, {differences[name][1]} here" for name in different
+        )
+    raise InputError(f"--floor {floor} has no images that were measured as the runs were: {told or 'only samples'}")

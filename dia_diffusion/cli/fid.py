@@ -1,46 +1,67 @@
 """`dia-diffusion fid`: Frechet distances to reference images; also under `accelerate launch eval/fid.py`."""
 
 import argparse
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
-from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
-from dia_diffusion.cli.console import ConsoleReporter, Counter, SharedProgress, console
-from dia_diffusion.cli.sampling_options import add_sampling_options, check_batch_size, load_for_sampling
-from dia_diffusion.data import SPLITS, ImageSet, open_images
-from dia_diffusion.data.sources import ACCEPTED, DOWNLOADS
-from dia_diffusion.distributed import all_agree, first_on_each_machine, on_main, start_accelerator, together
-from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images
-from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
-from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, append_record, read_records
-from dia_diffusion.evaluation.reference import Reference, reference_statistics
+from dia_diffusion.cli.console import Counter, MeasuringProgress, console
+from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
+from dia_diffusion.cli.fid_images import open_source, reference_of
+from dia_diffusion.cli.fid_records import (
+    check_record_file,
+    keep,
+    known_record,
+    print_records,
+    update_card,
+)
+from dia_diffusion.cli.sampling_options import SAMPLING, add_sampling_options, check_batch_size, load_for_sampling
+from dia_diffusion.data import SPLITS
+from dia_diffusion.data.sources import ACCEPTED
+from dia_diffusion.distributed import all_agree, first_on_each_machine, on_main, start_accelerator
+from dia_diffusion.errors import InputError, Stopped
+from dia_diffusion.evaluation.evaluate import (
+    FewImagesWarning,
+    evaluate,
+    few_images,
+    work_folder,
+)
+from dia_diffusion.evaluation.feature_file import FINISHED
+from dia_diffusion.evaluation.feature_pass import batches_of, widths_of
+from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.metrics import KID_SUBSET_SIZE, METRICS, Extras
+from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol, pipeline_origin
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 from dia_diffusion.files import step_folders
-from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
-from dia_diffusion.sampling.load import find_pipeline, weights_hash
-from dia_diffusion.sampling.seeds import my_share
+from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
+from dia_diffusion.sampling.load import find_pipeline
 from dia_diffusion.training.run_folder import RunFolder
 
-BATCH = 256  # images of a folder measured at once
+DEFAULT_COUNT = 1000  # images of a pipeline
+PATIENCE = timedelta(days=1)  # one process computes the metrics, which can take an hour, while the others wait
 
 
 def run(arguments: Sequence[str]) -> None:
     """Measures what the arguments say."""
     parser = CommandParser("fid", "Measures the Frechet distance of images to reference images.")
     parser.add_argument("source", metavar="SOURCE", help="a pipeline, a run, or images: a folder, a zip, digits, ...")
-    parser.add_argument("--reference", required=True, metavar="DATA", help=ACCEPTED)
-    parser.add_argument("--reference-split", default="train", choices=SPLITS, help="the part of the reference")
-    parser.add_argument("--split", default="train", choices=SPLITS, help="of SOURCE, where it is a dataset with parts")
-    parser.add_argument("--num", type=int, help="images to measure; 1000 of a pipeline, all of a folder if none")
-    parser.add_argument("--features", default="digits", help=f"one of {', '.join(FEATURES)}")
+    parser.add_argument("--reference", required=True, metavar="DATA", help=f"{ACCEPTED}; or a file of statistics")
+    parser.add_argument("--reference-split", choices=SPLITS, help="of the reference's images; train if none")
+    parser.add_argument("--split", choices=SPLITS, help="of SOURCE, where it is images that have parts; train if none")
+    parser.add_argument("--size", type=int, help="crop and resize images to this size; a pipeline's have their own")
+    parser.add_argument("--channels", type=int, default=3, help="of images: 3, or 1 to measure them in grey")
+    parser.add_argument("--num", type=int, help=f"images to measure; if none {DEFAULT_COUNT}, of a folder all")
+    add_feature_options(parser)
+    parser.add_argument("--metrics", default="fid", help=f"of {', '.join(METRICS)}; the distance is always there")
+    parser.add_argument("--kid-subset-size", type=int, default=KID_SUBSET_SIZE, help="images a subset of KID")
+    parser.add_argument("--bootstrap", type=int, default=0, help="resamples for the distance's 95 %% interval; 0: none")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
     which.add_argument("--every-step", action="store_true", help="all of a run's pipelines, one after the other")
@@ -52,13 +73,21 @@ def run(arguments: Sequence[str]) -> None:
     if options.num is not None and options.num < 2:
         raise InputError(f"--num is {options.num}; accepted: 2 or more")
     check_batch_size(options)
-    accelerator = start_accelerator()
-    extractor = build_features(options.features, accelerator.device)
+    _refuse_ignored(options, parser)
+    if options.record is not None:
+        check_record_file(options.record)
+    extras = _extras(options)
+    accelerator = start_accelerator(patience=PATIENCE)
+    extractor = first_on_each_machine(
+        accelerator, lambda: load_features(options, options.reference, accelerator.device)
+    )
+    widths_of(extractor, extras.logits)  # raises for features without the logits that are asked for
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FewImagesWarning)  # told below the table
         records = list(_records(options, extractor, accelerator))
     if accelerator.is_main_process:
-        _print(records)
+        print_records(records, extras)
+        tell_unreleased(options, extractor)
         for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
     accelerator.end_training()
@@ -68,7 +97,7 @@ def _records(
     options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator
 ) -> Iterator[EvaluationRecord]:
     source = Path(options.source)
-    if (source / "pipelines").is_dir() or (source / "model_index.json").is_file() or (source / "config.yaml").is_file():
+    if _is_drawn(source):
         if options.every_step:
             folders = list(step_folders(RunFolder(source).pipelines).values()) or [find_pipeline(source)]
         else:
@@ -80,121 +109,105 @@ def _records(
     yield _of_images(options, extractor, accelerator)
 
 
+def _is_drawn(source: Path) -> bool:
+    """Whether it is a pipeline or a run, and no images."""
+    return (
+        (source / "pipelines").is_dir() or (source / "model_index.json").is_file() or (source / "config.yaml").is_file()
+    )
+
+
+def _refuse_ignored(options: argparse.Namespace, parser: CommandParser) -> None:
+    """Raises InputError for an option that says nothing of this kind of source."""
+    drawn = _is_drawn(Path(options.source))
+    why = "draws images of its own" if drawn else "is no pipeline and no run"
+    for name in ("size", "channels", "split") if drawn else SAMPLING:
+        if (value := getattr(options, name)) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} {value}: {options.source} {why}; leave it out")
+
+
 def _of_pipelines(
     folders: list[Path], options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator
 ) -> Iterator[EvaluationRecord]:
     """One record a pipeline; what is on record already is not measured again."""
+    extras, count = _extras(options), options.num or DEFAULT_COUNT
+    extras.check_samples(count)
     pipeline, settings = load_for_sampling(folders[0], options, accelerator.device)
-    size, channels = pipeline.unet.config.sample_size, pipeline.unet.in_channels
-    reference = _reference(options, extractor, accelerator, size, channels)
-    distance = PipelineDistance(extractor, reference, settings, options.num or 1000, options.batch_size, accelerator)
+    channels, height, size = pipeline.image_shape
+    if height != size:
+        raise InputError(f"{folders[0]} draws images of {height}x{size}; accepted: square ones")
+    reference, features = reference_of(options, extractor, accelerator, size, channels, extras)
+    distance = PipelineDistance(
+        extractor, reference, settings, count, options.batch_size, accelerator, extras, features
+    )
     for index, folder in enumerate(folders):
         if index:
             pipeline, _ = load_for_sampling(folder, options, accelerator.device)
         file = options.record or records_file(folder)
-        known = {} if not file.is_file() else {(r.protocol_hash(), r.weights_hash): r for r in read_records(file)}
-        record = known.get((distance.protocol(pipeline, folder).hash(), weights_hash(folder)))
-        # Should a process not see yet what the main one has written, all of them measure again.
-        seen = all_agree(accelerator, record is not None)
-        if record is None or not seen:
-            with Counter(f"measuring {folder.name}", "images") as counter:
-                record = distance.measure(pipeline, folder, SharedProgress(counter, distance.num_samples, accelerator))
-            on_main(accelerator, partial(_keep, record, folder, file))
+        protocol, origin = distance.protocol(pipeline, folder), pipeline_origin(folder)
+        record = _seen_by_all(accelerator, known_record(file, protocol, origin, extras))
+        if record is None:
+            work = work_folder(file, protocol, origin, extras)
+            with Counter(f"measuring {folder.name}", "images") as counter, _going_on(work):
+                progress = MeasuringProgress(counter, count, accelerator)
+                record = distance.measure(pipeline, folder, progress, file, progress)
+            on_main(accelerator, partial(keep, record, file, extras))
+            on_main(accelerator, partial(update_card, folder, file))
         yield record
 
 
 def _of_images(options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator) -> EvaluationRecord:
-    images = _open(options.source, accelerator, split=options.split)
-    if options.num is not None:
-        if options.num > len(images):
-            raise InputError(f"--num {options.num}: {options.source} has {len(images)} images")
-        images = images.subset(range(options.num))
-    height, width = images.images.shape[2:]
-    if height != width:
-        raise InputError(f"{options.source} has images of {height}x{width}; accepted: square ones")
-    reference = _reference(options, extractor, accelerator, height, 3)
-    mine = list(my_share(range(len(images)), accelerator.process_index, accelerator.num_processes))
-    origin = Origin(source=images.name, weights_hash=images.fingerprint)
-    with Counter(f"measuring {images.name}", "images") as counter:
-        progress = SharedProgress(counter, len(images), accelerator)
-        batches = _batches(images, mine, progress)
-        protocol = image_protocol(extractor, reference, len(images))
-        record = evaluate(batches, extractor, reference.statistics, protocol, origin)
-    file = options.record or Path("evaluations.jsonl")
-    on_main(accelerator, lambda: append_record(file, record))
+    extras = _extras(options)
+    images = open_source(options, accelerator)
+    if len(images) < 2:
+        raise InputError(f"{options.source} has {len(images)} image; a distance takes 2 or more")
+    extras.check_samples(len(images))
+    reference, features = reference_of(
+        options, extractor, accelerator, images.images.shape[2], options.channels, extras
+    )
+    protocol = image_protocol(extractor, reference, len(images))
+    origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
+    file = options.record or Path(EVALUATIONS)
+    known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras))
+    if known is not None:
+        return known
+    work = work_folder(file, protocol, origin, extras)
+    with Counter(f"measuring {images.name}", "images") as counter, _going_on(work):
+        progress = MeasuringProgress(counter, len(images), accelerator)
+        record = evaluate(
+            batches_of(images, progress),
+            extractor,
+            reference.statistics,
+            protocol,
+            origin,
+            accelerator,
+            extras=extras,
+            reference_features=features,
+            work=work,
+            reporter=progress,
+        )
+    on_main(accelerator, partial(keep, record, file, extras))
     if accelerator.is_main_process:
         console.print(f"recorded in {file}")
     return record
 
 
-def _reference(
-    options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator, size: int, channels: int
-) -> Reference:
-    """The reference's statistics, its images reduced to the size that is measured."""
-    images = _open(options.reference, accelerator, size=size, channels=channels, split=options.reference_split)
-    return first_on_each_machine(accelerator, lambda: reference_statistics(images, extractor))
+def _seen_by_all(accelerator: Accelerator, record: EvaluationRecord | None) -> EvaluationRecord | None:
+    """The record, unless a process doesn't see it yet: then all of them measure again."""
+    return record if all_agree(accelerator, record is not None) else None
 
 
-def _open(source: str, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
-    reporter = ConsoleReporter()
-    for unit, argument in (("images", "progress"), ("bytes", "download_progress")):
-        kwargs[argument] = partial(reporter.reading, unit) if accelerator.is_main_process else None
-    in_turn = first_on_each_machine if source in DOWNLOADS else together
-    return in_turn(accelerator, lambda: open_images(source, **kwargs))
+def _extras(options: argparse.Namespace) -> Extras:
+    metrics = tuple(name.strip() for name in options.metrics.split(","))
+    return Extras(metrics, options.kid_subset_size, options.bootstrap)
 
 
-def _batches(images: ImageSet, indices: list[int], progress: SharedProgress) -> Iterator[torch.Tensor]:
-    for start in range(0, len(indices), BATCH):
-        batch = images.images[indices[start : start + BATCH]]
-        yield torch.from_numpy(batch)
-        progress(len(batch))
-
-
-def records_file(folder: Path) -> Path:
-    """Where a pipeline's records lie: in its run, or in the folder itself where it is in none."""
-    run = RunFolder(folder.resolve().parents[1])
-    inside = folder.resolve().parent == run.pipelines and run.config.is_file()
-    return run.evaluations if inside else folder / "evaluations.jsonl"
-
-
-def _keep(record: EvaluationRecord, folder: Path, file: Path) -> None:
-    """Appends the record, and puts the pipeline's records so far into its model card."""
-    append_record(file, record)
-    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
-        return
-    own = weights_hash(folder)
-    rows = [
-        {
-            "metric": record.metric,
-            "distance": record.distance,
-            "num_samples": record.protocol.num_samples,
-            "reference": f"{record.protocol.reference} ({record.protocol.reference_split})",
-            "sampler": record.protocol.sampler,
-            "steps": record.protocol.num_inference_steps,
-        }
-        for record in read_records(file)
-        if record.weights_hash == own
-    ]
-    write_card(folder, rows)
-
-
-def _print(records: list[EvaluationRecord]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol"):
-        table.add_column(name, justify="right" if name in ("step", "distance", "images", "seconds") else "left")
-    for record in records:
-        protocol = record.protocol
-        sampler = "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
-        reference = f"{protocol.reference} {protocol.reference_split}, {protocol.reference_count:,}"
-        table.add_row(
-            record.source,
-            "" if record.step is None else f"{record.step:,}",
-            record.metric,
-            f"{record.distance:.3f}",
-            f"{protocol.num_samples:,}",
-            reference,
-            sampler,
-            f"{record.seconds:.1f}",
-            record.protocol_hash()[:8],
-        )
-    console.print(table)
+@contextmanager
+def _going_on(work: Path) -> Iterator[None]:
+    """Makes Ctrl-C say what is kept in the work folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = "stopped before the first chunk of images was finished; nothing is kept"
+        if (work / FINISHED).is_file():
+            text = f"stopped; the same command goes on after the last finished chunk of images, kept in {work.parent}"
+        raise Stopped(signal.SIGINT, text) from None

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from dia_diffusion import __version__
-from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.errors import InputError, RunError, Stopped, one_line
 
 # name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
 COMMANDS = {
@@ -17,8 +17,12 @@ COMMANDS = {
     "train": "train a recipe, or go on with a run",
     "sample": "draw images from a pipeline or run",
     "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
+    "stats": "make, show and compare files of the mean and covariance of images' features",
     "curves": "draw distance against images seen for several runs",
     "convert": "turn official U-ViT weights into a pipeline folder",
+    "export": "copy a pipeline for others, with the code that loads it by diffusers alone if asked",
+    "push": "send a pipeline folder to the Hugging Face Hub, after showing what will be sent",
+    "distortions": "measure real images spoilt in known ways, to learn what a distance means",
     "train-features": "train the classifier whose features a distance is measured in",
 }
 
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(name, "interrupted", 130)
     except torch.OutOfMemoryError as error:
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
+    except MemoryError as error:
+        return _end(name, f"failed: {one_line(str(error)) or 'not enough memory'}", 1)
     except OSError as error:
         return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
     return 0

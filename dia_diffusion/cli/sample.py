@@ -12,7 +12,8 @@ from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import add_sampling_options, check_batch_size, load_for_sampling
 from dia_diffusion.distributed import on_main, start_accelerator
 from dia_diffusion.errors import InputError
-from dia_diffusion.sampling.load import find_pipeline, weights_hash
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.sampling.load import find_pipeline
 from dia_diffusion.sampling.seeds import my_share, parse_seeds
 from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
 
@@ -44,7 +45,8 @@ def run(arguments: Sequence[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
-        manifest = {"weights": weights_hash(folder), "precision": options.precision, **settings.to_dict()}
+        model = {"weights": weights_hash(folder), "model": model_hash(folder)}
+        manifest = {**model, "precision": options.precision, **settings.to_dict(pipeline)}
         on_main(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = as_npz or options.grid is not None
@@ -63,12 +65,11 @@ def run(arguments: Sequence[str]) -> None:
                 kept.append(images)
 
     if keep:
-        channels, size = pipeline.unet.in_channels, pipeline.unet.config.sample_size
-        images = _gather(kept, len(seeds), (channels, size, size), accelerator)
+        images = _gather(kept, len(seeds), pipeline.image_shape, accelerator)
         if as_npz:
             on_main(accelerator, lambda: save_npz(options.out, seeds, images))
         if options.grid is not None:
-            on_main(accelerator, lambda: save_grid(images, options.grid))
+            on_main(accelerator, lambda: save_grid(images, options.grid, settings.grid_columns(seeds)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in (options.grid, options.out):

@@ -7,16 +7,22 @@ import torch
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.errors import InputError
+from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, SAMPLERS
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, SAMPLERS
 from dia_diffusion.sampling.settings import SamplingSettings
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+SAMPLING = ("sampler", "steps", "batch_size", "classes", "guidance_scale", "precision")
+"""What `add_sampling_options` adds, by the names that they have once parsed."""
+
 
 def add_sampling_options(parser: CommandParser) -> None:
     """--sampler, --steps, --batch-size, --classes, --guidance-scale, --precision."""
-    parser.add_argument("--sampler", default=DEFAULT_SAMPLER, help=f"one of {', '.join(SAMPLERS)}")
+    samplers = f"one of {', '.join(SAMPLERS)}; or {OWN_SAMPLER}, the pipeline's scheduler unchanged"
+    parser.add_argument("--sampler", default=DEFAULT_SAMPLER, help=samplers)
     parser.add_argument("--steps", type=int, default=50, help="sampler steps")
     parser.add_argument("--batch-size", type=int, default=64, help="images a process samples at once")
     parser.add_argument("--classes", help="such as 3 or 0,1,2, in turn by seed; all classes of a model if none")
@@ -39,7 +45,16 @@ def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
     return SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
 
 
-def load_for_sampling(folder: Path, options: argparse.Namespace, device: torch.device) -> tuple:
+def load_for_sampling(
+    folder: Path, options: argparse.Namespace, device: torch.device
+) -> tuple[ImagePipeline, SamplingSettings]:
     """The pipeline of a folder on the device with the options' sampler in use, and the settings that apply to it."""
-    pipeline = load_pipeline(folder, device, PRECISIONS[options.precision])
-    return pipeline, sampling_settings(options).use(pipeline)
+    pipeline = adapt_pipeline(load_pipeline(folder, device, PRECISIONS[options.precision]))
+    settings = sampling_settings(options).use(pipeline)
+    training = read_training(folder)
+    if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
+        raise InputError(
+            f"--guidance-scale {settings.guidance_scale} needs a null label that is trained, and {folder} was trained "
+            "with data.label_dropout 0; accepted: 1"
+        )
+    return pipeline, settings

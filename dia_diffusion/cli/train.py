@@ -34,7 +34,7 @@ def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     for argument in remaining:
         name, has_value, value = argument.partition("=")
         if name != "--config":
-            overrides.append(argument)
+            overrides.append(argument.replace("--init-from", "--init_from") if name == "--init-from" else argument)
             continue
         config = value if has_value else next(remaining, None)
         if config is None:
@@ -47,7 +47,7 @@ def help_text() -> str:
     names = ", ".join(sorted(path.stem for path in recipes_folder().glob("*.yaml")))
     keys = recipe_parser().format_help().split("options:")[-1]
     return (
-        "usage: dia-diffusion train --config RECIPE [--KEY VALUE ...]\n"
+        "usage: dia-diffusion train --config RECIPE [--init-from PIPELINE_OR_RUN] [--KEY VALUE ...]\n"
         "       accelerate launch train/train.py --config RECIPE [--KEY VALUE ...]\n\n"
         "Trains a recipe into the folder `output`; the same command goes on with a run that was stopped.\n"
         f"RECIPE is a YAML file or one of: {names}\n\nkeys:{keys}"

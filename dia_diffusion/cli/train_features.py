@@ -11,7 +11,13 @@ from dia_diffusion.errors import InputError
 def run(arguments: Sequence[str]) -> None:
     """Trains what the arguments say."""
     parser = CommandParser("train-features", "Trains a classifier whose features a distance is measured in.")
-    parser.add_argument("name", choices=("digits",), help="which features")
+    parser.add_argument("name", choices=("digits", "cifar10"), help="which features")
+    parser.add_argument(
+        "--data", metavar="DATA", help="images in ten classes; if none, those the features are named for"
+    )
+    parser.add_argument(
+        "--test-data", metavar="DATA", help="other images to test on, all of them; if none, the test part of --data"
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE.safetensors", help="where the weights go; NAME.safetensors if none"
     )
@@ -25,5 +31,12 @@ def run(arguments: Sequence[str]) -> None:
     from dia_diffusion.evaluation.train_features import train_features
 
     with Counter(f"training {options.name} features", "steps") as counter:
-        card = train_features(options.name, out, seed=options.seed, progress=counter)
+        card = train_features(
+            options.name,
+            out,
+            data=options.data,
+            test_data=options.test_data,
+            seed=options.seed,
+            progress=counter,
+        )
     console.print(f"{out}: test accuracy {card['test_accuracy']:.2%}")

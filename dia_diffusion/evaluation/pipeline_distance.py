@@ -1,21 +1,22 @@
-"""The distance of a pipeline's images: sampled and measured in one stream, nothing kept but sums."""
+"""The distance of a pipeline's images: sampled and measured in one stream, nothing kept but features."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from dia_diffusion.evaluation.evaluate import evaluate
+from dia_diffusion.evaluation.evaluate import evaluate, work_folder
+from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.metrics import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol
 from dia_diffusion.evaluation.reference import Reference
 from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.load import weights_hash
-from dia_diffusion.sampling.samplers import SAMPLERS
-from dia_diffusion.sampling.seeds import my_share
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.sampling.image_pipeline import ImagePipeline
 from dia_diffusion.sampling.settings import SamplingSettings
 
 
@@ -24,6 +25,7 @@ def image_protocol(
     reference: Reference,
     num_samples: int,
     settings: SamplingSettings | None = None,
+    scheduler: dict[str, Any] | None = None,
     dtype: str | None = None,
     weights: str | None = None,
 ) -> Protocol:
@@ -39,7 +41,7 @@ def image_protocol(
         num_samples=num_samples,
         seeds=None if settings is None else f"0-{num_samples - 1}",
         sampler=None if settings is None else settings.sampler,
-        scheduler=None if settings is None else SAMPLERS[settings.sampler].settings,
+        scheduler=scheduler,
         num_inference_steps=None if settings is None else settings.steps,
         class_labels=None if settings is None else settings.class_text(),
         guidance_scale=None if settings is None else settings.guidance_scale,
@@ -49,10 +51,10 @@ def image_protocol(
 
 
 def pipeline_origin(folder: Path) -> Origin:
-    """Where a pipeline's weights come from, as far as its folder says."""
+    """Where a pipeline and its weights come from, as far as its folder says."""
     training = read_training(folder)
     if training is None:
-        return Origin(source=folder.name, weights_hash=weights_hash(folder))
+        return Origin(source=folder.name, weights_hash=weights_hash(folder), model_hash=model_hash(folder))
     recipe = training["recipe"]
     return Origin(
         source=training["run"],
@@ -63,6 +65,7 @@ def pipeline_origin(folder: Path) -> Origin:
         batch_size=recipe["train"]["batch_size"],
         seed=recipe["seed"],
         weights_hash=weights_hash(folder),
+        model_hash=model_hash(folder),
     )
 
 
@@ -70,7 +73,7 @@ def pipeline_origin(folder: Path) -> Origin:
 class PipelineDistance:
     """A way of measuring pipelines, the same for each: reference, features, sampler, number of images.
 
-    The image of seed k is measured by process k mod N, so that the images are the same for any number of processes.
+    Image k is that of seed k, whichever process draws it, so that they are the same for any number of processes.
     """
 
     extractor: FeatureExtractor
@@ -79,22 +82,46 @@ class PipelineDistance:
     num_samples: int
     batch_size: int
     accelerator: Accelerator
+    extras: Extras = DISTANCE_ALONE
+    reference_features: Tensor | None = None
+    """(M, D), on the main process, where the extras need them."""
 
-    def protocol(self, pipeline: UViTPipeline, folder: Path) -> Protocol:
-        """The protocol of a pipeline's distance."""
-        dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
+        """The protocol of the distance of a pipeline that the settings are in use on."""
+        scheduler = pipeline.sampler_settings()
+        dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
-        return image_protocol(self.extractor, self.reference, self.num_samples, self.settings, dtype, weights)
+        return image_protocol(
+            self.extractor, self.reference, self.num_samples, self.settings, scheduler, dtype, weights
+        )
 
     def measure(
-        self, pipeline: UViTPipeline, folder: Path, progress: Callable[[float], None] | None = None
+        self,
+        pipeline: ImagePipeline,
+        folder: Path,
+        progress: Callable[[float], None] | None = None,
+        records: Path | None = None,
+        reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
-        """Samples from a pipeline that the settings are in use on, and measures."""
-        seeds = my_share(range(self.num_samples), self.accelerator.process_index, self.accelerator.num_processes)
+        """Samples from a pipeline that the settings are in use on, and measures.
 
-        def images() -> Iterator[Tensor]:
+        `records`: the file that the record is for; the work that a killed process left beside it is gone on with.
+        """
+
+        def images(seeds: Sequence[int]) -> Iterator[Tensor]:
             for _, batch in self.settings.generate(pipeline, seeds, self.batch_size, progress):
                 yield batch
 
-        protocol = self.protocol(pipeline, folder)
-        return evaluate(images(), self.extractor, self.reference.statistics, protocol, pipeline_origin(folder))
+        protocol, origin = self.protocol(pipeline, folder), pipeline_origin(folder)
+        return evaluate(
+            images,
+            self.extractor,
+            self.reference.statistics,
+            protocol,
+            origin,
+            self.accelerator,
+            extras=self.extras,
+            reference_features=self.reference_features,
+            work=None if records is None else work_folder(records, protocol, origin, self.extras),
+            reporter=reporter,
+        )

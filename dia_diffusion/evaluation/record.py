@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -22,12 +22,12 @@ class Protocol:
 
     features: str
     features_hash: str
-    """sha256 of the weights' file."""
+    """sha256 of the weights: of a packaged file, or of the tensors (`features.extractor.state_hash`)."""
     reference: str
-    reference_split: str
-    reference_shape: tuple[int, int, int]
+    reference_split: str | None
+    reference_shape: tuple[int, int, int] | None
     """(C, H, W) of the reference's images, after any reduction."""
-    reference_count: int
+    reference_count: int | None
     reference_hash: str
     num_samples: int
     seeds: str | None = None
@@ -59,6 +59,8 @@ class Origin:
 
     source: str
     """The run, pipeline, folder or archive that was named."""
+    split: str | None = None
+    """Which part of it, where it is images that have parts."""
     run: str | None = None
     step: int | None = None
     images_seen: int | None = None
@@ -67,6 +69,8 @@ class Origin:
     batch_size: int | None = None
     seed: int | None = None
     weights_hash: str | None = None
+    model_hash: str | None = None
+    """Of the pipeline's class and the configs of its parts, see `pipelines.folder.model_hash`; None: images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,28 +86,59 @@ class EvaluationRecord(Origin):
     """ISO 8601, UTC."""
     seconds: float
     """What making and measuring the images took."""
+    low: float | None = None
+    high: float | None = None
+    """The ends of the distance's bootstrap interval, see `bootstrap_interval`; None: not asked for."""
+    standard_error: float | None = None
+    """The standard deviation of the resampled distances."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Other numbers from the same images, as `KD(digits)`, see `compute_metrics`."""
+    metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
+
+    def has(self, settings: dict[str, dict[str, Any]]) -> bool:
+        """Whether it holds all the numbers of these settings (`Extras.settings`)."""
+        return all(self.metric_settings.get(name) == values for name, values in settings.items())
 
     def protocol_hash(self) -> str:
         """One value for all that must agree within a curve."""
         return self.protocol.hash()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, the protocol's hash included."""
+        return dataclasses.asdict(self) | {"protocol_hash": self.protocol_hash()}
 
-def make_record(distance: float, protocol: Protocol, origin: Origin, seconds: float) -> EvaluationRecord:
-    """The record of a distance measured just now, with this installation's versions."""
+
+def make_record(distance: float, protocol: Protocol, origin: Origin, seconds: float, **extras: Any) -> EvaluationRecord:
+    """The record of a distance measured just now, with this installation's versions.
+
+    extras: of the fields from `low` on, those that were asked for.
+    """
     return EvaluationRecord(
         **vars(origin),
-        metric="FID" if protocol.features == "inception" else f"FD({protocol.features})",
+        metric=distance_name(protocol.features),
         distance=distance,
         protocol=protocol,
-        versions={"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES},
+        versions=installed_versions(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
+        **extras,
     )
+
+
+def distance_name(features: str) -> str:
+    """What a Frechet distance in these features is called."""
+    return "FID" if features == "inception" else f"FD({features})"
+
+
+def installed_versions() -> dict[str, str]:
+    """package -> version, of what a measured number depends on."""
+    return {"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
 
 
 def append_record(path: str | Path, record: EvaluationRecord) -> None:
     """Adds the record to a JSON-lines file, as a run's evaluations.jsonl."""
-    append_json_line(path, dataclasses.asdict(record) | {"protocol_hash": record.protocol_hash()})
+    append_json_line(path, record.to_dict())
 
 
 def read_records(path: str | Path) -> list[EvaluationRecord]:
@@ -122,8 +157,8 @@ def _parse(line: str, place: str) -> EvaluationRecord:
     try:
         fields = json.loads(line)
         written_hash = fields.pop("protocol_hash")
-        shape = tuple(fields["protocol"].pop("reference_shape"))
-        fields["protocol"] = Protocol(**fields["protocol"], reference_shape=shape)
+        shape = fields["protocol"].pop("reference_shape")
+        fields["protocol"] = Protocol(**fields["protocol"], reference_shape=None if shape is None else tuple(shape))
         record = EvaluationRecord(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error

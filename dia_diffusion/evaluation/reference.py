@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ import torch
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import measure
+from dia_diffusion.evaluation.evaluate import BLOCK, measure, sums
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments
 from dia_diffusion.files import cache_folder
 
 STATISTICS_VERSION = 1
@@ -23,29 +23,39 @@ STATISTICS_VERSION = 1
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as a distance sees them."""
+    """Real images as a distance sees them. None: a file of statistics that doesn't say it."""
 
     name: str
-    split: str
-    shape: tuple[int, int, int]
+    split: str | None
+    shape: tuple[int, int, int] | None
     """(C, H, W)"""
     hash: str
-    """Of the very images chosen, whatever the features."""
-    statistics: FeatureStatistics
+    """Of the very images chosen, whatever the features; of the file, where it doesn't say which images they were."""
+    statistics: FeatureStatistics | GivenMoments
 
 
 def reference_statistics(
-    images: ImageSet, extractor: FeatureExtractor, *, count: int | None = None, seed: int | None = None
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    *,
+    count: int | None = None,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    features: torch.Tensor | None = None,
 ) -> Reference:
     """The statistics of all of `images`, of the first `count`, or of `count` chosen by `seed`; cached on disk.
 
+    progress: called with (images measured, of how many), where they aren't in the cache.
+    features: of the very images (N, D), where they are known.
     Where several processes share the cache, let the first go ahead (Accelerate's `main_process_first`).
-    Raises InputError when there are fewer than `count` images.
+    Raises InputError when there are fewer than `count` images, or fewer than 2.
     """
     indices = choose(len(images), count, seed)
+    if len(indices) < 2:
+        raise InputError(f"{images.name}: a covariance of 1 image; accepted: 2 or more")
     channels, height, width = images.images.shape[1:]
     image_hash = _hash({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
-    provenance = {
+    provenance: dict[str, object] = {
         "source": images.name,
         "split": images.split,
         "shape": [channels, height, width],
@@ -58,7 +68,10 @@ def reference_statistics(
     try:
         statistics, _ = FeatureStatistics.load(path)
     except InputError:  # not there yet, or cut short
-        statistics = measure(_batches(images.images, indices), extractor)
+        if features is None:
+            statistics = measure(_batches(images.images, indices, progress), extractor)
+        else:
+            statistics = sums(features.split(BLOCK), extractor.num_features)
         with suppress(OSError):  # a cache that can't be written is done without
             statistics.save(path, provenance)
     return Reference(images.name, images.split, (channels, height, width), image_hash, statistics)
@@ -81,9 +94,13 @@ def choose(total: int, count: int | None = None, seed: int | None = None) -> np.
     return np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
-def _batches(images: np.ndarray, indices: np.ndarray, size: int = 256) -> Iterator[torch.Tensor]:
+def _batches(
+    images: np.ndarray, indices: np.ndarray, progress: Callable[[int, int], None] | None, size: int = 64
+) -> Iterator[torch.Tensor]:
     for start in range(0, len(indices), size):
         yield torch.from_numpy(images[indices[start : start + size]])
+        if progress is not None:  # the caller has measured the batch when it asks for the next
+            progress(min(start + size, len(indices)), len(indices))
 
 
 def _hash(values: dict[str, object]) -> str:

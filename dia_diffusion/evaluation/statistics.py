@@ -1,12 +1,12 @@
 """Mean and covariance of features, summed in a stream: memory does not grow with the number of images."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -39,19 +39,6 @@ class FeatureStatistics:
         self.sum += other.sum
         self.outer += other.outer
 
-    def reduce(self) -> None:
-        """Sums over the processes of torch.distributed, where there are several: afterwards each holds the whole."""
-        if not dist.is_initialized():
-            return
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        count = torch.tensor([self.count], dtype=torch.float64)
-        packed = torch.cat([count, self.sum, self.outer.flatten()]).to(device)
-        dist.all_reduce(packed)
-        packed = packed.cpu()
-        self.count = round(packed[0].item())
-        self.sum = packed[1 : 1 + len(self.sum)]
-        self.outer = packed[1 + len(self.sum) :].view_as(self.outer)
-
     @property
     def mean(self) -> np.ndarray:
         """The mean feature vector (D,), float64."""
@@ -78,8 +65,34 @@ class FeatureStatistics:
             with safe_open(path, framework="pt") as file:
                 provenance = json.loads(file.metadata()["provenance"])
                 count, total, outer = (file.get_tensor(name) for name in ("count", "sum", "outer"))
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            statistics = cls(len(total))
+            statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} is not a whole file of feature statistics ({type(error).__name__})") from error
-        statistics = cls(len(total))
-        statistics.count, statistics.sum, statistics.outer = int(count), total, outer
+        if statistics.count < 2:
+            raise InputError(f"{path} says it was made of {statistics.count} images; accepted: 2 or more")
+        check_moments(path, statistics.sum.numpy(), statistics.outer.numpy(), "sum of outer products")
         return statistics, provenance
+
+
+@dataclass(frozen=True)
+class GivenMoments:
+    """A mean (D,) and a covariance (D, D), both float64, as other programs' files hold them."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: None = None
+    """Such files don't say of how many images they are."""
+
+
+def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what: str = "covariance") -> None:
+    """Raises InputError, naming the file, unless `first` is (D,), `second` symmetric (D, D), and all of it finite."""
+    if first.ndim != 1 or second.shape != (first.size, first.size) or first.size == 0:
+        raise InputError(f"{path} holds arrays of {first.shape} and {second.shape}; accepted: (D,) and (D, D)")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise InputError(f"{path} holds values that aren't finite")
+    scale = np.abs(second).max()
+    if np.abs(second - second.T).max() > 1e-5 * scale:
+        raise InputError(f"{path} holds a {what} that isn't symmetric")
+    if second.diagonal().min() < 0:
+        raise InputError(f"{path} holds a {what} with negative numbers on its diagonal")

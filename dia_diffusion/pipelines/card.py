@@ -1,6 +1,7 @@
 """The model card of a pipeline folder: recipe, data, unit, samples and evaluations, for a person who finds it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,30 @@ import yaml
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import write_text
 
+PAPER = "https://arxiv.org/abs/2210.16101"
+CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
 TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
+
+# What is read of it, by name, and of which type each is.
+NEEDED: dict[str, Any] = {
+    "run": str,
+    "step": int,
+    "images": int,
+    "weights": str,
+    "recipe.seed": int,
+    "recipe.data": dict,
+    "recipe.train.batch_size": int,
+    "recipe.model.attention": str | None,
+    "recipe.model.num_classes": int | None,
+    "recipe.model.hidden_size": object,
+    "recipe.model.num_layers": object,
+    "recipe.model.sample_size": object,
+    "recipe.samples.count": int,
+    "data.name": str,
+    "data.count": int,
+}
+STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
+CONVERTED = {"source": str, "sha256": str}
 
 
 def read_training(folder: str | Path) -> dict[str, Any] | None:
@@ -21,60 +45,55 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / TRAINING_FILE
     if not path.is_file():
         return None
-    try:
-        training = json.loads(path.read_text(encoding="utf-8"))
-        whole = {"run", "step", "images", "weights", "recipe", "data"} <= training.keys()
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again")
+    training = _read_whole(path, NEEDED)
+    if training.get("init_from"):
+        _read_whole(path, STARTED_FROM)
+    if training["data"].get("class_names"):
+        _read_whole(path, {"data.class_names": list})
     return training
 
 
 def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = None) -> None:
-    """Writes README.md into a pipeline folder that a run has made.
+    """Writes README.md into a pipeline folder: what is known of its training, how it loads, its evaluations.
 
     Args:
-        folder: the pipeline folder, with training.json.
-        evaluations: rows for the table of distances: metric, distance, num_samples, reference, sampler, steps.
+        folder: the pipeline folder. Without training.json, as of converted weights, the card tells of the model alone.
+        evaluations: rows for the table of distances, of `evaluation_rows`.
     """
     folder = Path(folder)
     training = read_training(folder)
-    if training is None:
-        raise InputError(f"{folder} has no {TRAINING_FILE}, which its card would be written from")
-    recipe, data = training["recipe"], training["data"]
-    model, unit = recipe["model"], recipe["model"]["attention"]
-    described = "no attention unit" if unit == "none" else f"the shared attention unit `{unit}`"
+    model = training["recipe"]["model"] if training else _read_json(folder / "unet" / "config.json")
+    unit = model["attention"]
+    described = "no attention unit" if unit in (None, "none") else f"the shared attention unit `{unit}`"
     kind = "An unconditional" if model["num_classes"] is None else f"A {model['num_classes']}-class"
     lines = [
         "---",
         "library_name: diffusers",
-        "pipeline_tag: unconditional-image-generation",
+        *(["pipeline_tag: unconditional-image-generation"] if model["num_classes"] is None else []),
         "tags: [dia-diffusion, uvit, diffusion]",
         "---",
-        f"# UViT, step {training['step']:,}",
+        f"# UViT, step {training['step']:,}" if training else "# UViT",
         "",
         f"{kind} UViT ({model['hidden_size']} wide, {model['num_layers']} blocks, "
-        f"{model['sample_size']}x{model['sample_size']} images) with {described}, "
-        f"trained with [dia-diffusion](https://arxiv.org/abs/2210.16101) on {data['count']:,} images of "
-        f"`{data['name']}` for {training['step']:,} steps at batch size {recipe['train']['batch_size']} "
-        f"({training['images']:,} images seen). The weights are the exponential moving average.",
+        f"{model['sample_size']}x{model['sample_size']} images) with {described}{_training(training)}",
         "",
     ]
+    if (folder / CONVERTED_FILE).is_file():
+        source = _read_whole(folder / CONVERTED_FILE, CONVERTED)
+        lines += [f"Converted from the official U-ViT weights `{source['source']}` (sha256 `{source['sha256']}`).", ""]
+    if training and training.get("init_from"):
+        first = training["init_from"]
+        name, sha256 = Path(first["path"]).name, first["weights_sha256"]
+        lines += [f"It started from the weights of `{name}` (sha256 `{sha256}`).", ""]
     if (folder / "samples.png").is_file():
         lines += ["![Samples of seeds 0, 1, 2, ..., not picked](samples.png)", ""]
-    lines += [
-        "## Use",
-        "```python",
-        "import torch",
-        "from dia_diffusion import UViTPipeline",
-        "",
-        "pipe = UViTPipeline.from_pretrained(FOLDER)",
-        "images = pipe(batch_size=4, generator=[torch.Generator().manual_seed(seed) for seed in range(4)]).images",
-        "```",
-        "",
-        "## Evaluations",
-    ]
+    if training and model["num_classes"] is not None and training["data"].get("class_names"):
+        names = ", ".join(f"{number} {name}" for number, name in enumerate(training["data"]["class_names"]))
+        in_grid = training["recipe"]["samples"]["count"] >= model["num_classes"]  # else it doesn't show each
+        lines += [f"Its classes{', and the columns of the grid in their order' if in_grid else ''}: {names}.", ""]
+    # Guidance needs the null label, which only a run with dropped labels has trained.
+    guided = training is not None and bool(training["recipe"]["data"].get("label_dropout"))
+    lines += ["## Use", *_use(folder, model["num_classes"], guided), "", "## Evaluations"]
     if evaluations:
         lines += ["| metric | distance | images | reference | sampler | steps |", "| --- |" + " --- |" * 5]
         lines += [
@@ -84,5 +103,86 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         ]
     else:
         lines.append("None yet; `dia-diffusion fid` makes them.")
-    lines += ["", "## Recipe", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", ""]
+    if training:
+        lines += ["", "## Recipe", "```yaml", yaml.safe_dump(training["recipe"], sort_keys=False).strip(), "```"]
+    lines.append("")
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for a card: the newest of each protocol, from records as lines of an evaluations file have them.
+
+    Raises:
+        KeyError, TypeError or ValueError: a record that isn't whole.
+    """
+    rows = {}
+    for record in records:
+        protocol = record["protocol"]
+        name, split = protocol["reference"], protocol["reference_split"]  # None: no parts, or none is known
+        rows[record["protocol_hash"]] = {
+            "metric": record["metric"],
+            "distance": float(record["distance"]),
+            "num_samples": int(protocol["num_samples"]),
+            "reference": name if split is None else f"{name} ({split})",
+            "sampler": protocol["sampler"],
+            "steps": protocol["num_inference_steps"],
+        }
+    return list(rows.values())
+
+
+def _training(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return f", for [dia-diffusion]({PAPER})."
+    return (
+        f", trained with [dia-diffusion]({PAPER}) on {training['data']['count']:,} images of "
+        f"`{training['data']['name']}` for {training['step']:,} steps at batch size "
+        f"{training['recipe']['train']['batch_size']} ({training['images']:,} images seen). The weights are the "
+        "exponential moving average."
+    )
+
+
+def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
+    """How the folder is loaded, which depends on whether it carries code, and called."""
+    count = 4 if num_classes is None else min(4, num_classes)
+    labels = "" if num_classes is None else f"class_labels={list(range(count))}, "
+    labels += "guidance_scale=1.5, " if labels and guided else ""
+    carries_code = isinstance(_read_json(folder / "model_index.json").get("_class_name"), list)
+    if carries_code:
+        before = [
+            "This folder carries code: its `.py` files are generated from the package's modules (Apache-2.0), so that "
+            "it loads with torch, diffusers and einops alone. `trust_remote_code=True` runs them; read them first.",
+            "",
+        ]
+        imported, call = "from diffusers import DiffusionPipeline", "DiffusionPipeline.from_pretrained"
+    else:
+        before, imported, call = [], "from dia_diffusion import UViTPipeline", "UViTPipeline.from_pretrained"
+    return [
+        *before,
+        "```python",
+        "import torch",
+        imported,
+        "",
+        f"pipe = {call}(FOLDER{', trust_remote_code=True' if carries_code else ''})",
+        f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]",
+        f"images = pipe(batch_size={count}, {labels}generator=generators).images",
+        "```",
+    ]
+
+
+def _read_whole(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object that has all of these, by dotted names, with their types; else InputError."""
+    try:
+        read = _read_json(path)
+        for name, kind in needed.items():
+            value: Any = read
+            for key in name.split("."):
+                value = value[key]
+            if not isinstance(value, kind):
+                raise ValueError
+        return read
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -10,9 +10,10 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import whole_folder
+from dia_diffusion.files import refuse_existing, sha256_of_file, whole_folder, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.card import CONVERTED_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 
 # The published sizes; a width doesn't tell its heads otherwise.
@@ -64,20 +65,21 @@ def convert_official(path: str | Path, heads: int | None = None) -> UViT:
 
 
 def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None = None) -> None:
-    """Writes official U-ViT weights as a pipeline folder, with DPM-Solver++ over the continuous VP process.
+    """Writes official U-ViT weights as a pipeline folder with a card, and DPM-Solver++ over the continuous VP process.
 
     Raises:
         InputError: as `convert_official`; the folder exists; or weights of a model of latents, not of images.
     """
-    if Path(folder).exists():
-        raise InputError(f"{folder} exists; choose another name, or remove it")
+    refuse_existing(Path(folder))
     model = convert_official(path, heads)
     if model.in_channels not in (1, 3):
         raise InputError(f"{path} is a model of latents with {model.in_channels} channels; accepted: models of images")
     # Steps even in log-SNR, as the sampler dpmsolver++ has them; even in time, diffusers gives NaN at 1,000 steps.
     scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config(), use_lu_lambdas=True)
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=False) as temporary:
         UViTPipeline(unet=model, scheduler=scheduler).save_pretrained(temporary)
+        write_json(temporary / CONVERTED_FILE, {"source": Path(path).name, "sha256": sha256_of_file(path)})
+        write_card(temporary)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,20 +1,18 @@
 """Images by seed: image k depends on seed k alone, whatever the batch, the order and the number of processes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.load import adapt_pipeline
+from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.samplers import check_steps
 
 
 def generate(
-    pipeline: DiffusionPipeline,
+    pipeline: DiffusionPipeline | ImagePipeline,
     seeds: Sequence[int],
     *,
     batch_size: int,
@@ -29,7 +27,7 @@ def generate(
     float32 it is the same to one grey level however it is batched.
 
     Args:
-        pipeline: a UViTPipeline, DDPMPipeline or DDIMPipeline, with the scheduler to use; it is left as it is.
+        pipeline: this project's or an unconditional or class-conditional one of diffusers, with the scheduler to use.
         seeds: one an image.
         batch_size: images at a time.
         num_inference_steps: steps of the scheduler.
@@ -51,49 +49,25 @@ def generate(
         labels = [class_labels] * len(seeds) if isinstance(class_labels, int) else list(class_labels)
     if labels is not None and len(labels) != len(seeds):
         raise InputError(f"{len(labels)} class_labels for {len(seeds)} seeds; accepted: one, or one a seed")
-    runner = adapt_pipeline(pipeline)
-    runner.set_progress_bar_config(disable=True)
-    check_steps(runner.scheduler, num_inference_steps)
-    return _batches(
-        runner,
-        list(seeds),
-        batch_size,
-        labels,
-        progress,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-    )
+    adapted = adapt_pipeline(pipeline)
+    check_steps(adapted.scheduler, num_inference_steps)
+    adapted.check_labels(labels, guidance_scale)
+    return _batches(adapted, list(seeds), batch_size, num_inference_steps, labels, guidance_scale, progress)
 
 
 def _batches(
-    runner: UViTPipeline,
+    pipeline: ImagePipeline,
     seeds: list[int],
     batch_size: int,
+    num_inference_steps: int,
     labels: list[int] | None,
+    guidance_scale: float,
     progress: Callable[[float], None] | None,
-    **kwargs: Any,
 ) -> Iterator[tuple[list[int], Tensor]]:
     for start in range(0, len(seeds), batch_size):
         batch = seeds[start : start + batch_size]
-        images = runner(
-            batch_size=len(batch),
-            generator=[torch.Generator().manual_seed(seed) for seed in batch],
-            class_labels=None if labels is None else labels[start : start + batch_size],
-            output_type="pt",
-            callback_on_step_end=_report(progress, len(batch)),
-            **kwargs,
-        )[0]  # (B, C, H, W), in [0, 1]
+        batch_labels = None if labels is None else labels[start : start + batch_size]
+        images = pipeline.draw(batch, num_inference_steps, batch_labels, guidance_scale, progress)
         if not images.isfinite().all():
             raise RunError(f"the sample of one of the seeds {batch[0]}..{batch[-1]} is not finite")
         yield batch, (images * 255).round().to("cpu", torch.uint8)
-
-
-def _report(progress: Callable[[float], None] | None, num_images: int) -> Callable[..., dict[str, Any]] | None:
-    if progress is None:
-        return None
-
-    def on_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        progress(num_images / len(pipeline.scheduler.timesteps))
-        return tensors
-
-    return on_step_end

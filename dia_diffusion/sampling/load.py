@@ -1,23 +1,31 @@
-"""Pipelines from folders: this project's and diffusers' unconditional ones, from safetensors only."""
+"""Pipelines from folders, this project's and diffusers' alike: from safetensors only, by installed classes only."""
 
-import copy
-import json
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file, step_folders
+from dia_diffusion.files import step_folders
 from dia_diffusion.models.uvit import UViT
+from dia_diffusion.pipelines.folder import check_weights, components, part_folder, read_index
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
-PIPELINE_CLASSES = ("UViTPipeline", "DDPMPipeline", "DDIMPipeline")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+OUR_PARTS = {kind.__name__: kind for kind in (UViT, EulerMaruyamaScheduler)}
+# Parts, by how their names begin, that tell what a pipeline needs even where diffusers can't import its class.
+NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_encoder": "an input image"}
+GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
+BY_NAME = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
+NETWORKS = ("unet", "transformer")
 
 
 def find_pipeline(path: str | Path, step: int | None = None) -> Path:
@@ -53,64 +61,110 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     step: int | None = None,
-) -> UViTPipeline:
-    """A pipeline from its folder or, by `find_pipeline`, from a run's. Runs nothing that lies in the folder.
+) -> DiffusionPipeline:
+    """A pipeline from its folder or, by `find_pipeline`, from a run's.
+
+    Runs nothing that lies in the folder: where it carries this project's code, the installed classes take its place.
 
     Args:
         path: the folder.
-        device: where the model goes.
-        dtype: of the model; None is float32.
+        device: where the models go.
+        dtype: of the network; None is float32, as a decoder of latents always is.
         step: of a run's pipelines; None is the newest.
 
     Raises:
-        InputError: no pipeline there, one of another class, or weights that are missing, cut short, of another model
-            or not safetensors.
+        InputError: no pipeline there, one that needs more than noise and classes, or weights that are missing, cut
+            short, of another model or not safetensors.
     """
     folder = find_pipeline(path, step)
+    index = read_index(folder)
+    kind = _pipeline_class(folder, index)
+    classes = {name: _part_class(folder, name, *place) for name, place in components(index).items()}
+    check_weights(folder)
+    accepted = inspect.signature(kind.__init__).parameters.keys() & index.keys()
+    given = {name: None if index[name] == [None, None] else index[name] for name in accepted}
+    with _quiet_diffusers():
+        given |= {name: _load_part(part_folder(folder, name), part) for name, part in classes.items()}
+        try:
+            pipeline = kind(**given).to(device)
+        except Exception as error:  # a part is missing, or not the kind that the pipeline is made for
+            raise InputError(f"{folder} can't be loaded: {_reason(error)}") from None
+        for name in NETWORKS:
+            if dtype is not None and getattr(pipeline, name, None) is not None:
+                getattr(pipeline, name).to(dtype)
+    return pipeline
+
+
+def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[DiffusionPipeline]:
+    name, accepted = index["_class_name"], "accepted: pipelines that draw images from noise alone, or by class"
+    carries_code = isinstance(name, list)  # then it is [module in the folder, class]
+    name = name[-1] if carries_code and name else name
+    if name == UViTPipeline.__name__:
+        return UViTPipeline
+    kind = None if carries_code else _of_diffusers(name)
+    if kind is None:
+        whose = "code of its own, which is never run" if carries_code else "which is no class of diffusers"
+        raise InputError(f"{folder} holds a {name}, {whose}; {accepted}")
+    if needed := _needs(kind, index):
+        raise InputError(f"{folder} holds a {name}, which needs {needed}; {accepted}")
+    if not issubclass(kind, DiffusionPipeline) or "output_type" not in inspect.signature(kind.__call__).parameters:
+        raise InputError(f"{folder} holds a {name}, which draws no images; {accepted}")
+    return kind
+
+
+def _part_class(folder: Path, name: str, library: str, class_name: str) -> type:
+    kind = _of_diffusers(class_name) if library == "diffusers" else OUR_PARTS.get(class_name)
+    if kind is None or not issubclass(kind, ModelMixin | SchedulerMixin):
+        accepted = f"models and schedulers that diffusers {diffusers.__version__} or this project has"
+        raise InputError(f"the {name} of {folder} is a {library}.{class_name}; accepted: {accepted}")
+    return kind
+
+
+def _of_diffusers(name: Any) -> type | None:
     try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError, OSError):
-        raise InputError(f"{folder / 'model_index.json'} is not the index of a diffusers pipeline") from None
-    if name not in PIPELINE_CLASSES:
-        raise InputError(f"{folder} holds a {name}; accepted: {', '.join(PIPELINE_CLASSES)}")
-    stored = _tensor_names(folder)
+        kind = getattr(diffusers, name)
+    except Exception:  # it imports lazily, so that this can be anything
+        return None
+    return kind if isinstance(kind, type) else None
+
+
+def _needs(kind: type, index: dict[str, Any]) -> str | None:
+    """What a pipeline class needs besides noise and classes, in words; None if nothing."""
+    for part, needed in NEEDS_BY_PART.items():
+        if any(name.startswith(part) for name in components(index)):
+            return needed
+    if backends := getattr(kind, "_backends", None):  # diffusers' stand-in for a class whose imports are missing
+        return f"the package {' and '.join(name for name in backends if find_spec(name) is None)}"
+    arguments = inspect.signature(kind.__call__).parameters
+    required = [
+        name for name, value in arguments.items() if value.default is value.empty and value.kind.name in BY_NAME
+    ]
+    missing = [name for name in required if name not in GIVEN]
+    missing = missing or [name for name in arguments if name in ("prompt", "image", "image_embeds")]
+    return " and ".join(missing) or None
+
+
+def _load_part(folder: Path, kind: Any) -> Any:
     try:
-        with _quiet_diffusers():
-            pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        if issubclass(kind, SchedulerMixin):
+            return kind.from_pretrained(folder, local_files_only=True)
+        if "quantization_config" in kind.load_config(folder, local_files_only=True):
+            raise ValueError("its config.json has a quantization_config; accepted: models that aren't quantized")
+        model, info = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers has no type of its own for a folder that it can't read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} can't be loaded: {reason}") from None
+        if "ignore_mismatched_sizes" in str(error):  # diffusers' advice on tensors of other shapes
+            raise InputError(f"{folder} holds weights of another model: its tensors have other shapes") from None
+        raise InputError(f"{folder} can't be loaded: {_reason(error)}") from None
     # diffusers loads what fits and leaves other tensors at random values.
-    if different := stored ^ pipeline.unet.state_dict().keys():
-        raise InputError(f"{folder / 'unet'} holds weights of another model: they differ in tensor {min(different)}")
-    return adapt_pipeline(pipeline).to(device=device, dtype=dtype)
+    if different := [*info["missing_keys"], *info["unexpected_keys"]]:
+        raise InputError(f"{folder} holds weights of another model: they differ in tensor {min(different)}")
+    return model.eval()
 
 
-def adapt_pipeline(pipeline: DiffusionPipeline) -> UViTPipeline:
-    """A UViTPipeline around the same model, with a scheduler of its own.
-
-    Its loop does for any unconditional pixel-space model what DDPMPipeline and DDIMPipeline do, with every scheduler.
-
-    Raises:
-        InputError: a pipeline that can't be sampled that way.
-    """
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(unet, UViT):
-        name = type(pipeline).__name__
-        if name not in PIPELINE_CLASSES or unet is None:
-            raise InputError(f"can't sample from a {name}; accepted: {', '.join(PIPELINE_CLASSES)}")
-        config = unet.config
-        if config.get("num_class_embeds") or config.get("class_embed_type"):
-            raise InputError(f"this {name}'s model is class-conditional; accepted: unconditional ones")
-        if not isinstance(config.sample_size, int):
-            raise InputError(f"this {name}'s model has sample_size {config.sample_size}; accepted: one number")
-        unet.in_channels, unet.num_classes = config.in_channels, None
-    return UViTPipeline(unet=unet, scheduler=copy.deepcopy(pipeline.scheduler))
-
-
-def weights_hash(folder: str | Path) -> str:
-    """The sha256 of the weights file of a pipeline folder's model."""
-    return sha256_of_file(_weights_file(Path(folder)))
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -125,21 +179,3 @@ def _quiet_diffusers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if progress_bar:
             logging.enable_progress_bar()
-
-
-def _weights_file(folder: Path) -> Path:
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if not file.is_file():
-        pickles = sorted(other.name for other in file.parent.glob("*") if other.suffix in PICKLES)
-        instead = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
-        raise InputError(f"{file} is missing{instead}; accepted: weights as safetensors, in one file")
-    return file
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    file = _weights_file(folder)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is cut short or not safetensors: {error}") from None

@@ -6,6 +6,11 @@ step evenly in time ("trailing": the first step from timestep 999, the last one 
 against the closed form of a Gaussian.
 """
 
+import copy
+import hashlib
+import inspect
+import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +55,7 @@ EVEN_TIME = {"timestep_spacing": "trailing"}
 EVEN_LOG_SNR = {"use_lu_lambdas": True}
 
 DEFAULT_SAMPLER = "dpmsolver++"
+OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
 
 SAMPLERS: dict[str, Sampler] = {
     # Images lie in [-1, 1], so their expectation does too: clipping the predicted image can only correct it.
@@ -71,32 +77,88 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def build_scheduler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+SAMPLER_NAMES = (*SAMPLERS, OWN_SAMPLER)
+
+
+def check_sampler_name(name: str) -> None:
+    """Raises InputError unless there is such a sampler."""
+    if name not in SAMPLER_NAMES:
+        raise InputError(f"unknown sampler {name!r}; accepted: {', '.join(SAMPLER_NAMES)}")
+
+
+def build_scheduler(name: str, scheduler: SchedulerMixin, latent: bool = False) -> SchedulerMixin:
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
+
+    Args:
+        name: of SAMPLER_NAMES; `own` is a copy of the pipeline's scheduler.
+        scheduler: the pipeline's.
+        latent: whether it samples latents, which have no range to be clipped to.
 
     Raises:
         InputError: an unknown name, or a scheduler whose process the sampler can't follow.
     """
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}; accepted: {', '.join(SAMPLERS)}")
-    sampler, config = SAMPLERS[name], scheduler.config
-    prediction_type = config.get("prediction_type")
+    check_sampler_name(name)
+    if name == OWN_SAMPLER:
+        return copy.deepcopy(scheduler)
+    sampler, config, theirs = SAMPLERS[name], scheduler.config, type(scheduler).__name__
+    by_betas = {"trained_betas", "beta_start"} & config.keys() and config.get("snr_shift_scale", 1) == 1
+    if "prediction_type" not in config or not by_betas:
+        raise InputError(f"sampler {name} can't follow the process of a {theirs}; accepted: {OWN_SAMPLER}")
+    prediction_type = config["prediction_type"]
     if prediction_type not in sampler.prediction_types:
         accepted = ", ".join(sampler.prediction_types)
         raise InputError(f"sampler {name} takes no model that predicts {prediction_type!r}; accepted: {accepted}")
     process = {key: config[key] for key in PROCESS_SETTINGS if key in config}
-    return sampler.scheduler.from_config(process, **sampler.settings)
+    if not process.get("rescale_betas_zero_snr"):
+        process.pop("rescale_betas_zero_snr", None)
+    elif "rescale_betas_zero_snr" not in inspect.signature(sampler.scheduler.__init__).parameters:
+        raise InputError(f"sampler {name} can't follow the zero-SNR process of this {theirs}; accepted: {OWN_SAMPLER}")
+    try:
+        return sampler.scheduler.from_config(process, **_settings(sampler, latent))
+    except NotImplementedError:  # not every scheduler knows every beta_schedule
+        betas = f"beta_schedule {config.get('beta_schedule')!r}"
+        raise InputError(f"sampler {name} can't follow {betas} of this {theirs}; accepted: {OWN_SAMPLER}") from None
+
+
+def scheduler_settings(name: str, scheduler: SchedulerMixin, latent: bool = False) -> dict[str, Any]:
+    """The settings behind a sampler, as plain values: those of the table, or all of the pipeline's own scheduler.
+
+    Arguments are those of `build_scheduler`. A list of betas is given by its hash.
+    """
+    if name != OWN_SAMPLER:
+        return _settings(SAMPLERS[name], latent)
+    settings = {
+        key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
+        for key, value in dict(scheduler.config).items()
+        if not key.startswith("_")
+    }
+    if settings.get("trained_betas") is not None:
+        betas = json.dumps([float(beta) for beta in settings["trained_betas"]])
+        settings["trained_betas"] = f"sha256:{hashlib.sha256(betas.encode()).hexdigest()}"
+    return {"class": type(scheduler).__name__, **json.loads(json.dumps(settings, default=str))}
+
+
+def _settings(sampler: Sampler, latent: bool) -> dict[str, Any]:
+    return (
+        {**sampler.settings, "clip_sample": False} if latent and "clip_sample" in sampler.settings else sampler.settings
+    )
 
 
 def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     """Raises InputError unless the scheduler can take that many steps. Sets its timesteps."""
     name = type(scheduler).__name__
     lowest = HEUN_MIN_STEPS if isinstance(scheduler, HeunDiscreteScheduler) else 1
-    highest = None if isinstance(scheduler, EulerMaruyamaScheduler) else scheduler.config.num_train_timesteps
+    highest = None if isinstance(scheduler, EulerMaruyamaScheduler) else scheduler.config.get("num_train_timesteps")
+    if highest is not None and highest < lowest:
+        raise InputError(f"this {name} has num_train_timesteps {highest}; accepted: {lowest} or more")
     if num_inference_steps < lowest or (highest is not None and num_inference_steps > highest):
         accepted = f"at least {lowest}" if highest is None else f"{lowest}..{highest}"
         raise InputError(f"{num_inference_steps} steps; {name} accepts {accepted}")
-    scheduler.set_timesteps(num_inference_steps)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except Exception as error:  # what a scheduler makes of a number that it didn't foresee
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{num_inference_steps} steps; {name} accepts other numbers ({reason})") from None
     # diffusers' "trailing" timesteps come from a floating-point arange, which now and then holds one too many.
-    if scheduler.timesteps.min() < 0:
+    if scheduler.config.get("timestep_spacing") == "trailing" and scheduler.timesteps.min() < 0:
         raise InputError(f"{name} can't space {num_inference_steps} steps evenly; accepted: a few more or fewer")

@@ -1,15 +1,15 @@
 """How images are sampled, as one value that commands, records and manifests share."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, SAMPLERS, build_scheduler, check_steps
+from dia_diffusion.sampling.image_pipeline import ImagePipeline
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, check_steps
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SamplingSettings:
     """Sampler, steps and classes; the seeds come on top."""
 
     sampler: str = DEFAULT_SAMPLER
-    """A name of SAMPLERS."""
+    """A name of SAMPLER_NAMES."""
     steps: int = 50
     """Steps of the sampler."""
     classes: tuple[int, ...] | None = None
@@ -25,27 +25,23 @@ class SamplingSettings:
     guidance_scale: float = 1.0
     """Of classifier-free guidance; 1 is none."""
 
-    def use(self, pipeline: UViTPipeline) -> "SamplingSettings":
+    def use(self, pipeline: ImagePipeline) -> "SamplingSettings":
         """Gives the pipeline the sampler, and returns the settings as they apply to its model.
 
         Raises:
             InputError: a sampler, a number of steps or classes that don't fit the pipeline.
         """
-        pipeline.scheduler = build_scheduler(self.sampler, pipeline.scheduler)
+        pipeline.use_sampler(self.sampler)
         check_steps(pipeline.scheduler, self.steps)
-        num_classes = pipeline.unet.num_classes
-        if num_classes is None:
-            if self.classes is not None or self.guidance_scale != 1.0:
-                raise InputError("this model is unconditional: it takes neither classes nor a guidance scale")
-            return self
-        classes = tuple(range(num_classes)) if self.classes is None else self.classes
-        if min(classes) < 0 or max(classes) >= num_classes:
-            raise InputError(f"classes {list(classes)} out of range; accepted: 0..{num_classes - 1}")
+        classes = self.classes
+        if classes is None and pipeline.num_classes is not None:
+            classes = tuple(range(pipeline.num_classes))
+        pipeline.check_labels(classes, self.guidance_scale)
         return SamplingSettings(self.sampler, self.steps, classes, self.guidance_scale)
 
     def generate(
         self,
-        pipeline: UViTPipeline,
+        pipeline: ImagePipeline,
         seeds: Sequence[int],
         batch_size: int,
         progress: Callable[[float], None] | None = None,
@@ -62,9 +58,21 @@ class SamplingSettings:
             progress=progress,
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def grid_columns(self, seeds: Sequence[int]) -> int | None:
+        """How many columns of a grid of these seeds make each show one class; None where none do, or without classes.
+
+        One column a class, or several where the grid would else be much higher than wide.
+        """
+        num_classes = len(self.classes or ())
+        if not 0 < num_classes <= len(seeds):
+            return None
+        if any((seed - seeds[0] - index) % num_classes for index, seed in enumerate(seeds)):
+            return None
+        return num_classes * max(1, round(math.sqrt(len(seeds)) / num_classes))
+
+    def to_dict(self, pipeline: ImagePipeline) -> dict[str, Any]:
         """Plain values for JSON, the scheduler's own settings included."""
-        return {**asdict(self), "classes": self.class_text(), "scheduler": SAMPLERS[self.sampler].settings}
+        return {**asdict(self), "classes": self.class_text(), "scheduler": pipeline.sampler_settings()}
 
     def class_text(self) -> str | None:
         """The classes as text, such as "0,1,2"."""

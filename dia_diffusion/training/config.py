@@ -1,5 +1,6 @@
 """An experiment: everything that decides what is trained, as typed dataclasses with the recipe's keys."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ class DataConfig:
     """Where the images come from."""
 
     source: str = "digits"
-    """A folder or zip of images or class folders, a CIFAR archive, a uint8 .npy file, or digits, cifar10, cifar100."""
+    """A folder or zip of images or class folders, a CIFAR archive, a uint8 .npy or .npz file, a folder that a dataset's
+    save_to_disk wrote, hf:NAME, or digits, cifar10, cifar100."""
     split: str = "train"
     """The part of the source that is trained on, where it has parts."""
     random_flip: bool = False
@@ -135,6 +137,8 @@ class SamplesConfig:
     """A sampler's name, as for `dia-diffusion sample`."""
     steps: int = 50
     """Sampler steps."""
+    guidance_scale: float = 1.0
+    """Of classifier-free guidance, for class-conditional models; 1 is none."""
 
 
 @dataclass
@@ -145,6 +149,8 @@ class Experiment:
     """The run folder."""
     seed: int = 0
     """Decides first weights, order of images, flips, times and noise."""
+    init_from: str | None = None
+    """A pipeline folder or a run whose weights a new run starts from."""
     data: DataConfig = field(default_factory=DataConfig)
     """Images."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -185,6 +191,8 @@ class Experiment:
                 raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")
         if not self.output:
             raise InputError("output is empty; accepted: the path of the run's folder")
+        if self.init_from == "":
+            raise InputError("init_from is empty; accepted: a pipeline folder or a run, or null for none")
         if train.clip_grad_norm is not None and train.clip_grad_norm <= 0:
             raise InputError(f"train.clip_grad_norm is {train.clip_grad_norm}; accepted: above 0, or null for none")
         if not all(0 <= beta < 1 for beta in optimizer.betas):
@@ -195,6 +203,15 @@ class Experiment:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
         if self.data.label_dropout and self.model.num_classes is None:
             raise InputError("data.label_dropout needs a class-conditional model; set model.num_classes")
+        if not 1 <= self.samples.guidance_scale < math.inf:
+            raise InputError(
+                f"samples.guidance_scale is {self.samples.guidance_scale}; accepted: 1, which is none, or more"
+            )
+        if self.samples.guidance_scale != 1 and not self.data.label_dropout:
+            raise InputError(
+                f"samples.guidance_scale {self.samples.guidance_scale} needs a null label that is trained; "
+                "set model.num_classes and data.label_dropout, or leave it 1"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for YAML or JSON."""
@@ -218,12 +235,13 @@ def flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-SECTIONS = {f.name for f in fields(Experiment) if f.name not in ("output", "seed", "trackers")}
+SECTIONS = {f.name for f in fields(Experiment) if f.name not in ("output", "seed", "init_from", "trackers")}
 
 # What may change when a run goes on: where it lies, what it reports and how it is computed, but not what is trained.
-# The images are compared by their content, so their place may change too.
+# The images and the weights it started from are compared by their content, so their place may change too.
 MAY_CHANGE = {
     "output",
+    "init_from",
     "trackers",
     "data.source",
     "train.max_steps",
@@ -237,6 +255,7 @@ MAY_CHANGE = {
     "samples.count",
     "samples.sampler",
     "samples.steps",
+    "samples.guidance_scale",
 }
 
 

@@ -28,10 +28,11 @@ from dia_diffusion.training.checkpoint import (
 )
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.images import open_training_images
+from dia_diffusion.training.init_from import same_start, start_from
 from dia_diffusion.training.objective import diffusion_loss, learning_rate
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.reporter import Reporter
-from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes
+from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
 from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
 
 
@@ -58,8 +59,9 @@ class Trainer:
         self.dtype = self.model.dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-        self.images = open_training_images(experiment, self.accelerator, reporter)
         self.folder = RunFolder(experiment.output)
+        self.started_from = together(self.accelerator, self._first_weights)
+        self.images = open_training_images(experiment, self.accelerator, reporter)
         on_main(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator)
@@ -68,13 +70,22 @@ class Trainer:
             self.folder.unlock()
             raise
 
+    def _first_weights(self) -> dict[str, Any] | None:
+        """Where those of a new run are from; the model's own where from nowhere."""
+        source = self.experiment.init_from
+        if source is None or self.folder.newest_checkpoint() is not None:
+            return None
+        return start_from(source, self.model, self.experiment)
+
     def _load(self) -> Checkpoint | None:
         """The newest checkpoint, its weights in the model; None where the run is new."""
         place = self.folder.newest_checkpoint()
         if place is None:
+            refuse_rewriting(self.folder, self.experiment)
             return None
         checkpoint = load_checkpoint(place)
         refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
+        self.started_from = same_start(checkpoint.state.get("init_from"), self.experiment.init_from)
         if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
             raise InputError(f"data.source {self.experiment.data.source} has other images than {place} was trained on")
         load_weights(self.model, checkpoint.tensors["model"], place)
@@ -160,6 +171,9 @@ class Trainer:
             )
             if self.step:
                 self.reporter.message(f"going on from step {self.step:,}")
+            elif self.started_from is not None:
+                gained = ", which have no unit: it keeps its own first ones" if self.started_from["gained_unit"] else ""
+                self.reporter.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")
         self.network.train()
@@ -260,7 +274,10 @@ class Trainer:
             grid = self.folder.samples / f"{step_name(self.step)}.png"
             images = build_pipeline(self.experiment, self._averaged_weights(), self.accelerator.device)
             if self.config.sample_every and (self._due(self.config.sample_every) or pipeline):
-                save_samples(images, self.experiment, grid)
+                try:
+                    save_samples(images, self.experiment, grid)
+                except (InputError, RunError) as error:  # as too little memory; the training needs no grid
+                    self.reporter.message(f"step {self.step:,}: no grid, {error}")
             if pipeline:
                 save_pipeline(images, self.folder.pipelines / step_name(self.step), self._origin(), grid)
 
@@ -296,10 +313,12 @@ class Trainer:
             "images": self.step * self.config.batch_size,
             "weights": "ema",
             "recipe": self.experiment.to_dict(),
+            "init_from": self.started_from,
             "data": {
                 "name": self.images.name,
                 "split": self.images.split,
                 "count": len(self.images),
                 "fingerprint": self.images.fingerprint,
+                "class_names": self.images.class_names,
             },
         }

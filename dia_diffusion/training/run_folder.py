@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from dia_diffusion.distributed import together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
+from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import EVALUATIONS
 from dia_diffusion.training.config import Experiment, changed_keys
 
 SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
@@ -32,7 +34,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.pipelines = self.path / "pipelines"
         self.samples = self.path / "samples"
-        self.evaluations = self.path / "evaluations.jsonl"
+        self.evaluations = self.path / EVALUATIONS
         self._lock: IO[str] | None = None
 
     def newest_checkpoint(self) -> Path | None:
@@ -135,4 +137,20 @@ def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> N
         raise InputError(
             f"{path} holds a run of another recipe ({'; '.join(changed)}); "
             "go on with its own recipe, or choose another output"
+        )
+
+
+def refuse_rewriting(folder: RunFolder, experiment: Experiment) -> None:
+    """Raises InputError where a new run would write over the pipelines of one whose checkpoints are gone.
+
+    A run that was killed between its first pipeline and its first checkpoint begins again: it makes that one again.
+    """
+    pipelines = step_folders(folder.pipelines)
+    first = min(experiment.train.checkpoint_every, experiment.train.max_steps)
+    if pipelines.keys() == {first} and (read_training(pipelines[first]) or {}).get("recipe") == experiment.to_dict():
+        return
+    if pipelines:
+        raise InputError(
+            f"{folder.path} has pipelines and no checkpoint to go on from, and a new run would write over them; "
+            "choose another output"
         )

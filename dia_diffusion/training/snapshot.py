@@ -13,7 +13,8 @@ from dia_diffusion.files import whole_folder, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler, check_steps
+from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
 from dia_diffusion.sampling.settings import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.training.config import Experiment, ModelConfig
@@ -40,17 +41,22 @@ def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: t
 
 def check_samples(experiment: Experiment) -> None:
     """Raises InputError where the recipe's grids couldn't be drawn, hours before the first is due."""
-    samples = experiment.samples
-    check_steps(build_scheduler(samples.sampler, build_scheduler_of(experiment)), samples.steps)
+    with torch.device("meta"):  # no memory or time for its weights
+        model = build_model(experiment.model)
+    _settings(experiment).use(adapt_pipeline(UViTPipeline(model, build_scheduler_of(experiment))))
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
-    """A grid of the images of the seeds 0..count - 1; class-conditional models show their classes in turn."""
-    samples, scheduler = experiment.samples, pipeline.scheduler
-    settings = SamplingSettings(samples.sampler, samples.steps).use(pipeline)
-    batches = settings.generate(pipeline, range(samples.count), batch_size=64)
-    save_grid(torch.cat([images for _, images in batches]), path)
-    pipeline.scheduler = scheduler
+    """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
+    adapted = adapt_pipeline(pipeline)
+    settings, seeds = _settings(experiment).use(adapted), range(experiment.samples.count)
+    batches = settings.generate(adapted, seeds, batch_size=64)
+    save_grid(torch.cat([images for _, images in batches]), path, settings.grid_columns(seeds))
+
+
+def _settings(experiment: Experiment) -> SamplingSettings:
+    samples = experiment.samples
+    return SamplingSettings(samples.sampler, samples.steps, guidance_scale=samples.guidance_scale)
 
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dia_diffusion import __version__
+from dia_diffusion.cli.curves import floor_of
 from dia_diffusion.cli.main import COMMANDS, main
 from dia_diffusion.evaluation.record import read_records
 from tests.training.conftest import TINY
@@ -89,6 +90,17 @@ def test_train_sample_fid_curves(run: Path, tmp_path: Path, capsys: pytest.Captu
     points = json.loads((tmp_path / "curve.json").read_text())
     assert [point["step"] for point in points] == [3, 6]
 
+    floor = tmp_path / "floor.jsonl"
+    real = ["fid", "digits", "--size", "8", "--channels", "1", *reference, "--record", str(floor)]
+    assert main([*real, "--num", "70"]) == 0
+    drawn = ["curves", str(run), "--out", str(figure), "--floor", str(floor)]
+    assert "num_samples 70 there, 80 here" in error_of(drawn, capsys)
+    assert main([*real, "--num", "80"]) == 0
+    assert main(drawn) == 0
+    assert floor_of(str(floor), records[0]) == read_records(floor)[1].distance
+    samples = error_of([*drawn[:-1], run / "evaluations.jsonl"], capsys)
+    assert "only samples" in samples
+
     assert main(["fid", str(run), *reference, "--num", "70", "--steps", "3"]) == 0
     assert "num_samples 80 against 70" in error_of(["curves", run, "--out", figure], capsys)
     chosen = records[0].protocol_hash()[:12]
@@ -139,8 +151,21 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
     corrupt = folder / "corrupt"
     corrupt.mkdir()
     (corrupt / "a.png").write_bytes(b"no image")
+    (folder / "there.json").write_text("{}")
+    stored, pickled_moments = folder / "stored.safetensors", folder / "pickled_moments.npz"
+    assert main(["stats", "make", "digits", str(stored), "--size", "16", "--channels", "1"]) == 0
+    np.savez(pickled_moments, mu=np.array([print, None]), sigma=np.eye(2))
+    np.savez(folder / "statistics.npz", mu=np.zeros(4), sigma=np.zeros((4, 4)))
+    np.savez(folder / "objects.npz", arr_0=np.array([print, None]))
+    np.savez(folder / "other.npz", weights=np.zeros(4))
+    saved = folder / "saved"
+    saved.mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (saved / name).write_text("{}")
     config = ["train", "--config", run.parent / "tiny.yaml", "--output", folder / "new"]
     reference = ["--reference", "digits"]
+    of_digits = ["fid", run, "--features", "digits", "--reference"]
+    inception = [*reference, "--features", "inception"]
     return {
         "unknown command": (["trian"], "accepted: quickstart, train"),
         "unknown recipe": (["train", "--config", "nothing"], "no recipe 'nothing'"),
@@ -150,6 +175,24 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "missing dataset": ([*config, "--data.source", folder / "none"], str(folder / "none")),
         "empty dataset": ([*config, "--data.source", empty], str(empty)),
         "corrupt dataset": ([*config, "--data.source", corrupt], "a.png"),
+        "statistics as images": ([*config, "--data.source", folder / "statistics.npz"], "holds statistics"),
+        "objects as images": ([*config, "--data.source", folder / "objects.npz"], "can't be read as an .npz"),
+        "npz of other arrays": ([*config, "--data.source", folder / "other.npz"], "accepted: an .npz file with images"),
+        "torn saved dataset": ([*config, "--data.source", saved], str(saved)),
+        "no name of a dataset": ([*config, "--data.source", "hf:"], "accepted: hf:NAME"),
+        "more classes than the model": ([*config, "--model.num_classes", "9"], "has 10 classes"),
+        "guidance without classes": ([*config, "--samples.guidance_scale", "2"], "needs a null label"),
+        "grid's guidance": ([*config, "--samples.guidance_scale", "0.5"], "accepted: 1, which is none, or more"),
+        "start from an empty name": ([*config, "--init-from="], "init_from is empty"),
+        "start from nothing": ([*config, "--init-from", folder / "none"], "none does not exist"),
+        "start from images": ([*config, "--init-from", corrupt], "neither a pipeline folder"),
+        "start from torn weights": ([*config, "--init-from", torn], "cut short"),
+        "start from another unit": ([*config, "--init-from", run, "--model.attention", "lstm"], "the same unit"),
+        "start from another width": ([*config, f"--init-from={run}", "--model.hidden_size", "32"], "(1, 5, 32) here"),
+        "start of a run under way": (
+            [*config[:3], "--output", run, "--init-from", run],
+            f"started with init_from: None, and is given init_from: {run}",
+        ),
         "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "needs a CUDA GPU"),
         "even layers": ([*config, "--model.num_layers", "4"], "num_layers is 4"),
         "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
@@ -177,17 +220,57 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "weights cut short": (["sample", torn, "--grid", "g.png"], "cut short"),
         "weights pickled": (["sample", pickled, "--grid", "g.png"], "a pickle"),
         "classes": (["sample", run, "--classes", "1", "--grid", "g.png"], "unconditional"),
+        "guidance": (["sample", run, "--guidance-scale", "2", "--grid", "g.png"], "unconditional"),
         "zero steps": (["sample", run, "--steps", "0", "--grid", "g.png"], "0 steps"),
         "unknown option": (["sample", run, "--samplr", "ddim"], "did you mean --sampler"),
         "unknown features": (["fid", run, *reference, "--features", "vgg"], "'vgg'; there are: digits"),
         "no reference": (["fid", run], "--reference"),
         "few images": (["fid", "digits", *reference, "--num", "5000"], "has 1201 images"),
+        "sampler of images": (["fid", "digits", *reference, "--sampler", "ddpm"], "digits is no pipeline"),
+        "steps for images": (["fid", "digits", *reference, "--steps", "9"], "--steps 9: digits is no pipeline"),
+        "classes of images": (["fid", "digits", *reference, "--classes", "1"], "--classes 1: digits is no pipeline"),
+        "size of a run": (["fid", run, *reference, "--size", "16"], "draws images of its own; leave it out"),
+        "channels of a run": (["fid", run, *reference, "--channels", "1"], "draws images of its own; leave it out"),
+        "split of a run": (["fid", run, *reference, "--split", "train"], "draws images of its own; leave it out"),
+        "record in a folder": (["fid", run, *reference, "--record", empty], "empty can't be written"),
+        "record under a file": (["fid", run, *reference, "--record", stored / "a" / "b"], "b can't be written"),
         "num": (["fid", run, *reference, "--num", "1"], "--num is 1"),
+        "unknown metric": (["fid", run, *reference, "--metrics", "fid,lpips"], "'lpips'; accepted: fid, kid, isc, prc"),
+        "few resamples": (["fid", run, *reference, "--bootstrap", "5"], "accepted: 10 or more"),
+        "few for KID": (["fid", run, *reference, "--num", "999", "--metrics", "kid"], "kid of 999 images"),
+        "few references": (["fid", run, *reference, "--reference-split", "test", "--metrics", "kid"], "596 reference"),
+        "few for precision": (["fid", run, *reference, "--num", "3", "--metrics", "prc"], "prc of 3 images"),
+        "few for IS": (["fid", run, *reference, "--num", "9", "--metrics", "isc"], "isc of 9 images"),
+        "few in a folder": (["fid", "digits", *reference, "--num", "3", "--metrics", "prc"], "prc of 3 images"),
+        "KID's subset": (["fid", run, *reference, "--kid-subset-size", "0"], "KID subset of 0"),
         "steps of images": (["fid", "digits", *reference, "--every-step"], "no run folder"),
         "no evaluations": (["curves", folder], "no evaluations.jsonl"),
         "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
+        "export's target": (["export", run, empty, "--with-code"], "empty exists"),
+        "export of torn weights": (["export", torn, folder / "out"], "cut short"),
+        "export of no pipeline": (["export", corrupt, folder / "out"], "neither a pipeline folder"),
+        "push of torn weights": (["push", torn, "me/model", "--yes"], "cut short"),
+        "push to no repository": (["push", run, "model", "--yes"], "accepted: OWNER/NAME"),
+        "push of paths": (["push", run, "me/model", "--yes"], "a path of this machine"),
+        "other network": (["fid", run, *inception, "--inception-weights", weights], "6726825d0af5"),
+        "weights of others": (["fid", run, *reference, "--inception-weights", weights], "--features inception"),
+        "no module": (["fid", run, *reference, "--features", "nothing:Here"], "no module 'nothing'"),
+        "no extractor": (["fid", run, *reference, "--features", "pathlib:Path"], "Path in pathlib isn't one"),
+        "sizes of reference": (["fid", run, "--reference", stored], "16x16 with 1 channel, measured are images of 8x8"),
+        "other dimensions": ([*of_digits, folder / "statistics.npz"], "4 features; digits has 64"),
+        "part of reference": ([*of_digits, folder / "other.npz"], "has the keys weights"),
+        "statistics of nothing": (["stats", "show", folder / "none.npz"], "no file here"),
+        "statistics' objects": (["stats", "compare", stored, pickled_moments], "holds objects"),
+        "statistics' file": (["stats", "make", "digits", folder / "x.bin"], ".safetensors"),
+        "statistics' size": (["stats", "make", "digits", folder / "x.safetensors", "--size", "0"], "size 0"),
+        "statistics' seed": (["stats", "make", "digits", folder / "x.safetensors", "--seed", "1"], "with --num"),
+        "statistics' number": (["stats", "make", "digits", folder / "x.safetensors", "--num", "5000"], "has 1201"),
+        "no action": (["stats", "mak"], "make"),
         "features' seed": (["train-features", "digits", "--out", folder / "x.safetensors", "--seed", -1], "--seed is"),
         "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
+        "features' weights": (["train-features", "digits", "--out", stored], "stored.safetensors exists already"),
+        "features' card": (["train-features", "digits", "--out", folder / "there.safetensors"], "there.json exists"),
+        "distortions' file": (["distortions", "digits", *reference, "--out", folder / "z.png"], "ending in .json"),
     }  # fmt: skip
 
 
@@ -212,6 +295,15 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
     error = error_of(resume, capsys, code=1)
     assert f"No space left on device: {run / 'checkpoints' / 'step-00000007'}" in error
     assert (run / "checkpoints" / "step-00000006" / "state.json").is_file()
+
+
+def test_too_much_for_the_memory_is_one_line_and_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    huge = ["stats", "make", "digits", out, "--size", "100000000"]
+    assert "Unable to allocate" in error_of(huge, capsys, code=1)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

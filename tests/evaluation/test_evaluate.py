@@ -1,24 +1,73 @@
-import subprocess
-import sys
+import json
+import os
 import warnings
 import weakref
+from multiprocessing import get_context
+from threading import Event, Thread
 
 import pytest
 import torch
+import torch_fidelity
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from dia_diffusion.data import open_images
-from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import evaluate, measure
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.evaluation import reference_features as module
+from dia_diffusion.evaluation.evaluate import discard_work, evaluate, measure, work_folder
+from dia_diffusion.evaluation.feature_file import open_feature_file
+from dia_diffusion.evaluation.feature_pass import open_on_main
+from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.metrics import Extras
 from dia_diffusion.evaluation.record import Origin
 from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.reference_features import reference_features
+from tests.training.test_processes import free_port
 
 ORIGIN = Origin(source="runs/a", unit="none", step=7, images_seen=224)
+ORDERED = Extras(bootstrap=10)
+"""Which a distance isn't, these numbers are of the images in their order: resample k chooses by index."""
+ALL = Extras(("fid", "kid", "isc", "prc"), kid_subset_size=200, bootstrap=20)
 
 
 @pytest.fixture(scope="module")
 def train():
     return torch.from_numpy(open_images("digits", split="train").images[:300])
+
+
+@pytest.fixture(scope="module")
+def many():
+    """2,402 images: four chunks."""
+    return torch.from_numpy(open_images("digits", split="train").images).repeat(2, 1, 1, 1)
+
+
+def in_batches(images, batch, asked=None, fail_at=None):
+    """Gives the images of indices; `asked` collects these, and from `fail_at` on someone presses Ctrl-C."""
+
+    def images_of(indices):
+        for start in range(0, len(indices), batch):
+            part = list(indices[start : start + batch])
+            if fail_at is not None and part[-1] >= fail_at:
+                raise KeyboardInterrupt
+            if asked is not None:
+                asked.extend(part)
+            yield images[[index for index in part if index < len(images)]]
+
+    return images_of
+
+
+@pytest.fixture
+def run(extractor, digits, protocol):
+    """Evaluates a tensor of images."""
+    reference = reference_statistics(digits, extractor)
+
+    def evaluate_images(images, batch=64, asked=None, fail_at=None, num_samples=None, reference_count=596, **kwargs):
+        images_of = in_batches(images, batch, asked, fail_at)
+        measured = protocol(num_samples=num_samples or len(images), reference_count=reference_count)
+        return evaluate(images_of, extractor, reference.statistics, measured, ORIGIN, Accelerator(cpu=True), **kwargs)
+
+    return evaluate_images
 
 
 def test_images_are_forgotten_once_measured(extractor, train):
@@ -34,72 +83,233 @@ def test_images_are_forgotten_once_measured(extractor, train):
     assert measure(stream(), extractor).count == 300
 
 
-def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, train, digits, protocol):
-    reference = reference_statistics(digits, extractor).statistics
-    found = evaluate(train.split(50), extractor, reference, protocol(num_samples=300), ORIGIN)
+def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, train, digits, protocol, run):
+    found = run(train)
     features = [extractor(images).double() for images in (train, torch.from_numpy(digits.images))]
     statistics = [fid_features_to_statistics(each) for each in features]
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert found.distance == pytest.approx(expected, rel=1e-6)
     assert (found.metric, found.source, found.unit, found.step) == ("FD(digits)", "runs/a", "none", 7)
-    assert found.protocol == protocol(num_samples=300)
+    assert found.protocol == protocol(num_samples=300, reference_count=596)
     assert found.seconds > 0
+    assert found.low is None and found.metrics == {} == found.metric_settings
 
 
-def test_batch_size_hardly_changes_a_distance(extractor, train, digits, protocol):
-    reference = reference_statistics(digits, extractor).statistics
-    distances = [
-        evaluate(train.split(size), extractor, reference, protocol(num_samples=300), ORIGIN).distance
-        for size in (1, 37, 300)
-    ]
-    assert distances == pytest.approx([distances[0]] * 3, rel=1e-5)
+class Images(torch.utils.data.Dataset):
+    """Images as torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = torch.as_tensor(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
 
 
-def test_fewer_images_than_asked_for_are_refused(extractor, train, digits, protocol):
-    reference = reference_statistics(digits, extractor).statistics
+def test_every_metric_is_torch_fidelitys(extractor, train, digits, run):
+    features = reference_features(digits, extractor, Accelerator(cpu=True))
+    found = run(train, extras=ALL, reference_features=features)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(train),
+        input2=Images(digits.images),
+        feature_extractor="digits",
+        fid=True,
+        isc=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=200,
+        cuda=False,
+        cache=False,
+        save_cpu_ram=True,  # no worker processes
+        verbose=False,
+        batch_size=50,
+    )
+    assert found.distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    names = {
+        "KD(digits)": "kernel_inception_distance_mean",
+        "KD(digits) std": "kernel_inception_distance_std",
+        "IS(digits)": "inception_score_mean",
+        "IS(digits) std": "inception_score_std",
+        "precision(digits)": "precision",
+        "recall(digits)": "recall",
+        "f_score(digits)": "f_score",
+    }
+    assert found.metrics == {
+        ours: pytest.approx(theirs[their_name], rel=1e-4, abs=1e-5) for ours, their_name in names.items()
+    }
+    assert found.low < found.distance < found.high
+    assert found.metric_settings.keys() == {"kid", "isc", "prc", "bootstrap"}
+    assert found.protocol_hash() == run(train).protocol_hash()
+
+
+def test_reference_features_are_kept_and_gone_on_with(extractor, digits, own_cache, monkeypatch):
+    expected = extractor(torch.from_numpy(digits.images))
+    features = reference_features(digits, extractor, Accelerator(cpu=True))
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(type(extractor), "__call__", None)  # nothing is measured a second time
+    assert torch.equal(reference_features(digits, extractor, Accelerator(cpu=True)), features)
+
+
+def test_batch_size_hardly_changes_a_distance(train, run):
+    distances = [run(train, batch).distance for batch in (1, 7, 64, 300)]
+    assert distances == pytest.approx([distances[0]] * 4, rel=1e-6)  # 1e-3 is promised
+
+
+@pytest.mark.parametrize("extras", [Extras(), Extras(("isc",))])
+def test_what_was_stopped_goes_on_to_the_same_number(many, run, tmp_path, extras):
+    whole = run(many, extras=extras)
+    asked = []
+    with pytest.raises(KeyboardInterrupt):
+        run(many, extras=extras, work=tmp_path / "work", fail_at=1900, asked=asked)
+    first = sorted(asked)
+    asked.clear()
+    found = run(many, extras=extras, work=tmp_path / "work", asked=asked)
+    assert (found.distance, found.metrics) == (whole.distance, whole.metrics)
+    assert len(first) > 1801 and sorted(asked) == list(range(1801, 2402))  # the last of four chunks alone
+    asked.clear()
+    assert run(many, extras=extras, work=tmp_path / "work", asked=asked).distance == whole.distance
+    assert asked == []
+
+
+def test_torn_chunks_are_made_again(many, run, tmp_path):
+    work = tmp_path / "work"
+    whole = run(many, work=work).distance
+    file, asked = work / "features.npy", []
+
+    content = bytearray(file.read_bytes())
+    content[-100:] = bytes(100)
+    file.write_bytes(content)
+    assert run(many, work=work, asked=asked).distance == whole
+    assert sorted(asked) == list(range(1801, 2402))
+
+    for damage in (
+        lambda: file.write_bytes(file.read_bytes()[:5000]),
+        lambda: file.write_bytes(b""),
+        file.unlink,
+        lambda: (work / "finished.json").write_text("{"),
+        lambda: (work / "finished.json").write_text(json.dumps({"0": {}})),
+    ):
+        damage()
+        asked.clear()
+        assert run(many, work=work, asked=asked).distance == whole
+        assert sorted(asked) == list(range(2402))
+
+
+def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp_path):
+    def place(extras=None, weights="a", model="m", **changes):
+        origin = Origin(source="x", weights_hash=weights, model_hash=model)
+        return work_folder(tmp_path / "evaluations.jsonl", protocol(**changes), origin, extras or Extras())
+
+    assert place().parent == tmp_path / "evaluations.unfinished"
+    assert place() == place(Extras(("kid",), bootstrap=100))
+    different = [place(), place(weights="b"), place(model="n"), place(num_samples=7), place(Extras(("isc",)))]
+    different.append(place(dtype="bfloat16"))
+    assert len(set(different)) == 6
+    for folder in different[:2]:
+        folder.mkdir(parents=True)
+    discard_work(different[0])
+    assert list(tmp_path.glob("*/*")) == [different[1]]
+    discard_work(different[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_measurements_do_not_share_a_folder(train, run, tmp_path):
+    with (
+        open_feature_file(tmp_path / "work", {"features": 64}, 300),
+        pytest.raises(RunError, match="another process is measuring the same images"),
+    ):
+        run(train, work=tmp_path / "work")
+    run(train, work=tmp_path / "work")
+
+
+def test_a_second_command_waits_for_the_references_features(extractor, digits, monkeypatch):
+    """Two at once on one reference: the second goes on when the first one lets go of the cache."""
+    first_is_in, second, found = Event(), [], []
+    fill = module.fill
+
+    def slow_fill(*args):
+        if not second:
+            second.append(Thread(target=lambda: found.append(reference_features(digits, extractor, accelerator))))
+            second[0].start()
+            assert not first_is_in.wait(0.3)  # the second one must not come this far yet
+        else:
+            first_is_in.set()
+        fill(*args)
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(module, "fill", slow_fill)
+    features = reference_features(digits, extractor, accelerator)
+    second[0].join(timeout=30)
+    assert torch.equal(found[0], features)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(extractor, digits, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "file"))
+    features = reference_features(digits, extractor, Accelerator(cpu=True))
+    torch.testing.assert_close(features, extractor(torch.from_numpy(digits.images)), rtol=1e-5, atol=1e-5)
+    with pytest.raises(OSError):  # what is to be gone on with is not done without
+        next(iter_opened(tmp_path / "file" / "work"))
+
+
+def iter_opened(folder):
+    with open_on_main(Accelerator(cpu=True), folder, {"features": 64}, 300) as file:
+        yield file
+
+
+def test_fewer_images_than_asked_for_are_refused(train, run):
     with pytest.raises(InputError, match="500 images asked for, runs/a gave 300"):
-        evaluate(train.split(50), extractor, reference, protocol(num_samples=500), ORIGIN)
+        run(train, num_samples=500)
 
 
-def test_warns_of_fewer_images_than_features(extractor, train, digits, protocol):
-    reference = reference_statistics(digits, extractor).statistics
+def test_warns_of_fewer_images_than_features(train, run):
     with pytest.warns(UserWarning, match="50 samples for 64 features: their covariance is singular"):
-        evaluate([train[:50]], extractor, reference, protocol(num_samples=50), ORIGIN)
+        run(train[:50])
     with pytest.warns(UserWarning, match="64 reference images for 64 features"):
-        evaluate([train], extractor, reference, protocol(num_samples=300, reference_count=64), ORIGIN)
+        run(train, reference_count=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        evaluate([train[:65]], extractor, reference, protocol(num_samples=65), ORIGIN)
+        run(train[:65])
+        run(train, reference_count=None)
 
 
-SHARE = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from dia_diffusion.data import open_images
-from dia_diffusion.evaluation.evaluate import evaluate
-from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.record import Origin, Protocol
-from dia_diffusion.evaluation.statistics import FeatureStatistics
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-share = torch.from_numpy(open_images("digits", split="train").images[:300][rank::2])
-reference, provenance = FeatureStatistics.load(folder / "reference.safetensors")
-protocol = Protocol(**provenance["protocol"])
-print(evaluate(share.split(50), build_features("digits"), reference, protocol, Origin(source="a")).distance)
-"""
+def _share(rank, port, folder, images, reference, protocol):
+    """What each of two connected processes does; forked, because importing torch twice takes longer than all of it."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    extractor, found = build_features("digits"), {}
+    for batch in (1, 7, 64):
+        asked = []
+        images_of = in_batches(images, batch, asked)
+        work = folder / "work" if batch == 64 else None
+        record = evaluate(images_of, extractor, reference, protocol, ORIGIN, accelerator, extras=ORDERED, work=work)
+        found[batch] = [record.distance, len(asked), record.low, record.high]
+    (folder / f"found{rank}.json").write_text(json.dumps(found))
+    accelerator.end_training()
 
 
-def test_two_processes_find_the_distance_of_one(extractor, train, digits, tmp_path, protocol):
-    reference = reference_statistics(digits, extractor).statistics
-    reference.save(tmp_path / "reference.safetensors", {"protocol": vars(protocol(num_samples=300))})
-    processes = [
-        subprocess.Popen([sys.executable, "-c", SHARE, str(rank), str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    found = [float(process.communicate(timeout=240)[0]) for process in processes]
-    alone = evaluate([train], extractor, reference, protocol(num_samples=300), ORIGIN).distance
-    assert found[0] == found[1]
-    assert found[0] == pytest.approx(alone, rel=1e-6)
+def test_two_processes_find_the_distance_of_one_and_go_on_with_its_work(
+    extractor, many, digits, tmp_path, protocol, run
+):
+    with pytest.raises(KeyboardInterrupt):
+        run(many, work=tmp_path / "work", fail_at=1900)
+    reference, port = reference_statistics(digits, extractor).statistics, free_port()
+    arguments = (port, tmp_path, many, reference, protocol(num_samples=2402))
+    processes = [get_context("fork").Process(target=_share, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2))
+    alone = run(many, extras=ORDERED)
+    for batch in ("1", "7", "64"):
+        assert first[batch][0] == second[batch][0] == pytest.approx(alone.distance, rel=1e-6)  # 1e-3 is promised
+        assert first[batch][2:] == pytest.approx([alone.low, alone.high], rel=1e-5)  # tells the order of the images
+    assert [first[batch][1] + second[batch][1] for batch in ("1", "7", "64")] == [2402, 2402, 601]

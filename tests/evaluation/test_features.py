@@ -7,30 +7,35 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features import DIGITS, DigitsClassifier, build_features
+from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features.digits import DigitsClassifier
+from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.train_features import accuracy
 from dia_diffusion.files import sha256_of_file
 
+WEIGHTS = FEATURES["digits"].weights
 
-def test_packaged_weights_are_small_and_recorded():
-    card = json.loads(DIGITS.weights.with_suffix(".json").read_text())
-    assert DIGITS.weights.stat().st_size < 1_000_000
-    assert card["sha256"] == sha256_of_file(DIGITS.weights)
-    assert {"seed", "recipe", "data", "licence"} <= card.keys()
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_packaged_weights_are_small_and_recorded(name):
+    weights = FEATURES[name].weights
+    card = json.loads(weights.with_suffix(".json").read_text())
+    assert weights.stat().st_size < 2_000_000
+    assert card["sha256"] == sha256_of_file(weights)
+    assert card["test_accuracy"] >= 0.9
+    assert {"seed", "recipe", "data", "train_fingerprint", "licence"} <= card.keys()
 
 
 def test_packaged_classifier_knows_the_held_out_digits():
-    card = json.loads(DIGITS.weights.with_suffix(".json").read_text())
+    card = json.loads(WEIGHTS.with_suffix(".json").read_text())
     test = open_images("digits", split="test", channels=1)
-    classifier = DigitsClassifier()
-    classifier.load_state_dict(load_file(DIGITS.weights))
-    found = accuracy(classifier, test.images, test.labels)
+    found = accuracy(load_weights(DigitsClassifier(), WEIGHTS), test)
     assert found >= 0.97
     assert found == pytest.approx(card["test_accuracy"], abs=2 / len(test))
     assert card["test_fingerprint"] == test.fingerprint
@@ -141,10 +146,10 @@ def _one_line(caught, path):
 @pytest.mark.parametrize("with_card", [True, False])
 def test_weights_cut_short_are_refused(tmp_path, with_card):
     path = tmp_path / "digits.safetensors"
-    path.write_bytes(DIGITS.weights.read_bytes()[:-1000])
+    path.write_bytes(WEIGHTS.read_bytes()[:-1000])
     if with_card:
-        shutil.copy(DIGITS.weights.with_suffix(".json"), tmp_path)
-    expected = sha256_of_file(DIGITS.weights) if with_card else "cut short"
+        shutil.copy(WEIGHTS.with_suffix(".json"), tmp_path)
+    expected = sha256_of_file(WEIGHTS) if with_card else "cut short"
     with pytest.raises(InputError, match=expected) as caught:
         build_features("digits", weights=path)
     _one_line(caught, path)
@@ -159,7 +164,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_a_card_that_says_nothing_is_refused(tmp_path):
-    shutil.copy(DIGITS.weights, tmp_path / "w.safetensors")
+    shutil.copy(WEIGHTS, tmp_path / "w.safetensors")
     (tmp_path / "w.json").write_text("{}")
     with pytest.raises(InputError, match="says no sha256") as caught:
         build_features("digits", weights=tmp_path / "w.safetensors")

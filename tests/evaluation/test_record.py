@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.record import append_record, read_records
+from dia_diffusion.evaluation.record import Origin, append_record, make_record, read_records
 
 
 def test_records_come_back_as_they_were(tmp_path, record):
@@ -33,6 +33,34 @@ def test_only_inceptions_distance_is_called_fid(record):
 def test_another_protocol_has_another_hash(change, protocol):
     assert protocol(**change).hash() != protocol().hash()
     assert list(protocol().differences(protocol(**change))) == list(change)
+
+
+def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
+    settings = {"kid": {"kid_subset_size": 300}, "bootstrap": {"resamples": 20}}
+    origin = Origin(source="a")
+    plain = make_record(3.0, protocol(), origin, 1.0)
+    more = make_record(
+        3.0, protocol(), origin, 1.0, low=2.9, high=3.2, standard_error=0.1, metrics={"KD(digits)": 0.5},
+        metric_settings=settings,
+    )  # fmt: skip
+    for each in (plain, more):
+        append_record(tmp_path / "e.jsonl", each)
+    assert read_records(tmp_path / "e.jsonl") == [plain, more]
+    assert plain.protocol_hash() == more.protocol_hash()
+    assert more.has(settings) and more.has({}) and plain.has({})
+    assert not plain.has(settings)
+    assert not more.has({"kid": {"kid_subset_size": 1000}})
+
+
+def test_records_from_before_there_were_other_metrics(tmp_path, record):
+    path = tmp_path / "e.jsonl"
+    append_record(path, record())
+    line = json.loads(path.read_text())
+    for name in ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash"):
+        del line[name]
+    path.write_text(json.dumps(line) + "\n")
+    (old,) = read_records(path)
+    assert old.metrics == {} and old.low is None and old.model_hash is None
 
 
 def test_progress_is_not_protocol(record):

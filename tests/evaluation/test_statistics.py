@@ -69,9 +69,3 @@ def test_file_cut_short_is_refused(features, tmp_path, kept):
 def test_one_image_has_no_covariance(features):
     with pytest.raises(InputError, match="at least 2 images, got 1"):
         _ = statistics_of(features[:1]).covariance
-
-
-def test_without_processes_reducing_changes_nothing(features):
-    statistics = statistics_of(features)
-    statistics.reduce()
-    assert statistics.count == 101

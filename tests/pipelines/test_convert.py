@@ -1,15 +1,28 @@
+import hashlib
+import importlib.util
+import math
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from einops import rearrange
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UVIT_SIZES
 from dia_diffusion.pipelines.convert import convert_official, convert_to_pipeline
 
 WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
+PUBLISHED = {  # width, blocks less one, patch, image, classes, millions of parameters that the paper gives
+    "cifar10-S/2": (512, 12, 2, 32, 0, 44),
+    "celeba64-S/4": (512, 12, 4, 64, 0, 44),
+    "imagenet64-M/4": (768, 16, 4, 64, 1000, 131),
+    "imagenet64-L/4": (1024, 20, 4, 64, 1000, 287),
+}
 FULL = {"qkv_bias": True, "time_mlp": True, "label_rows": 6}
 BARE = {"conv": False, "skip": False}
 
@@ -61,31 +74,47 @@ def official_weights(
     return weights
 
 
-def u_vit(weights, x, times, labels=None):
+def published_weights(width, depth, patch, size, label_rows):
+    """Weights of a published shape, overlapping views of a few random numbers: the file of the largest stays small."""
+    numbers = 0.05 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    tokens = (size // patch) ** 2
+    sizes = {WIDTH * n: width * n for n in (1, 2, 3, 4)} | {SIDE**2 + n: tokens + n for n in (1, 2)}
+    sizes |= {PATCH: patch, 3 * PATCH**2: 3 * patch**2}
+    weights = {}
+    for index, (name, small) in enumerate(official_weights(depth, label_rows=label_rows).items()):
+        shape = [sizes.get(n, n) for n in small.shape]
+        weights[name] = numbers.as_strided(shape, [1] * len(shape), storage_offset=index)
+    return weights
+
+
+def u_vit(weights, x, times, labels=None, num_heads=HEADS):
     """The network of the U-ViT paper, computed straight from official weights."""
+    _, num_tokens, width = weights["pos_embed"].shape
+    patch = weights["patch_embed.proj.weight"].shape[-1]
+    side = math.isqrt(num_tokens - 1)
 
     def linear(name, tokens):
         return F.linear(tokens, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
     def norm(name, tokens):
-        return F.layer_norm(tokens, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return F.layer_norm(tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     def block(name, tokens, skip=None):
         if f"{name}.skip_linear.weight" in weights:
             tokens = linear(f"{name}.skip_linear", torch.cat([tokens, skip], dim=-1))
         q, k, v = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", tokens)).chunk(3, dim=-1)
         heads = []
-        for h in torch.arange(WIDTH).chunk(HEADS):
+        for h in torch.arange(width).chunk(num_heads):
             attention = (q[..., h] @ k[..., h].mT / len(h) ** 0.5).softmax(dim=-1)
             heads.append(attention @ v[..., h])
         tokens = tokens + linear(f"{name}.attn.proj", torch.cat(heads, dim=-1))
         return tokens + linear(f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", tokens))))
 
-    frequencies = 10000 ** (-torch.arange(WIDTH // 2) / (WIDTH // 2))
+    frequencies = 10000 ** (-torch.arange(width // 2) / (width // 2))
     time = torch.cat([torch.cos(times[:, None] * frequencies), torch.sin(times[:, None] * frequencies)], dim=1)
     if "time_embed.0.weight" in weights:
         time = linear("time_embed.2", F.silu(linear("time_embed.0", time)))
-    patches = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=PATCH)
+    patches = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=patch)
     tokens = torch.cat([time[:, None], patches.flatten(2).mT], dim=1)
     if labels is not None:
         tokens = torch.cat([weights["label_emb.weight"][labels][:, None], tokens], dim=1)
@@ -98,8 +127,8 @@ def u_vit(weights, x, times, labels=None):
     tokens = block("mid_block", tokens)
     for index in range(depth):
         tokens = block(f"out_blocks.{index}", tokens, skips.pop())
-    tokens = linear("decoder_pred", norm("norm", tokens))[:, -(SIDE**2) :]
-    image = rearrange(tokens, "B (h w) (p q C) -> B C (h p) (w q)", h=SIDE, p=PATCH, q=PATCH)
+    tokens = linear("decoder_pred", norm("norm", tokens))[:, -(side**2) :]
+    image = rearrange(tokens, "B (h w) (p q C) -> B C (h p) (w q)", h=side, p=patch, q=patch)
     if "final_layer.weight" in weights:
         image = F.conv2d(image, weights["final_layer.weight"], weights["final_layer.bias"], padding=1)
     return image
@@ -136,6 +165,47 @@ def test_is_the_same_function(kind, saved):
         ours = model(x, times, labels).sample
         torch.testing.assert_close(ours, u_vit(weights, x, times, labels), rtol=1e-5, atol=1e-5)
     assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes(name, saved):
+    width, depth, patch, size, classes, millions = PUBLISHED[name]
+    weights = published_weights(width, depth, patch, size, classes)
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    assert round(num_parameters / 1e6) == millions
+    model = convert_official(saved(weights))
+    null_label = width if classes else 0
+    assert sum(p.numel() for p in model.parameters()) == num_parameters + null_label
+    published = {"hidden_size": width, "num_layers": depth + 1, "patch_size": patch, "sample_size": size}
+    published |= {"num_attention_heads": width // 64, "num_classes": classes or None, "in_channels": 3}
+    assert {key: model.config[key] for key in published} == published
+    same = UVIT_SIZES[name.split("-")[1].split("/")[0]]
+    assert {key: model.config[key] for key in same} == same
+    if depth == 12:  # the larger ones differ in nothing but their numbers
+        x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            ours, theirs = model(x, 300.0).sample, u_vit(weights, x, torch.tensor([300.0]), num_heads=width // 64)
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.skipif("UVIT_REPO" not in os.environ, reason="UVIT_REPO names no checkout of the official U-ViT")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes_of_the_official_network(name, saved, monkeypatch):
+    repo = Path(os.environ["UVIT_REPO"])
+    monkeypatch.syspath_prepend(str(repo))
+    spec = importlib.util.spec_from_file_location("libs.uvit", repo / "libs" / "uvit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    width, depth, patch, size, classes, _ = PUBLISHED[name]
+    sizes = {"img_size": size, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": width // 64}
+    torch.manual_seed(0)
+    official = module.UViT(**sizes, num_classes=classes or -1).eval()
+    model = convert_official(saved(official.state_dict()))
+    x, times = torch.randn(1, 3, size, size), torch.tensor([3.3])
+    labels = (torch.tensor([7]),) if classes else ()
+    with torch.no_grad():
+        theirs = official(x, times, *labels)
+        assert (theirs - model(x, times, *labels).sample).abs().max() < 1e-4 * theirs.abs().max()
 
 
 def test_the_null_label(saved):
@@ -201,3 +271,38 @@ def test_pipeline_folder(saved, tmp_path):
     with pytest.raises(InputError, match="latents with 4 channels"):
         convert_to_pipeline(saved(official_weights(channels=4)), tmp_path / "latent", heads=HEADS)
     assert not (tmp_path / "latent").exists()
+
+
+def test_classes_and_guidance_of_a_converted_pipeline(saved, tmp_path):
+    """One step of DDIM's from pure noise gives the predicted image, which guidance moves along a straight line."""
+    convert_to_pipeline(saved(official_weights(label_rows=6)), tmp_path / "pipeline", heads=HEADS)
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.unet.num_classes == 6
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    pipeline.scheduler.register_to_config(clip_sample=False)
+    predicted = []
+
+    def keep(pipe, step, time, tensors):
+        predicted.append(tensors["latents"])
+        return {}
+
+    for labels, scale in ((None, 1.0), ([4, 1], 1.0), ([4, 1], 3.0)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        options = {"batch_size": 2, "num_inference_steps": 1, "callback_on_step_end": keep}
+        pipeline(generator=generators, class_labels=labels, guidance_scale=scale, **options)
+    null, conditional, guided = predicted
+    assert (conditional - null).abs().max() > 1e-2 * null.abs().max()
+    torch.testing.assert_close(guided, null + 3 * (conditional - null), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"out of range; accepted: 0\.\.5"):
+        pipeline(class_labels=6)
+
+
+def test_card(saved, tmp_path):
+    path = saved(official_weights(label_rows=6))
+    convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
+    card = (tmp_path / "pipeline" / "README.md").read_text()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"Converted from the official U-ViT weights `official.pth` (sha256 `{sha256}`)" in card
+    assert "A 6-class UViT (16 wide, 5 blocks, 8x8 images) with no attention unit" in card
+    assert str(tmp_path) not in card

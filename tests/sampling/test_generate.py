@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
 from dia_diffusion.sampling.seeds import my_share
+from tests.sampling.tiny_models import small_unet
 
 
 def images_of(pipeline, seeds, batch_size=2, steps=10, **kwargs):
@@ -23,19 +24,6 @@ def images_of(pipeline, seeds, batch_size=2, steps=10, **kwargs):
 
 def largest_difference(images, others):
     return max(int((images[seed].int() - others[seed].int()).abs().max()) for seed in images)
-
-
-def small_unet(**kwargs):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        **kwargs,
-    ).eval()
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler-ancestral"}))
@@ -93,18 +81,6 @@ def test_leaves_the_pipeline_as_it_is(tiny_pipeline):
     assert pipeline.scheduler.num_inference_steps is None
 
 
-@pytest.mark.parametrize("pipeline_class", [DDPMPipeline, DDIMPipeline])
-def test_others_pipelines_give_the_images_they_give(pipeline_class):
-    theirs = pipeline_class(unet=small_unet(), scheduler=DDPMScheduler())
-    ours = images_of(theirs, [7, 8], batch_size=2)
-    theirs.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    arrays = theirs(batch_size=2, generator=generators, num_inference_steps=10, output_type="np").images
-    expected = (torch.from_numpy(arrays).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
-    assert largest_difference(ours, dict(zip((7, 8), expected, strict=True))) == 0
-    assert expected.float().std() > 1
-
-
 def test_others_pipelines_take_every_sampler_but_ours():
     pipeline = DDIMPipeline(unet=small_unet(), scheduler=DDPMScheduler())
     own = pipeline.scheduler
@@ -142,7 +118,7 @@ def test_bad_input_is_told_before_anything_runs(tiny_pipeline):
     with pytest.raises(InputError, match="1001 steps"):
         generate(pipeline, [0], batch_size=1, num_inference_steps=1001)
     conditional = DDPMPipeline(unet=small_unet(num_class_embeds=3), scheduler=DDPMScheduler())
-    with pytest.raises(InputError, match="class-conditional"):
+    with pytest.raises(InputError, match=r"draws by class and was given none; accepted: 0\.\.2"):
         generate(conditional, [0], batch_size=1, num_inference_steps=2)
 
 

@@ -4,13 +4,30 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    LDMPipeline,
+    PNDMPipeline,
+    PNDMScheduler,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+)
+from safetensors.torch import save_file
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.load import find_pipeline, load_pipeline, weights_hash
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.load import find_pipeline, load_pipeline
+from tests.sampling.tiny_models import small_dit, small_unet, small_vae, small_vqvae
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -50,18 +67,151 @@ def test_loads_what_was_saved(folder, tiny_pipeline, capfd):
     assert weights_hash(folder) == sha256_of_file(folder / WEIGHTS)
 
 
-def test_loads_diffusers_pipelines(tmp_path):
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
+def saved(pipeline, folder, **kwargs):
+    pipeline.save_pretrained(folder, **kwargs)
+    return folder
+
+
+def dit_folder(folder, **kwargs):
+    pipeline = DiTPipeline(transformer=small_dit(num_classes=3), vae=small_vae(), scheduler=DDIMScheduler())
+    return saved(pipeline, folder, **kwargs)
+
+
+def rewritten(file, change):
+    """Changes a JSON file."""
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def image_of(folder, **kwargs):
+    adapted = adapt_pipeline(load_pipeline(folder))
+    labels = None if adapted.num_classes is None else [1]
+    return adapted.draw([0], 3, labels, **kwargs)
+
+
+def test_loads_diffusers_pipelines(tmp_path, capfd):
+    theirs = [
+        DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()),
+        PNDMPipeline(unet=small_unet(), scheduler=PNDMScheduler()),
+        LDMPipeline(unet=small_unet(), vqvae=small_vqvae(), scheduler=DDIMScheduler()),
+        DiTPipeline(small_dit(), small_vae(), DDIMScheduler()),
+        ConsistencyModelPipeline(unet=small_unet(), scheduler=CMStochasticIterativeScheduler()),
+        ScoreSdeVePipeline(unet=small_unet(), scheduler=ScoreSdeVeScheduler()),
+    ]
+    capfd.readouterr()
+    for index, pipeline in enumerate(theirs):
+        loaded = load_pipeline(saved(pipeline, tmp_path / str(index)), dtype=torch.float64)
+        assert type(loaded) is type(pipeline)
+        assert type(loaded.scheduler) is type(pipeline.scheduler)
+        for name, part in pipeline.components.items():
+            if name == "scheduler":
+                continue
+            ours = getattr(loaded, name)
+            assert ours.dtype == (torch.float64 if name in ("unet", "transformer") else torch.float32)
+            for key, tensor in part.state_dict().items():
+                assert torch.equal(ours.state_dict()[key], tensor.to(ours.dtype))
+    out, err = capfd.readouterr()
+    assert (out, "it/s" in err) == ("", False)
+
+
+def test_loads_the_first_pipelines_without_subfolders_and_with_their_names_of_tensors(tmp_path):
+    unet = small_unet(add_attention=True)
+    folder = saved(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), tmp_path / "new")
+    expected = image_of(folder)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for name, tensor in unet.state_dict().items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        state[name] = tensor.contiguous()
+    assert "mid_block.attentions.0.query.weight" in state
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    torch.testing.assert_close(image_of(folder), expected)
+    assert weights_hash(folder) == sha256_of_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def test_loads_a_dit_as_the_published_one_is(tmp_path):
+    folder = dit_folder(tmp_path / "dit")
+    expected = image_of(folder, guidance_scale=2.0)
+    published = {"transformer": ["diffusers", "Transformer2DModel"], "id2label": {"0": "tench, Tinca tinca"}}
+    rewritten(folder / "model_index.json", lambda index: index.update(published))
+    rewritten(
+        folder / "transformer" / "config.json",
+        lambda config: config.update(_class_name="Transformer2DModel", norm_type="ada_norm_zero"),
     )
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "theirs")
-    batches = list(generate(load_pipeline(tmp_path / "theirs"), [0], batch_size=1, num_inference_steps=2))
-    assert batches[0][1].shape == (1, 3, 8, 8)
+    torch.testing.assert_close(image_of(folder, guidance_scale=2.0), expected)
+    assert load_pipeline(folder).labels == {"tench": 0, "Tinca tinca": 0}
+
+
+def test_shards_are_one_model(tmp_path):
+    whole, sharded = dit_folder(tmp_path / "whole"), dit_folder(tmp_path / "sharded", max_shard_size="20KB")
+    shards = sorted((sharded / "transformer").glob("*.safetensors"))
+    assert len(shards) > 1
+    torch.testing.assert_close(image_of(sharded), image_of(whole))
+    before = weights_hash(sharded)
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    assert before != weights_hash(sharded)
+    assert "cut short or not safetensors" in refusal(sharded)
+    shards[0].unlink()
+    assert refusal(sharded).startswith(f"{shards[0]} is missing; accepted")
+
+
+def test_the_hash_is_over_all_weights(tmp_path):
+    hashes = {weights_hash(dit_folder(tmp_path / "a")), weights_hash(dit_folder(tmp_path / "b"))}
+    assert len(hashes) == 1
+    other = small_vae()
+    other.decoder.conv_out.bias.data += 1
+    other.save_pretrained(tmp_path / "b" / "vae")
+    assert weights_hash(tmp_path / "b") not in hashes
+    (tmp_path / "b" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "vae/diffusion_pytorch_model.safetensors is missing" in refusal(tmp_path / "b")
+
+
+def test_the_models_hash_is_over_what_they_do_with_their_weights(tmp_path):
+    a, b = dit_folder(tmp_path / "a"), dit_folder(tmp_path / "b")
+    first, weights = model_hash(a), weights_hash(a)
+    rewritten(b / "vae" / "config.json", lambda config: config.update(_diffusers_version="0", _name_or_path="x"))
+    assert model_hash(b) == first
+    seen = {first}
+    for file, changes in (
+        ("vae/config.json", {"scaling_factor": 0.5}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.03}),
+        ("transformer/config.json", {"num_attention_heads": 9}),
+        ("model_index.json", {"_class_name": "OtherPipeline"}),
+    ):
+        rewritten(b / file, lambda config, changes=changes: config.update(changes))
+        seen.add(model_hash(b))
+    assert len(seen) == 5 and weights_hash(b) == weights
+    (b / "vae" / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"vae/config\.json can't be read"):
+        model_hash(b)
+
+
+def test_a_folder_that_carries_this_projects_code_runs_the_package_instead(folder, tiny_pipeline):
+    (folder / "pipeline_x.py").write_text("raise SystemExit('run')")
+    (folder / "unet" / "model_x.py").write_text("raise SystemExit('run')")
+    (folder / "scheduler" / "scheduler_x.py").write_text("raise SystemExit('run')")
+    scheduler = EulerMaruyamaScheduler(**NoiseProcess(prediction_type="sample").scheduler_config())
+    scheduler.save_pretrained(folder / "scheduler")
+
+    def with_code(index):
+        index["_class_name"] = ["pipeline_x", "UViTPipeline"]
+        index["unet"] = ["model_x", "UViT"]
+        index["scheduler"] = ["scheduler_x", "EulerMaruyamaScheduler"]
+
+    rewritten(folder / "model_index.json", with_code)
+    loaded = load_pipeline(folder)
+    assert type(loaded) is UViTPipeline and type(loaded.scheduler) is EulerMaruyamaScheduler
+    adapted = adapt_pipeline(loaded)
+    adapted.use_sampler("dpmsolver++")
+    original = adapt_pipeline(tiny_pipeline())
+    original.use_sampler("dpmsolver++")
+    torch.testing.assert_close(adapted.draw([0], 3), original.draw([0], 3))
 
 
 def test_a_run_gives_its_newest_whole_pipeline(run_folder):
@@ -78,17 +228,57 @@ def test_paths_that_hold_no_pipeline(folder, tmp_path):
     assert "has no step 3" in refusal(folder, step=3)
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}"])
+@pytest.mark.parametrize("index", ["{", "[]", "{}", "[" * 100_000], ids=["{", "[]", "{}", "deep"])
 def test_index_of_nothing(index, folder):
     (folder / "model_index.json").write_text(index)
     assert "is not the index of a diffusers pipeline" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", ["pipeline_x", "UViTPipeline"]])
-def test_pipelines_of_other_classes_are_named(name, folder):
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": name}))
-    assert str(name) in refusal(folder)
+DIFFUSERS = ["diffusers", "UNet2DModel"]
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "unet": DIFFUSERS,
+            },
+            "a StableDiffusionPipeline, which needs a prompt; accepted",
+        ),
+        (
+            {"_class_name": "StableVideoDiffusionPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
+            "which needs an input image; accepted",
+        ),
+        ({"_class_name": "RePaintPipeline", "unet": DIFFUSERS}, "which needs image and mask_image; accepted"),
+        ({"_class_name": "DanceDiffusionPipeline", "unet": DIFFUSERS}, "which draws no images"),
+        ({"_class_name": "UNet2DModel"}, "which draws no images"),
+        ({"_class_name": "GANPipeline"}, "a GANPipeline, which is no class of diffusers"),
+        ({"_class_name": 3}, "a 3, which is no class of diffusers"),
+        ({"_class_name": ["my_pipeline", "MyPipeline"]}, "a MyPipeline, code of its own, which is never run"),
+        ({"_class_name": "DDPMPipeline", "unet": ["os", "system"]}, "the unet of"),
+        ({"_class_name": "DDPMPipeline", "unet": ["diffusers", "DDPMPipeline"]}, "is a diffusers.DDPMPipeline"),
+        ({"_class_name": "DDPMPipeline", "unet": ["my_unet", "MyUNet"]}, "is a my_unet.MyUNet; accepted: models and"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value.get("_class_name")),
+)
+def test_other_pipelines_are_told_with_what_they_need(index, said, folder):
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert said in refusal(folder)
+
+
+def test_a_part_that_is_missing(tmp_path):
+    folder = dit_folder(tmp_path / "dit")
+    rewritten(folder / "model_index.json", lambda index: index.pop("vae"))
+    assert "can't be loaded" in refusal(folder)
+    rewritten(folder / "model_index.json", lambda index: index.update(vae=["diffusers", "UNet2DModel"]))
+    refusal(folder)
+    folder = saved(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()), tmp_path / "ddpm")
+    rewritten(folder / "model_index.json", lambda index: index.update(scheduler=[None, None]))
+    with pytest.raises(InputError, match="this DDPMPipeline has no scheduler"):
+        adapt_pipeline(load_pipeline(folder))
 
 
 def test_weights_missing_cut_short_or_pickled(folder):
@@ -113,6 +303,23 @@ def test_weights_of_another_model(change, folder):
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, **change}))
     refusal(folder)
+
+
+def test_tensors_of_other_shapes_and_quantizers_are_one_line_of_ours(tmp_path):
+    folder = saved(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()), tmp_path / "ddpm")
+    config = folder / "unet" / "config.json"
+    kept = config.read_text()
+    rewritten(config, lambda config: config.update(block_out_channels=[8, 8]))
+    assert "its tensors have other shapes" in refusal(folder)
+    config.write_text(kept)
+    rewritten(config, lambda config: config.update(quantization_config={"quant_method": "quanto"}))
+    assert "has a quantization_config; accepted" in refusal(folder)
+
+
+def test_a_network_of_none(folder):
+    rewritten(folder / "model_index.json", lambda index: index.update(unet=[None, None]))
+    with pytest.raises(InputError, match="the unet of this UViTPipeline is a NoneType; accepted"):
+        adapt_pipeline(load_pipeline(folder, dtype=torch.float32))
 
 
 def test_scheduler_missing(folder):

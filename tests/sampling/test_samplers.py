@@ -112,7 +112,7 @@ def test_unknown_names_and_other_processes():
         build_scheduler("dpm", DDPMScheduler())
     with pytest.raises(InputError, match="vp-continuous"):
         build_scheduler("euler-maruyama", DDPMScheduler())
-    with pytest.raises(InputError, match="None"):
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler; accepted: own"):
         build_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
     with pytest.raises(InputError, match="euler-ancestral takes no model that predicts 'sample'"):
         build_scheduler("euler-ancestral", DDPMScheduler(prediction_type="sample"))

@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.checkpoint import load_checkpoint
@@ -40,8 +43,6 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Pat
     model = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.999), weight_decay=0.03)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    from dia_diffusion.data import open_images
-
     images = torch.from_numpy(np.array(open_images("digits", size=8, channels=1).images))
     losses = []
     for step in range(6):
@@ -144,15 +145,56 @@ def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
     assert (folder / "samples.png").is_file()
 
 
-def test_class_conditional_training_drops_labels(tiny, train, tmp_path: Path) -> None:
-    experiment = tiny("run", "--model.num_classes", "10", "--data.label_dropout", "0.5", "--train.batch_size", "64")
-    trainer = Trainer(experiment, Recorder())
-    seen = []
-    trainer.model.label_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    trainer.run()
-    labels = torch.cat(seen)
-    assert 0.3 < float((labels == 10).float().mean()) < 0.7
-    assert labels.unique().tolist() == list(range(11))
+def labels_seen(experiment, stop_at: int = 0) -> list[list[int]]:
+    """What the network's label embedding is given, step by step; interrupted after a step, if told so."""
+    trainer = Trainer(
+        experiment, Recorder(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == stop_at else None)
+    )
+    seen: list[list[int]] = []
+    trainer.model.label_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].tolist()))
+    with pytest.raises(Stopped) if stop_at else nullcontext():
+        trainer.run()
+    return seen
+
+
+def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:
+    """Labels belong to their images, one in so many is the null label, and an interruption changes none."""
+    options = ("--model.num_classes", "10", "--data.label_dropout", "0.25", "--train.batch_size", "64")
+    digits = open_images("digits", size=8, channels=1)
+    expected = []
+    for step in range(6):
+        draws = draw_step(0, step, 64, len(digits), (1, 8, 8))
+        labels = digits.labels[draws.indices].tolist()
+        expected.append([10 if u < 0.25 else k for u, k in zip(draws.drop_label.tolist(), labels, strict=True)])
+    assert labels_seen(tiny("whole", *options)) == expected
+    assert 0.2 < np.mean(np.array(expected) == 10) < 0.3 and set(np.unique(expected)) == set(range(11))
+    assert labels_seen(tiny("cut", *options), stop_at=4) + labels_seen(tiny("cut", *options)) == expected
+    for name in ("model", "ema", "optimizer"):
+        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
+    """Each column is a class, with guidance: what the pipeline's own call gives for that seed and that class."""
+    by_class = ("--model.num_classes", "10", "--data.label_dropout", "0.1", "--optimizer.learning_rate", "0.01")
+    grids = ("--train.sample_every", "6", "--samples.count", "20", "--samples.steps", "3")
+    train(tiny("run", *by_class, *grids, "--samples.guidance_scale", "4"))
+    pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "step-00000006")
+    pipeline.set_progress_bar_config(disable=True)
+    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000006.png"))
+    scale = gap = 6  # 512 / (10 * 8)
+    for seed in (0, 3, 9, 10, 17):
+        row, column = divmod(seed, 10)
+        cell = grid[row * (8 * scale + gap) :: scale, column * (8 * scale + gap) :: scale][:8, :8]
+        options = {"num_inference_steps": 3, "guidance_scale": 4, "output_type": "np"}
+        image = pipeline(generator=torch.Generator().manual_seed(seed), class_labels=seed % 10, **options).images[0]
+        assert np.abs(cell - 255 * image[:, :, 0]).max() <= 1
+    training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
+    assert training["data"]["class_names"] == list("0123456789")
+    card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
+    assert "A 10-class UViT" in card and "in their order: 0 0, 1 1, 2 2" in card
+    trainer = train(tiny("run", *by_class, *grids, "--samples.guidance_scale", "1", "--train.max_steps", "7"))
+    assert trainer.step == 7
 
 
 def test_bf16_trains_and_keeps_float32_weights(tiny, train, tmp_path: Path) -> None:
@@ -174,6 +216,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
         trainer.run()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
+    tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny("whole"))
+    monkeypatch.setattr(UViTPipeline, "_to_images", lambda self, sample: sample * float("nan"))
+    trainer = train(tiny("run", "--train.sample_every", "3", "--samples.steps", "2"))
+    said = [message for message in trainer.reporter.messages if "no grid" in message]
+    assert [message[:6] for message in said] == ["step 3", "step 6"] and "is not finite" in said[0]
+    assert (tmp_path / "run" / "pipelines" / "step-00000006").is_dir()
+    assert not list((tmp_path / "run" / "samples").glob("*"))
+    expected, trained = weights(tmp_path / "whole", 6), weights(tmp_path / "run", 6)
+    assert all(torch.equal(expected[key], trained[key]) for key in expected)
+
+
+def test_a_new_run_writes_over_no_pipelines_of_another(tiny, train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny("run"))
+    shutil.rmtree(run / "checkpoints")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+    for start in ((), ("--init_from", str(run))):
+        with pytest.raises(InputError, match="has pipelines and no checkpoint"):
+            Trainer(tiny("run", *start), Recorder())
+    assert {file: file.read_bytes() for file in before} == before
+    shutil.rmtree(run / "pipelines" / "step-00000006")  # now as killed between its first pipeline and checkpoint
+    with pytest.raises(InputError, match="has pipelines and no checkpoint"):
+        Trainer(tiny("run", "--init_from", str(run)), Recorder())
+    assert train(tiny("run")).step == 6
+    assert {file: file.read_bytes() for file in before if file.suffix == ".safetensors"}.items() <= before.items()
 
 
 def test_changed_recipes_are_refused_by_name(tiny, train, tmp_path: Path) -> None:
@@ -271,7 +343,7 @@ def test_batches_that_cannot_be_split_are_refused() -> None:
 
 def test_datasets_without_classes_are_refused(tiny, tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
-    with pytest.raises(InputError, match="no class folders"):
+    with pytest.raises(InputError, match="has no classes"):
         Trainer(tiny("run", "--model.num_classes", "10", "--data.source", str(tmp_path / "images.npy")), Recorder())
     with pytest.raises(InputError, match="has 10 classes"):
         Trainer(tiny("run2", "--model.num_classes", "3"), Recorder())

@@ -37,12 +37,28 @@ def test_shipped_recipes_are_valid_and_round_trip(path: Path, tmp_path: Path) ->
 
 
 def test_recipes_of_units_differ_in_the_unit_alone() -> None:
-    for base in ("cifar10_uvit_s2", "cifar10_uvit_cpu", "digits_uvit_cpu"):
+    units = (("_dia", "dia-lstm"), ("_dia_light", "dia-lstm-light"))
+    for base in (
+        "cifar10_uvit_s2",
+        "cifar10_uvit_cpu",
+        "digits_uvit_cpu",
+        "cifar10_uvit_s2_class",
+        "cifar10_uvit_cpu_class",
+    ):
         plain = flatten(read_experiment(base).to_dict())
-        for suffix, unit in (("_dia", "dia-lstm"), ("_dia_light", "dia-lstm-light")):
+        for suffix, unit in units[:1] if base.endswith("_class") else units:
             twin = flatten(read_experiment(base + suffix).to_dict())
             assert {key for key in plain if plain[key] != twin[key]} == {"output", "model.attention"}
             assert plain["model.attention"] == "none" and twin["model.attention"] == unit
+
+
+@pytest.mark.parametrize("base", ["cifar10_uvit_s2", "cifar10_uvit_cpu"])
+def test_recipes_by_class_differ_in_the_classes_alone(base: str) -> None:
+    plain, by_class = (flatten(read_experiment(name).to_dict()) for name in (base, f"{base}_class"))
+    changed = {key: by_class[key] for key in plain if plain[key] != by_class[key]}
+    expected = {"output", "model.num_classes", "data.label_dropout", "samples.count", "samples.guidance_scale"}
+    assert changed.keys() == expected
+    assert changed["samples.count"] % changed["model.num_classes"] == 0
 
 
 def test_s2_recipe_is_uvits_own_setting() -> None:
@@ -79,6 +95,11 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ("train: {batch_size: 0}", [], "train.batch_size is 0"),
         ("ema: {decay: 1.5}", [], "ema.decay is 1.5"),
         ("data: {label_dropout: 0.1}", [], "class-conditional"),
+        ("samples: {guidance_scale: 2}", [], "needs a null label that is trained"),
+        ("model: {num_classes: 10}\nsamples: {guidance_scale: 2}", [], "set model.num_classes and data.label_dropout"),
+        ("samples: {guidance_scale: .nan}", [], "guidance_scale is nan"),
+        ("samples: {guidance_scale: 0.5}", [], "guidance_scale is 0.5; accepted: 1, which is none, or more"),
+        ("init_from: ''", [], "init_from is empty; accepted"),
         ("- a list", [], "not a recipe"),
         ("a: [", [], "not a YAML recipe"),
         ("seed: !!python/object/apply:os.system [true]", [], "not a YAML recipe"),

@@ -1,0 +1,91 @@
+"""Where `fid` finds and keeps its records, and how it shows them."""
+
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from dia_diffusion.cli.console import console
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.evaluate import discard_work, work_folder
+from dia_diffusion.evaluation.metrics import Extras
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
+from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
+from dia_diffusion.pipelines.folder import records_file, weights_hash
+
+
+def check_record_file(file: Path) -> None:
+    """Raises InputError for what no record could be added to, before anything is measured."""
+    place = next(path for path in (file, *file.absolute().parents) if path.exists())
+    accepted = "a file in a folder that can be written"
+    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+        raise InputError(f"--record {file} can't be written; accepted: {accepted}")
+
+
+def known_record(file: Path, protocol: Protocol, origin: Origin, extras: Extras) -> EvaluationRecord | None:
+    """The newest record of these weights in this model, by this protocol, that has all that is asked for."""
+    asked = (protocol.hash(), origin.weights_hash, origin.model_hash)
+    for record in reversed(read_records(file) if file.is_file() else []):
+        same = (record.protocol_hash(), record.weights_hash, record.model_hash) == asked
+        if same and record.has(extras.settings()):
+            return record
+    return None
+
+
+def keep(record: EvaluationRecord, file: Path, extras: Extras) -> None:
+    """Appends the record, and removes the work that led to it."""
+    append_record(file, record)
+    discard_work(work_folder(file, record.protocol, record, extras))
+
+
+def update_card(folder: Path, file: Path) -> None:
+    """Puts a pipeline's records into its model card, where it is a run's and they are the run's."""
+    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
+        return
+    own = weights_hash(folder)
+    records = (record.to_dict() for record in read_records(file) if record.weights_hash == own)
+    write_card(folder, evaluation_rows(records))
+
+
+def print_records(records: list[EvaluationRecord], extras: Extras) -> None:
+    """A table of distances, and one of the other metrics that were asked for; each record has them."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol"):
+        table.add_column(name, justify="right" if name in ("step", "distance", "images", "seconds") else "left")
+    for record in records:
+        protocol = record.protocol
+        sampler = "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
+        count = None if protocol.reference_count is None else f"{protocol.reference_count:,}"
+        reference = ", ".join(filter(None, (protocol.reference, protocol.reference_split, count)))
+        interval = "" if record.low is None else f" [{record.low:.3f}, {record.high:.3f}]"
+        table.add_row(
+            *_place(record),
+            record.metric,
+            f"{record.distance:.3f}{interval}",
+            f"{protocol.num_samples:,}",
+            reference,
+            sampler,
+            f"{record.seconds:.1f}",
+            record.protocol_hash()[:8],
+        )
+    console.print(table)
+    if names := extras.names(records[0].protocol.features):
+        console.print(_metrics_table(records, names))
+
+
+def _metrics_table(records: list[EvaluationRecord], names: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("source", "step", *names):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for record in records:
+        values = []
+        for name in names:
+            deviation = record.metrics.get(f"{name} std")
+            values.append(f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}"))
+        table.add_row(*_place(record), *values)
+    return table
+
+
+def _place(record: EvaluationRecord) -> tuple[str, str]:
+    source = record.source if record.split is None else f"{record.source}, {record.split}"
+    return source, "" if record.step is None else f"{record.step:,}"

@@ -1,0 +1,153 @@
+"""One pass over images into a feature file, divided over the processes of a launch, going on where it was stopped."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from einops import rearrange
+
+from dia_diffusion.data import ImageSet
+from dia_diffusion.distributed import from_main, on_main, together
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
+from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.sampling.seeds import my_share
+
+ImagesOf = Callable[[Sequence[int]], Iterable[torch.Tensor]]
+"""Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""
+
+
+BATCH = 64  # images of a set measured at once
+
+
+class Reporter(Protocol):
+    """What a pass tells while it works."""
+
+    def going_on(self, done: int, total: int) -> None:
+        """So many images were measured before, by a command that was stopped."""
+
+    def computing(self, what: str, done: int = 0, total: int = 0) -> None:
+        """A metric is being computed from the features; of the bootstrap, how many resamples are done."""
+
+
+class _Silent:
+    def going_on(self, done: int, total: int) -> None: ...
+
+    def computing(self, what: str, done: int = 0, total: int = 0) -> None: ...
+
+
+SILENT = _Silent()
+"""A reporter that tells nothing."""
+
+
+def batches_of(images: ImageSet, progress: Callable[[float], None] | None = None) -> ImagesOf:
+    """A set's images by their indices; `progress` is told the size of each batch that was measured."""
+
+    def batches(indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(indices), BATCH):
+            batch = images.images[np.asarray(indices[start : start + BATCH])]
+            yield torch.from_numpy(batch)
+            if progress is not None:  # the caller has measured the batch when it asks for the next
+                progress(len(batch))
+
+    return batches
+
+
+def widths_of(extractor: FeatureExtractor, logits: bool) -> dict[str, int]:
+    """The arrays of an extractor's feature file, each with its width. Raises InputError for missing logits."""
+    if not logits:
+        return {"features": extractor.num_features}
+    if extractor.num_classes is None:
+        raise InputError(f"features {extractor.name} have no logits, which the Inception score (isc) needs")
+    return {"features": extractor.num_features, "logits": extractor.num_classes}
+
+
+@contextmanager
+def open_on_main(
+    accelerator: Accelerator, folder: Path | None, widths: dict[str, int], count: int, *, cache: bool = False
+) -> Iterator[FeatureFile | None]:
+    """The feature file in a folder, on the main process; None elsewhere. `folder` None: a temporary one.
+
+    cache: the folder is every command's: this one waits for another that fills it, and does without where it can't be
+        written, in a temporary one.
+    """
+    with ExitStack() as stack:
+        opened: list[FeatureFile] = []
+
+        def open_in(place: Path) -> None:
+            opened.append(stack.enter_context(open_feature_file(place, widths, count, wait=cache)))
+
+        def open_it() -> None:
+            try:
+                open_in(folder or Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            except OSError:
+                if not cache:
+                    raise
+                open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+
+        on_main(accelerator, open_it)
+        yield opened[0] if opened else None
+
+
+def fill(
+    file: FeatureFile | None,
+    count: int,
+    images: ImagesOf,
+    extractor: FeatureExtractor,
+    accelerator: Accelerator,
+    widths: dict[str, int],
+    source: str,
+    reporter: Reporter,
+) -> None:
+    """Adds the chunks that the main process's file of `count` images still misses; the other processes have no file.
+
+    Each chunk is divided over the processes, collected in order and written by the main one, so that another number of
+    processes can go on with what the first ones left. Raises InputError where `images` gives too few.
+    """
+    missing = from_main(accelerator, lambda: [(chunk.start, chunk.stop) for chunk in file.missing] if file else [])
+    done = count - sum(stop - start for start, stop in missing)
+    if done:
+        reporter.going_on(done, count)
+    for start, stop in missing:
+        began = time.monotonic()
+        mine = my_share(range(start, stop), accelerator.process_index, accelerator.num_processes)
+        share = together(accelerator, partial(_measure, mine, images, extractor, widths, source))
+        rows = {name: _in_order(accelerator, part, stop - start) for name, part in share.items()}
+        if file is None:
+            on_main(accelerator, lambda: None)
+        else:
+            on_main(accelerator, partial(file.write, range(start, stop), rows, time.monotonic() - began))
+
+
+def _measure(
+    indices: Sequence[int], images: ImagesOf, extractor: FeatureExtractor, widths: dict[str, int], source: str
+) -> dict[str, torch.Tensor]:
+    """The rows of these images, on the extractor's device; they are one chunk's at most."""
+    parts = {name: [torch.zeros(0, width, device=extractor.device)] for name, width in widths.items()}
+    for batch in images(indices):
+        layers = extractor.with_logits(batch) if "logits" in widths else (extractor(batch),)
+        for name, rows in zip(("features", "logits"), layers, strict=False):
+            parts[name].append(rows)
+    found = {name: torch.cat(rows) for name, rows in parts.items()}
+    if len(found["features"]) != len(indices):
+        raise InputError(f"{len(indices)} images asked for, {source} gave {len(found['features'])}")
+    return found
+
+
+def _in_order(accelerator: Accelerator, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Every process's rows (B, D) of its share of `count` images, put together as (count, D), in order of image."""
+    processes = accelerator.num_processes
+    if processes == 1:
+        return rows
+    longest = -(-count // processes)
+    padded = F.pad(rows.to(accelerator.device), (0, 0, 0, longest - len(rows)))
+    gathered = accelerator.gather(padded)  # (processes * longest, D)
+    return rearrange(gathered, "(process row) d -> (row process) d", process=processes)[:count]

@@ -1,0 +1,125 @@
+"""One layer of a feature extractor: images in, the vectors that a distance compares out."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch_fidelity import FeatureExtractorBase
+
+from dia_diffusion.errors import InputError, one_line
+from dia_diffusion.files import sha256_of_file
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class FeatureExtractor:
+    """A torch-fidelity extractor under a name, with the hash of its weights; made by `build_features`.
+
+    name: as records call it.
+    module: gives the features, and after them the logits if it has any.
+    Raises InputError for a module that fails on an image, or gives no finite features (B, D).
+    """
+
+    def __init__(self, name: str, module: FeatureExtractorBase, weights_hash: str, device: str | torch.device) -> None:
+        self.name = name
+        self.weights_hash = weights_hash
+        self.device = torch.device(device)
+        self._module = module.requires_grad_(False).eval().to(self.device)
+        self._widths: list[int] | None = None
+        features, logits = self._layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        self.num_features: int = features.shape[1]
+        self.num_classes: int | None = None if logits is None else logits.shape[1]
+        self._widths = [features.shape[1], *([] if logits is None else [logits.shape[1]])]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, C, H, W) with 1 or 3 channels, on any device -> float32 features (B, num_features).
+
+        In float32 whatever autocast is around, convolutions without TF32: a ruler doesn't change with its surroundings.
+        Raises InputError for other types and shapes, and where the module fails or gives no finite features (B, D).
+        """
+        return self._layers(images)[0]
+
+    def with_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, num_features) and logits (B, num_classes) of the same images, from one pass.
+
+        Raises InputError where there are no logits.
+        """
+        features, logits = self._layers(images)
+        if logits is None:
+            raise InputError(f"features {self.name} have no logits, which a score of classes needs")
+        return features, logits
+
+    @torch.no_grad()
+    def _layers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise InputError(
+                f"features are taken from uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        images = images.to(self.device).expand(-1, 3, -1, -1)
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
+            features, *logits = self._layers_of_module(images)
+        return features, logits[0] if logits else None
+
+    def _layers_of_module(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The module's one or two layers, float32, as a user's own module may not give them."""
+        size = "x".join(map(str, images.shape[-2:]))
+        try:
+            layers = [layer.float() for layer in self._module(images)][:2]
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a user's own module can raise anything
+            raise InputError(
+                f"features {self.name} fail on images of {size} ({type(error).__name__}: {one_line(str(error))})"
+            ) from error
+        shapes = [tuple(layer.shape) for layer in layers]
+        fits = shapes and all(len(shape) == 2 and shape[0] == len(images) for shape in shapes)
+        if not fits or (self._widths is not None and [width for _, width in shapes] != self._widths):
+            given = ", ".join(map(str, shapes)) or "nothing"
+            widths = "number of features" if self._widths is None else " and ".join(map(str, self._widths))
+            raise InputError(
+                f"features {self.name} give {given} for images of shape {tuple(images.shape)}; accepted: "
+                f"({len(images)}, {widths})"
+            )
+        if not layers[0].isfinite().all():
+            raise InputError(f"features {self.name} give values that aren't finite for images of {size}")
+        return layers
+
+
+def state_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, types, shapes and values, in order of name: the same for all files of the same tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load_weights(module: Module, path: str | Path) -> Module:
+    """Loads a safetensors file of exactly this module's tensors; a JSON beside it says what its sha256 must be.
+
+    Raises InputError naming the file.
+    """
+    path = Path(path)
+    card = path.with_suffix(".json")
+    try:
+        if card.exists() and (expected := json.loads(card.read_text())["sha256"]) != sha256_of_file(path):
+            raise InputError(f"weights {path} are damaged or another network's: {card.name} says sha256 {expected}")
+        module.load_state_dict(load_file(path))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{card} says no sha256 for the weights beside it; without that file they load unchecked"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"weights {path} are missing, cut short or not safetensors ({error})") from error
+    except RuntimeError as error:
+        raise InputError(f"weights {path} are another network's, not a {type(module).__name__}'s") from error
+    return module

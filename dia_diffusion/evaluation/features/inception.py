@@ -1,0 +1,143 @@
+"""The features `inception`: torch-fidelity's inception-v3-compat, the network that FID is defined by."""
+
+import io
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from dia_diffusion.download import Download, fetch
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.features.extractor import state_hash
+from dia_diffusion.files import cache_folder, sha256_of_file, whole_file
+
+RELEASED = Download(
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    95_628_359,
+)
+"""torch-fidelity's port of the TensorFlow network of 2015 (Apache-2.0); pytorch-fid ships the same bytes."""
+LAYERS = ["2048", "logits_unbiased"]
+NAME = "inception"
+EXPECTED = f"expected: {RELEASED.file} with sha256 {RELEASED.sha256}, or a safetensors file of its tensors"
+
+Progress = Callable[[int, int], None]
+Tensors = dict[str, torch.Tensor]
+
+
+class InceptionExtractor(FeatureExtractorInceptionV3):
+    """torch-fidelity's extractor, given its weights: on its own it would unpickle a file or download one.
+
+    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits".
+    Raises RuntimeError for tensors of another network.
+    """
+
+    def __init__(self, features_list: list[str], weights: Mapping[str, torch.Tensor]) -> None:
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        super().__init__("inception", features_list, nothing)
+        self.load_state_dict(weights)
+        self.to(memory_format=torch.channels_last)  # nearly half the time of convolutions on a CPU
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, strict=strict and bool(state_dict), assign=assign)
+
+
+def build_inception(
+    weights: str | Path | None = None, features_list: list[str] = LAYERS, progress: Progress | None = None
+) -> tuple[str, InceptionExtractor, str]:
+    """The features' name, the extractor, and the `state_hash` of its weights, the same for a .pth and its safetensors.
+
+    The name is `inception`, by which a distance is called FID, for the released weights only: the release file, or what
+    our cache was made of it. That of others has the start of their hash, as `inception-1a2b3c4d`.
+
+    weights: a .pth or .safetensors file. None: what torch-fidelity has downloaded to torch's hub folder, else
+        its release file, downloaded now (`progress` gets bytes and of how many) and checked by sha256; either is turned
+        into safetensors in our cache once, and read from there afterwards.
+
+    Raises InputError for a file that is missing, cut short or another network's; RunError for a failed download.
+    """
+    cached = cache_folder() / "inception" / f"{RELEASED.sha256}.safetensors"
+    if weights is not None:
+        extractor, weights_hash = _build(_read(Path(weights)), Path(weights), features_list)
+        released = sha256_of_file(weights) == RELEASED.sha256 or weights_hash == _metadata(cached).get("weights_hash")
+        return NAME if released else f"{NAME}-{weights_hash[:8]}", extractor, weights_hash
+    if (tensors := _read_cached(cached)) is not None:
+        return NAME, *_build(tensors, cached, features_list)
+    path = _released_file(progress)
+    extractor, weights_hash = _build(_read(path), path, features_list)
+    tensors = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
+    with suppress(OSError), whole_file(cached) as temporary:  # a cache that can't be written is done without
+        save_file(tensors, temporary, metadata={"weights_hash": weights_hash, "sha256": RELEASED.sha256})
+    return NAME, extractor, weights_hash
+
+
+def unreleased(name: str, weights: str | Path) -> str | None:
+    """What a person must know of features called `name` by `build_inception`; None for the released weights."""
+    if name == NAME:
+        return None
+    return (
+        f"{weights} isn't the released Inception (its sha256 is {sha256_of_file(weights)}, the release's "
+        f"{RELEASED.sha256}): the features are called {name}, and the distance isn't called FID"
+    )
+
+
+def _build(tensors: Tensors, path: Path, features_list: list[str]) -> tuple[InceptionExtractor, str]:
+    try:
+        extractor = InceptionExtractor(features_list, tensors)
+    except RuntimeError as error:
+        raise InputError(f"weights {path} are another network's, not torch-fidelity's Inception; {EXPECTED}") from error
+    return extractor, state_hash(extractor.state_dict())
+
+
+def _released_file(progress: Progress | None) -> Path:
+    """The release file in torch's hub folder, else in our cache, else downloaded to there."""
+    theirs = Path(torch.hub.get_dir()) / "checkpoints" / RELEASED.file
+    if not theirs.is_file():
+        return fetch(RELEASED, cache_folder() / "downloads", progress, "by --inception-weights")
+    if (sha256 := sha256_of_file(theirs)) != RELEASED.sha256:
+        raise InputError(
+            f"{theirs} is damaged, its sha256 is {sha256}; {EXPECTED}: remove it or give --inception-weights"
+        )
+    return theirs
+
+
+def _read(path: Path) -> Tensors:
+    """The tensors of a .pth or safetensors file; nothing in it is executed."""
+    try:
+        with path.open("rb") as file:
+            is_safetensors = file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise InputError(f"weights {path} can't be read ({error.strerror}); {EXPECTED}") from error
+    try:
+        tensors = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling what anybody may have written raises almost anything
+        raise InputError(
+            f"weights {path} are cut short, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {EXPECTED}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise InputError(f"weights {path} hold other things than tensors by name; {EXPECTED}")
+    return dict(tensors)
+
+
+def _read_cached(path: Path) -> Tensors | None:
+    """What an earlier start has made of the release file; None where it isn't there, or not as it was written."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if state_hash(tensors) == _metadata(path).get("weights_hash") else None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}

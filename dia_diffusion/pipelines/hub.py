@@ -1,0 +1,136 @@
+"""Sends a pipeline folder to the Hugging Face Hub: a list of what would go, then exactly that in one commit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from dia_diffusion import __version__
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.pipelines.contents import check_pipeline, find_local_path, shared_files
+from dia_diffusion.pipelines.export import index_and_code
+from dia_diffusion.pipelines.folder import INDEX
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What would be sent where; nothing has been sent yet, and no connection made."""
+
+    folder: Path
+    repo_id: str
+    endpoint: str
+    sizes: dict[Path, int]
+    """Path relative to the folder -> bytes."""
+    left_out: dict[Path, str]
+    """What stays here -> why."""
+    carries_code: bool
+
+
+def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Shipment:
+    """Looks at what of a pipeline folder would be sent.
+
+    Args:
+        folder: of a UViTPipeline.
+        repo_id: such as "name/model".
+        endpoint: the Hub's address; None is huggingface_hub's own, or $HF_ENDPOINT.
+
+    Raises:
+        InputError: no whole UViTPipeline (`check_pipeline`), a repo_id of another form, or a file that names a path of
+            this machine, or code that `export` wouldn't write.
+    """
+    folder = Path(folder)
+    index = check_pipeline(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(_one_line(error)) from None
+    if "/" not in repo_id:
+        raise InputError(f"repo id {repo_id!r} names no owner; accepted: OWNER/NAME")
+    shared, left_out = shared_files(folder)
+    for relative in shared:
+        if named := find_local_path(folder / relative):
+            raise InputError(
+                f"{folder / relative} names {named}, a path of this machine; "
+                "`dia-diffusion export` makes a copy without such paths"
+            )
+    carries_code = isinstance(index["_class_name"], list)
+    _check_code(folder, index, carries_code, [path for path in shared if path.suffix == ".py"])
+    sizes = {relative: (folder / relative).stat().st_size for relative in shared}
+    return Shipment(folder, repo_id, HfApi(endpoint=endpoint).endpoint, sizes, left_out, carries_code)
+
+
+def _check_code(folder: Path, index: dict[str, Any], carries_code: bool, files: list[Path]) -> None:
+    """Raises InputError unless a folder's code, and what its index says of it, are what `export` generates."""
+    expected, code = index_and_code(folder, index, carries_code)
+    again = "`dia-diffusion export` makes the folder anew"
+    if expected != index:
+        raise InputError(f"{folder / INDEX} names other code than this version's; {again}")
+    for path in sorted({*files, *code}):
+        if path not in files or (folder / path).read_bytes() != code.get(path, "").encode():
+            raise InputError(f"{folder / path} is not the code that this version generates; {again}")
+
+
+def find_token() -> str:
+    """The token that huggingface_hub finds in its usual places.
+
+    Raises:
+        InputError: there is none.
+    """
+    token = get_token()
+    if not token:
+        raise InputError("no token of the Hub is set; `hf auth login` stores one, or set HF_TOKEN")
+    return token
+
+
+def send(shipment: Shipment, token: str, private: bool = False, revision: str | None = None) -> str:
+    """Sends the files in one commit, into a repository that is made where there is none.
+
+    Args:
+        shipment: of `prepare`.
+        token: of an account that may write there.
+        private: makes a new repository private, and refuses one that exists and is public.
+        revision: a branch, which is made where there is none; None is the main one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: a refused token, a repository that it can't write or that is public where a private one is asked
+            for, or anything else that the Hub refuses.
+        RunError: the Hub can't be reached, or sending fails.
+    """
+    api = HfApi(endpoint=shipment.endpoint, token=token, library_name="dia-diffusion", library_version=__version__)
+    repo_id = shipment.repo_id
+    try:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        # The Hub ignores what is asked of a repository that exists.
+        if private and not api.model_info(repo_id).private:
+            raise InputError(f"{repo_id} exists and is public; make it private there first, or choose another name")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(str(path), (shipment.folder / path).absolute()) for path in shipment.sizes]
+        message = f"Send a UViTPipeline with dia-diffusion {__version__}"
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    except InputError:
+        raise
+    except HfHubHTTPError as error:
+        reason = _one_line(error.server_message or error, token)
+        status = error.response.status_code
+        if status in (401, 403):
+            raise InputError(f"{shipment.endpoint} refuses the token for {repo_id} ({status}): {reason}") from None
+        if status in (400, 404, 409, 422):
+            raise InputError(f"{shipment.endpoint} refuses {repo_id} ({status}): {reason}") from None
+        raise RunError(f"{shipment.endpoint} answers with an error ({status}): {reason}") from None
+    except (HTTPError, ConnectionError) as error:
+        raise RunError(f"{shipment.endpoint} can't be reached: {_one_line(error, token)}") from None
+    except Exception as error:  # huggingface_hub wraps, and hf_xet raises what it likes
+        raise RunError(f"sending to {repo_id} failed: {_one_line(error.__cause__ or error, token)}") from None
+    return str(commit.commit_url)
+
+
+def _one_line(error: object, token: str | None = None) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.replace(token, "***") if token else text

@@ -1,0 +1,111 @@
+"""The first weights of a new run from a pipeline's: of the same network, or of one that gains a shared unit."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.noise import SCHEDULES, NoiseProcess
+from dia_diffusion.pipelines.folder import weights_hash
+from dia_diffusion.sampling.load import find_pipeline, load_pipeline
+from dia_diffusion.sampling.samplers import build_scheduler
+from dia_diffusion.training.config import Experiment
+
+UNIT_KEYS = ("attention", "attention_kwargs", "pool_tokens")
+UNIT = "unit."  # its tensors' names in a UViT
+
+
+def start_from(source: str, model: UViT, experiment: Experiment) -> dict[str, Any]:
+    """Puts the weights of a pipeline or of a run's newest pipeline into the model, and says which they are.
+
+    A model with a unit may start from weights without one; the unit then keeps its own first weights.
+
+    Raises:
+        InputError: no such pipeline, one of another network or unit, or one trained on another noise process.
+    """
+    folder = find_pipeline(source)
+    pipeline = load_pipeline(folder)
+    theirs = getattr(pipeline, "unet", None)
+    if not isinstance(theirs, UViT):
+        raise InputError(f"init_from {source} holds a {type(pipeline).__name__} without a UViT; accepted: one with")
+    _check_noise(source, pipeline.scheduler, experiment.noise_process())
+    _check_unit(source, theirs, experiment)
+    _check_backbone(source, theirs, model)
+    model.load_state_dict({**model.state_dict(), **theirs.state_dict()})
+    gained_unit = model.unit is not None and theirs.unit is None
+    return {"path": source, "weights_sha256": weights_hash(folder), "gained_unit": gained_unit}
+
+
+def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any] | None:
+    """What `start_from` said when a run that now goes on was new.
+
+    The same words mean the same weights, which needn't be there any more; other words are compared by what lies there.
+
+    Raises:
+        InputError: `source` holds other weights than the run started from.
+    """
+    path = None if kept is None else kept["path"]
+    if source == path:
+        return kept
+    if source is not None and kept is not None and weights_hash(find_pipeline(source)) == kept["weights_sha256"]:
+        return {**kept, "path": source}
+    raise InputError(
+        f"the run started with init_from: {path}, and is given init_from: {source}; "
+        "go on with its own, or choose another output"
+    )
+
+
+def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) -> None:
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type != process.prediction_type:
+        raise InputError(
+            f"init_from {source} predicts {prediction_type!r}, and noise.prediction_type is {process.prediction_type!r}"
+        )
+    schedule = _schedule(scheduler)
+    if schedule != process.schedule:
+        raise InputError(
+            f"init_from {source} was trained on the noise process {schedule!r}, and noise.schedule is "
+            f"{process.schedule!r}"
+        )
+
+
+def _schedule(scheduler: SchedulerMixin) -> str:
+    """The name of the noise process that a scheduler's betas are of."""
+    betas = build_scheduler("ddpm", scheduler).betas.double()
+    for name in SCHEDULES:
+        expected = NoiseProcess(name).betas()
+        # The tolerance is that of betas that went through float32.
+        if betas.shape == expected.shape and torch.allclose(betas, expected, rtol=1e-4, atol=1e-7):
+            return name
+    return "of other betas"
+
+
+def _check_unit(source: str, theirs: UViT, experiment: Experiment) -> None:
+    own = asdict(experiment.model)
+    if theirs.unit is None:
+        return
+    for key in UNIT_KEYS:
+        there, here = theirs.config[key] or None, own[key] or None
+        if there != here:
+            raise InputError(
+                f"init_from {source} has a shared unit with model.{key} {there}, and the recipe's is {here}; "
+                "accepted: the same unit, or weights without one"
+            )
+
+
+def _check_backbone(source: str, theirs: UViT, model: UViT) -> None:
+    there, here = theirs.state_dict(), model.state_dict()
+    for name in [*here, *there]:
+        if name.startswith(UNIT) and theirs.unit is None:
+            continue
+        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"init_from {source} is of another network: tensor {name} is {shapes[0]} there, {shapes[1]} here"
+            )
+    heads = theirs.config.num_attention_heads, model.config.num_attention_heads
+    if heads[0] != heads[1]:  # which no tensor shows
+        raise InputError(f"init_from {source} has model.num_attention_heads {heads[0]}, and the recipe's is {heads[1]}")

@@ -1,0 +1,194 @@
+"""`fid` killed in mid-run, and what it computes beside the distance."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dia_diffusion.cli.main import main
+from dia_diffusion.evaluation.record import read_records
+from dia_diffusion.pipelines.folder import records_file
+from dia_diffusion.sampling.settings import SamplingSettings
+from tests.training.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fid")
+    (folder / "tiny.yaml").write_text(TINY)
+    assert main(["train", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run of the tiny recipe, without records, and a cache of its own."""
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the seeds that are sampled."""
+    seeds: list[int] = []
+    generate = SamplingSettings.generate
+
+    def counted(self: SamplingSettings, pipeline: Any, chosen: Any, *args: Any, **kwargs: Any) -> Any:
+        seeds.extend(chosen)
+        return generate(self, pipeline, chosen, *args, **kwargs)
+
+    monkeypatch.setattr(SamplingSettings, "generate", counted)
+    return seeds
+
+
+def finished(run: Path) -> int:
+    """How many chunks of 500 images the unfinished work holds."""
+    files = list(run.glob("evaluations.unfinished/*/finished.json"))
+    return len(json.loads(files[0].read_text())) if files else 0
+
+
+def end_at(run: Path, arguments: list[str], chunks: int, number: int) -> subprocess.CompletedProcess[str]:
+    """Runs fid in a process that gets a signal once so many chunks are finished."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dia_diffusion", "fid", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 150
+    while finished(run) < chunks and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, error = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, output, error)
+
+
+def test_killed_it_goes_on_to_the_same_number(
+    run: Path, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fid = [str(run), "--reference", "digits", "--num", "4000", "--steps", "25"]
+    stopped = end_at(run, fid, 1, signal.SIGINT)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "the same command goes on" in stopped.stderr and stopped.stderr.count("\n") == 1
+    killed = end_at(run, fid, 2, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and "going on after" in killed.stdout
+    assert not (run / "evaluations.jsonl").exists()
+    done = finished(run)
+    assert 2 <= done < 8
+
+    assert main(["fid", *fid]) == 0
+    assert sampled == list(range(500 * done, 4000))
+    assert f"going on after {500 * done:,} of 4,000 images" in capsys.readouterr().out
+    assert not (run / "evaluations.unfinished").exists()
+    assert main(["fid", *fid, "--record", str(tmp_path / "whole.jsonl")]) == 0
+    assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance
+
+
+def test_what_is_on_record_is_measured_again_for_other_metrics_alone(
+    run: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fid = ["fid", str(run), "--reference", "digits", "--num", "120", "--steps", "2"]
+    more = ["--metrics", "fid,kid,isc,prc", "--kid-subset-size", "50", "--bootstrap", "20"]
+    expected = 0
+    for arguments, measures in (
+        (fid, True),
+        ([*fid, *more], True),
+        ([*fid, *more], False),
+        (fid, False),
+        ([*fid, "--metrics", "prc"], False),
+        ([*fid, "--bootstrap", "30"], True),
+    ):
+        assert main(arguments) == 0
+        expected += 120 * measures
+        assert len(sampled) == expected, arguments
+    first, second, third = read_records(run / "evaluations.jsonl")
+    assert first.distance == second.distance == third.distance
+    assert first.protocol_hash() == second.protocol_hash() == third.protocol_hash()
+    assert second.metrics.keys() >= {"KD(digits)", "IS(digits)", "precision(digits)", "recall(digits)"}
+    shown = capsys.readouterr().out
+    assert f"{second.distance:.3f} [{second.low:.3f}, {second.high:.3f}]" in shown
+    assert f"{second.metrics['KD(digits)']:.4f} ± {second.metrics['KD(digits) std']:.4f}" in shown
+    card = (run / "pipelines" / "step-00000006" / "README.md").read_text()
+    assert card.count("| FD(digits) |") == 1
+
+
+def test_records_of_a_pipeline_right_below_the_root() -> None:
+    assert records_file(Path("/model")) == Path("/model/evaluations.jsonl")
+
+
+def test_what_is_asked_for_is_shown_whatever_else_is_on_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fid = ["fid", str(run), "--reference", "digits", "--num", "80", "--steps", "2"]
+    assert main([*fid, "--step", "3", "--metrics", "isc,prc"]) == 0
+    capsys.readouterr()
+    assert main([*fid, "--every-step"]) == 0  # the newer pipeline has no other metrics
+    assert "IS(digits)" not in capsys.readouterr().out
+    assert main([*fid, "--every-step", "--metrics", "prc"]) == 0
+    shown = capsys.readouterr().out
+    assert "precision(digits)" in shown and "IS(digits)" not in shown
+
+
+def test_images_on_record_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    fid = ["fid", "digits", "--reference", "digits", "--num", "100", "--record", str(tmp_path / "r.jsonl")]
+    assert main(fid) == main(fid) == 0
+    assert len(read_records(tmp_path / "r.jsonl")) == 1
+    assert main([*fid, "--metrics", "prc"]) == 0
+    assert len(read_records(tmp_path / "r.jsonl")) == 2
+
+
+def test_the_end_says_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.fill", interrupted)
+    fid = ["fid", "digits", "--reference", "digits", "--num", "100", "--record", str(tmp_path / "r.jsonl")]
+    assert main(fid) == 130
+    assert "nothing is kept" in capsys.readouterr().err
+
+
+def test_the_same_weights_in_another_model_are_not_on_record(run: Path, sampled: list[int]) -> None:
+    fid = ["fid", str(run), "--reference", "digits", "--num", "80", "--steps", "2"]
+    assert main(fid) == main(fid) == 0
+    assert len(sampled) == 80
+    config = run / "pipelines" / "step-00000006" / "unet" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"num_attention_heads": 2 * fields["num_attention_heads"]}))
+    assert main(fid) == 0
+    assert len(sampled) == 160
+    first, second = read_records(run / "evaluations.jsonl")
+    assert first.weights_hash == second.weights_hash and first.protocol_hash() == second.protocol_hash()
+    assert first.distance != second.distance
+
+
+def test_one_image_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    folder, out = tmp_path / "one", tmp_path / "one.safetensors"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    assert main(["fid", str(folder), "--reference", "digits"]) == 2
+    assert f"{folder} has 1 image; a distance takes 2 or more" in capsys.readouterr().err
+    assert main(["stats", "make", str(folder), str(out), "--features", "digits"]) == 2
+    assert "a covariance of 1 image" in capsys.readouterr().err and not out.exists()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_statistics_are_no_reference_for_kid(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "s.npz").write_bytes(b"")
+    statistics = ["--reference", str(tmp_path / "s.npz")]
+    assert main(["fid", str(run), "--features", "digits", *statistics, "--metrics", "prc"]) == 2
+    assert "accepted for kid and prc: images" in capsys.readouterr().err

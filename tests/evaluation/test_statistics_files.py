@@ -1,0 +1,188 @@
+import json
+from importlib import metadata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_files import (
+    is_statistics_file,
+    open_reference,
+    read_statistics,
+    refuse_incomparable,
+    write_statistics,
+)
+
+
+@pytest.fixture
+def reference(extractor, digits):
+    return reference_statistics(digits, extractor)
+
+
+@pytest.fixture
+def path(reference, extractor, tmp_path):
+    path = tmp_path / "digits.safetensors"
+    write_statistics(path, reference, extractor)
+    return path
+
+
+def refused(path, said, call=read_statistics):
+    with pytest.raises(InputError, match=said) as caught:
+        call(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_is_the_reference_it_was_made_of(path, reference, extractor):
+    again = open_reference(path, extractor, (3, 8, 8))
+    assert (again.name, again.split, again.shape, again.hash) == ("digits", "test", (3, 8, 8), reference.hash)
+    assert again.statistics.count == 596
+    assert torch.equal(again.statistics.outer, reference.statistics.outer)
+
+
+def test_provenance_says_all_of_it(path, reference, extractor):
+    known = read_statistics(path).provenance
+    assert known["shape"] == [3, 8, 8] and known["count"] == 596
+    assert (known["features"], known["features_hash"]) == ("digits", extractor.weights_hash)
+    assert known["images_hash"] == reference.hash
+    assert known["versions"]["torch"] == metadata.version("torch") and known["created_by"].startswith("dia-diffusion")
+
+
+def test_moments_of_pytorch_fid(path, reference, extractor, tmp_path):
+    """Its files hold mu and sigma; some others' are in float32, or carry keys beside them."""
+    mean, covariance = reference.statistics.mean, reference.statistics.covariance
+    np.savez(tmp_path / "a.npz", mu=mean, sigma=covariance)
+    np.savez_compressed(tmp_path / "b.npz", mu=mean.astype("f"), sigma=covariance.astype("f"), arr_0=np.zeros(3))
+    for name, tolerance in (("a.npz", 1e-14), ("b.npz", 1e-5)):
+        found = open_reference(tmp_path / name, extractor, (3, 16, 16))
+        assert (found.name, found.split, found.shape, found.statistics.count) == (name, None, None, None)
+        np.testing.assert_allclose(found.statistics.mean, mean, rtol=tolerance)
+        np.testing.assert_allclose(found.statistics.covariance, covariance, atol=tolerance * np.abs(covariance).max())
+    refuse_incomparable(read_statistics(path), read_statistics(tmp_path / "a.npz"))
+
+
+def test_features_of_score_sde(extractor, digits, tmp_path):
+    features = extractor(torch.from_numpy(digits.images)).numpy()
+    np.savez_compressed(tmp_path / "stats.npz", pool_3=features, logits=np.zeros((596, 10)))
+    found = read_statistics(tmp_path / "stats.npz").statistics
+    assert found.count == 596
+    expected = SimpleNamespace(
+        mean=features.astype(float).mean(0), covariance=np.cov(features.astype(float), rowvar=False)
+    )
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected.covariance, atol=1e-10)
+    assert frechet_distance(found, expected) < 1e-9
+
+
+def test_npz_files_that_are_not_moments(tmp_path):
+    eye = np.eye(4)
+    arrays = {
+        "objects": {"mu": np.array([{}] * 4, dtype=object), "sigma": eye},
+        "keys": {"mean": np.zeros(4), "cov": eye},
+        "mu-alone": {"mu": np.zeros(4)},
+        "not-finite": {"mu": np.full(4, np.nan), "sigma": eye},
+        "infinite": {"mu": np.zeros(4), "sigma": np.diag([np.inf] * 4)},
+        "asymmetric": {"mu": np.zeros(4), "sigma": eye + np.eye(4, k=1)},
+        "negative": {"mu": np.zeros(4), "sigma": -eye},
+        "indefinite": {"mu": np.zeros(4), "sigma": eye + 2 * (np.eye(4, k=2) + np.eye(4, k=-2))},
+        "shapes": {"mu": np.zeros(5), "sigma": eye},
+        "square": {"mu": eye, "sigma": eye},
+        "texts": {"mu": np.array(["1"] * 4), "sigma": eye},
+        "complex": {"mu": np.zeros(4), "sigma": eye + 0j},
+        "one": {"pool_3": np.zeros((1, 4))},
+        "maps": {"pool_3": np.zeros((8, 4, 1, 1))},
+        "infinite-features": {"pool_3": np.full((8, 4), np.inf)},
+    }
+    said = {
+        "objects": "holds objects",
+        "keys": "has the keys mean, cov; accepted: mu and sigma .* or pool_3",
+        "mu-alone": "has the keys mu; accepted",
+        "not-finite": "aren't finite",
+        "infinite": "aren't finite",
+        "asymmetric": "isn't symmetric",
+        "negative": "negative numbers on its diagonal",
+        "indefinite": "eigenvalues go from -1 to 3",
+        "shapes": r"arrays of \(5,\) and \(4, 4\)",
+        "square": r"arrays of \(4, 4\) and \(4, 4\)",
+        "texts": "mu is of type <U1",
+        "complex": "sigma is of type complex128",
+        "one": r"the shape \(1, 4\)",
+        "maps": r"the shape \(8, 4, 1, 1\)",
+        "infinite-features": "aren't finite",
+    }
+    for name, content in arrays.items():
+        np.savez(tmp_path / f"{name}.npz", **content)
+        refused(tmp_path / f"{name}.npz", said[name])
+
+
+def test_damaged_and_other_files(path, tmp_path):
+    np.savez(tmp_path / "whole.npz", mu=np.zeros(64), sigma=np.eye(64))
+    whole, ours = (tmp_path / "whole.npz").read_bytes(), path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5000] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    refused(tmp_path / "flipped.npz", "CRC")
+    for kept in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.npz").write_bytes(whole[:kept])
+        refused(tmp_path / "cut.npz", "cut short")
+    for kept in (0, 5, len(ours) // 2, len(ours) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(ours[:kept])
+        refused(tmp_path / "cut.safetensors", "not a whole file")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.eye(3))
+    refused(tmp_path / "array.npz", "no npz")
+    refused(tmp_path / "none.npz", "no file here")
+    refused(FEATURES["digits"].weights, "not a whole file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "said"),
+    [
+        ({"shape": [8, 8]}, {}, "three numbers"),
+        ({"features": None}, {}, "doesn't say what it was made of"),
+        ({"statistics_version": 0}, {}, "of version 0, this program's are 1"),
+        ({}, {"count": torch.tensor(1)}, "made of 1 images"),
+        ({}, {"sum": torch.zeros(3)}, r"arrays of \(3,\) and \(64, 64\)"),
+        ({}, {"outer": torch.full((64, 64), torch.nan)}, "aren't finite"),
+        ({}, {"outer": torch.ones(64, 64).triu()}, "isn't symmetric"),
+    ],
+)
+def test_our_own_files_are_checked(path, changes, tensors, said):
+    provenance = read_statistics(path).provenance | changes
+    save_file(load_file(path) | tensors, path, metadata={"provenance": json.dumps(provenance)})
+    refused(path, said)
+
+
+def test_a_reference_of_other_features_weights_and_images_is_refused(path, extractor, tmp_path):
+    refused(
+        path,
+        "images of 8x8 with 3 channels, measured are images of 16x16 with 3",
+        lambda p: open_reference(p, extractor, (3, 16, 16)),
+    )
+    weights = load_file(FEATURES["digits"].weights)
+    weights["head.bias"] += 1
+    save_file(weights, tmp_path / "weights.safetensors")
+    other = build_features("digits", weights=tmp_path / "weights.safetensors")
+    refused(path, "of other weights", lambda p: open_reference(p, other, (3, 8, 8)))
+    inception = SimpleNamespace(name="inception", weights_hash="0" * 64, num_features=2048)
+    refused(path, "in features digits; measured: inception", lambda p: open_reference(p, inception, (3, 8, 8)))
+    np.savez(tmp_path / "cifar.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    refused(tmp_path / "cifar.npz", "2048 features; digits has 64", lambda p: open_reference(p, extractor, (3, 8, 8)))
+    np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
+    three = read_statistics(tmp_path / "three.npz")
+    refused(path, "64 features, .*three.npz of 3", lambda p: refuse_incomparable(read_statistics(p), three))
+
+
+def test_statistics_are_told_from_images(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), dtype=np.uint8), seeds=np.arange(2))
+    np.savez(tmp_path / "both.npz", arr_0=np.zeros((2, 8, 8), dtype=np.uint8), mu=np.zeros(4), sigma=np.eye(4))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(4))
+    images = ("digits", "images.zip", "images.npy", tmp_path / "folder.npz", tmp_path / "images.npz")
+    assert not any(map(is_statistics_file, images))
+    assert all(map(is_statistics_file, ("none.npz", "b.safetensors", tmp_path / "both.npz", tmp_path / "other.npz")))

@@ -1,0 +1,302 @@
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from dia_diffusion import UViTPipeline
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.files import sha256_of_file
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines import bundle as bundle_module
+from dia_diffusion.pipelines.bundle import bundle
+from dia_diffusion.pipelines.export import export_pipeline
+from dia_diffusion.pipelines.hub import prepare, send
+from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from tests.pipelines.conftest import add_training, contents
+from tests.pipelines.hub import TOKEN, Hub
+
+WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
+# Loads exported folders where importing the package fails, and saves the images of each.
+WITHOUT_PACKAGE = """
+import importlib.abc, json, sys
+
+class Refusal(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dia_diffusion":
+            raise ModuleNotFoundError(f"refused {name}")
+
+sys.meta_path.insert(0, Refusal())
+try:
+    import dia_diffusion
+except ModuleNotFoundError as error:
+    print(error)
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+
+torch.set_num_threads(1)
+for folder, arguments, out in json.loads(sys.argv[1]):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    images = pipe(batch_size=2, generator=generator, output_type="pt", **arguments).images
+    save_file({"images": images}, out)
+assert not any(name.partition(".")[0] == "dia_diffusion" for name in sys.modules)
+"""
+GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0}
+KINDS = {
+    "none": ({"attention": None}, {}),
+    "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
+    "dia-lstm-light": ({"attention": "dia-lstm-light", "pool_tokens": "patch"}, {}),
+    "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
+    "euler-maruyama": ({"scheduler": EulerMaruyamaScheduler}, {}),
+}
+
+
+def without_package(environment: dict[str, str], jobs: list[tuple[str, dict, str]]) -> None:
+    """Draws images of folders in an interpreter that can't import the package."""
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, json.dumps(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "refused dia_diffusion"
+
+
+def drawn(folder: Path, arguments: dict) -> torch.Tensor:
+    pipe = UViTPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    return pipe(batch_size=2, generator=generator, output_type="pt", **arguments).images
+
+
+def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tmp_path: Path) -> None:
+    jobs, expected = [], []
+    for number, (config, arguments) in enumerate(KINDS.values()):
+        if "scheduler" in config:
+            config = {"scheduler": config["scheduler"](**NoiseProcess().scheduler_config())}
+        source, out = save(f"source{number}", **config), tmp_path / f"out{number}"
+        export_pipeline(source, out)
+        arguments = {"num_inference_steps": 4, **arguments}
+        jobs.append((str(out), arguments, str(tmp_path / f"images{number}.safetensors")))
+        expected.append(drawn(source, arguments))
+    # Once more as people have it who know no more than the name of its repository.
+    send(prepare(jobs[1][0], "me/model"), TOKEN)
+    jobs.append(("me/model", jobs[1][1], str(tmp_path / "by_name.safetensors")))
+    expected.append(expected[1])
+    without_package({"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.address, "no_proxy": "*"}, jobs)
+    for name, (_, _, file), images in zip([*KINDS, "by name"], jobs, expected, strict=True):
+        assert torch.equal(load_file(file)["images"], images), name
+        assert (images[0] - images[1]).abs().max() > 0.1, name
+        assert (images - expected[0]).abs().max() > 0.01 or name == "none", name
+
+
+def test_what_is_copied(save: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "pipelines").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    source = save("saved").rename(run / "pipelines" / "step-00000006")
+    add_training(source)
+    (source / ".secret").write_text("secret")
+    record = {
+        "source": "/home/someone/runs/secret",
+        "weights_hash": sha256_of_file(source / WEIGHTS),
+        "metric": "FD(digits)",
+        "distance": 3.25,
+        "protocol_hash": "a",
+        "protocol": {"num_samples": 100, "reference": "digits", "reference_split": "test"}
+        | {"sampler": "ddim", "num_inference_steps": 7},
+    }
+    of_others = {**record, "weights_hash": "0", "distance": 1.0}
+    bound = {**record, "protocol": {**record["protocol"], "reference": "/home/someone/x.zip"}}
+    lines = [json.dumps(each) + "\n" for each in (record, of_others, bound)]
+    (run / "evaluations.jsonl").write_text("".join(lines))
+    before = contents(run)
+    for with_code in (False, True):
+        out = tmp_path / f"out{with_code}"
+        assert export_pipeline(source, out, with_code) == {Path(".secret"): "a dotfile"}
+        copied, code = contents(out), {"pipeline_dia_diffusion.py", "unet/dia_diffusion_uvit.py"}
+        expected = contents(source).keys() - {".secret"} | {"README.md", "evaluations.jsonl"}
+        assert copied.keys() == expected | (code if with_code else set())
+        same = {name for name, content in contents(source).items() if copied.get(name) == content}
+        changed = {"training.json", ".secret"} | ({"model_index.json"} if with_code else set())
+        assert same == contents(source).keys() - changed
+        assert not [name for name, content in copied.items() if b"/home/" in content]
+        training = json.loads(copied["training.json"])
+        assert training["recipe"]["output"] == "secret" and training["recipe"]["data"]["source"] == "photos.zip"
+        assert [json.loads(line) for line in copied["evaluations.jsonl"].splitlines()] == [
+            {**record, "source": "secret"}
+        ]
+        card = copied["README.md"].decode()
+        assert "| FD(digits) | 3.250 | 100 | digits (test) | ddim | 7 |" in card and "samples.png" in card
+        assert ("carries code" in card) == ("trust_remote_code=True" in card) == with_code
+        export_pipeline(out, tmp_path / f"again{with_code}", with_code)
+        assert contents(tmp_path / f"again{with_code}") == copied
+    assert contents(run) == before
+
+
+def test_converted_weights_get_a_card(save: Callable[..., Path], tmp_path: Path) -> None:
+    export_pipeline(save("source", num_classes=3, attention=None), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A 3-class UViT (16 wide, 3 blocks, 8x8 images) with no attention unit" in card
+    assert "trained with" not in card and "## Recipe" not in card
+
+
+def test_where_a_component_was_loaded_from_stays_here(save: Callable[..., Path], tmp_path: Path) -> None:
+    UViTPipeline.from_pretrained(save("source")).save_pretrained(tmp_path / "loaded")
+    assert str(tmp_path) in (tmp_path / "loaded" / "model_index.json").read_text()
+    export_pipeline(tmp_path / "loaded", tmp_path / "out")
+    assert not [name for name, content in contents(tmp_path / "out").items() if str(tmp_path).encode() in content]
+
+
+def refusal(source: Path, out: Path) -> str:
+    with pytest.raises(InputError) as error:
+        export_pipeline(source, out)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bad_input(save: Callable[..., Path], tmp_path: Path) -> None:
+    source, out = save("source"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    assert "exists" in refusal(source, out) and (out / "mine").read_text() == "mine"
+    out = tmp_path / "new"
+    assert "missing" in refusal(tmp_path, out)
+    unet = UNet2DModel(8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, **{
+        f"{way}_block_types": (f"{way.capitalize()}Block2D",) for way in ("down", "up")
+    })  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    assert "holds a DDPMPipeline" in refusal(tmp_path / "ddpm", out)
+
+    def altered(name: str, change: Callable[[bytes], bytes]) -> str:
+        before = (source / name).read_bytes()
+        (source / name).write_bytes(change(before))
+        said = refusal(source, out)
+        (source / name).write_bytes(before)
+        return said
+
+    assert "cut short" in altered(str(WEIGHTS), lambda content: content[:-1])
+    assert "cut short" in altered("model_index.json", lambda content: content[:-10])
+    assert "tensor decoder.bias" in altered(
+        "unet/config.json", lambda c: c.replace(b'"in_channels": 3', b'"in_channels": 1')
+    )
+    assert "MyScheduler of mine" in altered(
+        "model_index.json",
+        lambda c: c.replace(b'"diffusers",', b'"mine",').replace(b"DPMSolverMultistepScheduler", b"MyScheduler"),
+    )
+    (source / "training.json").write_text('{"run": 1}')
+    assert str(source / "training.json") in refusal(source, out)
+    add_training(source)
+    whole = json.loads((source / "training.json").read_text())
+    for wrong in ({"recipe": {}}, {"data": []}, {"step": "x"}, {"init_from": 5}):
+        (source / "training.json").write_text(json.dumps(whole | wrong))
+        assert str(source / "training.json") in refusal(source, out), wrong
+    (source / "training.json").unlink()
+    (source / "converted.json").write_text("[]")
+    assert str(source / "converted.json").replace(str(source), "") in refusal(source, out)
+    (source / "converted.json").unlink()
+    (source / "evaluations.jsonl").write_text('{"metric": "FD(dig')
+    assert "evaluations.jsonl, line 1" in refusal(source, out)
+    (source / "evaluations.jsonl").write_bytes(b"\xff\xfe")
+    assert "evaluations.jsonl can't be read" in refusal(source, out)
+    (source / "evaluations.jsonl").unlink()
+    shards = source / "unet" / f"{WEIGHTS.name}.index.json"
+    shards.write_text("{}")
+    assert "in shards" in refusal(source, out)
+    shards.unlink()
+    (source / WEIGHTS).rename(tmp_path / "weights")
+    assert "missing" in refusal(source, out)
+    (source / WEIGHTS).symlink_to(tmp_path / "weights")
+    assert "a link" in refusal(source, out)
+    (source / WEIGHTS).unlink()
+    (tmp_path / "weights").rename(source / WEIGHTS)
+    for part in ("unet", "scheduler"):
+        (source / part).rename(tmp_path / part)
+        assert f"{part}/" in refusal(source, out) and "missing" in refusal(source, out)
+        (source / part).symlink_to(tmp_path / part)
+        assert f"{part}/" in refusal(source, out) and "a link" in refusal(source, out)
+        (source / part).unlink()
+        (tmp_path / part).rename(source / part)
+    assert not out.exists()
+
+
+def test_without_code_there_is_none(save: Callable[..., Path], tmp_path: Path) -> None:
+    source = save("source", EulerMaruyamaScheduler(**NoiseProcess().scheduler_config()))
+    export_pipeline(source, tmp_path / "code")
+    plain = tmp_path / "plain"
+    for code in (tmp_path / "code").rglob("*.py"):
+        code.write_text(code.read_text() + "print('altered')\n")
+    export_pipeline(tmp_path / "code", plain, with_code=False)
+    assert not list(plain.rglob("*.py")) and "carries code" not in (plain / "README.md").read_text()
+    assert (plain / "model_index.json").read_bytes() == (source / "model_index.json").read_bytes()
+    assert type(UViTPipeline.from_pretrained(plain).scheduler) is EulerMaruyamaScheduler
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("num_classes", "labels"), [(3, "[0, 1, 2]"), (9, "[0, 1, 2, 3]")])
+def test_card_of_classes(
+    dropout: float, num_classes: int, labels: str, save: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = save("source", num_classes=num_classes)
+    add_training(source)
+    training = json.loads((source / "training.json").read_text())
+    training["data"]["class_names"] = [str(number) for number in range(num_classes)]
+    training["recipe"]["data"]["label_dropout"] = dropout
+    (source / "training.json").write_text(json.dumps(training))
+    export_pipeline(source, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"class_labels={labels}, " in card and ("guidance_scale" in card) == (dropout > 0)
+    assert ("the columns of the grid" in card) == (num_classes <= training["recipe"]["samples"]["count"])
+
+
+def package(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
+    """Makes a package called paper of these modules, which the bundler then takes for its own."""
+    (folder / "paper").mkdir()
+    for name, text in {"__init__": "", **modules}.items():
+        (folder / "paper" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(bundle_module, "PACKAGE", "paper")
+    monkeypatch.delitem(sys.modules, "paper", raising=False)
+    importlib.invalidate_caches()
+
+
+def test_bundle_is_the_modules_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = '"""First."""\nimport math\nfrom typing import Any\n\n# why\nX: Any = math.pi\n__all__ = ["X"]\n'
+    second = "from typing import Any, cast\n\nfrom paper.first import X\n\n\ndef area(r):\n    return X * r\n"
+    package(tmp_path, monkeypatch, first=first, second=second)
+    source = bundle("paper.second", "areas")
+    names: dict[str, object] = {}
+    exec(source, names)
+    assert names["area"](2) == pytest.approx(6.28318, abs=1e-4)  # type: ignore[operator]
+    assert "paper import" not in source and "from paper" not in source and "__all__" not in source
+    assert "from typing import Any, cast" in source and source.index("# why") < source.index("def area")
+    assert "Apache-2.0" in source and "#   paper/first.py\n#   paper/second.py" in source
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("x = 1", "from paper.first import x\nx = 2", "x can't be bundled"),
+        ("def f(): ...", "from paper.first import f\nfrom math import f", "f can't be bundled"),
+        ("import numpy as F", "from paper.first import y\nimport torch.nn.functional as F", "F can't be bundled"),
+        ("x = 1", "from paper.first import y", "y can't be bundled"),
+        ("x = 1", "from paper.first import x as z", "line 1, can't be bundled"),
+        ("x = 1", "from .first import x", "line 1, can't be bundled"),
+        ("x = 1", "def f():\n    from paper.first import x", "line 2, can't be bundled"),
+    ],
+)
+def test_bundle_refuses_clashes(
+    first: str, second: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path, monkeypatch, first=first, second=second)
+    with pytest.raises(RunError, match=said):
+        bundle("paper.second", "nothing")

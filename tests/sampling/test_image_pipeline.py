@@ -1,0 +1,325 @@
+"""Pipelines of diffusers, sampled here: the images that they draw themselves, each by its seed."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    CogVideoXDDIMScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    EDMEulerScheduler,
+    ImagePipelineOutput,
+    LDMPipeline,
+    PNDMPipeline,
+    PNDMScheduler,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+    UNet2DConditionModel,
+)
+
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.backbone import looped_pipeline
+from dia_diffusion.sampling.generate import generate
+from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS
+from dia_diffusion.sampling.settings import SamplingSettings
+from tests.sampling.tiny_models import NULL_LABEL, small_dit, small_unet, small_vae, small_vqvae
+
+SEEDS = [5, 3, 2**40 + 7]
+
+
+def dit_pipeline(scheduler=None, **changes):
+    return DiTPipeline(transformer=small_dit(**changes), vae=small_vae(), scheduler=scheduler or DDIMScheduler())
+
+
+def consistency(**changes):
+    return ConsistencyModelPipeline(unet=small_unet(**changes), scheduler=CMStochasticIterativeScheduler(sigma_max=2.0))
+
+
+MAKE = {
+    "ddpm": lambda: DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()),
+    "ddpm, learned variance": lambda: DDPMPipeline(
+        unet=small_unet(out_channels=6), scheduler=DDPMScheduler(variance_type="learned_range")
+    ),
+    "ddpm, other schedule": lambda: DDPMPipeline(
+        unet=small_unet(), scheduler=DDPMScheduler(beta_schedule="sigmoid", clip_sample=False)
+    ),
+    "ddpm, grey": lambda: DDPMPipeline(unet=small_unet(in_channels=1, out_channels=1), scheduler=DDPMScheduler()),
+    "ddpm, wide": lambda: DDPMPipeline(unet=small_unet(sample_size=(8, 16)), scheduler=DDPMScheduler()),
+    "ddim": lambda: DDIMPipeline(unet=small_unet(), scheduler=DDIMScheduler(set_alpha_to_one=False, steps_offset=1)),
+    "pndm": lambda: PNDMPipeline(unet=small_unet(), scheduler=PNDMScheduler()),
+    "consistency": consistency,
+    "ldm": lambda: LDMPipeline(unet=small_unet(sample_size=4), vqvae=small_vqvae(), scheduler=DDIMScheduler()),
+    "sde": lambda: ScoreSdeVePipeline(
+        unet=small_unet(time_embedding_type="fourier"), scheduler=ScoreSdeVeScheduler(sigma_max=1.0)
+    ),
+}
+SHAPES = {"ddpm, grey": (1, 8, 8), "ddpm, wide": (3, 8, 16)}
+
+
+def drawn(pipeline, sampler=OWN_SAMPLER, steps=5, seeds=SEEDS, batch_size=3, **settings):
+    """uint8 images (N, C, H, W), in the order of the seeds, as commands draw them."""
+    adapted = adapt_pipeline(pipeline)
+    settings = SamplingSettings(sampler, steps, **settings).use(adapted)
+    return torch.cat([images for _, images in settings.generate(adapted, seeds, batch_size)])
+
+
+def generators(seeds=SEEDS):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def as_uint8(images):
+    return (torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2) * 255).round().to(torch.uint8)
+
+
+def largest_difference(images, others):
+    assert images.shape == others.shape
+    return int((images.int() - others.int()).abs().max())
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
+    pipeline = MAKE[kind]()
+    ours = drawn(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = [
+        pipeline(generator=torch.Generator().manual_seed(seed), num_inference_steps=5, output_type="np").images[0]
+        for seed in SEEDS
+    ]
+    assert ours.shape[1:] == SHAPES.get(kind, (3, 8, 8)) == adapt_pipeline(pipeline).image_shape
+    assert largest_difference(ours, as_uint8(theirs)) <= 1
+    assert ours.float().std() > 1
+
+
+def test_a_ddpm_pipeline_given_the_same_generators_gives_the_same_values():
+    pipeline = MAKE["ddpm"]()
+    ours = adapt_pipeline(pipeline).draw(SEEDS, 5)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(batch_size=3, generator=generators(), num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("out_channels", [4, 8])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
+    pipeline, labels = dit_pipeline(out_channels=out_channels), [999, 0, 7]
+    ours = adapt_pipeline(pipeline).draw(SEEDS, 5, labels, scale)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(labels, scale, generators(), num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert ours.std() > 0.01
+    assert (ours - adapt_pipeline(pipeline).draw(SEEDS, 5, [1, 2, 3], scale)).abs().max() > 0.01
+
+
+def test_class_conditional_unets_draw_what_their_network_says_of_each_class():
+    unet, scheduler = small_unet(num_class_embeds=4), DDIMScheduler()
+    torch.nn.init.normal_(unet.class_embedding.weight, std=3)
+    ours = drawn(DDPMPipeline(unet=unet, scheduler=scheduler), classes=(3, 1))  # seeds are odd: 1, 1, 1
+    x = torch.cat([torch.randn(1, 3, 8, 8, generator=generator) for generator in generators()])
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            prediction = unet(x, timestep, torch.tensor([1, 1, 1])).sample
+            x = scheduler.step(prediction, timestep, x).prev_sample
+    assert largest_difference(ours, as_uint8((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))) <= 1
+    assert largest_difference(ours, drawn(DDPMPipeline(unet=unet, scheduler=scheduler), classes=(0,))) > 10
+
+
+def test_consistency_models_take_classes():
+    pipeline = consistency(num_class_embeds=4)
+    torch.nn.init.normal_(pipeline.unet.class_embedding.weight, std=3)
+    ours = drawn(pipeline, classes=(2,))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(3, [2, 2, 2], 5, generator=generators(), output_type="np").images
+    assert largest_difference(ours, as_uint8(theirs)) <= 1
+
+
+class GlobalNoisePipeline(DiffusionPipeline):
+    """Knows of no generator, and draws by class."""
+
+    def __init__(self, unet, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, class_labels, num_inference_steps, output_type):
+        noise = torch.rand(len(class_labels), 8, 8, 3)
+        labels = torch.tensor(class_labels)[:, None, None, None]
+        return ImagePipelineOutput(images=((noise + labels) / 4).numpy())
+
+
+def test_an_image_belongs_to_its_seed_where_a_loop_draws_from_the_global_generator():
+    pipeline = GlobalNoisePipeline(unet=small_unet(num_class_embeds=4), scheduler=DDPMScheduler())
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    whole = drawn(pipeline, classes=(1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert largest_difference(whole[[2, 0]], drawn(pipeline, seeds=[SEEDS[2], SEEDS[0]], classes=(1, 2))) == 0
+    assert largest_difference(whole[:1], whole[1:2]) > 10
+    assert whole.min() >= 2 * 255 / 4 - 1, "the seeds are odd, so theirs is the second class"
+
+
+@pytest.mark.parametrize("kind", [*MAKE, "dit"])
+def test_an_image_belongs_to_its_seed(kind):
+    pipeline = dit_pipeline(DDPMScheduler(), num_classes=3) if kind == "dit" else MAKE[kind]()
+    whole = drawn(pipeline)
+    assert largest_difference(whole[:1], whole[1:2]) > 2
+    assert largest_difference(whole.flip(0), drawn(pipeline, seeds=SEEDS[::-1], batch_size=2)) <= 1
+
+
+@pytest.mark.parametrize("sampler", sorted(set(SAMPLERS) - {"euler-maruyama"}))
+def test_samplers_for_latents_too(sampler):
+    for pipeline in (dit_pipeline(num_classes=3), MAKE["ldm"]()):
+        images = drawn(pipeline, sampler, steps=7)
+        assert images.shape == (3, 3, 8, 8)
+        assert images.float().std() > 1
+
+
+def test_latents_are_not_clipped():
+    latent, pixels = adapt_pipeline(dit_pipeline()), adapt_pipeline(MAKE["ddpm"]())
+    for adapted, clipped in ((latent, False), (pixels, True)):
+        adapted.use_sampler("ddpm")
+        assert adapted.scheduler.config.clip_sample is clipped
+        assert adapted.sampler_settings() == {"timestep_spacing": "trailing", "clip_sample": clipped}
+
+
+def test_own_is_recorded_with_its_scheduler():
+    betas = NoiseProcess().scheduler_config()
+    settings = adapt_pipeline(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler(**betas))).sampler_settings()
+    assert (settings["class"], settings["clip_sample"]) == ("DDPMScheduler", True)
+    assert settings["trained_betas"].startswith("sha256:")
+    others = {**betas, "trained_betas": [beta / 2 for beta in betas["trained_betas"]]}
+    pipeline = DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler(**others))
+    assert adapt_pipeline(pipeline).sampler_settings()["trained_betas"] != settings["trained_betas"]
+
+
+def test_a_sampler_can_be_chosen_again_and_own_comes_back():
+    adapted = adapt_pipeline(MAKE["ddpm"]())
+    for name in ("dpmsolver++", "own", "heun"):
+        adapted.use_sampler(name)
+    adapted.use_sampler("own")
+    assert adapted.scheduler.config == DDPMScheduler().config
+
+
+def test_progress_adds_up_to_the_images():
+    done = []
+    list(generate(MAKE["sde"](), SEEDS, batch_size=2, num_inference_steps=2, progress=done.append))
+    assert sum(done) == 3
+
+
+def no_timesteps():
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(num_train_timesteps=0)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "settings", "said"),
+    [
+        ("ddpm", {"classes": (0,)}, "unconditional"),
+        ("ddpm", {"guidance_scale": 2.0}, "unconditional"),
+        ("dit", {"classes": (0, 3)}, r"\[0, 3\] out of range; accepted: 0..2"),
+        ("dit", {"classes": (-1,)}, "out of range"),
+        ("dit", {"guidance_scale": 0.5}, "0.5; accepted: 1, which is none, or more"),
+        ("dit", {"guidance_scale": float("nan")}, "nan; accepted: 1"),
+        ("dit", {"sampler": "euler-maruyama"}, "vp-continuous"),
+        ("unet by class", {"guidance_scale": 2.0}, "no null label"),
+        ("unet by class", {"classes": (4,)}, r"accepted: 0..3"),
+        ("consistency", {}, "CMStochasticIterativeScheduler; accepted: own"),
+        ("consistency", {"sampler": "own", "steps": 41}, r"accepts 1\.\.40"),
+        ("pndm", {"sampler": "own", "steps": 3}, "3 steps; PNDMScheduler accepts other numbers"),
+        ("sde", {}, "ScoreSdeVePipeline has a loop of its own"),
+        ("sde", {"sampler": "plms"}, "'plms'; accepted: ddpm"),
+        ("ddpm, other schedule", {}, "'sigmoid' of this DDPMScheduler; accepted: own"),
+        ("edm", {}, "process of a EDMEulerScheduler; accepted: own"),
+        ("shifted", {}, "process of a CogVideoXDDIMScheduler; accepted: own"),
+        ("no timesteps", {}, "num_train_timesteps 0; accepted: 1 or more"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(pipeline, settings, said):
+    make = MAKE | {
+        "dit": lambda: dit_pipeline(num_classes=3),
+        "unet by class": lambda: DDPMPipeline(unet=small_unet(num_class_embeds=4), scheduler=DDPMScheduler()),
+        "edm": lambda: DDPMPipeline(unet=small_unet(), scheduler=EDMEulerScheduler()),
+        "shifted": lambda: DDPMPipeline(unet=small_unet(), scheduler=CogVideoXDDIMScheduler(snr_shift_scale=3.0)),
+        "no timesteps": lambda: DDPMPipeline(unet=small_unet(), scheduler=no_timesteps()),
+    }
+    with pytest.raises(InputError, match=said) as error:
+        SamplingSettings(**{"steps": 2} | settings).use(adapt_pipeline(make[pipeline]()))
+    assert "\n" not in str(error.value)
+
+
+def test_a_zero_snr_process_is_followed_or_refused():
+    adapted = adapt_pipeline(DDPMPipeline(unet=small_unet(), scheduler=DDIMScheduler(rescale_betas_zero_snr=True)))
+    adapted.use_sampler("ddpm")
+    assert float(adapted.scheduler.alphas_cumprod[-1]) < 1e-6
+    with pytest.raises(InputError, match="heun can't follow the zero-SNR process"):
+        adapted.use_sampler("heun")
+
+
+def test_networks_that_can_not_be_sampled_are_one_line():
+    conditioned = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    for unet, said in (
+        (conditioned, "unet of this DDPMPipeline is a UNet2DConditionModel; accepted: UNet2DModel"),
+        (small_unet(class_embed_type="timestep"), "takes a timestep as its label"),
+        (small_unet(sample_size=None), "sample_size None"),
+        (small_unet(in_channels=4, out_channels=4), "4 channels; accepted: 1 or 3"),
+    ):
+        with pytest.raises(InputError, match=said):
+            adapt_pipeline(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()))
+
+
+def test_decoders_of_latents_are_those_whose_factor_is_known():
+    with pytest.raises(InputError, match="vae of this DiTPipeline is a UNet2DModel; accepted: AutoencoderKL"):
+        adapt_pipeline(DiTPipeline(transformer=small_dit(), vae=small_unet(), scheduler=DDIMScheduler()))
+
+
+def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes():
+    parts = {"unet": small_unet(), "scheduler": DDPMScheduler()}
+    assert largest_difference(drawn(UViTPipeline(**parts)), drawn(DDPMPipeline(**parts))) == 0
+
+    class Brighter(UViTPipeline):
+        def _to_images(self, sample):
+            return super()._to_images(sample) + 1
+
+    with pytest.raises(InputError, match="Brighter is a UViTPipeline with changes"):
+        adapt_pipeline(Brighter(**parts))
+
+
+def test_guidance_leaves_a_learned_variance_alone():
+    pipeline = looped_pipeline(dit_pipeline(DDPMScheduler(variance_type="learned_range"), num_classes=3))
+    x, labels = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
+    with torch.no_grad():
+        plain, null = (pipeline._predict(x, torch.tensor(5), given, 1.0) for given in (labels, torch.tensor([3, 3])))
+        guided = pipeline._predict(x, torch.tensor(5), labels, 3.0)
+    torch.testing.assert_close(guided[:, 4:], plain[:, 4:])
+    torch.testing.assert_close(guided[:, :4], (null + 3 * (plain - null))[:, :4], rtol=1e-4, atol=1e-4)
+    assert (plain - null)[:, 4:].abs().max() > 0.01
+
+
+def test_what_others_code_raises_is_one_line():
+    pipeline = MAKE["sde"]()
+    pipeline.unet.to(torch.bfloat16)  # its loop draws float32
+    with pytest.raises(RunError, match="ScoreSdeVePipeline failed while sampling: ") as error:
+        drawn(pipeline)
+    assert "\n" not in str(error.value)
+
+
+def test_the_null_label_is_the_one_of_dit_pipeline():
+    assert adapt_pipeline(dit_pipeline()).num_classes == NULL_LABEL

@@ -1,0 +1,127 @@
+"""Runs that start from other weights: which they are, what may differ, and what becomes of them on going on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import sha256_of_file
+from dia_diffusion.pipelines.convert import convert_to_pipeline
+from dia_diffusion.training.loop import Trainer
+from tests.pipelines.test_convert import official_weights
+from tests.training.conftest import Recorder
+
+
+@pytest.fixture
+def source(tiny, train, tmp_path: Path) -> Path:
+    """A finished run without a unit."""
+    train(tiny("source", "--model.attention", "none"))
+    return tmp_path / "source"
+
+
+def pipeline_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipelines" / f"step-{step:08d}" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, tmp_path: Path) -> None:
+    experiment = tiny("run", "--model.attention", "none", "--init_from", str(source), "--seed", "5")
+    trainer = Trainer(experiment, Recorder())
+    expected = pipeline_weights(source, 6)
+    model, average = trainer.model.state_dict(), dict(zip(trainer.names, trainer.ema.shadow_params, strict=True))
+    assert model.keys() == average.keys() == expected.keys()
+    assert all(torch.equal(model[name], expected[name]) for name in expected)
+    assert all(torch.equal(average[name], expected[name]) for name in expected)
+    trainer.run()
+    assert trainer.reporter.messages[1] == f"starting from the weights of {source}"
+    file = source / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
+    training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
+    assert training["init_from"] == {
+        "path": str(source),
+        "weights_sha256": sha256_of_file(file),
+        "gained_unit": False,
+    }
+    card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
+    assert sha256_of_file(file) in card
+
+
+@pytest.mark.parametrize("unit", ["dia-lstm", "dia-lstm-light"])
+def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, tiny, tmp_path: Path) -> None:
+    from_nothing = Trainer(tiny("nothing", "--model.attention", unit), Recorder()).model.state_dict()
+    trainer = Trainer(tiny("run", "--model.attention", unit, "--init_from", str(source)), Recorder())
+    expected = pipeline_weights(source, 6)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, from_nothing[name] if name.startswith("unit.") else expected[name]), name
+    trainer.run()
+    assert trainer.reporter.messages[1].endswith("which have no unit: it keeps its own first ones")
+
+
+def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path) -> None:
+    def options(path: Path, steps: int) -> tuple[str, ...]:
+        return "--init_from", str(path), "--train.max_steps", str(steps), "--model.attention", "none"
+
+    moved = tmp_path / "moved"
+    train(tiny("run", *options(source, 6)))
+    shutil.copytree(source / "pipelines" / "step-00000006", moved)
+    shutil.rmtree(source)
+    assert train(tiny("run", *options(source, 7))).step == 7  # the same words, with nothing there
+    assert train(tiny("run", *options(moved, 8))).step == 8  # other words for the same weights
+    shutil.rmtree(moved)
+    assert train(tiny("run", *options(moved, 9))).step == 9
+    with pytest.raises(InputError, match=r"started with init_from: \S*moved, and is given init_from: None"):
+        Trainer(tiny("run", "--model.attention", "none"), Recorder())
+    train(tiny("other", "--model.attention", "none", "--seed", "1"))
+    with pytest.raises(InputError, match=r"started with init_from: \S*moved, and is given init_from: \S*other"):
+        Trainer(tiny("run", *options(tmp_path / "other", 9)), Recorder())
+    with pytest.raises(InputError, match=r"started with init_from: None, and is given init_from: \S*run"):
+        Trainer(tiny("other", *options(tmp_path / "run", 9), "--seed", "1"), Recorder())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--model.hidden_size", "32"), r"tensor pos_embed is \(1, 5, 16\) there, \(1, 5, 32\) here"),
+        (("--model.num_layers", "5"), r"tensor in_blocks\.1\.norm1\.weight is missing there, \(16,\) here"),
+        (("--model.time_embed_mlp", "true"), r"tensor time_embed\.0\.weight is missing there, \(64, 16\) here"),
+        (("--model.final_conv", "false"), r"tensor output_conv\.weight is \(1, 1, 3, 3\) there, missing here"),
+        (("--model.num_attention_heads", "4"), r"num_attention_heads 2, and the recipe's is 4"),
+        (("--noise.prediction_type", "sample"), r"predicts 'epsilon', and noise\.prediction_type is 'sample'"),
+        (("--noise.schedule", "cosine"), r"the noise process 'vp-continuous', and noise\.schedule is 'cosine'"),
+        (("--noise.schedule", "ddpm-linear"), r"noise\.schedule is 'ddpm-linear'"),
+    ],
+)
+def test_other_networks_and_processes_are_refused(changed, message: str, source: Path, tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        Trainer(tiny("run", "--model.attention", "none", "--init_from", str(source), *changed), Recorder())
+    assert "\n" not in str(error.value) and str(source) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_unit_is_neither_dropped_nor_replaced(tiny, train, tmp_path: Path) -> None:
+    train(tiny("source"))
+    start = ("--init_from", str(tmp_path / "source"))
+    for key, there, here in (
+        ("attention", "dia-lstm", "none"),
+        ("attention", "dia-lstm", "dia-lstm-light"),
+        ("pool_tokens", "all", "patch"),
+    ):
+        with pytest.raises(InputError, match=rf"model\.{key} {there}, and the recipe's is {here}"):
+            Trainer(tiny("run", *start, f"--model.{key}", here), Recorder())
+    with pytest.raises(InputError, match=r"model\.attention_kwargs None, and the recipe's is \{'reduction': 8\}"):
+        Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"), Recorder())
+    assert train(tiny("run", *start)).step == 6
+
+
+def test_official_weights_are_fine_tuned(tiny, train, tmp_path: Path) -> None:
+    official = official_weights(label_rows=10, channels=3, depth=2)
+    torch.save(official, tmp_path / "official.pth")
+    convert_to_pipeline(tmp_path / "official.pth", tmp_path / "converted", heads=4)
+    network = ("--model.in_channels", "3", "--model.patch_size", "2", "--model.num_attention_heads", "4")
+    classes = ("--model.num_classes", "10", "--data.label_dropout", "0.1")
+    trainer = Trainer(tiny("run", "--init_from", str(tmp_path / "converted"), *network, *classes), Recorder())
+    assert torch.equal(trainer.model.decoder.weight, official["decoder_pred.weight"])
+    assert torch.equal(trainer.model.label_embed.weight[:10], official["label_emb.weight"])
+    trainer.run()
