@@ -29,8 +29,9 @@ def draw_curves(
 ) -> list[Point]:
     """Draws one line a (label, records) into a figure file, its format by its suffix, and returns the points drawn.
 
-    `floor` is the distance a perfect model would reach. A point has label, unit, batch_size, seed, step, images_seen
-    and distance; of two records of one step the later counts. Where batch sizes agree, steps get an axis too.
+    `floor` is the distance a perfect model would reach. A point has label, unit, batch_size, seed, step, images_seen,
+    distance, low and high; these are its interval over images, a band where all points of a line have one. Of two
+    records of one step the later counts. Where batch sizes agree, steps get an axis too.
     Raises InputError when a run has nothing to draw, for an unknown format, and naming what differs when protocols are
     mixed.
     """
@@ -45,18 +46,22 @@ def draw_curves(
     points = [point for line in lines for point in line]
     axes = figure.add_subplot()
     for index, line in enumerate(lines):
+        images_seen, color = [point["images_seen"] for point in line], COLOURS[index % len(COLOURS)]
+        if all(point["low"] is not None for point in line):
+            low, high = ([point[end] for point in line] for end in ("low", "high"))
+            axes.fill_between(images_seen, low, high, color=color, alpha=0.2, linewidth=0)
         axes.plot(
-            [point["images_seen"] for point in line],
+            images_seen,
             [point["distance"] for point in line],
-            color=COLOURS[index % len(COLOURS)],
+            color=color,
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             linewidth=1.6,
             label=line[0]["label"],
         )
     if floor is not None:
-        axes.axhline(floor, color="0.35", linestyle="--", linewidth=1.2, label="floor: real images")
-    _scale_distances(axes, [point["distance"] for point in points] + ([] if floor is None else [floor]))
+        axes.axhline(floor, color="0.35", linestyle="--", linewidth=1.2, label=f"floor: real images, {floor:.3g}")
+    _scale_distances(axes, [point["distance"] for point in points])
     _scale_images(axes, {point["batch_size"] for point in points})
     record = runs[0][1][0]
     axes.set_ylabel(f"{record.metric}, {record.protocol.num_samples:,} samples")
@@ -86,7 +91,7 @@ def _points(label: str, records: Sequence[EvaluationRecord]) -> list[Point]:
     by_images = {record.images_seen: record for record in records}
     if not by_images or None in by_images:
         raise InputError(f"{label} has no evaluations of known training progress to draw")
-    fields = ("unit", "batch_size", "seed", "step", "images_seen", "distance")
+    fields = ("unit", "batch_size", "seed", "step", "images_seen", "distance", "low", "high")
     ordered = sorted(by_images.values(), key=lambda record: record.images_seen or 0)
     return [{"label": label} | {name: getattr(record, name) for name in fields} for record in ordered]
 

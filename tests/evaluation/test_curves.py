@@ -39,13 +39,19 @@ def test_draws_what_it_returns(drawn, tmp_path, run):
         "step": 200,
         "images_seen": 6400,
         "distance": 4,
+        "low": None,
+        "high": None,
     }
     (axes,) = drawn[0].axes
     first, second, floor = axes.get_lines()
     assert first.get_xydata().tolist() == [[3200, 9], [6400, 5], [9600, 4]]
     assert second.get_xydata().tolist() == [[3200, 8], [6400, 4], [9600, 3]]
     assert list(floor.get_ydata()) == [1.5, 1.5]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["plain", "DIA-LSTM", "floor: real images"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "plain",
+        "DIA-LSTM",
+        "floor: real images, 1.5",
+    ]
     assert axes.get_ylabel() == "FD(digits), 500 samples"
     assert axes.get_yscale() == "linear"
     assert axes.get_ylim()[0] == 0
