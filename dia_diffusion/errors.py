@@ -8,6 +8,11 @@ def one_line(text: str) -> str:
     return text if len(text) <= 300 else text[:300] + "..."
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, which goes on for many lines at times; its type where it says nothing."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 class InputError(ValueError):
     """What was given can't be used: a recipe, a dataset, a checkpoint, an argument. Exit code 2.
 

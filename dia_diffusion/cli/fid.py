@@ -149,7 +149,7 @@ def _of_pipelines(
             work = work_folder(file, protocol, origin, extras)
             with Counter(f"measuring {folder.name}", "images") as counter, _going_on(work):
                 progress = MeasuringProgress(counter, count, accelerator)
-                record = distance.measure(pipeline, folder, progress, file, progress)
+                record = distance.measure(pipeline, protocol, origin, progress, work, progress)
             on_main(accelerator, partial(keep, record, file, extras))
             on_main(accelerator, partial(update_card, folder, file))
         yield record

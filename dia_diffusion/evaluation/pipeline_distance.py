@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from dia_diffusion.evaluation.evaluate import evaluate, work_folder
+from dia_diffusion.evaluation.evaluate import evaluate
 from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.metrics import DISTANCE_ALONE, Extras
@@ -98,21 +98,23 @@ class PipelineDistance:
     def measure(
         self,
         pipeline: ImagePipeline,
-        folder: Path,
+        protocol: Protocol,
+        origin: Origin,
         progress: Callable[[float], None] | None = None,
-        records: Path | None = None,
+        work: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
         """Samples from a pipeline that the settings are in use on, and measures.
 
-        `records`: the file that the record is for; the work that a killed process left beside it is gone on with.
+        protocol, origin: `protocol` and `pipeline_origin` of the pipeline and its folder.
+        progress: is told how many images have been drawn.
+        work, reporter: of `evaluate`.
         """
 
         def images(seeds: Sequence[int]) -> Iterator[Tensor]:
             for _, batch in self.settings.generate(pipeline, seeds, self.batch_size, progress):
                 yield batch
 
-        protocol, origin = self.protocol(pipeline, folder), pipeline_origin(folder)
         return evaluate(
             images,
             self.extractor,
@@ -122,6 +124,6 @@ class PipelineDistance:
             self.accelerator,
             extras=self.extras,
             reference_features=self.reference_features,
-            work=None if records is None else work_folder(records, protocol, origin, self.extras),
+            work=work,
             reporter=reporter,
         )

@@ -29,7 +29,7 @@ class Training:
     source: str
     """The images it is trained on, where no others are named."""
     data: str
-    """Where these images come from, and their licence."""
+    """What the features are named for: where it comes from, and its licence."""
     half: bool = False
     """Kernels are stored in half precision, which halves the file; vectors, such as a norm's variances, never."""
 
@@ -92,7 +92,8 @@ def train_features(
         "parameters": sum(parameter.numel() for parameter in classifier.parameters()),
         "seed": seed,
         "recipe": asdict(training.recipe),
-        "data": training.data if data is None else train.name,
+        "data": training.data,
+        "source": train.name,
         "train_images": len(train),
         "train_fingerprint": train.fingerprint,
         "train_accuracy": accuracy(classifier, train),

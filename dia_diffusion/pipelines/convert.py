@@ -9,7 +9,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.files import refuse_existing, sha256_of_file, whole_folder, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
@@ -88,8 +88,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling what anybody may have written raises almost anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} can't be read as weights alone, or is cut short: {reason}") from None
+        raise InputError(f"{path} can't be read as weights alone, or is cut short: {first_line(error)}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
         for name, tensor in state.items()

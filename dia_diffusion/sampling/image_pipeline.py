@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.backbone import LOOPED_PIPELINES, looped_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, build_scheduler, check_sampler_name, scheduler_settings
@@ -251,8 +251,7 @@ def _one_line(name: str) -> Iterator[None]:
     except (InputError, RunError, Stopped):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"{name} failed while sampling: {reason}") from error
+        raise RunError(f"{name} failed while sampling: {first_line(error)}") from error
 
 
 def _report(progress: Progress | None, num_images: int) -> Callable[..., dict[str, Any]] | None:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.files import step_folders
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.folder import check_weights, components, part_folder, read_index
@@ -88,7 +88,7 @@ def load_pipeline(
         try:
             pipeline = kind(**given).to(device)
         except Exception as error:  # a part is missing, or not the kind that the pipeline is made for
-            raise InputError(f"{folder} can't be loaded: {_reason(error)}") from None
+            raise InputError(f"{folder} can't be loaded: {first_line(error)}") from None
         for name in NETWORKS:
             if dtype is not None and getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(dtype)
@@ -156,15 +156,11 @@ def _load_part(folder: Path, kind: Any) -> Any:
     except Exception as error:  # diffusers has no type of its own for a folder that it can't read
         if "ignore_mismatched_sizes" in str(error):  # diffusers' advice on tensors of other shapes
             raise InputError(f"{folder} holds weights of another model: its tensors have other shapes") from None
-        raise InputError(f"{folder} can't be loaded: {_reason(error)}") from None
+        raise InputError(f"{folder} can't be loaded: {first_line(error)}") from None
     # diffusers loads what fits and leaves other tensors at random values.
     if different := [*info["missing_keys"], *info["unexpected_keys"]]:
         raise InputError(f"{folder} holds weights of another model: they differ in tensor {min(different)}")
     return model.eval()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

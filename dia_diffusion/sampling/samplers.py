@@ -24,7 +24,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.noise import PREDICTION_TYPES
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
@@ -157,8 +157,8 @@ def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
     try:
         scheduler.set_timesteps(num_inference_steps)
     except Exception as error:  # what a scheduler makes of a number that it didn't foresee
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{num_inference_steps} steps; {name} accepts other numbers ({reason})") from None
+        told = f"{name} accepts other numbers ({first_line(error)})"
+        raise InputError(f"{num_inference_steps} steps; {told}") from None
     # diffusers' "trailing" timesteps come from a floating-point arange, which now and then holds one too many.
     if scheduler.config.get("timestep_spacing") == "trailing" and scheduler.timesteps.min() < 0:
         raise InputError(f"{name} can't space {num_inference_steps} steps evenly; accepted: a few more or fewer")

@@ -9,6 +9,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import frechet_distance
+from tests.evaluation.torch_images import Images
 
 MODULE = """
     import torch
@@ -88,17 +89,6 @@ def module(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(tmp_path)  # takes the folder off the path again afterwards
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(MODULE))
     return name
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __len__(self):
-        return len(self.tensor)
-
-    def __getitem__(self, index):
-        return self.tensor[index]
 
 
 def test_distance_equals_torch_fidelitys(module, digits):

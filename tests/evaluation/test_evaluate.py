@@ -23,6 +23,7 @@ from dia_diffusion.evaluation.metrics import Extras
 from dia_diffusion.evaluation.record import Origin
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.reference_features import reference_features
+from tests.evaluation.torch_images import Images
 from tests.training.test_processes import free_port
 
 ORIGIN = Origin(source="runs/a", unit="none", step=7, images_seen=224)
@@ -93,19 +94,6 @@ def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, 
     assert found.protocol == protocol(num_samples=300, reference_count=596)
     assert found.seconds > 0
     assert found.low is None and found.metrics == {} == found.metric_settings
-
-
-class Images(torch.utils.data.Dataset):
-    """Images as torch-fidelity takes them."""
-
-    def __init__(self, images):
-        self.images = torch.as_tensor(images)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return self.images[index]
 
 
 def test_every_metric_is_torch_fidelitys(extractor, train, digits, run):

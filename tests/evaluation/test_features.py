@@ -18,6 +18,7 @@ from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.train_features import accuracy
 from dia_diffusion.files import sha256_of_file
+from tests.evaluation.torch_images import Images
 
 WEIGHTS = FEATURES["digits"].weights
 
@@ -76,16 +77,6 @@ def test_larger_images_are_reduced_as_pillow_reduces_them(extractor, digits):
 
 
 def test_torch_fidelity_finds_it_by_name_and_agrees_on_the_distance(extractor, digits):
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images):
-            self.images = torch.from_numpy(images)
-
-        def __len__(self):
-            return len(self.images)
-
-        def __getitem__(self, index):
-            return self.images[index]
-
     first, second = digits.subset(range(300)), digits.subset(range(300, 596))
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(first.images),

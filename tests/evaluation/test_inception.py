@@ -18,6 +18,7 @@ from dia_diffusion.evaluation.features.inception import InceptionExtractor, buil
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.files import sha256_of_file
+from tests.evaluation.torch_images import Images
 
 
 class Unfilled(FeatureExtractorInceptionV3):
@@ -73,17 +74,6 @@ def images(count, seed):
     mean = torch.rand(count, 3, 1, 1, generator=generator) * 255
     noise = torch.randn(count, 3, 32, 32, generator=generator) * 60
     return (mean + noise).clamp(0, 255).to(torch.uint8)
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __len__(self):
-        return len(self.tensor)
-
-    def __getitem__(self, index):
-        return self.tensor[index]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_colour_features_are_trained_on_images_of_a_folder(monkeypatch, tmp_path
     monkeypatch.setitem(module.TRAININGS, "cifar10", replace(module.TRAININGS["cifar10"], recipe=recipe))
     card = train_features("cifar10", tmp_path / "w.safetensors", data=stripes)
     assert card["test_accuracy"] > 0.6
-    assert (card["train_images"], card["test_images"], card["data"]) == (300, 60, "stripes")
+    assert (card["train_images"], card["test_images"], card["source"]) == (300, 60, "stripes")
     extractor = build_features("cifar10", weights=tmp_path / "w.safetensors")
     assert extractor.num_features == 256
     assert (tmp_path / "w.safetensors").stat().st_size < 2_000_000
