@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import signal
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -185,3 +187,11 @@ class StopSignal:
         received = torch.tensor(self.received)
         torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX, group=self._group)
         return int(received)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: of the GPU's memory on a GPU, else of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,9 +1,11 @@
-"""The paper's attention units, and the one place where a name becomes one."""
+"""The paper's attention units and their controls, and the one place where a name becomes one."""
 
+import inspect
 from typing import Any
 
 from torch import nn
 
+from dia_diffusion.attention.controls import BlockScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
 from dia_diffusion.errors import InputError
 
@@ -12,13 +14,21 @@ UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dia-lstm": (DIALSTM, {"cell": "dia-lstm"}),
     "dia-lstm-light": (DIALSTM, {"cell": "dia-lstm-light"}),
     "lstm": (DIALSTM, {"cell": "lstm"}),
+    "fixed-scale": (FixedScale, {}),
+    "block-scale": (BlockScale, {"by_channel": False}),
+    "block-channels": (BlockScale, {"by_channel": True}),
 }
 
 
-def build_attention(name: str | None, channels: int, **kwargs: Any) -> nn.Module | None:
+def build_attention(
+    name: str | None, channels: int, *, num_blocks: int | None = None, **kwargs: Any
+) -> nn.Module | None:
     """The attention unit of that name for so many channels; None or "none" is no unit.
 
-    A unit is called as `features, state = unit(features, state)`, once a block, in the order of the blocks.
+    A unit is called as `features, state = unit(features, state)`, once a block, in the order of the blocks, and
+    `unit.attention_map(state)` is what the call that returned `state` multiplied the features with.
+
+    num_blocks: the calls of one forward pass; only units with parameters for each block need it.
 
     Raises:
         InputError: no unit has that name, or it does not take one of the arguments.
@@ -32,6 +42,10 @@ def build_attention(name: str | None, channels: int, **kwargs: Any) -> nn.Module
     unit, named = UNITS[name]
     if overridden := named.keys() & kwargs.keys():
         raise InputError(f"attention unit {name!r} decides its {min(overridden)} itself; choose another unit")
+    if "num_blocks" in inspect.signature(unit).parameters:
+        if num_blocks is None:
+            raise InputError(f"attention unit {name!r} has parameters for each block; build it with num_blocks")
+        named = {**named, "num_blocks": num_blocks}
     try:
         return unit(channels, **named, **kwargs)
     except InputError:

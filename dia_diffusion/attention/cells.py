@@ -34,6 +34,10 @@ class FullGates(nn.Module):
         self.from_hidden = nn.Linear(channels, 4 * channels)
         # As torch.nn.LSTMCell starts; nn.Linear's default has the same bound, 1 / sqrt(N).
 
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        return [*self.from_input.parameters(), *self.from_hidden.parameters()]
+
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
         return linear(self.from_input, y) + linear(self.from_hidden, h)  # (B, 4 N)
 
@@ -48,6 +52,10 @@ class BottleneckGates(nn.Module):
         self.expand_input = nn.Linear(width, 4 * channels)
         self.reduce_hidden = nn.Linear(channels, width)
         self.expand_hidden = nn.Linear(width, 4 * channels)
+
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        return [*self.expand_input.parameters(), *self.expand_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
         from_input = linear(self.expand_input, linear(self.reduce_input, y).relu())
@@ -79,6 +87,10 @@ class LightGates(nn.Module):
         for bias in (self.input_bias, self.hidden_bias):
             nn.init.uniform_(bias, -bound, bound)
 
+    def last_parameters(self) -> list[nn.Parameter]:
+        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        return [self.input_weight, self.input_bias, self.hidden_weight, self.hidden_bias]
+
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
         repeats = 4 * self.reduction  # r times to N channels, once for each of the four gates
         from_input = linear(self.reduce_input, y).relu().repeat(1, repeats)  # (B, 4 N)
@@ -89,3 +101,6 @@ class LightGates(nn.Module):
             + from_hidden * self.hidden_weight.to(y.dtype)
             + self.hidden_bias.to(y.dtype)
         )
+
+
+Gates = FullGates | BottleneckGates | LightGates

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.cells import BottleneckGates, FullGates, LightGates
+from dia_diffusion.attention.cells import BottleneckGates, FullGates, Gates, LightGates
+from dia_diffusion.attention.recalibration import finite, is_map, recalibrate
 from dia_diffusion.errors import InputError
 
 # The output activation each cell has in the paper; Table XIV compares others.
@@ -15,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": torch.relu,
 }
+UNIT_INITIALIZATIONS = ("torch", "zero")
 
 State = tuple[Tensor, Tensor]  # hidden states h and cell states c, each (num_cells, B, N), float32
 
@@ -36,9 +38,13 @@ class DIALSTM(nn.Module):
         num_cells: stacked cells (Table XIV). Only the first has the named form, the deeper ones are full linear maps
             fed by the hidden state of the one below; the last one's hidden state recalibrates.
         dropout: probability of dropping an element of a hidden state on its way to the next cell.
+        scale: the features are multiplied by scale * h instead of h; the LSTM goes on with h. With 4 and a sigmoid
+            the unit starts near the identity instead of near a quarter.
+        initialization: "torch" starts the maps as torch does, as the published DIANet code; "zero" starts those next
+            to the gates at 0, so that h starts at exactly 1/4 with a sigmoid (tanh and relu: 0) in every channel.
 
     Raises:
-        InputError: an unknown cell or activation, or r not dividing N.
+        InputError: an unknown cell, activation or initialization, or r not dividing N.
     """
 
     def __init__(
@@ -49,6 +55,8 @@ class DIALSTM(nn.Module):
         activation: str | None = None,
         num_cells: int = 1,
         dropout: float = 0.0,
+        scale: float = 1.0,
+        initialization: str = "torch",
     ):
         super().__init__()
         if cell not in CELL_ACTIVATION:
@@ -58,17 +66,25 @@ class DIALSTM(nn.Module):
             raise InputError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
         if num_cells < 1:
             raise InputError(f"num_cells is {num_cells}; accepted: 1 or more")
+        if initialization not in UNIT_INITIALIZATIONS:
+            names = ", ".join(UNIT_INITIALIZATIONS)
+            raise InputError(f"unknown initialization {initialization!r} of the unit; accepted: {names}")
         self.channels = channels
+        self.scale = finite("scale", scale)
         self.activation = ACTIVATIONS[activation]
         self.dropout = nn.Dropout(dropout)
-        first: nn.Module
+        first: Gates
         if cell == "lstm":
             first = FullGates(channels)
         elif cell == "dia-lstm":
             first = BottleneckGates(channels, reduction)
         else:
             first = LightGates(channels, reduction)
-        self.cells = nn.ModuleList([first, *(FullGates(channels) for _ in range(num_cells - 1))])
+        cells: list[Gates] = [first, *(FullGates(channels) for _ in range(num_cells - 1))]
+        if initialization == "zero":
+            for parameter in (parameter for gates in cells for parameter in gates.last_parameters()):
+                nn.init.zeros_(parameter)
+        self.cells = nn.ModuleList(cells)
 
     def forward(
         self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0
@@ -81,21 +97,21 @@ class DIALSTM(nn.Module):
             num_unpooled_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated too.
 
         Returns:
-            (features * h_t, in the shape and dtype of features; the state for the next block).
+            (features * scale * h_t, in the shape and dtype of features; the state for the next block).
         """
-        if features.dim() not in (3, 4):
-            raise InputError(f"features have shape {tuple(features.shape)}; accepted: (B, L, N) or (B, N, H, W)")
-        is_map = features.dim() == 4
         # Gates and state stay float32 under autocast: the state adds up over all blocks.
         dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            if is_map:
+            if is_map(features):
                 pooled = features.mean(dim=(2, 3), dtype=dtype)  # (B, N)
             else:
                 pooled = features[:, num_unpooled_tokens:].mean(dim=1, dtype=dtype)
             state = self.step(pooled, state)
-        attention_map = state[0][-1].to(features.dtype)  # (B, N)
-        return features * (attention_map[:, :, None, None] if is_map else attention_map[:, None, :]), state
+        return recalibrate(features, self.attention_map(state)), state
+
+    def attention_map(self, state: State) -> Tensor:
+        """What the call that returned this state multiplied the features with, (B, N) float32."""
+        return state[0][-1] * self.scale
 
     def step(self, pooled: Tensor, state: State | None) -> State:
         """One LSTM step of all stacked cells from pooled features (B, N)."""

@@ -15,6 +15,14 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, MeasuringProgress, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
 from dia_diffusion.cli.fid_images import open_source, reference_of
+from dia_diffusion.cli.fid_protocol import (
+    add_protocol_option,
+    check_features,
+    check_pipelines,
+    check_records,
+    parse_with_protocol,
+    reference_of_training,
+)
 from dia_diffusion.cli.fid_records import (
     check_record_file,
     keep,
@@ -38,6 +46,7 @@ from dia_diffusion.evaluation.feature_pass import batches_of, widths_of
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.metrics import KID_SUBSET_SIZE, METRICS, Extras
 from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol, pipeline_origin
+from dia_diffusion.evaluation.protocols import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 from dia_diffusion.files import step_folders
 from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
@@ -50,9 +59,44 @@ PATIENCE = timedelta(days=1)  # one process computes the metrics, which can take
 
 def run(arguments: Sequence[str]) -> None:
     """Measures what the arguments say."""
+    options = _parse(arguments)
+    folders = _pipelines(options)
+    if options.reference is None:
+        options.reference = reference_of_training(folders[-1])
+    if options.protocol is not None:
+        check_pipelines(options.protocol, folders)
+        check_records(options.protocol, [_records_file(options, folder) for folder in folders or (None,)])
+    extras = _extras(options)
+    accelerator = start_accelerator(patience=PATIENCE)
+    extractor = first_on_each_machine(
+        accelerator, lambda: load_features(options, options.reference, accelerator.device)
+    )
+    check_features(options, extractor.name)
+    widths_of(extractor, extras.logits)  # raises for features without the logits that are asked for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FewImagesWarning)  # told below the table
+        if folders:
+            records = list(_of_pipelines(folders, options, extractor, accelerator))
+        else:
+            records = [_of_images(options, extractor, accelerator)]
+    if accelerator.is_main_process:
+        print_records(records, extras)
+        tell_unreleased(options, extractor)
+        for text in few_images(records[0].protocol, extractor.num_features):
+            console.print(f"warning: {text}")
+    accelerator.end_training()
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, with what a protocol decides filled in; refuses what can't be measured before anything is read."""
     parser = CommandParser("fid", "Measures the Frechet distance of images to reference images.")
     parser.add_argument("source", metavar="SOURCE", help="a pipeline, a run, or images: a folder, a zip, digits, ...")
-    parser.add_argument("--reference", required=True, metavar="DATA", help=f"{ACCEPTED}; or a file of statistics")
+    parser.add_argument(
+        "--reference",
+        metavar="DATA",
+        help=f"{ACCEPTED}; or a file of statistics; if none, with --protocol, what a run was trained on",
+    )
+    add_protocol_option(parser)
     parser.add_argument("--reference-split", choices=SPLITS, help="of the reference's images; train if none")
     parser.add_argument("--split", choices=SPLITS, help="of SOURCE, where it is images that have parts; train if none")
     parser.add_argument("--size", type=int, help="crop and resize images to this size; a pipeline's have their own")
@@ -70,43 +114,35 @@ def run(arguments: Sequence[str]) -> None:
         "--record", type=Path, help="the file to add records to; if none, evaluations.jsonl of the run, else here"
     )
     options = parser.parse_args(arguments)
+    drawn = _is_drawn(Path(options.source))
+    _refuse_ignored(options, parser, drawn)
+    if options.reference is None and not (options.protocol is not None and drawn):
+        raise InputError("--reference is missing; accepted without it: a run or its pipeline, with --protocol")
+    if options.protocol is not None:
+        options = parse_with_protocol(parser, arguments, drawn)
     if options.num is not None and options.num < 2:
         raise InputError(f"--num is {options.num}; accepted: 2 or more")
     check_batch_size(options)
-    _refuse_ignored(options, parser)
     if options.record is not None:
         check_record_file(options.record)
-    extras = _extras(options)
-    accelerator = start_accelerator(patience=PATIENCE)
-    extractor = first_on_each_machine(
-        accelerator, lambda: load_features(options, options.reference, accelerator.device)
-    )
-    widths_of(extractor, extras.logits)  # raises for features without the logits that are asked for
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FewImagesWarning)  # told below the table
-        records = list(_records(options, extractor, accelerator))
-    if accelerator.is_main_process:
-        print_records(records, extras)
-        tell_unreleased(options, extractor)
-        for text in few_images(records[0].protocol, extractor.num_features):
-            console.print(f"warning: {text}")
-    accelerator.end_training()
+    return options
 
 
-def _records(
-    options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator
-) -> Iterator[EvaluationRecord]:
+def _pipelines(options: argparse.Namespace) -> list[Path]:
+    """The folders of the pipelines to measure, in order of step; none where the source is images."""
     source = Path(options.source)
-    if _is_drawn(source):
-        if options.every_step:
-            folders = list(step_folders(RunFolder(source).pipelines).values()) or [find_pipeline(source)]
-        else:
-            folders = [find_pipeline(source, options.step)]
-        yield from _of_pipelines(folders, options, extractor, accelerator)
-        return
-    if options.every_step or options.step is not None:
-        raise InputError(f"{source} is no run folder; --step and --every-step choose among a run's pipelines")
-    yield _of_images(options, extractor, accelerator)
+    if not _is_drawn(source):
+        if options.every_step or options.step is not None:
+            raise InputError(f"{source} is no run folder; --step and --every-step choose among a run's pipelines")
+        return []
+    if options.every_step and (folders := list(step_folders(RunFolder(source).pipelines).values())):
+        return folders
+    return [find_pipeline(source, options.step)]
+
+
+def _records_file(options: argparse.Namespace, folder: Path | None) -> Path:
+    """Where the records of a pipeline, or of images, are kept."""
+    return options.record or (Path(EVALUATIONS) if folder is None else records_file(folder))
 
 
 def _is_drawn(source: Path) -> bool:
@@ -116,9 +152,8 @@ def _is_drawn(source: Path) -> bool:
     )
 
 
-def _refuse_ignored(options: argparse.Namespace, parser: CommandParser) -> None:
+def _refuse_ignored(options: argparse.Namespace, parser: CommandParser, drawn: bool) -> None:
     """Raises InputError for an option that says nothing of this kind of source."""
-    drawn = _is_drawn(Path(options.source))
     why = "draws images of its own" if drawn else "is no pipeline and no run"
     for name in ("size", "channels", "split") if drawn else SAMPLING:
         if (value := getattr(options, name)) != parser.get_default(name):
@@ -128,7 +163,7 @@ def _refuse_ignored(options: argparse.Namespace, parser: CommandParser) -> None:
 def _of_pipelines(
     folders: list[Path], options: argparse.Namespace, extractor: FeatureExtractor, accelerator: Accelerator
 ) -> Iterator[EvaluationRecord]:
-    """One record a pipeline; what is on record already is not measured again."""
+    """One record a pipeline; what is on record already is not measured again, at most put under a protocol's name."""
     extras, count = _extras(options), options.num or DEFAULT_COUNT
     extras.check_samples(count)
     pipeline, settings = load_for_sampling(folders[0], options, accelerator.device)
@@ -142,14 +177,17 @@ def _of_pipelines(
     for index, folder in enumerate(folders):
         if index:
             pipeline, _ = load_for_sampling(folder, options, accelerator.device)
-        file = options.record or records_file(folder)
+        file = _records_file(options, folder)
         protocol, origin = distance.protocol(pipeline, folder), pipeline_origin(folder)
-        record = _seen_by_all(accelerator, known_record(file, protocol, origin, extras))
+        known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
+        record = known
         if record is None:
             work = work_folder(file, protocol, origin, extras)
             with Counter(f"measuring {folder.name}", "images") as counter, _going_on(work):
                 progress = MeasuringProgress(counter, count, accelerator)
                 record = distance.measure(pipeline, protocol, origin, progress, work, progress)
+        record = under_name(record, options.protocol)
+        if not all_agree(accelerator, record is known):
             on_main(accelerator, partial(keep, record, file, extras))
             on_main(accelerator, partial(update_card, folder, file))
         yield record
@@ -166,28 +204,30 @@ def _of_images(options: argparse.Namespace, extractor: FeatureExtractor, acceler
     )
     protocol = image_protocol(extractor, reference, len(images))
     origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
-    file = options.record or Path(EVALUATIONS)
-    known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras))
-    if known is not None:
-        return known
-    work = work_folder(file, protocol, origin, extras)
-    with Counter(f"measuring {images.name}", "images") as counter, _going_on(work):
-        progress = MeasuringProgress(counter, len(images), accelerator)
-        record = evaluate(
-            batches_of(images, progress),
-            extractor,
-            reference.statistics,
-            protocol,
-            origin,
-            accelerator,
-            extras=extras,
-            reference_features=features,
-            work=work,
-            reporter=progress,
-        )
-    on_main(accelerator, partial(keep, record, file, extras))
-    if accelerator.is_main_process:
-        console.print(f"recorded in {file}")
+    file = _records_file(options, None)
+    known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
+    record = known
+    if record is None:
+        work = work_folder(file, protocol, origin, extras)
+        with Counter(f"measuring {images.name}", "images") as counter, _going_on(work):
+            progress = MeasuringProgress(counter, len(images), accelerator)
+            record = evaluate(
+                batches_of(images, progress),
+                extractor,
+                reference.statistics,
+                protocol,
+                origin,
+                accelerator,
+                extras=extras,
+                reference_features=features,
+                work=work,
+                reporter=progress,
+            )
+    record = under_name(record, options.protocol)
+    if not all_agree(accelerator, record is known):
+        on_main(accelerator, partial(keep, record, file, extras))
+        if accelerator.is_main_process:
+            console.print(f"recorded in {file}")
     return record
 
 

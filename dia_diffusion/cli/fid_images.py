@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgress
+from dia_diffusion.cli.fid_protocol import check_count, option_told
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.open_together import open_images_together
 from dia_diffusion.distributed import first_on_each_machine, together
@@ -24,7 +25,7 @@ def open_source(options: argparse.Namespace, accelerator: Accelerator) -> ImageS
     images = _open(options.source, options.split, accelerator, size=options.size, channels=options.channels)
     if options.num is not None:
         if options.num > len(images):
-            raise InputError(f"--num {options.num}: {options.source} has {len(images)} images")
+            raise InputError(f"{option_told(options, 'num')}: {options.source} has {len(images)} images")
         images = images.subset(choose(len(images), options.num, seed=0))
     height, width = images.images.shape[2:]
     if height != width:
@@ -49,11 +50,15 @@ def reference_of(
             raise InputError(f"--reference {options.reference} holds statistics; accepted for kid and prc: images")
         shape = (channels, size, size)
         reference = together(accelerator, lambda: open_reference(options.reference, extractor, shape))
-        if options.reference_split not in (None, reference.split):
-            part = reference.split or "no part that it names, leave it out"
-            raise InputError(f"--reference-split {options.reference_split}: {options.reference} is of {part}")
+        # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
+        known = reference.split or ("train" if reference.shape else None)
+        if options.reference_split not in (None, known):
+            part = known or "no part that it names"
+            raise InputError(f"{option_told(options, 'reference_split')}: {options.reference} is of {part}")
+        check_count(options, reference.statistics.count)
         return reference, None
     images = _open(options.reference, options.reference_split, accelerator, size=size, channels=channels)
+    check_count(options, len(images))
     features = None
     if extras.reference_features:
         extras.check_reference(len(images))

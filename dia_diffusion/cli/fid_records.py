@@ -9,6 +9,7 @@ from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.evaluate import discard_work, work_folder
 from dia_diffusion.evaluation.metrics import Extras
+from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
 from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
 from dia_diffusion.pipelines.folder import records_file, weights_hash
@@ -22,14 +23,21 @@ def check_record_file(file: Path) -> None:
         raise InputError(f"--record {file} can't be written; accepted: {accepted}")
 
 
-def known_record(file: Path, protocol: Protocol, origin: Origin, extras: Extras) -> EvaluationRecord | None:
-    """The newest record of these weights in this model, by this protocol, that has all that is asked for."""
+def known_record(
+    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: NamedProtocol | None
+) -> EvaluationRecord | None:
+    """The newest record of these weights in this model, by this protocol, that has all that is asked for.
+
+    One under the protocol's name goes before others, whose numbers are the same.
+    """
     asked = (protocol.hash(), origin.weights_hash, origin.model_hash)
-    for record in reversed(read_records(file) if file.is_file() else []):
-        same = (record.protocol_hash(), record.weights_hash, record.model_hash) == asked
-        if same and record.has(extras.settings()):
-            return record
-    return None
+    known = [
+        record
+        for record in (read_records(file) if file.is_file() else [])
+        if (record.protocol_hash(), record.weights_hash, record.model_hash) == asked and record.has(extras.settings())
+    ]
+    under_the_name = [record for record in known if named is not None and named.named_in(record)]
+    return next(reversed(under_the_name or known), None)
 
 
 def keep(record: EvaluationRecord, file: Path, extras: Extras) -> None:
@@ -66,7 +74,7 @@ def print_records(records: list[EvaluationRecord], extras: Extras) -> None:
             reference,
             sampler,
             f"{record.seconds:.1f}",
-            record.protocol_hash()[:8],
+            " ".join(filter(None, (record.protocol_name, record.protocol_hash()[:8]))),
         )
     console.print(table)
     if names := extras.names(records[0].protocol.features):

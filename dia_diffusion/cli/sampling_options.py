@@ -11,9 +11,7 @@ from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, SAMPLERS
-from dia_diffusion.sampling.settings import SamplingSettings
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from dia_diffusion.sampling.settings import PRECISIONS, SamplingSettings
 
 SAMPLING = ("sampler", "steps", "batch_size", "classes", "guidance_scale", "precision")
 """What `add_sampling_options` adds, by the names that they have once parsed."""

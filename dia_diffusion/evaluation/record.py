@@ -5,15 +5,12 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dia_diffusion import __version__
+from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line
-
-RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +92,10 @@ class EvaluationRecord(Origin):
     """Other numbers from the same images, as `KD(digits)`, see `compute_metrics`."""
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
+    protocol_name: str | None = None
+    """Of the `NamedProtocol` it was measured by; None: by options of its own."""
+    protocol_file_hash: str | None = None
+    """The hash of that named protocol's settings; `protocol_hash` is over all that they led to."""
 
     def has(self, settings: dict[str, dict[str, Any]]) -> bool:
         """Whether it holds all the numbers of these settings (`Extras.settings`)."""
@@ -131,11 +132,6 @@ def distance_name(features: str) -> str:
     return "FID" if features == "inception" else f"FD({features})"
 
 
-def installed_versions() -> dict[str, str]:
-    """package -> version, of what a measured number depends on."""
-    return {"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
-
-
 def append_record(path: str | Path, record: EvaluationRecord) -> None:
     """Adds the record to a JSON-lines file, as a run's evaluations.jsonl."""
     append_json_line(path, record.to_dict())
@@ -151,6 +147,12 @@ def read_records(path: str | Path) -> list[EvaluationRecord]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read as evaluation records ({error})") from error
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def count_records(path: str | Path) -> int:
+    """How many records a file has so far, none of which are read; 0 where there is no file."""
+    path = Path(path)
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
 
 def _parse(line: str, place: str) -> EvaluationRecord:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dia_diffusion import __version__
+from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.record import installed_versions
 from dia_diffusion.evaluation.reference import STATISTICS_VERSION, Reference
 from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments, check_moments
 from dia_diffusion.files import sha256_of_file

@@ -30,6 +30,7 @@ UVIT_SIZES: dict[str, dict[str, int]] = {
 }
 INITIALIZATIONS = ("uvit", "xavier")
 POOLINGS = ("all", "patch")
+DECIDED = {"name", "channels", "num_blocks"}  # what the model builds its unit with
 
 
 @dataclass
@@ -171,6 +172,8 @@ class UViT(ModelMixin, ConfigMixin):
             raise InputError(f"unknown pool_tokens {pool_tokens!r}; accepted: {', '.join(POOLINGS)}")
         if initialization not in INITIALIZATIONS:
             raise InputError(f"unknown initialization {initialization!r}; accepted: {', '.join(INITIALIZATIONS)}")
+        if decided := DECIDED & (attention_kwargs or {}).keys():
+            raise InputError(f"attention_kwargs has {min(decided)}, which the model decides; leave it out")
 
         self.gradient_checkpointing = False
         self.sample_size, self.patch_size, self.in_channels = sample_size, patch_size, in_channels
@@ -207,7 +210,7 @@ class UViT(ModelMixin, ConfigMixin):
         unit_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(unit_seed)
-            self.unit = build_attention(attention, hidden_size, **(attention_kwargs or {}))
+            self.unit = build_attention(attention, hidden_size, num_blocks=num_layers, **(attention_kwargs or {}))
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "UViT":

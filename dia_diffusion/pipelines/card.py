@@ -64,7 +64,7 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     training = read_training(folder)
     model = training["recipe"]["model"] if training else _read_json(folder / "unet" / "config.json")
     unit = model["attention"]
-    described = "no attention unit" if unit in (None, "none") else f"the shared attention unit `{unit}`"
+    described = "no attention unit" if unit in (None, "none") else f"the unit `{unit}` before every MLP"
     kind = "An unconditional" if model["num_classes"] is None else f"A {model['num_classes']}-class"
     lines = [
         "---",
@@ -95,10 +95,10 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     guided = training is not None and bool(training["recipe"]["data"].get("label_dropout"))
     lines += ["## Use", *_use(folder, model["num_classes"], guided), "", "## Evaluations"]
     if evaluations:
-        lines += ["| metric | distance | images | reference | sampler | steps |", "| --- |" + " --- |" * 5]
+        lines += ["| metric | distance | images | reference | sampler | steps | protocol |", "| --- |" + " --- |" * 6]
         lines += [
             f"| {e['metric']} | {e['distance']:.3f} | {e['num_samples']:,} | {e['reference']} | {e['sampler']} "
-            f"| {e['steps']} |"
+            f"| {e['steps']} | {e['protocol']} |"
             for e in evaluations
         ]
     else:
@@ -115,9 +115,9 @@ def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         KeyError, TypeError or ValueError: a record that isn't whole.
     """
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for record in records:
-        protocol = record["protocol"]
+        protocol, earlier = record["protocol"], rows.get(record["protocol_hash"], {})
         name, split = protocol["reference"], protocol["reference_split"]  # None: no parts, or none is known
         rows[record["protocol_hash"]] = {
             "metric": record["metric"],
@@ -126,6 +126,7 @@ def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "reference": name if split is None else f"{name} ({split})",
             "sampler": protocol["sampler"],
             "steps": protocol["num_inference_steps"],
+            "protocol": record.get("protocol_name") or earlier.get("protocol", ""),  # older records have none
         }
     return list(rows.values())
 

@@ -5,11 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.image_pipeline import ImagePipeline
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, check_steps
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of the network while sampling, by name."""
 
 
 @dataclass(frozen=True)

@@ -54,27 +54,39 @@ def load_checkpoint(place: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing, cut short or altered.
     """
-    advice = f"remove {place} to go on from the checkpoint before it"
-    try:
-        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        hashes = dict(state["sha256"])
-        whole = step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered; {advice}")
+    state = read_state(place)
     tensors = {}
     for name in TENSOR_FILES:
         file = place / f"{name}.safetensors"
         if not file.is_file():
-            raise InputError(f"checkpoint file {file} is missing; {advice}")
-        if sha256_of_file(file) != hashes.get(file.name):
-            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs); {advice}")
+            raise InputError(f"checkpoint file {file} is missing; {_advice(place)}")
+        if sha256_of_file(file) != state["sha256"].get(file.name):
+            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs); {_advice(place)}")
         try:
             tensors[name] = load_file(file)
         except SafetensorError as error:
-            raise InputError(f"checkpoint file {file} is not safetensors ({error}); {advice}") from None
+            raise InputError(f"checkpoint file {file} is not safetensors ({error}); {_advice(place)}") from None
     return Checkpoint(tensors, state)
+
+
+def read_state(place: Path) -> dict[str, Any]:
+    """A checkpoint's state.json: step, recipe, data, sha256 of the other files, which are not read.
+
+    Raises:
+        InputError: it is missing, cut short or altered.
+    """
+    try:
+        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        dict(state["sha256"])
+        if step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
+            return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered; {_advice(place)}")
+
+
+def _advice(place: Path) -> str:
+    return f"remove {place} to go on from the checkpoint before it"
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:

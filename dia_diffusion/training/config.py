@@ -52,7 +52,8 @@ class ModelConfig:
     long_skips: bool = True
     """Long skips from in blocks to out blocks."""
     attention: str | None = "dia-lstm"
-    """The shared unit: dia-lstm, dia-lstm-light, lstm or none."""
+    """The unit before the MLPs: dia-lstm, dia-lstm-light, lstm, none, or a control that sees no features:
+    fixed-scale, block-scale, block-channels."""
     attention_kwargs: dict[str, Any] | None = None
     """Further arguments of the unit, such as {reduction: 16}."""
     pool_tokens: Literal["all", "patch"] = "all"
@@ -107,6 +108,8 @@ class OptimizerConfig:
 
     learning_rate: float = 2.0e-4
     """Rate after the warm-up."""
+    unit_learning_rate: float | None = None
+    """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
     betas: tuple[float, float] = (0.99, 0.999)
     """AdamW's decay rates."""
     weight_decay: float = 0.03
@@ -201,6 +204,8 @@ class Experiment:
             raise InputError(f"optimizer.weight_decay is {optimizer.weight_decay}; accepted: 0 or more")
         if optimizer.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
+        if optimizer.unit_learning_rate is not None:
+            self._check_unit_learning_rate(optimizer.unit_learning_rate)
         if self.data.label_dropout and self.model.num_classes is None:
             raise InputError("data.label_dropout needs a class-conditional model; set model.num_classes")
         if not 1 <= self.samples.guidance_scale < math.inf:
@@ -212,6 +217,12 @@ class Experiment:
                 f"samples.guidance_scale {self.samples.guidance_scale} needs a null label that is trained; "
                 "set model.num_classes and data.label_dropout, or leave it 1"
             )
+
+    def _check_unit_learning_rate(self, rate: float) -> None:
+        if not 0 < rate < math.inf:
+            raise InputError(f"optimizer.unit_learning_rate is {rate}; accepted: above 0, or null")
+        if self.model.attention == "none":
+            raise InputError(f"optimizer.unit_learning_rate is {rate} and model.attention none; accepted: null")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for YAML or JSON."""
@@ -260,8 +271,12 @@ MAY_CHANGE = {
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64"."""
-    before, after = flatten(old), flatten(new)
+    """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64".
+
+    A key that an older version didn't know yet has its default, which is how that version trained.
+    """
+    defaults = flatten(Experiment().to_dict())
+    before, after = defaults | flatten(old), defaults | flatten(new)
     may_change = MAY_CHANGE
     if before.get("optimizer.schedule") == "cosine":
         may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it

@@ -1,11 +1,14 @@
 """The images a recipe trains on."""
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.open_together import open_images_together
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.randomness import StepDraws
 from dia_diffusion.training.reporter import Reporter
 
 
@@ -29,3 +32,19 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
             f"accepted: {present} or more"
         )
     return images
+
+
+def training_batch(
+    images: ImageSet, experiment: Experiment, draws: StepDraws, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) where the model has classes."""
+    pixels = torch.from_numpy(images.images[draws.indices]).to(device)  # (B, C, H, W) uint8
+    batch = pixels.to(dtype) / 127.5 - 1
+    if experiment.data.random_flip:
+        batch = torch.where(draws.flips.to(device)[:, None, None, None], batch.flip(-1), batch)
+    num_classes = experiment.model.num_classes
+    if images.labels is None or num_classes is None:
+        return batch, None
+    dropped = draws.drop_label < experiment.data.label_dropout
+    labels = torch.from_numpy(images.labels[draws.indices]).masked_fill(dropped, num_classes)
+    return batch, labels.to(device)

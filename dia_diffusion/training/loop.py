@@ -13,11 +13,13 @@ from dia_diffusion.distributed import (
     check_trackers,
     micro_batch_size,
     on_main,
+    peak_memory,
     start_accelerator,
     together,
 )
+from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.files import step_name
+from dia_diffusion.files import step_name, write_json
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -27,9 +29,9 @@ from dia_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.images import open_training_images
+from dia_diffusion.training.images import open_training_images, training_batch
 from dia_diffusion.training.init_from import same_start, start_from
-from dia_diffusion.training.objective import diffusion_loss, learning_rate
+from dia_diffusion.training.objective import diffusion_loss, learning_rate, parameter_groups
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
@@ -56,6 +58,7 @@ class Trainer:
         torch.manual_seed(derive(experiment.seed, WEIGHTS))
         self.model = build_model(experiment.model)
         self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
+        self.groups = parameter_groups(self.model, experiment.optimizer)
         self.dtype = self.model.dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
@@ -99,7 +102,7 @@ class Trainer:
             self.model.enable_gradient_checkpointing()
         compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            self.groups,
             lr=experiment.optimizer.learning_rate,
             betas=experiment.optimizer.betas,
             weight_decay=experiment.optimizer.weight_decay,
@@ -183,6 +186,7 @@ class Trainer:
 
     def _open_folder(self) -> None:
         self.folder.write_config(self.experiment)
+        write_json(self.folder.environment, environment(self.accelerator.num_processes))
         self.folder.truncate_metrics(self.step)
 
     def _due(self, every: int) -> bool:
@@ -195,7 +199,7 @@ class Trainer:
         if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
             torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.experiment.optimizer, step, self.config.max_steps)
+            group["lr"] = learning_rate(self.experiment.optimizer, step, self.config.max_steps, group["peak_rate"])
 
         total = torch.zeros((), device=self.accelerator.device)
         first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
@@ -216,16 +220,7 @@ class Trainer:
         return total, norm
 
     def _micro_loss(self, draws: StepDraws) -> Tensor:
-        device = self.accelerator.device
-        pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)  # (b, C, H, W) uint8
-        images = pixels.to(self.dtype) / 127.5 - 1
-        if self.experiment.data.random_flip:
-            images = torch.where(draws.flips.to(device)[:, None, None, None], images.flip(-1), images)
-        labels = None
-        if self.images.labels is not None and self.model.num_classes is not None:
-            dropped = draws.drop_label < self.experiment.data.label_dropout
-            labels = torch.from_numpy(self.images.labels[draws.indices]).masked_fill(dropped, self.model.num_classes)
-            labels = labels.to(device)
+        images, labels = training_batch(self.images, self.experiment, draws, self.accelerator.device, self.dtype)
         return diffusion_loss(self.network, self.process, images, draws, labels)
 
     def _watch(self, loss: Tensor, gradient_norm: Tensor) -> None:
@@ -260,6 +255,7 @@ class Trainer:
             "grad_norm": float(gradient_norm) if gradient_norm.isfinite() else None,
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(images / (self.clock[0] - since), 3),
+            "peak_memory_mib": round(peak_memory(self.accelerator.device) / 2**20),
         }
         on_main(self.accelerator, lambda: self.folder.log_metrics(self.logged))
         if self.experiment.trackers:

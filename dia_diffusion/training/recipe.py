@@ -1,15 +1,15 @@
 """Recipes: YAML files and command-line overrides, checked and turned into an Experiment by jsonargparse."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.files import read_yaml
 from dia_diffusion.training.config import Experiment, flatten
 
 # Help texts come from the docstring under each field.
@@ -40,16 +40,24 @@ def recipe_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
-def read_experiment(config: str | None, overrides: Sequence[str] = ()) -> Experiment:
-    """An Experiment from a recipe and overrides in command-line form ("--train.batch_size", "32", ...).
+def read_experiment(
+    config: str | None, overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None
+) -> Experiment:
+    """An Experiment from a recipe and what overrides it.
+
+    overrides: in command-line form ("--train.batch_size", "32", ...).
+    keys: the same as values ({"train.batch_size": 32}).
 
     Raises:
         InputError: no such recipe, not YAML, an unknown key (the nearest valid one is named), a value of wrong type.
     """
     parser = recipe_parser()
-    recipe = {} if config is None else _read_yaml(recipe_path(config))
+    recipe = {} if config is None else read_yaml(recipe_path(config), "recipe", "data, model, train")
     known = flatten(Experiment().to_dict())
     _check_keys([*flatten(recipe)], known, str(config))
+    if keys:
+        _check_keys([*keys], known, f"what changes {config}")
+        recipe = nest({**flatten(recipe), **keys})
     _check_keys([o[2:].split("=")[0] for o in overrides if o.startswith("--")], known, "the command line")
     try:
         with_recipe = parser.parse_object(recipe, defaults=True)
@@ -62,14 +70,13 @@ def read_experiment(config: str | None, overrides: Sequence[str] = ()) -> Experi
     return Experiment(**vars(values))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path} is not a recipe; accepted: keys such as data, model, train")
-    return recipe
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `flatten` flattened."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
 
 
 def _check_keys(keys: Sequence[str], known: dict[str, Any], where: str) -> None:

@@ -1,14 +1,10 @@
 """A run's folder: its paths, its lock, its recipe and its metrics."""
 
-import fcntl
 import hashlib
 import json
-import os
-import secrets
-import socket
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -17,6 +13,7 @@ from accelerate import Accelerator
 from dia_diffusion.distributed import together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
+from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.pipelines.folder import EVALUATIONS
 from dia_diffusion.training.config import Experiment, changed_keys
@@ -30,12 +27,13 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.pipelines = self.path / "pipelines"
         self.samples = self.path / "samples"
         self.evaluations = self.path / EVALUATIONS
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(self.path)
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step."""
@@ -47,38 +45,17 @@ class RunFolder:
         Raises:
             InputError: another process has it, or the folder can't be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"output {self.path} can't be written: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.readline().strip() or "another process"
-            raise InputError(f"{self.path} is in use by {owner}; stop it, or choose another output") from None
-        except OSError as error:
-            raise InputError(f"output {self.path} can't be locked on this disk: {error.strerror}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n")
-        file.flush()
-        self._lock = file
+        self._lock.take()
         for folder in (self.checkpoints, self.pipelines, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
         """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
-        try:
-            return (self.path / ".lock").read_text(encoding="utf-8")
-        except OSError:
-            return ""
+        return self._lock.text()
 
     def unlock(self) -> None:
         """Gives the folder back; does nothing where it is not held."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.give_back()
 
     def write_config(self, experiment: Experiment) -> None:
         """Writes the recipe as resolved."""
@@ -107,6 +84,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def logged_step(path: Path) -> int:
+    """The step of a metrics.jsonl's last whole line, by its end alone; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # cut short, at the front or by a crash
+            continue
+    return 0
 
 
 def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:

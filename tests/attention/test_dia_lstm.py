@@ -161,6 +161,32 @@ def test_unit_starts_at_a_quarter_when_gates_are_zero() -> None:
     assert torch.allclose(recalibrated, 0.25 * features)  # sigmoid(0) * sigmoid(0)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_zero_initialization_starts_every_block_at_a_quarter(cell: str) -> None:
+    """And what the loss says of h reaches the parameters next to the gates."""
+    unit = DIALSTM(8, cell=cell, activation="sigmoid", num_cells=2, initialization="zero")
+    state, features = None, torch.randn(3, 2, 5, 8)
+    for block in features:
+        recalibrated, state = unit(block, state)
+        assert torch.equal(recalibrated, 0.25 * block)
+    recalibrated.sum().backward()
+    assert any(parameter.grad.abs().max() > 0 for parameter in unit.cells[1].parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_scale_multiplies_the_map_and_not_the_state(cell: str) -> None:
+    torch.manual_seed(6)
+    plain = DIALSTM(8, cell=cell)
+    torch.manual_seed(6)
+    scaled = DIALSTM(8, cell=cell, scale=4)
+    states = [None, None]
+    for block in torch.randn(3, 2, 5, 8):
+        (expected, states[0]), (recalibrated, states[1]) = plain(block, states[0]), scaled(block, states[1])
+        assert torch.allclose(recalibrated, 4 * expected, rtol=1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+        assert torch.equal(block * scaled.attention_map(states[1])[:, None], recalibrated)
+
+
 def test_light_weights_start_with_the_variance_of_the_map_they_replace() -> None:
     torch.manual_seed(4)
     n, r = 4096, 4

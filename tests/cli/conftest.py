@@ -1,5 +1,43 @@
-"""The pipelines' fixtures, for the commands that export and send them."""
+"""A tiny run to be measured, and the pipelines' fixtures, for the commands that export and send them."""
 
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dia_diffusion.cli.main import main
+from dia_diffusion.sampling.settings import SamplingSettings
 from tests.pipelines.conftest import hub, save
+from tests.training.conftest import TINY
 
 __all__ = ["hub", "save"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fid")
+    (folder / "tiny.yaml").write_text(TINY)
+    assert main(["train", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run of the tiny recipe, without records, and a cache of its own."""
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects the seeds that are sampled."""
+    seeds: list[int] = []
+    generate = SamplingSettings.generate
+
+    def counted(self: SamplingSettings, pipeline: Any, chosen: Any, *args: Any, **kwargs: Any) -> Any:
+        seeds.extend(chosen)
+        return generate(self, pipeline, chosen, *args, **kwargs)
+
+    monkeypatch.setattr(SamplingSettings, "generate", counted)
+    return seeds

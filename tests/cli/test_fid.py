@@ -2,13 +2,11 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,37 +14,6 @@ from PIL import Image
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.pipelines.folder import records_file
-from dia_diffusion.sampling.settings import SamplingSettings
-from tests.training.conftest import TINY
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fid")
-    (folder / "tiny.yaml").write_text(TINY)
-    assert main(["train", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
-    return folder / "run"
-
-
-@pytest.fixture
-def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run of the tiny recipe, without records, and a cache of its own."""
-    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-@pytest.fixture
-def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collects the seeds that are sampled."""
-    seeds: list[int] = []
-    generate = SamplingSettings.generate
-
-    def counted(self: SamplingSettings, pipeline: Any, chosen: Any, *args: Any, **kwargs: Any) -> Any:
-        seeds.extend(chosen)
-        return generate(self, pipeline, chosen, *args, **kwargs)
-
-    monkeypatch.setattr(SamplingSettings, "generate", counted)
-    return seeds
 
 
 def finished(run: Path) -> int:

@@ -52,15 +52,16 @@ def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
     assert not more.has({"kid": {"kid_subset_size": 1000}})
 
 
-def test_records_from_before_there_were_other_metrics(tmp_path, record):
+def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record):
     path = tmp_path / "e.jsonl"
     append_record(path, record())
     line = json.loads(path.read_text())
-    for name in ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash"):
+    new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash")
+    for name in (*new, "protocol_name", "protocol_file_hash"):
         del line[name]
     path.write_text(json.dumps(line) + "\n")
     (old,) = read_records(path)
-    assert old.metrics == {} and old.low is None and old.model_hash is None
+    assert old.metrics == {} and old.low is old.model_hash is old.protocol_name is old.protocol_file_hash is None
 
 
 def test_progress_is_not_protocol(record):

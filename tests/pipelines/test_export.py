@@ -57,6 +57,7 @@ KINDS = {
     "none": ({"attention": None}, {}),
     "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
     "dia-lstm-light": ({"attention": "dia-lstm-light", "pool_tokens": "patch"}, {}),
+    "block-channels": ({"attention": "block-channels"}, {}),
     "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
     "euler-maruyama": ({"scheduler": EulerMaruyamaScheduler}, {}),
 }

@@ -25,7 +25,7 @@ from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
 from dia_diffusion.training.run_folder import read_metrics
 from tests.training.conftest import Recorder
 
-TIMES = {"images_per_second"}
+TIMES = {"images_per_second", "peak_memory_mib"}
 
 
 def metrics(run: Path) -> list[dict]:
@@ -92,7 +92,7 @@ def test_a_run_killed_after_its_checkpoint_repeats_the_lost_steps(tiny, train, t
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
-@pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light"])
+@pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light", "block-channels"])
 def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float64)
     try:
@@ -105,6 +105,47 @@ def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tm
     for accumulation in (2, 8):
         split = weights(tmp_path / str(accumulation), 6)
         assert max(float((expected[key] - split[key]).abs().max()) for key in expected) < 1e-9
+
+
+def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
+    """One step of AdamW moves a parameter by about its rate, whatever the gradient; a second run goes on from it."""
+    own = ("--optimizer.unit_learning_rate", "1e-5", "--optimizer.weight_decay", "0")
+    train(tiny("run", *own, "--train.max_steps", "1", "--optimizer.warmup_steps", "2"))
+    torch.manual_seed(derive(0, WEIGHTS))
+    first = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
+    trained = weights(tmp_path / "run", 1)
+    moved = {name: float((trained[name] - tensor).abs().max()) for name, tensor in first.state_dict().items()}
+    assert moved.pop("decoder.weight") == pytest.approx(0.5e-3, rel=0.05)
+    of_unit = [distance for name, distance in moved.items() if name.startswith("unit.")]
+    assert len(of_unit) == 8 and all(distance == pytest.approx(0.5e-5, rel=0.05) for distance in of_unit)
+
+
+def test_a_unit_at_the_common_rate_is_as_without_a_rate(tiny, train, tmp_path: Path) -> None:
+    train(tiny("common"))
+    train(tiny("own", "--optimizer.unit_learning_rate", "1e-3"))
+    assert metrics(tmp_path / "common") == metrics(tmp_path / "own")
+    for name in ("model", "optimizer"):
+        common, own = weights(tmp_path / "common", 6, name), weights(tmp_path / "own", 6, name)
+        assert common.keys() == own.keys() and all(torch.equal(common[key], own[key]) for key in common)
+
+
+def test_a_run_with_a_rate_for_its_unit_goes_on_bit_for_bit(tiny, train, tmp_path: Path) -> None:
+    own = ("--optimizer.unit_learning_rate", "1e-4", "--model.attention", "block-channels")
+    train(tiny("whole", *own))
+    train(tiny("cut", *own))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
+    train(tiny("cut", *own))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    for name in ("model", "ema", "optimizer"):
+        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    with pytest.raises(InputError, match=r"optimizer\.unit_learning_rate: 0\.0001 -> None"):
+        Trainer(tiny("cut", *own[2:]), Recorder())
+
+
+def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
+    with pytest.raises(InputError, match="'fixed-scale' has no parameters; accepted: null"):
+        Trainer(tiny("run", "--model.attention", "fixed-scale", "--optimizer.unit_learning_rate", "1e-3"), Recorder())
 
 
 def test_average_warm_up(tiny, train, tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_pat
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     setup = "torch.set_default_dtype(torch.float64)"
-    whole = launch(tmp_path, "whole", 1, setup=setup)
-    launch(tmp_path, "part", 2, "--train.max_steps", "3", setup=setup)
-    part = launch(tmp_path, "part", 1, setup=setup)
+    unit = ["--model.attention", "block-channels", "--optimizer.unit_learning_rate", "1e-2"]
+    whole = launch(tmp_path, "whole", 1, *unit, setup=setup)
+    launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", setup=setup)
+    part = launch(tmp_path, "part", 1, *unit, setup=setup)
     assert losses(part) == pytest.approx(losses(whole), rel=1e-9)
 
 

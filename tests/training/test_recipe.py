@@ -100,6 +100,8 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ("samples: {guidance_scale: .nan}", [], "guidance_scale is nan"),
         ("samples: {guidance_scale: 0.5}", [], "guidance_scale is 0.5; accepted: 1, which is none, or more"),
         ("init_from: ''", [], "init_from is empty; accepted"),
+        ("optimizer: {unit_learning_rate: 0}", [], "optimizer.unit_learning_rate is 0.0; accepted: above 0, or null"),
+        ("model: {attention: none}\noptimizer: {unit_learning_rate: 1e-3}", [], "0.001 and model.attention none"),
         ("- a list", [], "not a recipe"),
         ("a: [", [], "not a YAML recipe"),
         ("seed: !!python/object/apply:os.system [true]", [], "not a YAML recipe"),
@@ -123,5 +125,10 @@ def test_what_may_change_on_resuming() -> None:
     old, new = Experiment().to_dict(), Experiment().to_dict()
     new["train"]["max_steps"] += 1
     assert changed_keys(old, new) == []
+    del old["optimizer"]["unit_learning_rate"]  # as written by a version that didn't know it
+    assert changed_keys(old, new) == []
+    new["optimizer"]["unit_learning_rate"] = 0.1
+    assert changed_keys(old, new) == ["optimizer.unit_learning_rate: None -> 0.1"]
+    new["optimizer"]["unit_learning_rate"] = None
     new["optimizer"]["weight_decay"] = 0.5
     assert changed_keys(old, new) == ["optimizer.weight_decay: 0.03 -> 0.5"]

@@ -1,0 +1,175 @@
+"""How noisy a batch's gradient is: McCandlish et al. 2018 (arXiv 1812.06162), and the norms that training logged.
+
+With K batches of B images at the same weights, gradients g_k and their mean m:
+
+    S = 1/(K - 1) sum |g_k - m|^2          the trace of a batch gradient's covariance
+    tr(Sigma) = B S                        that of one image's gradient
+    |G|^2 = |m|^2 - S / K                  the squared norm of the true gradient; both estimates are unbiased
+    noise scale = tr(Sigma) / |G|^2        images: the batch size at which noise and gradient are equal (eq. 2.9)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.training.objective import diffusion_loss
+from dia_diffusion.training.run_folder import read_metrics
+
+GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
+WEIGHTS = ("ema", "raw")
+FOLDS = 8
+
+
+def group_of(name: str) -> str:
+    """The group that a UViT's parameter of that name belongs to."""
+    parts = name.split(".")
+    if parts[0] == "unit":
+        return "unit"
+    if "mlp" in parts:
+        return "MLPs"
+    if "attn" in parts:
+        return "attention"
+    return "norms" if any(part.startswith("norm") for part in parts) else "others"
+
+
+def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], batch_size: int) -> dict[str, Any]:
+    """group -> its record, from the gradients of several batches' losses at the model's weights, which stay.
+
+    losses: one function a batch, two or more, each giving the mean loss of batch_size images.
+
+    A record has `parameters`, `batch_gradient_norm` (root mean square over batches), `covariance_trace` (of one image's
+    gradient), `squared_gradient_norm` (|G|^2) with its `standard_error` (jackknife over FOLDS parts of the batches),
+    `noise_scale`, and `noise_scale_low` and `noise_scale_high`, where |G|^2 is two standard errors more and less. A
+    noise scale whose |G|^2 is not above 0 is None: the batches are too few to tell. Memory: FOLDS values a parameter.
+    """
+    named = [(group_of(name), parameter) for name, parameter in model.named_parameters()]
+    groups = [group for group in GROUPS[1:] if any(group == own for own, _ in named)]
+    folds = min(FOLDS, len(losses))
+    sums = [torch.zeros(folds, *parameter.shape, dtype=parameter.dtype) for _, parameter in named]
+    squares = {group: torch.zeros(folds, dtype=torch.float64) for group in groups}
+    for number, loss in enumerate(losses):
+        model.zero_grad()
+        loss().backward()
+        fold = number % folds
+        for (group, parameter), total in zip(named, sums, strict=True):
+            if parameter.grad is not None:
+                gradient = parameter.grad.cpu()
+                total[fold] += gradient
+                squares[group][fold] += gradient.double().square().sum()
+    model.zero_grad()
+    products = {group: torch.zeros(folds, folds, dtype=torch.float64) for group in groups}  # of the folds' sums
+    sizes = dict.fromkeys(groups, 0)
+    for (group, parameter), total in zip(named, sums, strict=True):
+        flat = total.flatten(1).double()
+        products[group] += flat @ flat.T
+        sizes[group] += parameter.numel()
+    squares["all"] = torch.stack(list(squares.values())).sum(0)
+    products["all"] = torch.stack(list(products.values())).sum(0)
+    sizes["all"] = sum(sizes.values())
+    counts = torch.tensor([len(range(fold, len(losses), folds)) for fold in range(folds)], dtype=torch.float64)
+    return {
+        group: {"parameters": sizes[group]} | _record(squares[group], products[group], counts, batch_size)
+        for group in ("all", *groups)
+    }
+
+
+def _record(squares: Tensor, products: Tensor, counts: Tensor, batch_size: int) -> dict[str, float | None]:
+    """From the folds' sums of |g_k|^2 (F,), the products of their sums of g_k (F, F) and their batches (F,)."""
+    trace, squared_norm = _estimates(squares, products, counts)
+    kept = [[other for other in range(len(counts)) if other != fold] for fold in range(len(counts))]
+    left = torch.tensor([_estimates(squares[k], products[k][:, k], counts[k])[1] for k in kept if counts[k].sum() > 1])
+    error = float(((len(left) - 1) * left.var(correction=0)).sqrt()) if len(left) > 1 else math.inf
+
+    def scale(squared: float) -> float | None:
+        return batch_size * trace / squared if squared > 0 else None
+
+    return {
+        "batch_gradient_norm": math.sqrt(float(squares.sum() / counts.sum())),
+        "covariance_trace": batch_size * trace,
+        "squared_gradient_norm": squared_norm,
+        "standard_error": error if math.isfinite(error) else None,
+        "noise_scale": scale(squared_norm),
+        "noise_scale_low": scale(squared_norm + 2 * error),
+        "noise_scale_high": scale(squared_norm - 2 * error),
+    }
+
+
+def _estimates(squares: Tensor, products: Tensor, counts: Tensor) -> tuple[float, float]:
+    """S, the trace of a batch gradient's covariance, and |G|^2."""
+    count = float(counts.sum())
+    squared_mean = float(products.sum()) / count**2
+    spread = (float(squares.sum()) - count * squared_mean) / (count - 1)
+    return spread, squared_mean - spread / count
+
+
+def noise_of_run(
+    run: TrainedRun,
+    steps: Sequence[int] | None = None,
+    *,
+    num_batches: int,
+    batch_size: int | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    windows: int = 12,
+    progress: Callable[[int], None] = lambda batches: None,
+) -> dict[str, Any]:
+    """A run's record: the noise at each step's weights, in float32 and without dropout, and the norms it logged.
+
+    batch_size: None is the run's own.
+    weights: "ema", the averaged weights of pipelines, or "raw", those that were trained, of checkpoints.
+
+    Raises:
+        InputError: no weights of a step.
+    """
+    size = batch_size or run.experiment.train.batch_size
+    measured = []
+    for step in run.choose_steps(steps):
+        model = (run.averaged_model(step) if weights == "ema" else run.trained_model(step)).requires_grad_(True)
+        losses = [_loss_of(run, model, seed, number, size, progress) for number in range(num_batches)]
+        noise = gradient_noise(model, losses, size)
+        measured.append({"step": step, "images_seen": step * run.experiment.train.batch_size, "groups": noise})
+    logged = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
+    return {
+        **run.described(),
+        "measured_batch_size": size,
+        "steps": measured,
+        "logged": logged_norms(logged, windows),
+    }
+
+
+def _loss_of(
+    run: TrainedRun, model: UViT, seed: int, number: int, size: int, progress: Callable[[int], None]
+) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        progress(1)
+        draws = run.draw(seed, number, size)
+        images, labels = run.batch(draws)
+        return diffusion_loss(model, run.process, images, draws, labels)
+
+    return loss
+
+
+def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
+    """The gradient norms of metrics.jsonl in so many windows of as many lines: mean, and deviation over mean."""
+    lines = [line for line in metrics if line.get("grad_norm") is not None]
+    found = []
+    for index in range(windows):
+        part = lines[index * len(lines) // windows : (index + 1) * len(lines) // windows]
+        if len(part) < 2:
+            continue
+        norms = torch.tensor([line["grad_norm"] for line in part], dtype=torch.float64)
+        found.append(
+            {
+                "first_step": part[0]["step"],
+                "last_step": part[-1]["step"],
+                "mean": float(norms.mean()),
+                "variation": float(norms.std() / norms.mean()),
+                "loss": sum(line["loss"] for line in part) / len(part),
+            }
+        )
+    return found

@@ -1,0 +1,120 @@
+"""How linear a trained model's MLPs are: a straight line for each hidden unit in the place of its GELU.
+
+For a hidden unit with input x and output y = GELU(x), least squares over images, times and tokens:
+
+    y ~ a + b x,   b = Cov(x, y) / Var(x),   a = E y - b E x,   explained: Cov(x, y)^2 / Var(x) of Var(y)
+
+A block's share is the sum of what is explained over the sum of variances of its hidden units. Where it is 1 the two
+layers of the MLP are one linear map.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dia_diffusion.analysis.losses import compared, losses
+from dia_diffusion.analysis.trained_run import TrainedRun, blocks_of
+from dia_diffusion.models.uvit import Mlp, UViT
+
+Activation = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def at_activations(model: UViT, called: Activation) -> Iterator[None]:
+    """While it lasts, each block's GELU is followed by called(block, x, y), with its input and output (B, L, H).
+
+    What that returns goes on to the MLP's second layer; None leaves it y.
+    """
+    hooks = [hook for index, block in enumerate(blocks_of(model)) for hook in _hooks(block.mlp, index, called)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hooks(mlp: Mlp, block: int, called: Activation) -> list[torch.utils.hooks.RemovableHandle]:
+    inputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, given: Any, x: Tensor) -> None:
+        inputs.append(x)
+
+    def pass_on(layer: nn.Module, given: tuple[Tensor]) -> Tensor | None:
+        return called(block, inputs.pop(), given[0])
+
+    return [mlp.fc1.register_forward_hook(keep), mlp.fc2.register_forward_pre_hook(pass_on)]
+
+
+class LineFit:
+    """The least squares of a line for each hidden unit of each block, from sums, so memory doesn't grow with images."""
+
+    def __init__(self, model: UViT):
+        mlps = [block.mlp for block in blocks_of(model)]
+        self.counts = torch.zeros(len(mlps), 1, dtype=torch.float64)
+        self.sums = torch.zeros(5, len(mlps), mlps[0].fc1.out_features, dtype=torch.float64)
+
+    def add(self, block: int, x: Tensor, y: Tensor) -> None:
+        """More values of a block's GELU, inputs and outputs (B, L, H)."""
+        x, y = (values.double().flatten(0, 1) for values in (x, y))  # (B L, H)
+        self.counts[block] += len(x)
+        self.sums[:, block] += torch.stack([v.sum(0) for v in (x, y, x * x, x * y, y * y)]).cpu()
+
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """Intercepts and slopes, float32, (blocks, H) each."""
+        mean_x, mean_y, var_x, covariance, _ = self._moments()
+        slope = torch.where(var_x > 0, covariance / var_x, 0.0)
+        return (mean_y - slope * mean_x).float(), slope.float()
+
+    def summary(self) -> dict[str, Any]:
+        """For a record, of all blocks and of each: the explained share, and the deviation of a hidden unit's input."""
+        _, _, var_x, covariance, var_y = self._moments()
+        explained = torch.where(var_x > 0, covariance**2 / var_x, 0.0)
+        return {
+            "explained": float(explained.sum() / var_y.sum()),
+            "explained_by_block": (explained.sum(1) / var_y.sum(1)).tolist(),
+            "input_deviation_by_block": var_x.mean(1).sqrt().tolist(),
+        }
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, y, xx, xy, yy = self.sums / self.counts
+        return x, y, (xx - x * x).clamp(min=0), xy - x * y, (yy - y * y).clamp(min=0)
+
+
+def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
+    """For `at_activations`: a line for each hidden unit, (blocks, H) each, in the place of GELU."""
+    return lambda block, x, y: intercepts[block].to(x) + slopes[block].to(x) * x
+
+
+def linearity_of_run(
+    run: TrainedRun,
+    steps: Sequence[int] | None = None,
+    *,
+    num_images: int,
+    num_times: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> dict[str, Any]:
+    """A run's record: how linear each step's averaged weights make the MLPs, and the loss with lines in all of them.
+
+    The lines are fitted on num_images images at num_times spread times, the losses are those of as many others.
+
+    Raises:
+        InputError: the run has too few images, or no pipeline of a step.
+    """
+    draws = run.draw_others(seed, num_images)
+    measured = []
+    for step in run.choose_steps(steps):
+        model = run.averaged_model(step)
+        fit = LineFit(model)
+        with at_activations(model, fit.add):
+            losses(run, model, run.draw(seed, 0, num_images), num_times, progress=progress)
+        own = losses(run, model, draws, num_times, progress=progress)
+        with at_activations(model, lines_instead(*fit.lines())):
+            lines = losses(run, model, draws, num_times, progress=progress)
+        seen = step * run.experiment.train.batch_size
+        comparison = {"losses": compared(own, {"lines for GELU": lines})}
+        measured.append({"step": step, "images_seen": seen} | fit.summary() | comparison)
+    return {**run.described(), "steps": measured}

@@ -1,0 +1,33 @@
+"""What a number was made with: versions, device and system."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from dia_diffusion import __version__
+
+RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """package -> version, of what a measured number depends on."""
+    return {"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def environment(processes: int = 1) -> dict[str, str]:
+    """The versions, and what they run on, for people to read.
+
+    processes: of the launch, each with such a device.
+    """
+    return {"python": platform.python_version(), **installed_versions()} | {
+        "device": device_name() if processes == 1 else f"{processes} x {device_name()}",
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def device_name() -> str:
+    """This machine's GPU, or CPU and the threads that torch uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

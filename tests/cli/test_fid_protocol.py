@@ -1,0 +1,163 @@
+"""`fid --protocol`: what it decides, when a record counts as its own, and what it refuses."""
+
+import json
+import shutil
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dia_diffusion.cli.fid_protocol import check_features
+from dia_diffusion.cli.main import main
+from dia_diffusion.data import open_images
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.protocols import protocol_names, read_protocol
+from dia_diffusion.evaluation.record import read_records
+
+SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, reference_split: test, reference_count: 596}"
+OPTIONS = ["--features", "digits", "--num", "80", "--sampler", "ddim", "--steps", "2", "--reference-split", "test"]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """A protocol of one's own."""
+    (tmp_path / "mine.yaml").write_text(SETTINGS)
+    return tmp_path / "mine.yaml"
+
+
+def line_of(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+def test_help_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fid", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in protocol_names())
+
+
+def test_it_is_the_options_that_it_stands_for(
+    run: Path, mine: Path, sampled: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference too, which is what the run was trained on. What is on record isn't sampled again for a name."""
+    assert main(["fid", str(run), "--reference", "digits", *OPTIONS]) == 0
+    capsys.readouterr()
+    named = ["fid", str(run), "--protocol", str(mine)]
+    assert main(named) == main([*named, "--reference", "digits"]) == 0
+    assert "mine " in capsys.readouterr().out
+    assert len(sampled) == 80
+    plain, record = read_records(run / "evaluations.jsonl")
+    protocol = read_protocol(str(mine))
+    assert record == replace(plain, protocol_name="mine", protocol_file_hash=protocol.hash())
+    assert record.protocol.dtype == "float32"
+
+    again = shutil.copy(mine, tmp_path / "again.yaml")
+    assert main(["fid", str(run), "--protocol", str(again)]) == 0
+    assert main(["fid", str(run), "--reference", "digits", *OPTIONS]) == 0
+    assert main([*named, "--every-step"]) == 0
+    records = read_records(run / "evaluations.jsonl")
+    assert [(each.step, each.protocol_name) for each in records] == [(6, None), (6, "mine"), (6, "again"), (3, "mine")]
+    assert len(sampled) == 160
+    card = (run / "pipelines" / "step-00000003" / "README.md").read_text()
+    assert f"| FD(digits) | {records[3].distance:.3f} | 80 | digits (test) | ddim | 2 | mine |" in card
+
+
+def test_other_metrics_are_measured_under_the_name(run: Path, mine: Path) -> None:
+    named = ["fid", str(run), "--protocol", str(mine)]
+    assert main(named) == main([*named, "--metrics", "prc"]) == main(named) == 0
+    first, second = read_records(run / "evaluations.jsonl")
+    assert first.protocol_name == second.protocol_name == "mine" and second.metrics
+
+
+def test_a_changed_protocol_and_a_record_cut_short(
+    run: Path, mine: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named, records = ["fid", run, "--protocol", mine], run / "evaluations.jsonl"
+    assert main([str(argument) for argument in named]) == 0
+    before, content = read_protocol(str(mine)).hash()[:8], records.read_text()
+    mine.write_text(SETTINGS.replace("steps: 2", "steps: 3"))
+    assert f"mine with other settings (hash {before}, now" in line_of([*named, "--every-step"], capsys)
+    mine.write_text(SETTINGS)
+    records.write_text(content[:-30])
+    assert "line 1: not a whole evaluation record" in line_of(named, capsys)
+    assert "line 1: not a whole evaluation record" in line_of(["curves", run], capsys)
+    assert records.read_text() == content[:-30] and len(sampled) == 80
+
+
+def test_what_it_refuses(
+    run: Path, mine: Path, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ["fid", run, "--protocol", mine]
+    for option, value, decided in (
+        ("--num", "80", "80"),
+        ("--features", "cifar10", "digits"),
+        ("--sampler", "ddpm", "ddim"),
+        ("--steps", "50", "2"),  # the option's own default
+        ("--precision", "bfloat16", "float32"),
+        ("--classes", "1", "all"),
+        ("--guidance-scale", "2.0", "1.0"),
+        ("--reference-split", "train", "test"),
+    ):
+        assert f"{option} {value}: protocol mine says {decided}; leave it out" in line_of(
+            [*named, option, value], capsys
+        )
+    mine.write_text(SETTINGS.replace("596", "1201"))
+    assert "--reference digits has 596 images; protocol mine measures against 1,201" in line_of(named, capsys)
+    mine.write_text(SETTINGS)
+    np.savez(tmp_path / "m.npz", mu=np.zeros(64), sigma=np.eye(64))
+    unknown = line_of([*named, "--reference", tmp_path / "m.npz"], capsys)
+    assert "--reference-split test of protocol mine" in unknown and "no part that it names" in unknown
+    few = line_of(["fid", "digits", "--reference", "digits", "--protocol", "fd2k-dpm25"], capsys)
+    assert "--num 2000 of protocol fd2k-dpm25: digits has 1201 images" in few
+
+    pipeline = run / "pipelines" / "step-00000006"
+    training = json.loads((pipeline / "training.json").read_text())
+    gone = {**training, "recipe": {**training["recipe"], "data": {"source": "photos.zip"}}}
+    (pipeline / "training.json").write_text(json.dumps(gone))
+    assert "was trained on photos.zip, which isn't here; give the reference by --reference" in line_of(named, capsys)
+    (pipeline / "training.json").write_text(json.dumps({**training, "weights": "raw"}))
+    assert "holds raw weights; protocol mine measures ema" in line_of(named, capsys)
+    (pipeline / "training.json").unlink()
+    assert "doesn't say what it was trained on; give the reference" in line_of(named, capsys)
+    assert not sampled and not (run / "evaluations.jsonl").exists()
+
+
+def test_inception_of_other_weights_is_another_measure() -> None:
+    options = Namespace(protocol=read_protocol("fid10k-dpm50"), inception_weights="w.pth")
+    check_features(options, "inception")
+    with pytest.raises(InputError, match=r"w\.pth give features inception-1a2b3c4d; protocol fid10k-dpm50 measures in"):
+        check_features(options, "inception-1a2b3c4d")
+
+
+def test_images_are_measured_by_what_applies_to_them(
+    mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a floor is: features, number and reference; the same against a file of statistics."""
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    statistics, records = tmp_path / "test.safetensors", tmp_path / "r.jsonl"
+    assert main(["stats", "make", "digits", str(statistics), "--split", "test"]) == 0
+    fid = ["fid", "digits", "--protocol", str(mine), "--record", str(records), "--reference"]
+    assert main([*fid, "digits"]) == main([*fid, str(statistics)]) == 0
+    (record,) = read_records(records)
+    assert (record.protocol_name, record.protocol.num_samples) == ("mine", 80)
+    assert record.protocol.reference_count == 596 and record.protocol.sampler is None
+
+
+def test_statistics_of_images_without_parts_are_of_all_that_train_is(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the images themselves are opened."""
+    np.save(tmp_path / "a.npy", open_images("digits", split="test", channels=1).images.transpose(0, 2, 3, 1))
+    protocol = tmp_path / "train.yaml"
+    protocol.write_text(SETTINGS.replace("reference_split: test", "reference_split: train"))
+    made = ["stats", "make", str(tmp_path / "a.npy"), str(tmp_path / "a.safetensors"), "--features", "digits"]
+    assert main([*made, "--size", "8", "--channels", "1"]) == 0
+    for reference in ("a.npy", "a.safetensors"):
+        assert main(["fid", str(run), "--protocol", str(protocol), "--reference", str(tmp_path / reference)]) == 0
+    assert len(read_records(run / "evaluations.jsonl")) == 1

@@ -1,0 +1,150 @@
+"""Named protocols: what the shipped ones hold, what makes two the same, and what is refused."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from diffusers import DDPMScheduler
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.protocols import (
+    protocol_names,
+    protocols_folder,
+    read_protocol,
+    refuse_changed,
+    under_name,
+)
+from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.sampling.samplers import build_scheduler, check_steps
+
+PLAIN = {"features": "digits", "num_samples": 80, "sampler": "ddim", "steps": 2}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """write("name", steps=3) is the path of a protocol's file; a setting of None is left out."""
+
+    def written(stem: str = "mine", /, **changes: object) -> str:
+        path = tmp_path / f"{stem}.yaml"
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in {**PLAIN, **changes}.items() if value is not None})
+        )
+        return str(path)
+
+    return written
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_a_shipped_protocol_can_be_followed(name: str) -> None:
+    protocol = read_protocol(name)
+    assert protocol.name == name
+    values = yaml.safe_load((protocols_folder() / f"{name}.yaml").read_text())
+    assert {key: getattr(protocol, key) for key in values} == values
+    scheduler = build_scheduler(protocol.sampler, DDPMScheduler(**NoiseProcess().scheduler_config()))
+    check_steps(scheduler, protocol.steps)
+    assert len(scheduler.timesteps) == protocol.steps
+
+
+def test_the_papers_protocol_is_u_vits() -> None:
+    """50,000 images, 1,000 Euler-Maruyama steps, averaged weights, Inception, against the 50,000 training images."""
+    paper = read_protocol("paper-cifar10")
+    assert (paper.num_samples, paper.sampler, paper.steps) == (50_000, "euler-maruyama", 1000)
+    assert (paper.features, paper.weights) == ("inception", "ema")
+    assert (paper.reference_split, paper.reference_count) == ("train", 50_000)
+
+
+def test_the_hash_is_over_the_settings_alone(write: Callable[..., str], tmp_path: Path) -> None:
+    """Written out by hand here, so that no later version gives old records another hash."""
+    settings = '{"features": "digits", "num_samples": 80, "sampler": "ddim", "steps": 2}'
+    protocol = read_protocol(write())
+    assert protocol.hash() == hashlib.sha256(settings.encode()).hexdigest()
+    (tmp_path / "other.yaml").write_text(
+        "# why\nsteps: 2\nsampler: ddim\nweights: ema\nnum_samples: 80\nfeatures: digits"
+    )
+    assert read_protocol(str(tmp_path / "other.yaml")).hash() == protocol.hash()
+    written_out = write(precision="float32", weights="ema", guidance_scale=1)
+    assert read_protocol(written_out).hash() == protocol.hash()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"features": "cifar10"},
+        {"num_samples": 81},
+        {"sampler": "ddpm"},
+        {"steps": 3},
+        {"precision": "bfloat16"},
+        {"reference_split": "test"},
+        {"reference_count": 596},
+        {"classes": [0, 3]},
+        {"guidance_scale": 1.5},
+    ],
+)
+def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable[..., str]) -> None:
+    assert read_protocol(write(**change)).hash() != read_protocol(write()).hash()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": 2}, "unknown key 'step'; did you mean 'steps'?"),
+        ({"name": "mine"}, "unknown key 'name'"),
+        ({"steps": None}, "required: steps"),
+        ({"num_samples": "many"}, "many"),
+        ({"num_samples": 2.5}, "2.5"),
+        ({"num_samples": 1}, "num_samples is 1; accepted: 2 or more"),
+        ({"steps": 0}, "steps is 0"),
+        ({"sampler": "plms"}, "'plms'; accepted: ddpm"),
+        ({"features": "vgg"}, "features is vgg; accepted: digits"),
+        ({"features": "my:"}, "features is my:"),
+        ({"precision": "fp16"}, "accepted: float32, bfloat16, float16"),
+        ({"weights": "raw"}, "weights is raw; accepted: ema"),
+        ({"reference_split": "validation"}, "accepted: train, test"),
+        ({"reference_count": 0}, "reference_count is 0"),
+        ({"classes": []}, "classes is []"),
+        ({"classes": "0,1"}, "0,1"),
+        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+    ],
+)
+def test_what_is_refused(change: dict[str, object], said: str, write: Callable[..., str]) -> None:
+    path = write(**change)
+    with pytest.raises(InputError) as caught:
+        read_protocol(path)
+    assert said in str(caught.value) and path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"no protocol 'fd1'; accepted: a YAML file or one of fd-digits, .*paper-cifar10"
+    ):
+        read_protocol("fd1")
+    (tmp_path / "torn.yaml").write_text("features: [")
+    with pytest.raises(InputError, match="not a YAML protocol"):
+        read_protocol(str(tmp_path / "torn.yaml"))
+
+
+def test_a_record_under_a_name(write: Callable[..., str], record: Callable[..., EvaluationRecord]) -> None:
+    protocol, plain = read_protocol(write()), record()
+    assert under_name(plain, None) is plain
+    named = under_name(plain, protocol)
+    assert protocol.named_in(named) and not protocol.named_in(plain)
+    assert replace(named, protocol_name=None, protocol_file_hash=None) == plain
+    assert under_name(named, protocol) is named
+
+
+def test_a_changed_protocol_needs_another_name(
+    write: Callable[..., str], record: Callable[..., EvaluationRecord]
+) -> None:
+    protocol = read_protocol(write())
+    records = [record(), under_name(record(), protocol)]
+    refuse_changed(records, protocol, "e.jsonl")
+    changed = read_protocol(write(steps=3))
+    with pytest.raises(InputError) as caught:
+        refuse_changed(records, changed, "e.jsonl")
+    told = str(caught.value)
+    assert all(text in told for text in ("e.jsonl", "mine", protocol.hash()[:8], changed.hash()[:8], "another name"))
+    refuse_changed(records, read_protocol(write("another", steps=3)), "e.jsonl")
