@@ -1,31 +1,68 @@
-"""`dia-diffusion curves`: distance against images seen, a line a run (the form of the paper's Fig. 8)."""
+"""`dia-diffusion curves`: distance against images seen, of a study or a line a run (the paper's Fig. 8)."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.study import STUDY_OPTIONS, add_study_options, run_study_command
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import draw_curves
+from dia_diffusion.evaluation.floor import recorded_floor
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.files import write_json
+from dia_diffusion.studies.study import STUDY_FILE, study_names
 from dia_diffusion.training.run_folder import RunFolder
+
+RUN_OPTIONS = ("out", "floor", "title")
+"""What says something of run folders only."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Draws what the arguments say."""
-    parser = CommandParser("curves", "Draws distance against images seen for several runs that `fid` has measured.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders with evaluations.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="the figure; its numbers lie beside it")
-    parser.add_argument("--protocol", help="the start of a protocol's hash, where runs were measured by several")
+    """Draws what the arguments say; of a study, trains and measures first what is missing."""
+    parser = CommandParser("curves", "Draws distance against images seen: of a study, or of runs that `fid` measured.")
     parser.add_argument(
+        "subjects",
+        nargs="+",
+        metavar="STUDY_or_RUN",
+        help=f"a study: a YAML file, its folder, or one of {', '.join(study_names())}; or run folders with evaluations",
+    )
+    parser.add_argument(
+        "--protocol",
+        help="of a study: the one of its curves, by name or file; of runs measured by several: the start of its hash",
+    )
+    add_study_options(parser)
+    group = parser.add_argument_group("options of runs")
+    group.add_argument("--out", type=Path, default=Path("curves.png"), help="the figure; its numbers lie beside it")
+    group.add_argument(
         "--floor",
         metavar="FILE_or_DISTANCE",
         help="a line for what a perfect model would reach: a number, or the file that `fid` recorded real images in",
     )
-    parser.add_argument("--title", help="above the figure")
+    group.add_argument("--title", help="above the figure")
     options = parser.parse_args(arguments)
-    runs = [(label(run), records(run, options.protocol)) for run in options.runs]
+    study = len(options.subjects) == 1 and names_study(options.subjects[0])
+    for name in RUN_OPTIONS if study else STUDY_OPTIONS:
+        if (value := getattr(options, name)) != parser.get_default(name):
+            said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            which = "a study" if study else "run folders"
+            raise InputError(f"{said} says nothing of {which}; leave it out")
+    if study:
+        run_study_command(options)
+    else:
+        _draw_runs(options)
+
+
+def names_study(name: str) -> bool:
+    """Whether it is a study: what is no folder, the folder of one, or a shipped one's name rather than a run's."""
+    folder = RunFolder(name)
+    is_run = folder.config.is_file() or folder.evaluations.is_file()
+    return not folder.path.is_dir() or (folder.path / STUDY_FILE).is_file() or (name in study_names() and not is_run)
+
+
+def _draw_runs(options: argparse.Namespace) -> None:
+    runs = [(label(run), records(run, options.protocol)) for run in options.subjects]
     floor = None if options.floor is None else floor_of(options.floor, runs[0][1][0])
     points = draw_curves(runs, options.out, floor=floor, title=options.title)
     numbers = options.out.with_suffix(".json")
@@ -56,14 +93,4 @@ def floor_of(floor: str, record: EvaluationRecord) -> float:
     except ValueError:
         if not Path(floor).is_file():
             raise InputError(f"--floor {floor} is neither a number nor a file of evaluations") from None
-    compared = ("features", "features_hash", "reference_hash", "num_samples")
-    told = ""
-    for candidate in reversed(read_records(floor)):
-        differences = candidate.protocol.differences(record.protocol)
-        different = [name for name in compared if name in differences]
-        if candidate.protocol.seeds is None and not different:
-            return candidate.distance
-        told = told or ", ".join(
-            f"{name} {differences[name][0]} there, {differences[name][1]} here" for name in different
-        )
-    raise InputError(f"--floor {floor} has no images that were measured as the runs were: {told or 'only samples'}")
+    return recorded_floor(Path(floor), record)

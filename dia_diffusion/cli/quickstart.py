@@ -4,32 +4,25 @@ Twins of one seed, without attention unit and with DIA-LSTM, are trained side by
 way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
 """
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from PIL import Image
 from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import records
 from dia_diffusion.data import open_images
-from dia_diffusion.distributed import StopSignal
-from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.evaluation.curves import draw_curves
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.record import EvaluationRecord, count_records
 from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-from dia_diffusion.files import whole_file
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER
+from dia_diffusion.studies.children import Job, run_jobs
+from dia_diffusion.studies.grids import draw_grids
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.run_folder import RunFolder, logged_step
 
 TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
 LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
@@ -75,7 +68,7 @@ def run(arguments: Sequence[str]) -> None:
     measured = {unit: [r for r in records(str(path)) if _of_quickstart(r, num)] for unit, path in runs.items()}
     curve, grids = options.out / "curve.png", options.out / "samples.png"
     draw_curves([(LABELS[unit], found) for unit, found in measured.items()], curve, floor=floor)
-    _draw_grids({unit: max(RunFolder(path).samples.iterdir()) for unit, path in runs.items()}, grids)
+    draw_grids({LABELS[unit]: max(RunFolder(path).samples.iterdir()) for unit, path in runs.items()}, grids)
     _print_table(measured, floor, num)
     pipeline = max(RunFolder(runs["dia-lstm"]).pipelines.iterdir())
     console.print(
@@ -97,34 +90,16 @@ def _side_by_side(
     count_done: Callable[[Path], int],
     totals: dict[str, int],
 ) -> None:
-    """Runs one command a twin at the same time, the cores divided between them, with a bar over their progress."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // len(commands)))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
-    children = {}
-    for unit, command in commands.items():
-        runs[unit].mkdir(parents=True, exist_ok=True)
-        with (runs[unit] / f"{command[0]}.log").open("w", encoding="utf-8") as log:
-            call = [sys.executable, "-m", "dia_diffusion", *command]
-            children[unit] = subprocess.Popen(call, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    """Runs one command a twin at the same time, with a bar over their progress."""
     total = sum(totals.values())
-    with StopSignal() as stop, Counter(doing, unit_name) as counter:
-        counter.start_at(sum(map(count_done, runs.values())), total)
-        while any(child.poll() is None for child in children.values()):
-            if stop.received or any(child.poll() for child in children.values()):
-                for child in children.values():
-                    child.terminate()  # training writes a checkpoint first
-            time.sleep(0.5)
-            counter(min(sum(map(count_done, runs.values())), total), total)
-    if stop.received:
-        raise Stopped(stop.received, "stopped; the same command goes on from there")
-    failed = {unit: child.returncode for unit, child in children.items() if child.returncode}
-    # The twin that failed by itself, not the one that was stopped for it.
-    for unit, code in sorted(failed.items(), key=lambda item: item[1] in (-signal.SIGTERM, 128 + signal.SIGTERM)):
-        log_file = runs[unit] / f"{commands[unit][0]}.log"
-        last = log_file.read_text(encoding="utf-8").strip().splitlines()[-1:]
-        line = f"{doing} {runs[unit]} ended with code {code}: {' '.join(last)} ({log_file})"
-        raise InputError(line) if code == 2 else RunError(line)
+
+    def done() -> int:
+        return min(sum(map(count_done, runs.values())), total)
+
+    jobs = [Job(runs[unit], [command]) for unit, command in commands.items()]
+    with Counter(doing, unit_name) as counter:
+        counter.start_at(done(), total)
+        run_jobs(jobs, len(jobs), lambda _: counter(done(), total))
 
 
 def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
@@ -139,25 +114,11 @@ def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
 
 
 def _trained(run_path: Path) -> int:
-    file = RunFolder(run_path).metrics
-    lines = read_metrics(file) if file.is_file() else []
-    return lines[-1]["step"] if lines else 0
+    return logged_step(RunFolder(run_path).metrics)
 
 
 def _measured(run_path: Path) -> int:
-    file = RunFolder(run_path).evaluations
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
-
-
-def _draw_grids(grids: dict[str, Path], path: Path) -> None:
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    for axes, (unit, grid) in zip(figure.subplots(1, len(grids)), grids.items(), strict=True):
-        with Image.open(grid) as image:
-            axes.imshow(image, cmap="gray")
-        axes.set_title(LABELS[unit])
-        axes.axis("off")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
+    return count_records(RunFolder(run_path).evaluations)
 
 
 def _print_table(measured: dict[str, list[EvaluationRecord]], floor: float, num: int) -> None:

@@ -146,8 +146,11 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
     weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
-    empty = folder / "empty"
+    empty, plain = folder / "empty", folder / "plain"
     empty.mkdir()
+    subprocess.run(["cp", "-r", run, plain], check=True)
+    config = (plain / "config.yaml").read_text()
+    (plain / "config.yaml").write_text(config.replace("attention: dia-lstm", "attention: none"))
     corrupt = folder / "corrupt"
     corrupt.mkdir()
     (corrupt / "a.png").write_bytes(b"no image")
@@ -162,6 +165,10 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
     saved.mkdir()
     for name in ("dataset_info.json", "state.json"):
         (saved / name).write_text("{}")
+    torn_run = folder / "torn_run"
+    torn_run.mkdir()
+    for name, text in (("config.yaml", (run / "config.yaml").read_text()), ("evaluations.jsonl", '{"source": "ru')):
+        (torn_run / name).write_text(text)
     config = ["train", "--config", run.parent / "tiny.yaml", "--output", folder / "new"]
     reference = ["--reference", "digits"]
     of_digits = ["fid", run, "--features", "digits", "--reference"]
@@ -225,6 +232,10 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "unknown option": (["sample", run, "--samplr", "ddim"], "did you mean --sampler"),
         "unknown features": (["fid", run, *reference, "--features", "vgg"], "'vgg'; there are: digits"),
         "no reference": (["fid", run], "--reference"),
+        "unknown protocol": (["fid", run, "--protocol", "fd1"], "no protocol 'fd1'; accepted: a YAML file or one of"),
+        "recipe as protocol": (["fid", run, "--protocol", run / "config.yaml"], "config.yaml: unknown key 'output'"),
+        "beside a protocol": (["fid", run, "--protocol", "fd-digits", "--steps", "25"], "fd-digits says 25; leave it"),
+        "images by a protocol": (["fid", "digits", "--protocol", "fd-digits"], "--reference is missing"),
         "few images": (["fid", "digits", *reference, "--num", "5000"], "has 1201 images"),
         "sampler of images": (["fid", "digits", *reference, "--sampler", "ddpm"], "digits is no pipeline"),
         "steps for images": (["fid", "digits", *reference, "--steps", "9"], "--steps 9: digits is no pipeline"),
@@ -245,6 +256,31 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "KID's subset": (["fid", run, *reference, "--kid-subset-size", "0"], "KID subset of 0"),
         "steps of images": (["fid", "digits", *reference, "--every-step"], "no run folder"),
         "no evaluations": (["curves", folder], "no evaluations.jsonl"),
+        "no study": (["curves", folder / "none"], "none'; accepted: a YAML file, the folder of a study, or one of"),
+        "recipe as study": (["curves", run / "config.yaml"], "config.yaml: "),
+        "study's jobs": (["curves", "digits", "--output", folder / "new", "--jobs", "0"], "--jobs is 0"),
+        "study's protocol": (["curves", "digits", "--output", folder / "new", "--protocol", "x"], "no protocol 'x'"),
+        "study's images": (["curves", "digits", "--output", folder / "out", "--data", corrupt], "a.png"),
+        "figure of a study": (["curves", "digits", "--out", "x.png"], "--out x.png says nothing of a study"),
+        "jobs of runs": (["curves", run, "--jobs", "2"], "--jobs 2 says nothing of run folders"),
+        "no analysis": (["analyze", "map", run], "maps"),
+        "analysis of no run": (["analyze", "maps", folder], "is no run folder"),
+        "analysis of a pipeline": (["analyze", "maps", torn], "is no run folder"),
+        "analysis' step": (["analyze", "maps", run, "--steps", "4"], "accepted: 3, 6"),
+        "analysis' steps": (["analyze", "maps", run, "--steps", "last"], "last are no steps"),
+        "analysis' times": (["analyze", "maps", run, "--times", "1"], "--times is 1; accepted: 2 or more"),
+        "analysis' images": (["analyze", "maps", run, "--data", folder / "other.npz"], "an .npz file with images"),
+        "analysis' folder": (["analyze", "maps", run, "--out", stored], "stored.safetensors is no folder"),
+        "ablations of no unit": (["analyze", "ablations", plain], "was trained without attention unit"),
+        "ablations' images": (["analyze", "ablations", run, "--images", "5000"], "accepted: 600 or fewer"),
+        "linearity's images": (["analyze", "linearity", run, "--images", "1"], "--images is 1; accepted: 2 or more"),
+        "batches": (["analyze", "gradient-noise", run, "--batches", "1"], "--batches is 1; accepted: 2 or more"),
+        "analysis' batch": (["analyze", "gradient-noise", run, "--batch-size", "0"], "--batch-size is 0"),
+        "report of nothing": (["report", folder / "none"], "none is no run's folder, which has a config.yaml"),
+        "report of a folder": (["report", empty], "nor a study's, which has a study.yaml"),
+        "report of no study": (["report", run / "config.yaml"], "config.yaml"),
+        "report of a torn record": (["report", torn_run], "evaluations.jsonl, line 1: not a whole evaluation record"),
+        "page's name": (["report", run, "--out", folder / "page.txt"], "page.txt is no name of a page"),
         "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
         "export's target": (["export", run, empty, "--with-code"], "empty exists"),
         "export of torn weights": (["export", torn, folder / "out"], "cut short"),

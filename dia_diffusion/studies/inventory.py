@@ -1,0 +1,165 @@
+"""What is there of a study's runs, what is missing, and what can't be gone on with."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dia_diffusion.data import open_images
+from dia_diffusion.distributed import check_trackers, micro_batch_size
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.protocols import read_protocol, refuse_changed
+from dia_diffusion.evaluation.record import read_records
+from dia_diffusion.files import step_folders
+from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.studies.points import measured
+from dia_diffusion.studies.study import Study, StudyRun
+from dia_diffusion.training.checkpoint import read_state
+from dia_diffusion.training.run_folder import RunFolder, refuse_changes, refuse_rewriting
+from dia_diffusion.training.snapshot import check_samples
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come."""
+
+    run: StudyRun
+    step: int
+    """It would go on from here; the last one where it is trained."""
+    trained: bool
+    """Whether the pipelines of all its points are there."""
+    unmeasured: list[int]
+    """Steps of its curve without a record."""
+    final_unmeasured: bool
+    """Whether the final protocol, where there is one, has no record of its last step."""
+
+    @property
+    def steps_left(self) -> int:
+        return self.run.experiment.train.max_steps - self.step
+
+    @property
+    def complete(self) -> bool:
+        return self.trained and not self.unmeasured and not self.final_unmeasured
+
+
+def check_study(study: Study) -> None:
+    """Tells what the study would be refused for hours later: by its runs' recipes, or by what is there of them.
+
+    Raises:
+        InputError: a unit that can't be built, a batch size that can't run, no such protocol, a run of another recipe
+            or with other images than the others, or records that can't be gone on with.
+    """
+    checked = []
+    for run in study.runs:
+        experiment = run.experiment
+        shape = (experiment.model, experiment.noise, experiment.samples, run.batch_size)
+        if shape not in checked:
+            checked.append(shape)
+            with _named(run.unit):
+                check_samples(experiment)
+                micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
+                check_trackers(experiment.trackers)
+    fingerprints = [(run, origin["data"]["fingerprint"]) for run in study.runs if (origin := _check_run(run))]
+    for run, fingerprint in fingerprints[1:]:
+        first, expected = fingerprints[0]
+        if fingerprint != expected:
+            raise InputError(f"{run.folder} was trained on other images than {first.folder}; remove one of them")
+    _check_records(study)
+
+
+def check_images(study: Study, progress: Callable[[int, int], None] | None = None) -> None:
+    """Opens the images that runs are to be trained on, before any is; nothing where all are trained.
+
+    Raises:
+        InputError: they can't be used, or aren't those of the runs that are there.
+    """
+    states = inventory(study)
+    missing = next((state.run for state in states if not state.trained), None)
+    if missing is None:
+        return
+    data, model = missing.experiment.data, missing.experiment.model
+    images = open_images(
+        data.source, size=model.sample_size, channels=model.in_channels, split=data.split, progress=progress
+    )
+    for run in study.runs:
+        origin = _origin(run)
+        if origin and origin["data"]["fingerprint"] != images.fingerprint:
+            raise InputError(f"{run.folder} was trained on other images than data.source {data.source} has")
+
+
+def inventory(study: Study) -> list[RunState]:
+    """The state of each run, in their order.
+
+    Raises:
+        InputError: records that can't be used, see `points.measured`.
+    """
+    curve = _steps_on_record(study, study.config.protocol)
+    final_protocol = study.config.final_protocol
+    final = {} if final_protocol is None else _steps_on_record(study, final_protocol)
+    states = []
+    for run in study.runs:
+        folder, last = RunFolder(run.folder), run.experiment.train.max_steps
+        trained = set(run.steps) <= step_folders(folder.pipelines).keys()
+        step = last if trained else max(step_folders(folder.checkpoints), default=0)
+        unmeasured = [step for step in run.steps if step not in curve.get(run.name, ())]
+        final_unmeasured = final_protocol is not None and last not in final.get(run.name, ())
+        states.append(RunState(run, step, trained, unmeasured, final_unmeasured))
+    return states
+
+
+def _check_run(run: StudyRun) -> dict[str, Any] | None:
+    """What is known of where a run comes from; None for a new one."""
+    folder, last = RunFolder(run.folder), run.experiment.train.max_steps
+    origin, pipelines = _origin(run), step_folders(folder.pipelines)
+    if origin is None:
+        return None
+    refuse_changes(origin["recipe"], run.experiment, run.folder)
+    if origin["step"] > last:
+        raise InputError(f"{run.folder} is trained for {origin['step']:,} steps; the study's runs end after {last:,}")
+    if not folder.newest_checkpoint() and not set(run.steps) <= pipelines.keys():
+        refuse_rewriting(folder, run.experiment)
+        return origin
+    for step in run.steps:
+        if step <= origin["step"] and step not in pipelines:
+            raise InputError(
+                f"{run.folder} has passed step {step:,} without leaving a pipeline there, which the study's curve "
+                "needs; go on with the points it was started with, or choose another output"
+            )
+    return origin
+
+
+def _origin(run: StudyRun) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run says of itself, else its newest pipeline."""
+    folder = RunFolder(run.folder)
+    checkpoint = folder.newest_checkpoint()
+    if checkpoint is not None:
+        return read_state(checkpoint)
+    pipelines = step_folders(folder.pipelines)
+    return read_training(pipelines[max(pipelines)]) if pipelines else None
+
+
+def _check_records(study: Study) -> None:
+    names = [study.config.protocol, study.config.final_protocol]
+    protocols = [read_protocol(name) for name in names if name is not None]
+    for run in study.runs:
+        file = RunFolder(run.folder).evaluations
+        records = read_records(file) if file.is_file() else []
+        for protocol in protocols:
+            refuse_changed(records, protocol, file)
+
+
+def _steps_on_record(study: Study, protocol: str) -> dict[str, set[int]]:
+    """Name of a run -> its steps that are on record."""
+    found: dict[str, set[int]] = {}
+    for one in measured(study, protocol):
+        found.setdefault(one.run.name, set()).add(one.point.step)
+    return found
+
+
+@contextmanager
+def _named(unit: str) -> Iterator[None]:
+    """Says which unit can't be built."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"unit {unit}: {error}") from None

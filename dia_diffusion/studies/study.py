@@ -1,0 +1,267 @@
+"""A study: which runs are compared, over which recipe, measured by which protocol; read from a YAML file."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import read_yaml, write_text
+from dia_diffusion.training.config import Experiment, flatten
+from dia_diffusion.training.recipe import read_experiment
+
+BASELINE = "none"
+"""The unit that stands for none: the twin that the others are compared with."""
+STUDY_FILE = "study.yaml"
+"""In a study's folder: the study as it was last run, with what its command changed."""
+DECIDED = {
+    "output",
+    "seed",
+    "train.batch_size",
+    "train.max_steps",
+    "train.checkpoint_every",
+    "train.sample_every",
+    "train.keep_last",
+}
+"""Recipe keys that are the study's own to choose."""
+
+
+@dataclass
+class Grid:
+    """Runs: every unit at every batch size with every seed."""
+
+    units: list[str]
+    """Attention units, or names of the study's variants."""
+    batch_sizes: list[int]
+    """Images an optimizer step."""
+    seeds: list[int]
+    """Of first weights, order of images, flips, times and noise: runs that share a seed differ in the unit alone."""
+
+
+@dataclass
+class StudyConfig:
+    """A study's keys."""
+
+    output: str
+    """The folder that holds the runs and what is drawn from them."""
+    recipe: str
+    """A shipped recipe or a YAML file; its unit, batch size, seed, steps and cadences are the study's to choose."""
+    runs: list[Grid]
+    """What to train, in this order."""
+    protocol: str
+    """The evaluation protocol of the curves: a shipped one or a YAML file."""
+    final_protocol: str | None = None
+    """Another one for the last checkpoint, such as the paper's; null is none."""
+    reference: str | None = None
+    """The images that distances are to; null is those that were trained on."""
+    images: int | None = None
+    """Images each run sees."""
+    steps: dict[int, int] | int | None = None
+    """Or optimizer steps: one number, or one a batch size."""
+    points: int = 6
+    """Points of a curve, evenly spaced and ending with the last step."""
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Names for units with other settings: name -> recipe keys, as {wide: {model.attention: dia-lstm, ...}}."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Recipe keys that differ from the recipe in every run."""
+    name: str | None = None
+    """What it is called; null is the name of the file."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study."""
+
+    unit: str
+    """Attention unit or variant."""
+    batch_size: int
+    seed: int
+    experiment: Experiment
+    """The recipe as resolved for this run; its `output` is the run's folder."""
+
+    @property
+    def name(self) -> str:
+        """The run's folder within the study's."""
+        return run_name(self.unit, self.batch_size, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment.output)
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the points of its curve, where training leaves a pipeline."""
+        every, last = self.experiment.train.checkpoint_every, self.experiment.train.max_steps
+        return [*range(every, last, every), last]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study with every run's recipe resolved."""
+
+    name: str
+    config: StudyConfig
+    runs: list[StudyRun]
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs and what is drawn from them lie."""
+        return Path(self.config.output)
+
+    @property
+    def units(self) -> list[str]:
+        """In order of first mention."""
+        return list(dict.fromkeys(run.unit for run in self.runs))
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """In ascending order."""
+        return sorted({run.batch_size for run in self.runs})
+
+
+def run_name(unit: str, batch_size: int, seed: int) -> str:
+    """As "dia-lstm-b32-s0"."""
+    return f"{unit}-b{batch_size}-s{seed}"
+
+
+def studies_folder() -> Path:
+    """The shipped studies: in an installed package beside the code, in a checkout in eval/curves."""
+    packaged = Path(str(files("dia_diffusion"))) / "curves"
+    return packaged if packaged.is_dir() else packaged.parents[1] / "eval" / "curves"
+
+
+def study_names() -> list[str]:
+    """The names of the shipped ones."""
+    return sorted(path.stem for path in studies_folder().glob("*.yaml"))
+
+
+def study_path(name: str) -> Path:
+    """A study's file: by path, by the folder of a study, or by the name of a shipped one, with or without .yaml."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if (path / STUDY_FILE).is_file():
+        return path / STUDY_FILE
+    shipped = studies_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    if shipped.is_file() and path.parent in (Path("."), Path("eval/curves")):
+        return shipped
+    accepted = f"a YAML file, the folder of a study, or one of {', '.join(study_names())}"
+    raise InputError(f"no study {name!r}; accepted: {accepted}")
+
+
+def read_study(
+    name: str,
+    output: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    changes: dict[str, Any] | None = None,
+) -> Study:
+    """A study from its file, or from its folder, which may have been moved.
+
+    output: another folder than the file's.
+    overrides: recipe keys for every run, over the file's own, such as {"data.source": "images.zip"}.
+    changes: other keys of the study, such as {"final_protocol": None}.
+
+    Raises:
+        InputError: no such study, not YAML, an unknown key, or a run whose recipe is refused.
+    """
+    path = study_path(name)
+    config = replace(_parse(path), **(changes or {}))
+    if path.name == STUDY_FILE:
+        config.output = str(path.parent)
+    config.output = output or config.output
+    config.overrides = {**flatten(config.overrides), **(overrides or {})}
+    _check(config, path)
+    experiments = {
+        unit: _of_unit(config, unit) for unit in dict.fromkeys(u for grid in config.runs for u in grid.units)
+    }
+    runs: dict[str, StudyRun] = {}
+    for grid in config.runs:
+        for seed in grid.seeds:
+            for batch_size in grid.batch_sizes:
+                for unit in grid.units:
+                    steps = _steps(config, batch_size, path)
+                    run = _run(experiments[unit], unit, batch_size, seed, steps, config)
+                    runs.setdefault(run.name, run)
+    return Study(config.name or path.stem, config, list(runs.values()))
+
+
+def write_study(study: Study) -> None:
+    """Writes the study into its folder, from where `read_study` reads it; what is a file is named by its whole path."""
+    config = asdict(study.config) | {"name": study.name}
+    for key in ("recipe", "protocol", "final_protocol", "reference"):
+        if config[key] is not None and Path(config[key]).is_file():
+            config[key] = str(Path(config[key]).resolve())
+    write_text(study.folder / STUDY_FILE, yaml.safe_dump(config, sort_keys=False))
+
+
+def _parse(path: Path) -> StudyConfig:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(StudyConfig, nested_key=None)
+    try:
+        values = parser.instantiate(parser.parse_object(read_yaml(path, "study", "output, recipe, runs, protocol")))
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    return StudyConfig(**vars(values))
+
+
+def _check(config: StudyConfig, path: Path) -> None:
+    if (config.images is None) == (config.steps is None):
+        raise InputError(f"{path} needs either images or steps, and not both")
+    if config.points < 1:
+        raise InputError(f"{path}: points is {config.points}; accepted: 1 or more")
+    if not config.runs or not all(grid.units and grid.batch_sizes and grid.seeds for grid in config.runs):
+        raise InputError(f"{path}: runs is empty; accepted: a list of units, batch_sizes and seeds")
+    for grid in config.runs:
+        for what, numbers, lowest in (("batch size", grid.batch_sizes, 1), ("seed", grid.seeds, 0)):
+            if min(numbers) < lowest:
+                raise InputError(f"{path}: {what} is {min(numbers)}; accepted: {lowest} or more")
+    for name in config.variants:
+        if not re.fullmatch(r"[\w.+=-]+", name):
+            raise InputError(f"{path}: variant {name!r} can't name a folder; accepted: letters, digits, _ . + = -")
+    set_by = {"overrides": config.overrides} | {f"variant {name}": keys for name, keys in config.variants.items()}
+    for what, keys in set_by.items():
+        if taken := sorted(flatten(keys).keys() & DECIDED):
+            raise InputError(f"{path}: {what} sets {taken[0]}, which is the study's own to choose")
+
+
+def _of_unit(config: StudyConfig, unit: str) -> Experiment:
+    """A unit's recipe, with the recipe's own batch size, steps and seed."""
+    keys = {**config.overrides, "model.attention": unit, **flatten(config.variants.get(unit, {}))}
+    try:
+        return read_experiment(config.recipe, keys=keys)
+    except InputError as error:
+        raise InputError(f"unit {unit}: {error}") from None
+
+
+def _run(of_unit: Experiment, unit: str, batch_size: int, seed: int, steps: int, config: StudyConfig) -> StudyRun:
+    every = math.ceil(steps / config.points)
+    train = replace(
+        of_unit.train,
+        batch_size=batch_size,
+        max_steps=steps,
+        checkpoint_every=every,
+        sample_every=every,
+        keep_last=1,
+    )
+    output = str(Path(config.output) / run_name(unit, batch_size, seed))
+    return StudyRun(unit, batch_size, seed, replace(of_unit, output=output, seed=seed, train=train))
+
+
+def _steps(config: StudyConfig, batch_size: int, path: Path) -> int:
+    if config.images is not None:
+        return max(1, config.images // batch_size)
+    if isinstance(config.steps, dict):
+        if batch_size not in config.steps:
+            raise InputError(
+                f"{path}: steps names no batch size {batch_size}; accepted: one number, or one a batch size"
+            )
+        return config.steps[batch_size]
+    assert config.steps is not None
+    return config.steps

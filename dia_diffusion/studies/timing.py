@@ -1,0 +1,145 @@
+"""How long steps, samples and features take here: measured on a few, on random images, by the code that a run uses."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+
+from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.sampling.generate import generate
+from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.settings import PRECISIONS
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.snapshot import build_model, build_pipeline
+
+STEPS = 10
+"""Timed, after as many to warm up."""
+ENOUGH_SECONDS = 20.0
+"""From which fewer steps will do."""
+SAMPLER_STEPS = 4
+IMAGES_AT_ONCE = {"cpu": 16, "cuda": 64}
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Lets torch use so many cores within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> str:
+    """What is measured on."""
+    if torch.cuda.is_available():
+        return f"one {torch.cuda.get_device_name()}"
+    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a run"
+
+
+def seconds_of_start() -> float:
+    """Of a process of this program, before it does anything."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import dia_diffusion.training.loop"], check=True)
+    return time.perf_counter() - started
+
+
+def seconds_of_step(experiment: Experiment) -> float:
+    """Of an optimizer step, grids and checkpoints left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images.npz"
+        _write_images(experiment, images)
+        trial = replace(
+            experiment,
+            output=str(Path(folder) / "run"),
+            init_from=None,
+            trackers=[],
+            data=replace(experiment.data, source=str(images), split="train"),
+            # What a line logs is read from the device, so that the clock is that of finished steps.
+            train=replace(experiment.train, max_steps=2 * STEPS + 1, log_every=STEPS, sample_every=0),
+        )
+        AcceleratorState._reset_state()  # a study's variants can differ in precision
+        torch.compiler.reset()
+        clock = _Clock()
+        with suppress(_Enough):
+            Trainer(trial, clock).run()
+        AcceleratorState._reset_state()
+        return clock.seconds_of_step()
+
+
+def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> float:
+    """Of an image through the network, while sampling many at once."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
+    pipeline.unet.to(PRECISIONS[precision])
+    adapted, count = adapt_pipeline(pipeline), IMAGES_AT_ONCE[device]
+    adapted.use_sampler(sampler)
+    labels = None if experiment.model.num_classes is None else 0
+    for _ in range(2):  # the first to warm up
+        started = time.perf_counter()
+        list(generate(adapted, range(count), batch_size=count, num_inference_steps=SAMPLER_STEPS, class_labels=labels))
+        seconds = time.perf_counter() - started
+    return seconds / (count * SAMPLER_STEPS)
+
+
+def seconds_of_features(protocol: NamedProtocol, experiment: Experiment) -> float:
+    """Of an image's features, where they are the package's; 0 for others, which take long to load or a download."""
+    if protocol.features not in FEATURES:
+        return 0.0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor, model = build_features(protocol.features, device), experiment.model
+    images = torch.zeros(64, model.in_channels, model.sample_size, model.sample_size, dtype=torch.uint8)
+    for _ in range(2):
+        started = time.perf_counter()
+        extractor(images).cpu()
+        seconds = time.perf_counter() - started
+    return seconds / len(images)
+
+
+class _Enough(Exception):
+    """Enough steps are timed."""
+
+
+class _Clock:
+    """A run's reporter that notes when its steps end, and ends the run."""
+
+    def __init__(self) -> None:
+        self.times = [time.perf_counter()]
+
+    def message(self, text: str) -> None:
+        pass
+
+    def reading(self, unit: str, done: int, total: int) -> None:
+        pass
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        self.times.append(time.perf_counter())
+        if step == 2 * STEPS or (step >= 2 and self.times[-1] - self.times[0] > ENOUGH_SECONDS):
+            raise _Enough
+
+    def seconds_of_step(self) -> float:
+        first = min(STEPS, len(self.times) // 2)
+        return (self.times[-1] - self.times[first]) / (len(self.times) - 1 - first)
+
+
+def _write_images(experiment: Experiment, path: Path) -> None:
+    """Noise of the right shape and with the right classes, as many images as two batches and no fewer than 256."""
+    model, random = experiment.model, np.random.default_rng(0)
+    count = max(256, 2 * experiment.train.batch_size)
+    shape = (count, model.sample_size, model.sample_size, model.in_channels)
+    arrays: dict[str, np.ndarray] = {"images": random.integers(0, 256, shape, dtype=np.uint8)}
+    if model.num_classes is not None:
+        arrays["labels"] = np.arange(count) % model.num_classes
+    np.savez(path, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""`curves STUDY`, whole: interrupted, gone on with, drawn; and what it refuses."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dia_diffusion.cli.curves import names_study
+from dia_diffusion.cli.main import main
+from dia_diffusion.evaluation.record import read_records
+from dia_diffusion.files import sha256_of_file
+from dia_diffusion.lock import FolderLock
+from dia_diffusion.studies.study import read_study
+from dia_diffusion.training.loop import Trainer
+from tests.training.conftest import TINY, Recorder
+
+STUDY = """
+output: {folder}/out
+recipe: {folder}/tiny.yaml
+runs: [{{units: [none, dia-lstm], batch_sizes: [8], seeds: [0]}}]
+steps: 400
+points: 2
+protocol: {folder}/quick.yaml
+"""
+PROTOCOL = "{features: digits, num_samples: 70, sampler: ddim, steps: 2, reference_split: test}"
+WEIGHTS = "pipelines/step-00000400/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> str:
+    """Two runs of seconds, and a protocol of as many."""
+    (tmp_path / "tiny.yaml").write_text(
+        TINY.replace("log_every: 1", "log_every: 5") + "samples: {count: 2, steps: 2}\n"
+    )
+    (tmp_path / "quick.yaml").write_text(PROTOCOL)
+    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path))
+    return str(tmp_path / "mine.yaml")
+
+
+def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
+    study: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "out" / "none-b8-s0"
+
+    def interrupt() -> None:
+        while not (first / "metrics.jsonl").is_file():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(["curves", study]) == 130
+    assert "the same command goes on" in capfd.readouterr().err
+    stopped_at = max(int(path.name[5:]) for path in (first / "checkpoints").glob("step-*"))
+    assert 0 < stopped_at < 400 and not (tmp_path / "out" / "dia-lstm-b8-s0" / "metrics.jsonl").exists()
+
+    assert main(["curves", study, "--jobs", "2"]) == 0
+    shown = capfd.readouterr().out
+    assert "2 of 2 runs to train or to measure, 2 at a time" in shown and "FD(digits)" in shown
+    assert f"going on from step {stopped_at:,}" in (first / "train.log").read_text()
+    for run in read_study(study, output=str(tmp_path / "unstopped")).runs:
+        Trainer(run.experiment, Recorder()).run()
+        assert sha256_of_file(tmp_path / "out" / run.name / WEIGHTS) == sha256_of_file(run.folder / WEIGHTS)
+        records = read_records(tmp_path / "out" / run.name / "evaluations.jsonl")
+        assert [(record.step, record.protocol_name) for record in records] == [(200, "quick"), (400, "quick")]
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"study.yaml", "curves.png", "results.json", "grids-b8.png"} <= made
+    points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
+    assert [(p["unit"], p["step"]) for p in points] == [(u, s) for u in ("none", "dia-lstm") for s in (200, 400)]
+
+    logs = {path: path.read_text() for path in (tmp_path / "out").glob("*/*.log")}
+    (tmp_path / "out" / "curves.png").unlink()
+    assert main(["curves", study]) == 0 and main(["curves", str(tmp_path / "out"), "--only-plot"]) == 0
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert {path: path.read_text() for path in logs} == logs, "what is there is not done again"
+
+    (tmp_path / "quick.yaml").write_text(PROTOCOL.replace("70", "71"))
+    assert main(["curves", study]) == 2
+    assert "records of a protocol quick with other settings" in capfd.readouterr().err
+
+
+def test_plan_trains_nothing_and_is_kept(study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curves", study, "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 runs, 0 complete" in shown and "Measured on CPU" in shown and "1,200" not in shown
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert [(group["unit"], group["steps_left"]) for group in plan["groups"]] == [("none", 400), ("dia-lstm", 400)]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
+def test_a_study_that_is_under_way_is_refused(study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FolderLock(tmp_path / "out"):
+        assert main(["curves", study]) == 2
+        error = capsys.readouterr().err
+        assert "is in use by process" in error and error.count("\n") == 1
+    assert main(["curves", study, "--only-plot"]) == 2
+    assert "has no evaluations" in capsys.readouterr().err
+
+
+def test_options_of_the_other_kind_and_missing_things(
+    study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, said in (
+        ([study, "--jobs", "0"], "--jobs is 0; accepted: 1 or more"),
+        ([study, "--out", "x.png"], "--out x.png says nothing of a study"),
+        ([tmp_path, "--jobs", "2"], "--jobs 2 says nothing of run folders"),
+        ([tmp_path, "--plan"], "--plan says nothing of run folders"),
+        (["letters"], "no study 'letters'; accepted: a YAML file, the folder of a study, or one of cifar10"),
+        ([study, "--protocol", "letters"], "no protocol 'letters'"),
+        ([study, "--final-protocol", "letters"], "no protocol 'letters'"),
+        ([study, "--data", tmp_path / "none.zip"], "none.zip"),
+    ):
+        assert main(["curves", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1, error
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["curves", study]) == 2
+    assert "without a launcher" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+def test_a_name_is_a_study_unless_a_run_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names_study("digits") and names_study("eval/curves/digits.yaml")
+    Path("digits").mkdir()
+    assert names_study("digits"), "a folder of images, say"
+    Path("digits/evaluations.jsonl").touch()
+    assert not names_study("digits") and names_study("digits.yaml")
+    Path("other").mkdir()
+    assert not names_study("other")
+    Path("other/study.yaml").touch()
+    assert names_study("other")
