@@ -87,8 +87,8 @@ def measure_maps(
 ) -> MapMoments:
     """The moments of h over the run's images, each with one noise, at times spread as training draws them.
 
-    The images are the first that `seed` draws, with flips and dropped labels as in training. Memory doesn't grow with
-    their number.
+    The images are the first that `seed` draws, with flips and dropped labels as in training. Only their noise is
+    held for all of them at once.
 
     progress: called with how many more images the network has seen.
     """

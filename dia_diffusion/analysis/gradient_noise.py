@@ -128,7 +128,7 @@ def noise_of_run(
     """
     size = batch_size or run.experiment.train.batch_size
     measured = []
-    for step in run.choose_steps(steps):
+    for step in run.choose_steps(steps, weights):
         model = (run.averaged_model(step) if weights == "ema" else run.trained_model(step)).requires_grad_(True)
         losses = [_loss_of(run, model, seed, number, size, progress) for number in range(num_batches)]
         noise = gradient_noise(model, losses, size)

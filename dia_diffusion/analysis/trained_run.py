@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import step_folders, step_name
+from dia_diffusion.files import step_folders
 from dia_diffusion.models.uvit import Block, UViT
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.sampling.load import load_pipeline
@@ -68,20 +68,27 @@ class TrainedRun:
         Raises:
             InputError: no checkpoint of that step, or a damaged one.
         """
-        places = step_folders(self.folder.checkpoints)
-        if step not in places:
-            kept = ", ".join(map(str, places)) or "none"
-            raise InputError(f"{self.folder.path} has no checkpoint {step_name(step)}; accepted steps: {kept}")
-        model = self.first_model()
-        load_weights(model, load_checkpoint(places[step]).tensors["model"], places[step])
+        self.choose_steps([step], "raw")
+        place, model = self._checkpoints()[step], self.first_model()
+        load_weights(model, load_checkpoint(place).tensors["model"], place)
         return model
 
-    def choose_steps(self, asked: Sequence[int] | None) -> list[int]:
-        """The steps asked for, or all that have a pipeline. Raises InputError for a step without one."""
-        if missing := [step for step in asked or () if step not in self.pipelines]:
-            accepted = ", ".join(map(str, self.pipelines))
-            raise InputError(f"{self.folder.path} has no pipeline of step {missing[0]}; accepted: {accepted}")
-        return list(self.pipelines) if asked is None else sorted(set(asked))
+    def choose_steps(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
+        """The steps asked for, or all that have a pipeline; with weights "raw", a checkpoint.
+
+        Raises:
+            InputError: a step without one, or no checkpoints.
+        """
+        kind, places = ("pipeline", self.pipelines) if weights == "ema" else ("checkpoint", self._checkpoints())
+        if missing := [step for step in asked or () if step not in places]:
+            accepted = ", ".join(map(str, places)) or "none"
+            raise InputError(f"{self.folder.path} has no {kind} of step {missing[0]}; accepted: {accepted}")
+        if not places:
+            raise InputError(f"{self.folder.path} has no {kind}s")
+        return list(places) if asked is None else sorted(set(asked))
+
+    def _checkpoints(self) -> dict[int, Path]:
+        return step_folders(self.folder.checkpoints)
 
     def require_unit(self) -> None:
         """Raises InputError for a run without attention unit."""

@@ -117,7 +117,7 @@ def _gradient_noise(arguments: Sequence[str]) -> None:
     )
     options = _checked(parser, arguments, {"--batches": 2, "--batch-size": 1})
     runs = _open(options)
-    total = sum(len(each.choose_steps(options.steps)) for each in runs) * options.batches
+    total = sum(len(each.choose_steps(options.steps, options.weights)) for each in runs) * options.batches
     with Counter("measuring gradients", "batches") as counter:
         measure = partial(
             noise_of_run,
@@ -148,7 +148,7 @@ def _parser(analysis: str, description: str) -> CommandParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, default=Path("analysis"), help="the folder of the figure and its numbers")
     parser.add_argument("--data", metavar="SOURCE", help="the runs' images, where they are no longer at data.source")
-    parser.add_argument("--steps", type=_steps, help="of the runs' pipelines, such as 2000,24000; all if none")
+    parser.add_argument("--steps", type=_steps, help="of the runs, such as 2000,24000; all that are kept if none")
     parser.add_argument("--seed", type=int, default=0, help="decides images, times and noise")
     return parser
 

@@ -54,7 +54,7 @@ def reference_statistics(
     if len(indices) < 2:
         raise InputError(f"{images.name}: a covariance of 1 image; accepted: 2 or more")
     channels, height, width = images.images.shape[1:]
-    image_hash = _hash({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
+    image_hash = hash_of_images(images, indices)
     provenance: dict[str, object] = {
         "source": images.name,
         "split": images.split,
@@ -75,6 +75,11 @@ def reference_statistics(
         with suppress(OSError):  # a cache that can't be written is done without
             statistics.save(path, provenance)
     return Reference(images.name, images.split, (channels, height, width), image_hash, statistics)
+
+
+def hash_of_images(images: ImageSet, indices: np.ndarray) -> str:
+    """The hash of a reference made of the images at these int64 indices."""
+    return _hash({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
 
 
 def floor_distance(

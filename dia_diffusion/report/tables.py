@@ -77,7 +77,7 @@ def _environment_of(run: Path) -> dict[str, str]:
         values = json.loads(RunFolder(run).environment.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}  # an older run
-    return values if isinstance(values, dict) else {}
+    return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
 def _distinct(found: Iterable[dict[str, str]]) -> list[dict[str, str]]:

@@ -68,17 +68,23 @@ class _Child:
         return InputError(line) if code == 2 else RunError(line)
 
 
-def run_jobs(jobs: Sequence[Job], side_by_side: int, watch: Callable[[list[Job]], None]) -> None:
+def run_jobs(
+    jobs: Sequence[Job],
+    side_by_side: int,
+    watch: Callable[[list[Job]], None],
+    check: Callable[[Job], None] = lambda job: None,
+) -> None:
     """Runs jobs in their order, so many at a time, the cores divided between them, or a GPU each.
 
     watch: called now and then with those under way.
+    check: called with each that has ended well; an InputError of it counts as a failure.
 
     Raises:
         Stopped: after SIGINT or SIGTERM, once all have ended; training writes a checkpoint first.
         InputError, RunError: one has failed, with its last line; the others are stopped in the same way.
     """
     waiting, running = list(jobs), dict[int, _Child]()
-    failed: _Child | None = None
+    failed: Exception | None = None
     ending = False
     with StopSignal() as stop:
         try:
@@ -91,8 +97,8 @@ def run_jobs(jobs: Sequence[Job], side_by_side: int, watch: Callable[[list[Job]]
                 for slot, child in list(running.items()):
                     if child.ended(ending or bool(stop.received)):
                         del running[slot]
-                        if child.process.returncode and not ending:
-                            failed = failed or child
+                        if not ending:
+                            failed = failed or _failure(child, check)
                 if (stop.received or failed) and not ending:
                     ending = True
                     for child in running.values():
@@ -104,7 +110,18 @@ def run_jobs(jobs: Sequence[Job], side_by_side: int, watch: Callable[[list[Job]]
     if stop.received:
         raise Stopped(stop.received, "stopped; the same command goes on from there")
     if failed is not None:
-        raise failed.failure()
+        raise failed
+
+
+def _failure(child: _Child, check: Callable[[Job], None]) -> Exception | None:
+    """Of a job that has ended."""
+    if child.process.returncode:
+        return child.failure()
+    try:
+        check(child.job)
+    except InputError as error:
+        return error
+    return None
 
 
 def environment_of(slot: int, side_by_side: int) -> dict[str, str]:

@@ -21,8 +21,9 @@ class Cost:
 def training_cost(run: StudyRun) -> Cost | None:
     """The cost of a run's training; None while it isn't finished."""
     file = RunFolder(run.folder).metrics
-    lines = read_metrics(file) if file.is_file() else []
-    if not lines or lines[-1]["step"] < run.experiment.train.max_steps:
+    lines, train = read_metrics(file) if file.is_file() else [], run.experiment.train
+    last_logged = train.max_steps // train.log_every * train.log_every
+    if not lines or lines[-1]["step"] < last_logged:
         return None
     memory = [line["peak_memory_mib"] for line in lines if line.get("peak_memory_mib") is not None]
     return Cost(training_seconds(lines), max(memory, default=None))

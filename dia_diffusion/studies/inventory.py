@@ -3,18 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from dia_diffusion.data import open_images
+from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.distributed import check_trackers, micro_batch_size
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol, refuse_changed
+from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.files import step_folders
 from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import read_state
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import RunFolder, refuse_changes, refuse_rewriting
 from dia_diffusion.training.snapshot import check_samples
 
@@ -27,7 +30,7 @@ class RunState:
     step: int
     """It would go on from here; the last one where it is trained."""
     trained: bool
-    """Whether the pipelines of all its points are there."""
+    """Whether the pipelines of all its points are there, of those that are not on record already."""
     unmeasured: list[int]
     """Steps of its curve without a record."""
     final_unmeasured: bool
@@ -59,32 +62,50 @@ def check_study(study: Study) -> None:
                 check_samples(experiment)
                 micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
                 check_trackers(experiment.trackers)
-    fingerprints = [(run, origin["data"]["fingerprint"]) for run in study.runs if (origin := _check_run(run))]
+                for name in filter(None, (study.config.protocol, study.config.final_protocol)):
+                    _check_classes(read_protocol(name), experiment)
+    _check_records(study)
+    states = inventory(study)
+    fingerprints = [(state.run, origin["data"]["fingerprint"]) for state in states if (origin := _check_run(state))]
     for run, fingerprint in fingerprints[1:]:
         first, expected = fingerprints[0]
         if fingerprint != expected:
             raise InputError(f"{run.folder} was trained on other images than {first.folder}; remove one of them")
-    _check_records(study)
 
 
 def check_images(study: Study, progress: Callable[[int, int], None] | None = None) -> None:
-    """Opens the images that runs are to be trained on, before any is; nothing where all are trained.
+    """Opens the images that runs are to be trained on and measured against, before any is; none where all are.
 
     Raises:
-        InputError: they can't be used, or aren't those of the runs that are there.
+        InputError: they can't be used, or aren't those of the runs and records that are there.
+        RunError: of a download.
     """
     states = inventory(study)
+
+    @cache  # what runs are trained on is mostly what they are measured against
+    def opened(source: str, size: int, channels: int, split: str) -> ImageSet:
+        return open_images(source, size=size, channels=channels, split=split, progress=progress)
+
     missing = next((state.run for state in states if not state.trained), None)
-    if missing is None:
-        return
-    data, model = missing.experiment.data, missing.experiment.model
-    images = open_images(
-        data.source, size=model.sample_size, channels=model.in_channels, split=data.split, progress=progress
-    )
+    if missing is not None:
+        data, model = missing.experiment.data, missing.experiment.model
+        _refuse_other_images(study, opened(data.source, model.sample_size, model.in_channels, data.split), data.source)
+    check_measuring(study, [state.run for state in states if not state.complete], opened)
+
+
+def _check_classes(protocol: NamedProtocol, experiment: Experiment) -> None:
+    known = experiment.model.num_classes or 0
+    if protocol.classes is not None and max(protocol.classes) >= known:
+        raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
+    if protocol.guidance_scale != 1 and not experiment.data.label_dropout:
+        raise InputError(f"protocol {protocol.name} has guidance, which needs data.label_dropout; the recipe has none")
+
+
+def _refuse_other_images(study: Study, images: ImageSet, source: str) -> None:
     for run in study.runs:
         origin = _origin(run)
         if origin and origin["data"]["fingerprint"] != images.fingerprint:
-            raise InputError(f"{run.folder} was trained on other images than data.source {data.source} has")
+            raise InputError(f"{run.folder} was trained on other images than data.source {source} has")
 
 
 def inventory(study: Study) -> list[RunState]:
@@ -99,16 +120,22 @@ def inventory(study: Study) -> list[RunState]:
     states = []
     for run in study.runs:
         folder, last = RunFolder(run.folder), run.experiment.train.max_steps
-        trained = set(run.steps) <= step_folders(folder.pipelines).keys()
-        step = last if trained else max(step_folders(folder.checkpoints), default=0)
         unmeasured = [step for step in run.steps if step not in curve.get(run.name, ())]
         final_unmeasured = final_protocol is not None and last not in final.get(run.name, ())
+        trained = _to_measure(run, unmeasured, final_unmeasured) <= step_folders(folder.pipelines).keys()
+        step = last if trained else max(step_folders(folder.checkpoints), default=0)
         states.append(RunState(run, step, trained, unmeasured, final_unmeasured))
     return states
 
 
-def _check_run(run: StudyRun) -> dict[str, Any] | None:
+def _to_measure(run: StudyRun, unmeasured: list[int], final_unmeasured: bool) -> set[int]:
+    """The steps whose pipelines are still needed."""
+    return {*unmeasured, run.steps[-1]} if final_unmeasured else set(unmeasured)
+
+
+def _check_run(state: RunState) -> dict[str, Any] | None:
     """What is known of where a run comes from; None for a new one."""
+    run = state.run
     folder, last = RunFolder(run.folder), run.experiment.train.max_steps
     origin, pipelines = _origin(run), step_folders(folder.pipelines)
     if origin is None:
@@ -116,10 +143,10 @@ def _check_run(run: StudyRun) -> dict[str, Any] | None:
     refuse_changes(origin["recipe"], run.experiment, run.folder)
     if origin["step"] > last:
         raise InputError(f"{run.folder} is trained for {origin['step']:,} steps; the study's runs end after {last:,}")
-    if not folder.newest_checkpoint() and not set(run.steps) <= pipelines.keys():
+    if not folder.newest_checkpoint() and not state.trained:
         refuse_rewriting(folder, run.experiment)
         return origin
-    for step in run.steps:
+    for step in sorted(_to_measure(run, state.unmeasured, state.final_unmeasured)):
         if step <= origin["step"] and step not in pipelines:
             raise InputError(
                 f"{run.folder} has passed step {step:,} without leaving a pipeline there, which the study's curve "
@@ -141,6 +168,8 @@ def _origin(run: StudyRun) -> dict[str, Any] | None:
 def _check_records(study: Study) -> None:
     names = [study.config.protocol, study.config.final_protocol]
     protocols = [read_protocol(name) for name in names if name is not None]
+    if len({p.name for p in protocols}) < len({p.hash() for p in protocols}):
+        raise InputError(f"protocol and final_protocol are both called {protocols[0].name} and differ; rename one")
     for run in study.runs:
         file = RunFolder(run.folder).evaluations
         records = read_records(file) if file.is_file() else []

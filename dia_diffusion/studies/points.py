@@ -81,8 +81,10 @@ def measured(study: Study, protocol: str) -> list[Measured]:
 
 
 def _refuse_another_run(record: EvaluationRecord, run: StudyRun) -> None:
-    if (record.batch_size, record.seed) != (run.batch_size, run.seed):
+    theirs = (record.batch_size, record.seed, record.unit)
+    own = (run.batch_size, run.seed, run.experiment.model.attention)
+    if theirs != own:
         raise InputError(
-            f"{RunFolder(run.folder).evaluations} has a record of batch size {record.batch_size} and seed "
-            f"{record.seed}; the study's run has {run.batch_size} and {run.seed}"
+            f"{RunFolder(run.folder).evaluations} has a record of batch size {theirs[0]}, seed {theirs[1]} and unit "
+            f"{theirs[2]}; the study's run has {own[0]}, {own[1]} and {own[2]}"
         )

@@ -1,12 +1,13 @@
 """Trains and measures what a study is missing, by the very commands that a person would type."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
 from dia_diffusion.evaluation.record import count_records
 from dia_diffusion.studies.children import Job, run_jobs
 from dia_diffusion.studies.inventory import RunState, inventory
+from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun, write_study
 from dia_diffusion.training.run_folder import RunFolder, logged_step
 
@@ -31,13 +32,21 @@ def run_study(study: Study, side_by_side: int, watch: Callable[[Progress], None]
 
     Raises:
         InputError, RunError, Stopped: see `run_jobs`; what is finished stays, and the same call goes on.
-        InputError: a run is in use by another process, as by one that outlived an earlier study.
+        InputError: a run is in use by another process, as by one that outlived an earlier study; or what a run was
+            measured by can't share a curve with the others, which are then stopped.
     """
     write_study(study)
     states = inventory(study)
     jobs = {state.run.folder: _job(study, state) for state in states if not state.complete}
     progress = _Watch(study, states)
-    run_jobs(list(jobs.values()), side_by_side, lambda running: watch(progress(running)))
+    complete = [state.run for state in states if state.complete]
+
+    def check(job: Job) -> None:
+        complete.append(next(run for run in study.runs if run.folder == job.folder))
+        for protocol in filter(None, (study.config.protocol, study.config.final_protocol)):
+            measured(replace(study, runs=complete), protocol)  # of no run that is being written to
+
+    run_jobs(list(jobs.values()), side_by_side, lambda running: watch(progress(running)), check)
 
 
 def commands(study: Study, state: RunState) -> list[list[str]]:

@@ -171,6 +171,8 @@ def read_study(
     """
     path = study_path(name)
     config = replace(_parse(path), **(changes or {}))
+    if path.name == STUDY_FILE and config.name is None:  # which `write_study` never leaves out
+        raise InputError(f"{path}: {STUDY_FILE} is the file that a study's folder keeps; give yours another name")
     if path.name == STUDY_FILE:
         config.output = str(path.parent)
     config.output = output or config.output
@@ -214,6 +216,8 @@ def _parse(path: Path) -> StudyConfig:
 def _check(config: StudyConfig, path: Path) -> None:
     if (config.images is None) == (config.steps is None):
         raise InputError(f"{path} needs either images or steps, and not both")
+    if config.images is not None and config.images < (size := _largest_batch(config)):
+        raise InputError(f"{path}: images is {config.images}; accepted: the largest batch size, {size}, or more")
     if config.points < 1:
         raise InputError(f"{path}: points is {config.points}; accepted: 1 or more")
     if not config.runs or not all(grid.units and grid.batch_sizes and grid.seeds for grid in config.runs):
@@ -225,10 +229,16 @@ def _check(config: StudyConfig, path: Path) -> None:
     for name in config.variants:
         if not re.fullmatch(r"[\w.+=-]+", name):
             raise InputError(f"{path}: variant {name!r} can't name a folder; accepted: letters, digits, _ . + = -")
+        if name == BASELINE:
+            raise InputError(f"{path}: variant {name!r} is what the others are compared with; give it another name")
     set_by = {"overrides": config.overrides} | {f"variant {name}": keys for name, keys in config.variants.items()}
     for what, keys in set_by.items():
         if taken := sorted(flatten(keys).keys() & DECIDED):
             raise InputError(f"{path}: {what} sets {taken[0]}, which is the study's own to choose")
+
+
+def _largest_batch(config: StudyConfig) -> int:
+    return max((size for grid in config.runs for size in grid.batch_sizes), default=1)
 
 
 def _of_unit(config: StudyConfig, unit: str) -> Experiment:

@@ -186,7 +186,8 @@ class Trainer:
 
     def _open_folder(self) -> None:
         self.folder.write_config(self.experiment)
-        write_json(self.folder.environment, environment(self.accelerator.num_processes))
+        if self.step < self.config.max_steps:  # else what trained it stays on record
+            write_json(self.folder.environment, environment(self.accelerator.num_processes))
         self.folder.truncate_metrics(self.step)
 
     def _due(self, every: int) -> bool:

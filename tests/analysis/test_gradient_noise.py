@@ -1,6 +1,7 @@
 """Gradient noise against gradients whose mean and covariance are known, and against plain numpy."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,8 +116,20 @@ def test_raw_weights_are_those_of_the_checkpoint(tiny_run: Callable[[str], Path]
     (run,) = open_runs([tiny_run("block-channels")])
     averaged, raw = run.averaged_model(6).state_dict(), run.trained_model(6).state_dict()
     assert averaged.keys() == raw.keys() and not torch.equal(averaged["unit.scale"], raw["unit.scale"])
-    with pytest.raises(InputError, match="no checkpoint step-00000004; accepted steps: 3, 6"):
+    with pytest.raises(InputError, match="no checkpoint of step 4; accepted: 3, 6"):
         run.trained_model(4)
+
+
+def test_raw_weights_are_looked_for_among_checkpoints(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run("block-channels"), tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
+    shutil.rmtree(folder / "pipelines" / "step-00000006")
+    (run,) = open_runs([folder])
+    assert [run.choose_steps(None), run.choose_steps(None, "raw")] == [[3], [6]]
+    assert [step["step"] for step in noise_of_run(run, num_batches=2, weights="raw")["steps"]] == [6]
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(InputError, match="has no checkpoints"):
+        run.choose_steps(None, "raw")
 
 
 def test_logged_norms_by_window() -> None:

@@ -108,6 +108,15 @@ def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     assert len(page.traces("value")[0]["x"]) == 6
 
 
+def test_an_environment_that_was_altered_is_shown_as_text(tmp_path: Path, write_run) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "environment.json").write_text('{"torch": null, "device": ["two", "of them"]}')
+    page = parse(render(run_page(folder)))
+    assert ["device", "['two', 'of them']"] in [
+        row[:2] for row in page.tables["What was trained, measured and shown with."]
+    ]
+
+
 def test_a_record_cut_short_is_refused(tmp_path: Path, write_run, record) -> None:
     folder = write_run(tmp_path / "run", records=[record(9, 3, 8)])
     with (folder / "evaluations.jsonl").open("a") as file:

@@ -55,6 +55,17 @@ def test_one_that_fails_ends_the_others(code: int, kind: type[Exception], tmp_pa
     assert not (tmp_path / "run2").exists() and "never\n" not in log.read_text().replace("'echo never'", "")
 
 
+def test_one_that_is_found_wrong_when_it_ends_is_a_failure(tmp_path: Path) -> None:
+    def check(job: Job) -> None:
+        raise InputError(f"{job.folder.name} is wrong")
+
+    asked = "trap 'echo asked to stop; exit 143' TERM; while true; do sleep 0.05; done"
+    with pytest.raises(InputError, match="run0 is wrong"):
+        run_jobs(jobs(tmp_path, ["sleep 0.5"], [asked], ["echo never"]), 2, lambda running: None, check)
+    assert "asked to stop" in (tmp_path / "run1" / "train.log").read_text()
+    assert not (tmp_path / "run2").exists()
+
+
 def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
     asked = "trap 'echo asked to stop; exit 143' TERM; while true; do sleep 0.05; done"
     threading.Timer(0.4, lambda: os.kill(os.getpid(), 2)).start()

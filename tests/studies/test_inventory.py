@@ -2,21 +2,32 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
+from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.protocols import read_protocol, under_name
+from dia_diffusion.evaluation.record import append_record
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_files import write_statistics
 from dia_diffusion.lock import FolderLock
+from dia_diffusion.studies.children import Job
 from dia_diffusion.studies.inventory import check_images, check_study, inventory
+from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.plan import make_plan
 from dia_diffusion.studies.runner import commands, run_study
 from dia_diffusion.studies.study import Study, read_study
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.snapshot import build_model
+from tests.studies.measured_studies import a_record
 from tests.training.conftest import TINY, Recorder
 
 STUDY = """
@@ -102,6 +113,106 @@ def test_other_images_are_refused(study: Callable[..., Study], tmp_path: Path) -
     with pytest.raises(InputError, match=r"none-b8-s0 was trained on other images than data.source .*others.npy has"):
         check_images(others)
     check_images(study())
+
+
+def test_another_reference_is_refused_before_anything_is_trained(study: Callable[..., Study], tmp_path: Path) -> None:
+    here, protocol = study(changes={"final_protocol": None}), read_protocol("fd-digits")
+    run, file = here.runs[0], RunFolder(here.runs[0].folder).evaluations
+    held_out, extractor = open_images("digits", size=8, channels=1, split="test"), build_features("digits")
+    hashes = {
+        "features_hash": extractor.weights_hash,
+        "reference_hash": reference_statistics(held_out, extractor).hash,
+        "reference_count": len(held_out),
+    }
+    for step in run.steps:
+        append_record(file, under_name(a_record(run, step, 1.5, **hashes), protocol))
+    check_images(here)
+
+    for part in ("train", "test"):
+        (tmp_path / "mine" / part).mkdir(parents=True)
+        for index in range(4):
+            Image.new("L", (8, 8), index).save(tmp_path / "mine" / part / f"{index}.png")
+    for other, said in (
+        ("mine", "differ from those that are there, reference mine against digits"),
+        ("none.zip", "is no file"),
+    ):
+        again = study(changes={"final_protocol": None, "reference": str(tmp_path / other)})
+        for runs in (again.runs, again.runs[:1]):  # of which the first is complete
+            with pytest.raises(InputError, match=said):
+                check_images(replace(again, runs=runs))
+
+    file.unlink()
+    append_record(file, under_name(a_record(run, 2, 1.5, **hashes | {"features_hash": "f"}), protocol))
+    with pytest.raises(InputError, match=r"features digits: its records .* features_hash [0-9a-f]+ against f; go on"):
+        check_images(here)
+
+
+def test_one_reference_for_all_runs_in_the_protocols_features(study: Callable[..., Study], tmp_path: Path) -> None:
+    """The first run says that it was trained on the digits; the second would be, from a file of them."""
+    digits = open_images("digits", size=8, channels=1)
+    np.save(tmp_path / "copy.npy", digits.images[:, 0])
+    (tmp_path / "open.yaml").write_text("{features: digits, num_samples: 70, sampler: ddim, steps: 2}")
+    moved, keys = {"data.source": str(tmp_path / "copy.npy")}, {"protocol": str(tmp_path / "open.yaml")}
+    here = study(overrides=moved, changes={**keys, "final_protocol": None})
+    with pytest.raises(InputError, match=r"none-b8-s0 against digits and dia-lstm-b8-s0 against .*copy.npy, which dif"):
+        check_measuring(
+            here, here.runs, lambda source, size, channels, split: open_images(source, size=size, channels=1)
+        )
+
+    write_statistics(
+        tmp_path / "of.safetensors", reference_statistics(digits, extractor := build_features("digits")), extractor
+    )
+    keys["reference"] = str(tmp_path / "of.safetensors")
+    check_images(study(changes={**keys, "final_protocol": None}))
+    with pytest.raises(InputError, match="statistics in features digits; protocol fd2k-dpm25 measures in cifar10"):
+        check_images(study(changes=keys))
+
+
+def test_a_run_that_is_on_record_needs_no_pipelines(study: Callable[..., Study]) -> None:
+    """As where they were removed to save disk."""
+    here = study(changes={"final_protocol": None})
+    run, folder = here.runs[0], RunFolder(here.runs[0].folder)
+    for step in run.steps:
+        append_record(folder.evaluations, under_name(a_record(run, step, 1.5), read_protocol("fd-digits")))
+    shutil.rmtree(folder.pipelines / "step-00000002")
+    check_study(here)
+    shutil.rmtree(folder.checkpoints)
+    shutil.rmtree(folder.pipelines)
+    check_study(here)
+    assert inventory(here)[0].complete and not inventory(here)[1].trained
+    assert not inventory(study())[0].trained, "the last one is still to be measured by the final protocol"
+
+
+def test_what_a_run_was_measured_by_is_compared_when_it_ends(
+    study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = study(changes={"final_protocol": None})
+
+    def run_jobs(jobs: list[Job], side_by_side: int, watch: object, check: Callable[[Job], None]) -> None:
+        for reference_hash, job in zip("ab", jobs, strict=True):
+            run = next(run for run in here.runs if run.folder == job.folder)
+            record = a_record(run, 4, 1.5, reference_hash=reference_hash)
+            append_record(RunFolder(run.folder).evaluations, under_name(record, read_protocol("fd-digits")))
+            check(job)
+
+    monkeypatch.setattr("dia_diffusion.studies.runner.run_jobs", run_jobs)
+    with pytest.raises(InputError, match="reference_hash a against b"):
+        run_study(here, 1, lambda progress: None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("steps: 2, classes: [3]", "fd-digits has class 3; the model has 0 classes"),
+        ("steps: 2, guidance_scale: 2", "fd-digits has guidance, which needs data.label_dropout"),
+        ("steps: 2", "both called fd-digits and differ"),
+    ],
+)
+def test_protocols_that_can_not_be_used(settings: str, said: str, study: Callable[..., Study], tmp_path: Path) -> None:
+    file = tmp_path / "fd-digits.yaml"
+    file.write_text(f"{{features: digits, num_samples: 70, sampler: ddim, {settings}}}")
+    with pytest.raises(InputError, match=said):
+        check_study(study(changes={"final_protocol": str(file)}))
 
 
 def test_records_that_can_not_be_gone_on_with(study: Callable[..., Study]) -> None:

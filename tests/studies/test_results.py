@@ -151,7 +151,16 @@ def test_records_of_another_run_are_refused(tmp_path):
     add_records(study, distance)
     first, second = (RunFolder(run.folder).evaluations for run in study.runs)
     second.write_bytes(first.read_bytes())
-    with pytest.raises(InputError, match="batch size 8 and seed 0; the study's run has 8 and 1"):
+    with pytest.raises(InputError, match="batch size 8, seed 0 and unit none; the study's run has 8, 1 and none"):
+        collect(study)
+
+
+def test_records_of_another_unit_are_refused(tmp_path):
+    study = make_study(tmp_path, seeds=[0], batch_sizes=[8])
+    add_records(study, distance)
+    first, second = (RunFolder(run.folder).evaluations for run in study.runs)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(InputError, match="unit none; the study's run has 8, 0 and dia-lstm"):
         collect(study)
 
 

@@ -75,6 +75,12 @@ def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) 
     assert recipes(again) == recipes(study)
 
 
+def test_a_study_of_ones_own_is_not_called_as_the_file_that_folders_keep(tmp_path: Path) -> None:
+    Path(written(tmp_path)).rename(tmp_path / "study.yaml")
+    with pytest.raises(InputError, match=r"study\.yaml is the file that a study's folder keeps"):
+        read_study(str(tmp_path / "study.yaml"))
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "said"),
     [
@@ -90,6 +96,8 @@ def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) 
         ([], "overrides: {optimizer.learning: 3}", "did you mean 'optimizer.learning_rate'"),
         ([("1.0e-5", "-1")], "", "unit slow: optimizer.unit_learning_rate is -1"),
         ([("images: 90", "images: many")], "", "many"),
+        ([("images: 90", "images: 7")], "", "images is 7; accepted: the largest batch size, 8, or more"),
+        ([("slow: {", "none: {")], "", "variant 'none' is what the others are compared with"),
     ],
 )
 def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, said: str, tmp_path: Path) -> None:

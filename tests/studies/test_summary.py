@@ -109,3 +109,13 @@ def test_a_training_that_is_not_finished_has_no_cost(tmp_path):
     RunFolder(run.folder).log_metrics({"step": 600, "images": 4800, "images_per_second": 200.0})
     assert training_cost(run).seconds == pytest.approx(24 + 12)
     assert training_cost(run).peak_memory_mib is None
+
+
+def test_a_training_that_ends_between_two_logged_lines_has_a_cost(tmp_path):
+    study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0], steps=620)
+    (run,) = study.runs
+    assert run.experiment.train.log_every == 50
+    RunFolder(run.folder).log_metrics({"step": 550, "images": 4400, "images_per_second": 100.0})
+    assert training_cost(run) is None
+    RunFolder(run.folder).log_metrics({"step": 600, "images": 4800, "images_per_second": 100.0})
+    assert training_cost(run).seconds == pytest.approx(48)

@@ -92,6 +92,17 @@ def test_a_run_killed_after_its_checkpoint_repeats_the_lost_steps(tiny, train, t
     assert all(torch.equal(whole[key], killed[key]) for key in whole)
 
 
+def test_a_finished_run_keeps_what_it_was_made_with(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run", "--train.max_steps", "1"))
+    environment = tmp_path / "run" / "environment.json"
+    assert torch.__version__.startswith(json.loads(environment.read_text())["torch"])
+    environment.write_text('{"torch": "another"}')  # as on another machine
+    train(tiny("run", "--train.max_steps", "1"))
+    assert json.loads(environment.read_text()) == {"torch": "another"}
+    train(tiny("run", "--train.max_steps", "2"))
+    assert torch.__version__.startswith(json.loads(environment.read_text())["torch"])
+
+
 @pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light", "block-channels"])
 def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float64)
