@@ -145,10 +145,11 @@ def _scale(axes: Axes, distances: Sequence[float], floor: float | None) -> None:
 
 
 def _draw_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One for all panels, below them."""
+    """One for all panels, below them; the floor, dashed in each, comes after the units."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    entries = dict(sorted(entries.items(), key=lambda entry: entry[0].startswith("floor")))
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 4), frameon=False
     )
