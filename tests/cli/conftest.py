@@ -24,8 +24,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run of the tiny recipe, without records, and a cache of its own."""
+    """A finished run of the tiny recipe, without records, its recipe beside it, and a cache of its own."""
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    shutil.copy(made.parent / "tiny.yaml", tmp_path)
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 

@@ -1,0 +1,192 @@
+"""Bad input of every kind: one line that names it, exit code 2, and nothing on disk changed."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dia_diffusion.cli.main import main
+from tests.cli.one_line import error_of
+
+
+def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
+    """name -> (arguments, what the line must say)"""
+    torn = folder / "torn"
+    pickled = folder / "pickled"
+    for copy in (torn, pickled):
+        subprocess.run(["cp", "-r", run / "pipelines" / "step-00000006", copy], check=True)
+    weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (pickled / "unet" / "diffusion_pytorch_model.safetensors").rename(pickled / "unet" / "diffusion_pytorch_model.bin")
+    empty, plain = folder / "empty", folder / "plain"
+    empty.mkdir()
+    subprocess.run(["cp", "-r", run, plain], check=True)
+    config = (plain / "config.yaml").read_text()
+    (plain / "config.yaml").write_text(config.replace("attention: dia-lstm", "attention: none"))
+    corrupt = folder / "corrupt"
+    corrupt.mkdir()
+    (corrupt / "a.png").write_bytes(b"no image")
+    (folder / "there.json").write_text("{}")
+    stored, pickled_moments = folder / "stored.safetensors", folder / "pickled_moments.npz"
+    assert main(["stats", "make", "digits", str(stored), "--size", "16", "--channels", "1"]) == 0
+    np.savez(pickled_moments, mu=np.array([print, None]), sigma=np.eye(2))
+    np.savez(folder / "statistics.npz", mu=np.zeros(4), sigma=np.zeros((4, 4)))
+    np.savez(folder / "objects.npz", arr_0=np.array([print, None]))
+    np.savez(folder / "other.npz", weights=np.zeros(4))
+    saved = folder / "saved"
+    saved.mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (saved / name).write_text("{}")
+    torn_run = folder / "torn_run"
+    torn_run.mkdir()
+    for name, text in (("config.yaml", (run / "config.yaml").read_text()), ("evaluations.jsonl", '{"source": "ru')):
+        (torn_run / name).write_text(text)
+    config = ["train", "--config", run.parent / "tiny.yaml", "--output", folder / "new"]
+    reference = ["--reference", "digits"]
+    of_digits = ["fid", run, "--features", "digits", "--reference"]
+    inception = [*reference, "--features", "inception"]
+    return {
+        "unknown command": (["trian"], "accepted: quickstart, train"),
+        "unknown recipe": (["train", "--config", "nothing"], "no recipe 'nothing'"),
+        "unknown key": ([*config, "--train.batchsize", "8"], "did you mean 'train.batch_size'"),
+        "wrong type": ([*config, "--train.batch_size", "many"], "many"),
+        "batch not divisible": ([*config, "--train.accumulation", "3"], "accepted: a multiple of 3"),
+        "missing dataset": ([*config, "--data.source", folder / "none"], str(folder / "none")),
+        "empty dataset": ([*config, "--data.source", empty], str(empty)),
+        "corrupt dataset": ([*config, "--data.source", corrupt], "a.png"),
+        "statistics as images": ([*config, "--data.source", folder / "statistics.npz"], "holds statistics"),
+        "objects as images": ([*config, "--data.source", folder / "objects.npz"], "can't be read as an .npz"),
+        "npz of other arrays": ([*config, "--data.source", folder / "other.npz"], "accepted: an .npz file with images"),
+        "torn saved dataset": ([*config, "--data.source", saved], str(saved)),
+        "no name of a dataset": ([*config, "--data.source", "hf:"], "accepted: hf:NAME"),
+        "more classes than the model": ([*config, "--model.num_classes", "9"], "has 10 classes"),
+        "guidance without classes": ([*config, "--samples.guidance_scale", "2"], "needs a null label"),
+        "grid's guidance": ([*config, "--samples.guidance_scale", "0.5"], "accepted: 1, which is none, or more"),
+        "start from an empty name": ([*config, "--init-from="], "init_from is empty"),
+        "start from nothing": ([*config, "--init-from", folder / "none"], "none does not exist"),
+        "start from images": ([*config, "--init-from", corrupt], "neither a pipeline folder"),
+        "start from torn weights": ([*config, "--init-from", torn], "cut short"),
+        "start from another unit": ([*config, "--init-from", run, "--model.attention", "lstm"], "the same unit"),
+        "start from another width": ([*config, f"--init-from={run}", "--model.hidden_size", "32"], "(1, 5, 32) here"),
+        "start of a run under way": (
+            [*config[:3], "--output", run, "--init-from", run],
+            f"started with init_from: None, and is given init_from: {run}",
+        ),
+        "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "needs a CUDA GPU"),
+        "even layers": ([*config, "--model.num_layers", "4"], "num_layers is 4"),
+        "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
+        "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
+        "unit": ([*config, "--model.attention", "dia"], "'dia'; accepted: none, dia-lstm"),
+        "clip": ([*config, "--train.clip_grad_norm", "-1"], "accepted: above 0"),
+        "betas": ([*config, "--optimizer.betas", "[1.5, 2]"], "optimizer.betas"),
+        "width": ([*config, "--model.hidden_size", "0"], "hidden_size 0"),
+        "no output": ([*config, "--output", ""], "output is empty"),
+        "unit's cell": ([*config, "--model.attention_kwargs.cell", "lstm"], "decides its cell itself"),
+        "unit's dropout": ([*config, "--model.attention_kwargs.dropout", "2"], "can't be built"),
+        "tracker": ([*config, "--trackers", "[paper]"], "'paper' is not installed"),
+        "grid's sampler": ([*config, "--samples.sampler", "plms"], "'plms'; accepted: ddpm"),
+        "grid's steps": ([*config, "--samples.steps", "2000"], "2000 steps"),
+        "changed recipe": ([*config[:3], "--output", run, "--seed", "3"], "seed: 0 -> 3"),
+        "no config": (["train", "--output", folder / "new"], "--config is missing"),
+        "batch size": (["sample", run, "--batch-size", "0", "--out", folder / "out"], "--batch-size is 0"),
+        "config without value": (["train", "--config"], "--config needs"),
+        "nothing to write": (["sample", run], "give --grid"),
+        "grid is a folder": (["sample", run, "--grid", folder / "empty"], "file ending in .png"),
+        "unknown sampler": (["sample", run, "--sampler", "plms", "--grid", "g.png"], "'plms'; accepted: ddpm"),
+        "no such pipeline": (["sample", folder / "none", "--grid", "g.png"], "does not exist"),
+        "no such step": (["sample", run, "--step", "4", "--grid", "g.png"], "accepted: 3, 6"),
+        "bad seeds": (["sample", run, "--seeds", "5-1", "--grid", "g.png"], "5-1"),
+        "weights cut short": (["sample", torn, "--grid", "g.png"], "cut short"),
+        "weights pickled": (["sample", pickled, "--grid", "g.png"], "a pickle"),
+        "classes": (["sample", run, "--classes", "1", "--grid", "g.png"], "unconditional"),
+        "guidance": (["sample", run, "--guidance-scale", "2", "--grid", "g.png"], "unconditional"),
+        "zero steps": (["sample", run, "--steps", "0", "--grid", "g.png"], "0 steps"),
+        "unknown option": (["sample", run, "--samplr", "ddim"], "did you mean --sampler"),
+        "unknown features": (["fid", run, *reference, "--features", "vgg"], "'vgg'; there are: digits"),
+        "no reference": (["fid", run], "--reference"),
+        "unknown protocol": (["fid", run, "--protocol", "fd1"], "no protocol 'fd1'; accepted: a YAML file or one of"),
+        "recipe as protocol": (["fid", run, "--protocol", run / "config.yaml"], "config.yaml: unknown key 'output'"),
+        "beside a protocol": (["fid", run, "--protocol", "fd-digits", "--steps", "25"], "fd-digits says 25; leave it"),
+        "images by a protocol": (["fid", "digits", "--protocol", "fd-digits"], "--reference is missing"),
+        "few images": (["fid", "digits", *reference, "--num", "5000"], "has 1201 images"),
+        "sampler of images": (["fid", "digits", *reference, "--sampler", "ddpm"], "digits is no pipeline"),
+        "steps for images": (["fid", "digits", *reference, "--steps", "9"], "--steps 9: digits is no pipeline"),
+        "classes of images": (["fid", "digits", *reference, "--classes", "1"], "--classes 1: digits is no pipeline"),
+        "size of a run": (["fid", run, *reference, "--size", "16"], "draws images of its own; leave it out"),
+        "channels of a run": (["fid", run, *reference, "--channels", "1"], "draws images of its own; leave it out"),
+        "split of a run": (["fid", run, *reference, "--split", "train"], "draws images of its own; leave it out"),
+        "record in a folder": (["fid", run, *reference, "--record", empty], "empty can't be written"),
+        "record under a file": (["fid", run, *reference, "--record", stored / "a" / "b"], "b can't be written"),
+        "num": (["fid", run, *reference, "--num", "1"], "--num is 1"),
+        "unknown metric": (["fid", run, *reference, "--metrics", "fid,lpips"], "'lpips'; accepted: fid, kid, isc, prc"),
+        "few resamples": (["fid", run, *reference, "--bootstrap", "5"], "accepted: 10 or more"),
+        "few for KID": (["fid", run, *reference, "--num", "999", "--metrics", "kid"], "kid of 999 images"),
+        "few references": (["fid", run, *reference, "--reference-split", "test", "--metrics", "kid"], "596 reference"),
+        "few for precision": (["fid", run, *reference, "--num", "3", "--metrics", "prc"], "prc of 3 images"),
+        "few for IS": (["fid", run, *reference, "--num", "9", "--metrics", "isc"], "isc of 9 images"),
+        "few in a folder": (["fid", "digits", *reference, "--num", "3", "--metrics", "prc"], "prc of 3 images"),
+        "KID's subset": (["fid", run, *reference, "--kid-subset-size", "0"], "KID subset of 0"),
+        "steps of images": (["fid", "digits", *reference, "--every-step"], "no run folder"),
+        "no evaluations": (["curves", folder], "no evaluations.jsonl"),
+        "no study": (["curves", folder / "none"], "none'; accepted: a YAML file, the folder of a study, or one of"),
+        "recipe as study": (["curves", run / "config.yaml"], "config.yaml: "),
+        "study's jobs": (["curves", "digits", "--output", folder / "new", "--jobs", "0"], "--jobs is 0"),
+        "study's protocol": (["curves", "digits", "--output", folder / "new", "--protocol", "x"], "no protocol 'x'"),
+        "study's images": (["curves", "digits", "--output", folder / "out", "--data", corrupt], "a.png"),
+        "figure of a study": (["curves", "digits", "--out", "x.png"], "--out x.png says nothing of a study"),
+        "jobs of runs": (["curves", run, "--jobs", "2"], "--jobs 2 says nothing of run folders"),
+        "no analysis": (["analyze", "map", run], "maps"),
+        "analysis of no run": (["analyze", "maps", folder], "is no run folder"),
+        "analysis of a pipeline": (["analyze", "maps", torn], "is no run folder"),
+        "analysis' step": (["analyze", "maps", run, "--steps", "4"], "accepted: 3, 6"),
+        "analysis' steps": (["analyze", "maps", run, "--steps", "last"], "last are no steps"),
+        "analysis' times": (["analyze", "maps", run, "--times", "1"], "--times is 1; accepted: 2 or more"),
+        "analysis' images": (["analyze", "maps", run, "--data", folder / "other.npz"], "an .npz file with images"),
+        "analysis' folder": (["analyze", "maps", run, "--out", stored], "stored.safetensors is no folder"),
+        "ablations of no unit": (["analyze", "ablations", plain], "was trained without attention unit"),
+        "ablations' images": (["analyze", "ablations", run, "--images", "5000"], "accepted: 600 or fewer"),
+        "linearity's images": (["analyze", "linearity", run, "--images", "1"], "--images is 1; accepted: 2 or more"),
+        "batches": (["analyze", "gradient-noise", run, "--batches", "1"], "--batches is 1; accepted: 2 or more"),
+        "analysis' batch": (["analyze", "gradient-noise", run, "--batch-size", "0"], "--batch-size is 0"),
+        "report of nothing": (["report", folder / "none"], "none is no run's folder, which has a config.yaml"),
+        "report of a folder": (["report", empty], "nor a study's, which has a study.yaml"),
+        "report of no study": (["report", run / "config.yaml"], "config.yaml"),
+        "report of a torn record": (["report", torn_run], "evaluations.jsonl, line 1: not a whole evaluation record"),
+        "page's name": (["report", run, "--out", folder / "page.txt"], "page.txt is no name of a page"),
+        "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
+        "export's target": (["export", run, empty, "--with-code"], "empty exists"),
+        "export of torn weights": (["export", torn, folder / "out"], "cut short"),
+        "export of no pipeline": (["export", corrupt, folder / "out"], "neither a pipeline folder"),
+        "push of torn weights": (["push", torn, "me/model", "--yes"], "cut short"),
+        "push to no repository": (["push", run, "model", "--yes"], "accepted: OWNER/NAME"),
+        "push of paths": (["push", run, "me/model", "--yes"], "a path of this machine"),
+        "other network": (["fid", run, *inception, "--inception-weights", weights], "6726825d0af5"),
+        "weights of others": (["fid", run, *reference, "--inception-weights", weights], "--features inception"),
+        "no module": (["fid", run, *reference, "--features", "nothing:Here"], "no module 'nothing'"),
+        "no extractor": (["fid", run, *reference, "--features", "pathlib:Path"], "Path in pathlib isn't one"),
+        "sizes of reference": (["fid", run, "--reference", stored], "16x16 with 1 channel, measured are images of 8x8"),
+        "other dimensions": ([*of_digits, folder / "statistics.npz"], "4 features; digits has 64"),
+        "part of reference": ([*of_digits, folder / "other.npz"], "has the keys weights"),
+        "statistics of nothing": (["stats", "show", folder / "none.npz"], "no file here"),
+        "statistics' objects": (["stats", "compare", stored, pickled_moments], "holds objects"),
+        "statistics' file": (["stats", "make", "digits", folder / "x.bin"], ".safetensors"),
+        "statistics' size": (["stats", "make", "digits", folder / "x.safetensors", "--size", "0"], "size 0"),
+        "statistics' seed": (["stats", "make", "digits", folder / "x.safetensors", "--seed", "1"], "with --num"),
+        "statistics' number": (["stats", "make", "digits", folder / "x.safetensors", "--num", "5000"], "has 1201"),
+        "no action": (["stats", "mak"], "make"),
+        "features' seed": (["train-features", "digits", "--out", folder / "x.safetensors", "--seed", -1], "--seed is"),
+        "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
+        "features' weights": (["train-features", "digits", "--out", stored], "stored.safetensors exists already"),
+        "features' card": (["train-features", "digits", "--out", folder / "there.safetensors"], "there.json exists"),
+        "distortions' file": (["distortions", "digits", *reference, "--out", folder / "z.png"], "ending in .json"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_exit_code_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(str(path) for path in run.rglob("*"))
+    for name, (arguments, said) in bad_arguments(run, tmp_path).items():
+        error = error_of(arguments, capsys)
+        assert said in error, f"{name}: {error}"
+    assert sorted(str(path) for path in run.rglob("*")) == before
+    assert not (tmp_path / "out").exists() and not (tmp_path / "new").exists()
