@@ -19,6 +19,7 @@ from dia_diffusion.report.run import count_parameters, samples_caption
 from dia_diffusion.report.tables import environment_table, protocols_table
 from dia_diffusion.studies.costs import training_seconds
 from dia_diffusion.studies.figure import drawn_end
+from dia_diffusion.studies.grids import twins
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.results import Measurement, results_of
 from dia_diffusion.studies.statistics import Estimate, estimate
@@ -163,7 +164,7 @@ def _samples(study: Study) -> list[Block]:
     """A slider a batch size: every unit's grid from the same seeds, at the steps that all of them have."""
     blocks: list[Block] = []
     for batch_size in study.batch_sizes:
-        runs = _twins(study, batch_size)
+        runs = twins(study, batch_size, lambda run: bool(grid_files(run.folder)))
         steps = sorted(set.intersection(*(set(grid_files(run.folder)) for run in runs))) if runs else []
         moments: dict[str, list[Picture]] = {}
         for step in spread(steps, MOST_MOMENTS):
@@ -176,15 +177,6 @@ def _samples(study: Study) -> list[Block]:
             title = f"Batch size {batch_size}, training seed {runs[0].seed}"
             blocks.append(Frames(title, moments, samples_caption(runs[0].experiment)))
     return blocks or [Text(f"No grids yet; `dia-diffusion curves {_subject(study)}` trains the runs that draw them.")]
-
-
-def _twins(study: Study, batch_size: int) -> list[StudyRun]:
-    """One run a unit, with grids and of one seed: the first seed that the most units have."""
-    by_seed: dict[int, list[StudyRun]] = {}
-    for run in study.runs:
-        if run.batch_size == batch_size and grid_files(run.folder):
-            by_seed.setdefault(run.seed, []).append(run)
-    return max(by_seed.values(), key=len, default=[])
 
 
 def _training(study: Study, runs: Sequence[RunSoFar]) -> list[Block]:

@@ -1,6 +1,6 @@
 """Grids of samples side by side: what several runs draw from the same seeds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -23,24 +23,28 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
 
 
+def twins(study: Study, batch_size: int, has_grids: Callable[[StudyRun], bool]) -> list[StudyRun]:
+    """One run a unit, with grids and of one seed of training: the first seed that the most units have."""
+    by_seed: dict[int, list[StudyRun]] = {}
+    for run in study.runs:
+        if run.batch_size == batch_size and has_grids(run):
+            by_seed.setdefault(run.seed, []).append(run)
+    return max(by_seed.values(), key=len, default=[])
+
+
 def draw_grids_of_study(study: Study) -> list[Path]:
-    """For each batch size the last grids of its units, of one seed of training: the first that the most units have.
+    """For each batch size the last grids of its units, of one seed of training.
 
     Returns the files, `grids-bN.png` in the study's folder; batch sizes without grids have none.
     """
     drawn = []
     for batch_size in study.batch_sizes:
-        by_seed: dict[int, dict[str, Path]] = {}
-        for run in study.runs:
-            if run.batch_size == batch_size and (grid := _last_grid(run)):
-                by_seed.setdefault(run.seed, {})[run.unit] = grid
-        if by_seed:
+        if runs := twins(study, batch_size, lambda run: _last_grid(run).is_file()):
             drawn.append(study.folder / f"grids-b{batch_size}.png")
-            draw_grids(max(by_seed.values(), key=len), drawn[-1])
+            draw_grids({run.unit: _last_grid(run) for run in runs}, drawn[-1])
     return drawn
 
 
-def _last_grid(run: StudyRun) -> Path | None:
+def _last_grid(run: StudyRun) -> Path:
     """Of the end of training."""
-    grid = RunFolder(run.folder).samples / f"{step_name(run.experiment.train.max_steps)}.png"
-    return grid if grid.is_file() else None
+    return RunFolder(run.folder).samples / f"{step_name(run.experiment.train.max_steps)}.png"
