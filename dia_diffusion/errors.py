@@ -26,6 +26,15 @@ class RunError(RuntimeError):
     told = False  # whether another process tells it
 
 
+class DivergedError(RunError):
+    """A training's loss or gradient was not finite."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+        """The first such step, counted from 1."""
+
+
 class Stopped(Exception):
     """A signal ended the work at a place it can go on from. Exit code 128 + signal."""
 
