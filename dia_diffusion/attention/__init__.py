@@ -7,6 +7,8 @@ from torch import nn
 
 from dia_diffusion.attention.controls import BlockScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
+from dia_diffusion.attention.modules.se import SqueezeExcitation
+from dia_diffusion.attention.unit import SelfAttentionUnit
 from dia_diffusion.errors import InputError
 
 # name -> the unit's class and the arguments the name stands for
@@ -14,6 +16,7 @@ UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dia-lstm": (DIALSTM, {"cell": "dia-lstm"}),
     "dia-lstm-light": (DIALSTM, {"cell": "dia-lstm-light"}),
     "lstm": (DIALSTM, {"cell": "lstm"}),
+    "se": (SelfAttentionUnit, {"module": SqueezeExcitation}),
     "fixed-scale": (FixedScale, {}),
     "block-scale": (BlockScale, {"by_channel": False}),
     "block-channels": (BlockScale, {"by_channel": True}),
@@ -25,10 +28,11 @@ def build_attention(
 ) -> nn.Module | None:
     """The attention unit of that name for so many channels; None or "none" is no unit.
 
-    A unit is called as `features, state = unit(features, state)`, once a block, in the order of the blocks, and
-    `unit.attention_map(state)` is what the call that returned `state` multiplied the features with.
+    A unit is called as `features, state = unit(features, state, num_unpooled_tokens, num_extra_tokens)`, once a block,
+    in the order of the blocks, with None as the first state. `unit.attention_map(state)` is what the call that
+    returned `state` multiplied the features with.
 
-    num_blocks: the calls of one forward pass; only units with parameters for each block need it.
+    num_blocks: the calls of one forward pass; only units with parts for each block need it.
 
     Raises:
         InputError: no unit has that name, or it does not take one of the arguments.
@@ -42,8 +46,8 @@ def build_attention(
     unit, named = UNITS[name]
     if overridden := named.keys() & kwargs.keys():
         raise InputError(f"attention unit {name!r} decides its {min(overridden)} itself; choose another unit")
-    if "num_blocks" in inspect.signature(unit).parameters:
-        if num_blocks is None:
+    if of_blocks := inspect.signature(unit).parameters.get("num_blocks"):
+        if num_blocks is None and of_blocks.default is inspect.Parameter.empty:
             raise InputError(f"attention unit {name!r} has parameters for each block; build it with num_blocks")
         named = {**named, "num_blocks": num_blocks}
     try:

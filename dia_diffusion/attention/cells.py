@@ -7,22 +7,9 @@ torch.nn.LSTMCell's order: input, forget, candidate, output. The recurrence itse
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dia_diffusion.errors import InputError
-
-
-def bottleneck_width(channels: int, reduction: int) -> int:
-    """N / r, the width of the first linear map; r must divide N."""
-    if reduction < 1 or channels % reduction:
-        raise InputError(f"reduction {reduction} does not divide the {channels} channels; use a divisor of {channels}")
-    return channels // reduction
-
-
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in x's precision: gates stay float32 where the weights have been cast to less."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+from dia_diffusion.attention.layers import bottleneck_width, linear
 
 
 class FullGates(nn.Module):

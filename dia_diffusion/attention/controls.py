@@ -26,7 +26,9 @@ class FixedScale(nn.Module):
         super().__init__()
         self.scale = finite("scale", scale)
 
-    def forward(self, features: Tensor, state: None = None, num_unpooled_tokens: int = 0) -> tuple[Tensor, None]:
+    def forward(
+        self, features: Tensor, state: None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+    ) -> tuple[Tensor, None]:
         """As DIALSTM's; there is no state."""
         return features * self.scale, None
 
@@ -55,7 +57,9 @@ class BlockScale(nn.Module):
         shape = (num_blocks, channels if by_channel else 1)
         self.scale = nn.Parameter(torch.full(shape, finite("start", start)))
 
-    def forward(self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0) -> tuple[Tensor, int]:
+    def forward(
+        self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+    ) -> tuple[Tensor, int]:
         """As DIALSTM's; the state is the number of calls so far."""
         state = (state or 0) + 1
         if state > len(self.scale):

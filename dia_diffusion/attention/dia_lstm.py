@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.cells import BottleneckGates, FullGates, Gates, LightGates
-from dia_diffusion.attention.recalibration import finite, is_map, recalibrate
+from dia_diffusion.attention.extraction import mean_pool
+from dia_diffusion.attention.recalibration import finite, recalibrate
 from dia_diffusion.errors import InputError
 
 # The output activation each cell has in the paper; Table XIV compares others.
@@ -42,9 +43,10 @@ class DIALSTM(nn.Module):
             the unit starts near the identity instead of near a quarter.
         initialization: "torch" starts the maps as torch does, as the published DIANet code; "zero" starts those next
             to the gates at 0, so that h starts at exactly 1/4 with a sigmoid (tanh and relu: 0) in every channel.
+        sharing: "shared"; an LSTM along depth is one for all blocks.
 
     Raises:
-        InputError: an unknown cell, activation or initialization, or r not dividing N.
+        InputError: an unknown cell, activation or initialization, r not dividing N, or another sharing.
     """
 
     def __init__(
@@ -57,8 +59,11 @@ class DIALSTM(nn.Module):
         dropout: float = 0.0,
         scale: float = 1.0,
         initialization: str = "torch",
+        sharing: str = "shared",
     ):
         super().__init__()
+        if sharing != "shared":
+            raise InputError(f"sharing is {sharing!r}; accepted for {cell}: shared, as its LSTM runs along the blocks")
         if cell not in CELL_ACTIVATION:
             raise InputError(f"unknown cell {cell!r}; accepted: {', '.join(CELL_ACTIVATION)}")
         activation = activation or CELL_ACTIVATION[cell]
@@ -87,7 +92,7 @@ class DIALSTM(nn.Module):
         self.cells = nn.ModuleList(cells)
 
     def forward(
-        self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0
+        self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
     ) -> tuple[Tensor, State]:
         """Recalibrates features by the attention map h_t.
 
@@ -95,18 +100,14 @@ class DIALSTM(nn.Module):
             features: a_t, tokens (B, L, N) or maps (B, N, H, W).
             state: what the previous block's call returned; None at the first block.
             num_unpooled_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated too.
+            num_extra_tokens: leading tokens on no grid; only units with a spatial part need it.
 
         Returns:
             (features * scale * h_t, in the shape and dtype of features; the state for the next block).
         """
         # Gates and state stay float32 under autocast: the state adds up over all blocks.
-        dtype = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            if is_map(features):
-                pooled = features.mean(dim=(2, 3), dtype=dtype)  # (B, N)
-            else:
-                pooled = features[:, num_unpooled_tokens:].mean(dim=1, dtype=dtype)
-            state = self.step(pooled, state)
+            state = self.step(mean_pool(features, num_unpooled_tokens), state)
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: State) -> Tensor:

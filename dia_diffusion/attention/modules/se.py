@@ -1,0 +1,32 @@
+"""SE: squeeze and excitation (Hu, Shen and Sun, CVPR 2018, arXiv 1709.01507)."""
+
+from torch import Tensor, nn
+
+from dia_diffusion.attention.extraction import mean_pool
+from dia_diffusion.attention.layers import bottleneck_width, linear
+from dia_diffusion.attention.modules.base import SelfAttentionModule
+
+
+class SqueezeExcitation(SelfAttentionModule):
+    """sigmoid(W2 relu(W1 GAP(a))) (eq. 2 and 3), 2 N^2/r + N/r + N parameters with biases.
+
+    Args:
+        channels: N.
+        reduction: r; must divide N.
+        bias: biases on both maps, as in the published networks.
+
+    Raises:
+        InputError: r does not divide N.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, bias: bool = True):
+        super().__init__()
+        width = bottleneck_width(channels, reduction)
+        self.reduce = nn.Linear(channels, width, bias=bias)
+        self.expand = nn.Linear(width, channels, bias=bias)
+
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
+        return mean_pool(features, num_unpooled_tokens)
+
+    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+        return linear(self.expand, linear(self.reduce, extracted).relu()).sigmoid()
