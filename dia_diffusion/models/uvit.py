@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention import build_attention
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit_block import Block
 
 # Table 1 of the U-ViT paper, and a width that a CPU trains in minutes.
 UVIT_SIZES: dict[str, dict[str, int]] = {
@@ -40,6 +41,23 @@ class UViTOutput(BaseOutput):
     sample: Tensor
 
 
+def blocks_with_unit(chosen: list[int] | None, num_layers: int, attention: str | None) -> list[int]:
+    """The blocks that carry the unit, in the order in which they run; None is all of them.
+
+    Raises:
+        InputError: a block that there isn't, one named twice, none at all, or blocks for no unit.
+    """
+    if chosen is None:
+        return list(range(num_layers))
+    if attention in (None, "none"):
+        raise InputError(f"attention_blocks is {chosen} and attention none; accepted: null")
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(num_layers)):
+        raise InputError(
+            f"attention_blocks is {chosen}; accepted: one or more of 0 to {num_layers - 1}, each once, or null for all"
+        )
+    return sorted(chosen)
+
+
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding (B, dim), cosines first, of times (B,) that may be fractional."""
     half = dim // 2
@@ -47,64 +65,6 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
     angles = timestep[:, None] * torch.exp(-math.log(max_period) * exponents)  # (B, dim/2)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(embedding, (0, dim % 2))
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention, (B, heads, L, D) each, in the precision of the inputs."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    # torch's fused CPU kernel is 2 to 5 times slower backward than this at a few hundred tokens.
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
-    return weights.softmax(dim=-1).to(v.dtype) @ v
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
-        return self.proj(rearrange(softmax_attention(q, k, v), "B H L D -> B L (H D)"))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """A transformer block; the unit it is handed stands between the second norm and the MLP."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, long_skip: bool = False):
-        super().__init__()
-        self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-
-    def forward(
-        self, x: Tensor, unit: nn.Module | None, state: Any, skip: Tensor | None, num_unpooled_tokens: int
-    ) -> tuple[Tensor, Any]:
-        if self.skip_linear is not None and skip is not None:
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        features = self.norm2(x)  # (B, L, N)
-        if unit is not None:
-            features, state = unit(features, state, num_unpooled_tokens)
-        return x + self.mlp(features), state
 
 
 class UViT(ModelMixin, ConfigMixin):
@@ -123,8 +83,12 @@ class UViT(ModelMixin, ConfigMixin):
         num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
         final_conv: a 3x3 convolution after the patches are put together.
         long_skips: long skips from in blocks to out blocks.
+        residual_skips: attention and MLP are added to what they are given; without, each takes its place.
+        layer_norm: LayerNorms in the blocks and before the decoder.
         attention: the shared unit by name (see build_attention), None or "none" for plain U-ViT.
         attention_kwargs: further arguments of the unit, such as {"reduction": 16}.
+        attention_blocks: the blocks that carry the unit, counted from 0 in the order in which they run (in, middle, out
+            blocks); None is all.
         pool_tokens: what the unit pools over, "all" tokens or the "patch" tokens only.
         initialization: "uvit" (everything normal with deviation 0.02), or "xavier" (Xavier-uniform linear maps,
             positions of unit variance), with which narrow networks find the positions of their patches early.
@@ -151,8 +115,11 @@ class UViT(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
         final_conv: bool = True,
         long_skips: bool = True,
+        residual_skips: bool = True,
+        layer_norm: bool = True,
         attention: str | None = "dia-lstm",
         attention_kwargs: dict[str, Any] | None = None,
+        attention_blocks: list[int] | None = None,
         pool_tokens: str = "all",
         initialization: str = "uvit",
     ):
@@ -175,6 +142,8 @@ class UViT(ModelMixin, ConfigMixin):
         if decided := DECIDED & (attention_kwargs or {}).keys():
             raise InputError(f"attention_kwargs has {min(decided)}, which the model decides; leave it out")
 
+        self.attention_blocks = blocks_with_unit(attention_blocks, num_layers, attention)
+
         self.gradient_checkpointing = False
         self.sample_size, self.patch_size, self.in_channels = sample_size, patch_size, in_channels
         self.hidden_size, self.num_classes = hidden_size, num_classes
@@ -183,8 +152,17 @@ class UViT(ModelMixin, ConfigMixin):
         num_patches = (sample_size // patch_size) ** 2
         half = num_layers // 2
 
-        def block(long_skip: bool = False) -> Block:
-            return Block(hidden_size, num_attention_heads, mlp_ratio, qkv_bias, long_skip)
+        def block(index: int) -> Block:
+            return Block(
+                hidden_size,
+                num_attention_heads,
+                mlp_ratio,
+                qkv_bias,
+                long_skip=long_skips and index > half,
+                residual=residual_skips,
+                layer_norm=layer_norm,
+                carries_unit=index in self.attention_blocks,
+            )
 
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.time_embed: nn.Module = nn.Identity()
@@ -195,10 +173,10 @@ class UViT(ModelMixin, ConfigMixin):
         # The last row is the null label, which stands for "no class".
         self.label_embed = None if num_classes is None else nn.Embedding(num_classes + 1, hidden_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_extra_tokens + num_patches, hidden_size))
-        self.in_blocks = nn.ModuleList(block() for _ in range(half))
-        self.mid_block = block()
-        self.out_blocks = nn.ModuleList(block(long_skip=long_skips) for _ in range(half))
-        self.norm = nn.LayerNorm(hidden_size)
+        self.in_blocks = nn.ModuleList(block(index) for index in range(half))
+        self.mid_block = block(half)
+        self.out_blocks = nn.ModuleList(block(index) for index in range(half + 1, num_layers))
+        self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
         self.decoder = nn.Linear(hidden_size, patch_size**2 * in_channels)
         self.output_conv: nn.Module = nn.Identity()
         if final_conv:
@@ -210,7 +188,8 @@ class UViT(ModelMixin, ConfigMixin):
         unit_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(unit_seed)
-            self.unit = build_attention(attention, hidden_size, num_blocks=num_layers, **(attention_kwargs or {}))
+            num_blocks = len(self.attention_blocks)
+            self.unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "UViT":
@@ -278,9 +257,10 @@ class UViT(ModelMixin, ConfigMixin):
         return UViTOutput(sample=prediction) if return_dict else (prediction,)
 
     def _run(self, block: nn.Module, x: Tensor, state: Any, skip: Tensor | None = None) -> tuple[Tensor, Any]:
+        tokens = self.num_unpooled_tokens, self.num_extra_tokens
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, self.unit, state, skip, self.num_unpooled_tokens)
-        return block(x, self.unit, state, skip, self.num_unpooled_tokens)
+            return self._gradient_checkpointing_func(block, x, self.unit, state, skip, *tokens)
+        return block(x, self.unit, state, skip, *tokens)
 
     def _time_token(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
         # Sines of times up to 999 need float32 whatever the model's precision.

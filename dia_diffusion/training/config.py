@@ -51,11 +51,17 @@ class ModelConfig:
     """A 3x3 convolution after the patches are put together."""
     long_skips: bool = True
     """Long skips from in blocks to out blocks."""
+    residual_skips: bool = True
+    """Attention and MLP are added to what they are given; without, each takes its place."""
+    layer_norm: bool = True
+    """LayerNorms in the blocks and before the decoder."""
     attention: str | None = "dia-lstm"
     """The unit before the MLPs: dia-lstm, dia-lstm-light, lstm, none, or a control that sees no features:
     fixed-scale, block-scale, block-channels."""
     attention_kwargs: dict[str, Any] | None = None
     """Further arguments of the unit, such as {reduction: 16}."""
+    attention_blocks: list[int] | None = None
+    """The blocks that carry the unit, such as [0, 1], counted from 0 as they run; null is all."""
     pool_tokens: Literal["all", "patch"] = "all"
     """What the unit pools over."""
     initialization: Literal["uvit", "xavier"] = "uvit"

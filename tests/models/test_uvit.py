@@ -32,7 +32,9 @@ def test_published_counts() -> None:
             assert round(count(model) / 1e6) == millions, name
 
 
-def reference(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, heads: int, patch: int) -> torch.Tensor:
+def reference(
+    state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, heads: int, patch: int, residual: bool = True
+) -> torch.Tensor:
     """U-ViT's function from its weights, written from the paper's figure and nothing else here."""
     b, channels, size, _ = x.shape
     tokens = F.conv2d(x, state["patch_embed.weight"], state["patch_embed.bias"], stride=patch)
@@ -47,6 +49,8 @@ def reference(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, 
         return F.linear(value, state[f"{name}.weight"], state.get(f"{name}.bias"))
 
     def norm(name: str, value: torch.Tensor) -> torch.Tensor:
+        if f"{name}.weight" not in state:  # a network without norms
+            return value
         return F.layer_norm(value, (width,), state[f"{name}.weight"], state[f"{name}.bias"])
 
     def block(name: str, value: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,8 +62,10 @@ def reference(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, 
             columns = slice(part * width // heads, (part + 1) * width // heads)
             scores = q[:, :, columns] @ k[:, :, columns].transpose(1, 2) / (width // heads) ** 0.5
             out.append(scores.softmax(dim=2) @ v[:, :, columns])
-        value = value + linear(f"{name}.attn.proj", torch.cat(out, dim=2))
-        return value + linear(f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", value))))
+        value = residual * value + linear(f"{name}.attn.proj", torch.cat(out, dim=2))
+        return residual * value + linear(
+            f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", value)))
+        )
 
     depth = len({name.split(".")[1] for name in state if name.startswith("in_blocks")})
     kept = []
@@ -138,7 +144,7 @@ def test_unit_stands_between_norm_and_mlp() -> None:
     model = UViT(**SMALL)
     block = model.mid_block
     x = torch.randn(2, 17, 32)
-    y, _ = block(x, model.unit, None, None, 0)
+    y, _ = block(x, model.unit, None, None, 0, 1)
     z = x + block.attn(block.norm1(x))
     features = block.norm2(z)
     h, _ = model.unit.step(features.mean(1), None)
