@@ -18,7 +18,7 @@ from dia_diffusion.distributed import (
     together,
 )
 from dia_diffusion.environment import environment
-from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.errors import DivergedError, InputError, RunError, Stopped
 from dia_diffusion.files import step_name, write_json
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
@@ -234,9 +234,10 @@ class Trainer:
     def _raise_if_not_finite(self) -> None:
         bad_step = int(self.accelerator.gather(self.bad_step).max())
         if bad_step >= 0:
-            error = RunError(
+            error = DivergedError(
                 f"loss or gradient not finite at step {bad_step + 1:,}; the checkpoints before it are kept; try a "
-                "lower optimizer.learning_rate, a train.clip_grad_norm, or train.mixed_precision none"
+                "lower optimizer.learning_rate, a train.clip_grad_norm, or train.mixed_precision none",
+                bad_step + 1,
             )
             error.told = not self.accelerator.is_main_process
             raise error
