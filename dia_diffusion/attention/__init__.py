@@ -7,7 +7,14 @@ from torch import nn
 
 from dia_diffusion.attention.controls import BlockScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
+from dia_diffusion.attention.modules.cbam import ConvolutionalBlockAttention
+from dia_diffusion.attention.modules.eca import EfficientChannelAttention
 from dia_diffusion.attention.modules.se import SqueezeExcitation
+from dia_diffusion.attention.modules.sem import SwitchableAttention
+from dia_diffusion.attention.modules.sge import SpatialGroupEnhance
+from dia_diffusion.attention.modules.spa import SpatialPyramidAttention
+from dia_diffusion.attention.modules.spem import MixPoolingAttention
+from dia_diffusion.attention.modules.srm import StyleRecalibration
 from dia_diffusion.attention.unit import SelfAttentionUnit
 from dia_diffusion.errors import InputError
 
@@ -17,6 +24,13 @@ UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dia-lstm-light": (DIALSTM, {"cell": "dia-lstm-light"}),
     "lstm": (DIALSTM, {"cell": "lstm"}),
     "se": (SelfAttentionUnit, {"module": SqueezeExcitation}),
+    "eca": (SelfAttentionUnit, {"module": EfficientChannelAttention}),
+    "cbam": (SelfAttentionUnit, {"module": ConvolutionalBlockAttention}),
+    "srm": (SelfAttentionUnit, {"module": StyleRecalibration}),
+    "spa": (SelfAttentionUnit, {"module": SpatialPyramidAttention}),
+    "sem": (SelfAttentionUnit, {"module": SwitchableAttention}),
+    "spem": (SelfAttentionUnit, {"module": MixPoolingAttention}),
+    "sge": (SelfAttentionUnit, {"module": SpatialGroupEnhance}),
     "fixed-scale": (FixedScale, {}),
     "block-scale": (BlockScale, {"by_channel": False}),
     "block-channels": (BlockScale, {"by_channel": True}),
