@@ -1,8 +1,8 @@
 """Checkpoints: all that resuming needs, as safetensors and JSON, whole or not there at all.
 
     checkpoints/step-00010000/model.safetensors       weights
-                              ema.safetensors         their moving average
-                              optimizer.safetensors   AdamW's state, a tensor per parameter and quantity
+                              ema.safetensors         their moving average, of trainings that keep one
+                              optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files
 
 Nothing random is in it: a step's randomness is a function of the seed and the step.
@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
 
-TENSOR_FILES = ("model", "ema", "optimizer")
-
 
 @dataclass
 class Checkpoint:
     """A checkpoint's content."""
 
-    tensors: dict[str, dict[str, Tensor]]  # "model", "ema", "optimizer" -> name -> tensor
+    tensors: dict[str, dict[str, Tensor]]  # "model", "ema" where one is kept, "optimizer" -> name -> tensor
     state: dict[str, Any]
 
 
@@ -56,14 +54,13 @@ def load_checkpoint(place: Path) -> Checkpoint:
     """
     state = read_state(place)
     tensors = {}
-    for name in TENSOR_FILES:
-        file = place / f"{name}.safetensors"
+    for file in (place / name for name in state["sha256"]):
         if not file.is_file():
             raise InputError(f"checkpoint file {file} is missing; {_advice(place)}")
         if sha256_of_file(file) != state["sha256"].get(file.name):
             raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs); {_advice(place)}")
         try:
-            tensors[name] = load_file(file)
+            tensors[file.stem] = load_file(file)
         except SafetensorError as error:
             raise InputError(f"checkpoint file {file} is not safetensors ({error}); {_advice(place)}") from None
     return Checkpoint(tensors, state)
@@ -77,8 +74,9 @@ def read_state(place: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        dict(state["sha256"])
-        if step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
+        files = {"model.safetensors", "optimizer.safetensors"}
+        has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
+        if has_files and step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
             return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -103,16 +101,25 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> 
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """AdamW's state as "PARAMETER/QUANTITY" -> tensor; names in the order of the optimizer's parameters."""
+    """The optimizer's state as "PARAMETER/QUANTITY" -> tensor; names in the order of the optimizer's parameters."""
     state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{key}": value for i, values in state.items() for key, value in values.items()}
+    return {
+        f"{names[i]}/{key}": value
+        for i, values in state.items()
+        for key, value in values.items()
+        if value is not None  # as the momentum of an SGD without momentum
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
     """Puts back what optimizer_tensors gave."""
     state: dict[int, dict[str, Tensor]] = {}
     place = {name: index for index, name in enumerate(names)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
+        parameter = parameters[place[name]]
+        if tensor.shape == parameter.shape:  # in its memory format, which fused kernels count on
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(place[name], {})[quantity] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

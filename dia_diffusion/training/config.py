@@ -234,6 +234,10 @@ class Experiment:
         """The recipe as plain values, ready for YAML or JSON."""
         return {**asdict(self), "optimizer": {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}}
 
+    def changed_keys(self, old: dict[str, Any]) -> list[str]:
+        """What differs in the recipe of a run and may not; see `changed_keys`."""
+        return changed_keys(old, self.to_dict())
+
     def noise_process(self) -> NoiseProcess:
         """The noise process the recipe names."""
         return NoiseProcess(**asdict(self.noise))

@@ -1,4 +1,7 @@
-"""The training loop. Every optimizer step depends on the recipe, the step's number and the weights before it alone."""
+"""The training engine, for any `Task`: data, randomness, checkpoints, averages, processes, metrics and signals.
+
+Every optimizer step depends on the recipe, the step's number and the weights before it alone.
+"""
 
 import time
 from contextlib import nullcontext
@@ -18,8 +21,8 @@ from dia_diffusion.distributed import (
     together,
 )
 from dia_diffusion.environment import environment
-from dia_diffusion.errors import DivergedError, InputError, RunError, Stopped
-from dia_diffusion.files import step_name, write_json
+from dia_diffusion.errors import DivergedError, InputError, Stopped
+from dia_diffusion.files import write_json
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -28,14 +31,13 @@ from dia_diffusion.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.images import open_training_images, training_batch
-from dia_diffusion.training.init_from import same_start, start_from
-from dia_diffusion.training.objective import diffusion_loss, learning_rate, parameter_groups
-from dia_diffusion.training.randomness import MODEL, WEIGHTS, StepDraws, derive, draw_step
+from dia_diffusion.training.config import EmaConfig, Experiment
+from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.finite import FiniteWatch
+from dia_diffusion.training.randomness import MODEL, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
-from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
+from dia_diffusion.training.task import Draws, Moment, Task
 
 
 class Trainer:
@@ -45,26 +47,27 @@ class Trainer:
         InputError: the recipe, the dataset, the checkpoint or the launch doesn't fit.
     """
 
-    def __init__(self, experiment: Experiment, reporter: Reporter):
+    def __init__(self, trained: Experiment | Task, reporter: Reporter):
+        self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
+        experiment = self.task.experiment
         config = experiment.train
         self.experiment, self.config, self.reporter = experiment, config, reporter
         check_trackers(experiment.trackers)
-        check_samples(experiment)
+        self.task.check()
         self.accelerator = start_accelerator(
             config.mixed_precision, log_with=experiment.trackers or None, project_dir=experiment.output
         )
         self.micro_batch = micro_batch_size(config.batch_size, self.accelerator.num_processes, config.accumulation)
-        self.process = experiment.noise_process()
         torch.manual_seed(derive(experiment.seed, WEIGHTS))
-        self.model = build_model(experiment.model)
+        self.model = self.task.build_model()
         self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
-        self.groups = parameter_groups(self.model, experiment.optimizer)
-        self.dtype = self.model.dtype
+        self.groups = self.task.parameter_groups(self.model)
+        self.dtype = self.parameters[0].dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
         self.folder = RunFolder(experiment.output)
         self.started_from = together(self.accelerator, self._first_weights)
-        self.images = open_training_images(experiment, self.accelerator, reporter)
+        self.images = self.task.open_images(self.accelerator, reporter)
         on_main(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator)
@@ -75,10 +78,7 @@ class Trainer:
 
     def _first_weights(self) -> dict[str, Any] | None:
         """Where those of a new run are from; the model's own where from nowhere."""
-        source = self.experiment.init_from
-        if source is None or self.folder.newest_checkpoint() is not None:
-            return None
-        return start_from(source, self.model, self.experiment)
+        return None if self.folder.newest_checkpoint() is not None else self.task.first_weights(self.model)
 
     def _load(self) -> Checkpoint | None:
         """The newest checkpoint, its weights in the model; None where the run is new."""
@@ -88,7 +88,7 @@ class Trainer:
             return None
         checkpoint = load_checkpoint(place)
         refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
-        self.started_from = same_start(checkpoint.state.get("init_from"), self.experiment.init_from)
+        self.started_from = self.task.same_start(checkpoint.state.get("init_from"))
         if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
             raise InputError(f"data.source {self.experiment.data.source} has other images than {place} was trained on")
         load_weights(self.model, checkpoint.tensors["model"], place)
@@ -96,39 +96,34 @@ class Trainer:
 
     def _build(self, checkpoint: Checkpoint | None) -> None:
         """Network, optimizer and average, as the checkpoint left them."""
-        experiment, config = self.experiment, self.config
+        config = self.config
         self.step = 0 if checkpoint is None else checkpoint.state["step"]
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
         compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
-        optimizer = torch.optim.AdamW(
-            self.groups,
-            lr=experiment.optimizer.learning_rate,
-            betas=experiment.optimizer.betas,
-            weight_decay=experiment.optimizer.weight_decay,
-            fused=True,
-        )
+        optimizer = self.task.build_optimizer(self.groups)
         network = torch.compile(self.model) if compiled else self.model
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
-        decay, warmup = experiment.ema.decay, experiment.ema.warmup
-        self.ema = EMAModel(
-            self.parameters, decay, min_decay=0.0 if warmup else decay, update_after_step=-1, foreach=True
-        )
+        self.ema = None if self.task.ema is None else self._average(self.task.ema, checkpoint)
         if checkpoint is not None:
-            ema = checkpoint.tensors["ema"]
-            self.ema.load_state_dict(
-                {"optimization_step": self.step, "shadow_params": [ema[n].to(self.model.device) for n in self.names]}
-            )
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
+
+    def _average(self, config: EmaConfig, checkpoint: Checkpoint | None) -> EMAModel:
+        """The parameters' moving average, as the checkpoint left it."""
+        lowest = 0.0 if config.warmup else config.decay
+        ema = EMAModel(self.parameters, config.decay, min_decay=lowest, update_after_step=-1, foreach=True)
+        if checkpoint is not None:
+            tensors = checkpoint.tensors["ema"]
+            shadows = [tensors[name].to(self.accelerator.device) for name in self.names]
+            ema.load_state_dict({"optimization_step": self.step, "shadow_params": shadows})
+        return ema
 
     def run(self) -> None:
         """Trains from the last checkpoint to max_steps.
 
         Raises:
             Stopped: after SIGINT or SIGTERM, with a checkpoint of the last finished step written.
-            RunError: a non-finite loss or gradient; the last checkpoint stays.
+            DivergedError: a non-finite loss or gradient; the last checkpoint stays.
         """
         try:
             self._start()
@@ -137,6 +132,10 @@ class Trainer:
         except Stopped:
             self.accelerator.end_training()
             raise
+        except DivergedError as error:
+            step = error.step
+            on_main(self.accelerator, lambda: self.task.diverged(self.folder, step))
+            raise
         finally:
             self.folder.unlock()
 
@@ -144,8 +143,9 @@ class Trainer:
         with StopSignal(self.accelerator) as signal:
             while self.step < self.config.max_steps:
                 loss, gradient_norm = self._optimize(self.step)
-                self.ema.step(self.parameters)
-                self._watch(loss, gradient_norm)
+                if self.ema is not None:
+                    self.ema.step(self.parameters)
+                self.finite.note(self.step, loss, gradient_norm)
                 self.step += 1
 
                 if self._due(self.config.log_every):
@@ -154,8 +154,8 @@ class Trainer:
                     self.reporter.progress(self.step, self.config.max_steps, self.logged)
                 finished = self.step == self.config.max_steps
                 checkpoint_due = finished or self._due(self.config.checkpoint_every)
-                if checkpoint_due or self._due(self.config.sample_every):
-                    self._show(pipeline=checkpoint_due)
+                if checkpoint_due or self.task.shows_at(self.step):
+                    self._show(checkpoint_due)
                 stopped = signal.agreed()
                 if checkpoint_due or stopped:
                     self._save()
@@ -167,7 +167,7 @@ class Trainer:
         on_main(self.accelerator, self._open_folder)
         if self.accelerator.is_main_process:
             self.reporter.message(
-                f"{self.images.name}: {len(self.images):,} images; attention {self.experiment.model.attention}, "
+                f"{self.images.name}: {len(self.images):,} images; {self.task.about()}, "
                 f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = "
                 f"{self.accelerator.num_processes} processes x {self.micro_batch} images x {config.accumulation} "
                 f"accumulations on {self.accelerator.device}, {config.mixed_precision}"
@@ -181,7 +181,7 @@ class Trainer:
             self.accelerator.init_trackers("dia-diffusion")
         self.network.train()
         self.logged: dict[str, Any] = {}
-        self.bad_step = torch.full((), -1, device=self.accelerator.device)
+        self.finite = FiniteWatch(self.accelerator)
         self.clock = time.perf_counter(), self.step
 
     def _open_folder(self) -> None:
@@ -195,12 +195,11 @@ class Trainer:
 
     def _optimize(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; this process's mean loss and the gradient norm, both still on the device."""
-        shape = self.images.images.shape[1:]
-        draws = draw_step(self.experiment.seed, step, self.config.batch_size, len(self.images), shape)
+        draws = self.task.draw(step)
         if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
             torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.experiment.optimizer, step, self.config.max_steps, group["peak_rate"])
+            group["lr"] = self.task.learning_rate(step, group["peak_rate"])
 
         total = torch.zeros((), device=self.accelerator.device)
         first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
@@ -220,31 +219,12 @@ class Trainer:
         self.optimizer.zero_grad()
         return total, norm
 
-    def _micro_loss(self, draws: StepDraws) -> Tensor:
-        images, labels = training_batch(self.images, self.experiment, draws, self.accelerator.device, self.dtype)
-        return diffusion_loss(self.network, self.process, images, draws, labels)
-
-    def _watch(self, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Notes the first step that was not finite, without waiting for the device."""
-        finite = loss.isfinite()
-        if self.accelerator.scaler is None:  # fp16's scaler meets infinite gradients as part of its work
-            finite = finite & gradient_norm.isfinite()
-        self.bad_step = torch.where(finite | (self.bad_step >= 0), self.bad_step, self.step)
-
-    def _raise_if_not_finite(self) -> None:
-        bad_step = int(self.accelerator.gather(self.bad_step).max())
-        if bad_step >= 0:
-            error = DivergedError(
-                f"loss or gradient not finite at step {bad_step + 1:,}; the checkpoints before it are kept; try a "
-                "lower optimizer.learning_rate, a train.clip_grad_norm, or train.mixed_precision none",
-                bad_step + 1,
-            )
-            error.told = not self.accelerator.is_main_process
-            raise error
+    def _micro_loss(self, draws: Draws) -> Tensor:
+        return self.task.loss(self.network, draws, self.accelerator.device, self.dtype)
 
     def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """This step's own loss over the global batch, and the rate since the last line."""
-        self._raise_if_not_finite()
+        self.finite.check()
         mean_loss = float(self.accelerator.reduce(loss, "mean"))
         since, step = self.clock
         self.clock = time.perf_counter(), self.step
@@ -259,38 +239,41 @@ class Trainer:
             "images_per_second": round(images / (self.clock[0] - since), 3),
             "peak_memory_mib": round(peak_memory(self.accelerator.device) / 2**20),
         }
-        on_main(self.accelerator, lambda: self.folder.log_metrics(self.logged))
+        self._write_metrics(self.logged)
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        on_main(self.accelerator, lambda: self.folder.log_metrics(line))
         if self.experiment.trackers:
-            values = {key: value for key, value in self.logged.items() if key != "step"}
-            self.accelerator.log(values, step=self.step)
+            self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
 
-    def _show(self, pipeline: bool) -> None:
-        """Draws the grid that is due, and leaves the averaged weights as a pipeline folder."""
-        self._raise_if_not_finite()
-
-        def show() -> None:
-            grid = self.folder.samples / f"{step_name(self.step)}.png"
-            images = build_pipeline(self.experiment, self._averaged_weights(), self.accelerator.device)
-            if self.config.sample_every and (self._due(self.config.sample_every) or pipeline):
-                try:
-                    save_samples(images, self.experiment, grid)
-                except (InputError, RunError) as error:  # as too little memory; the training needs no grid
-                    self.reporter.message(f"step {self.step:,}: no grid, {error}")
-            if pipeline:
-                save_pipeline(images, self.folder.pipelines / step_name(self.step), self._origin(), grid)
-
-        on_main(self.accelerator, show)
+    def _show(self, checkpoint: bool) -> None:
+        """Lets the task show the run, and keeps the numbers that it gives."""
+        self.finite.check()
+        moment = Moment(
+            self.step,
+            checkpoint,
+            self.step == self.config.max_steps,
+            self.model,
+            self._averaged_weights(),
+            self._origin(),
+            self.folder,
+            self.accelerator,
+            self.reporter,
+        )
+        values = self.task.show(moment)
+        if values:
+            self._write_metrics({"step": self.step, "images": self.step * self.config.batch_size, **values})
 
     def _save(self) -> None:
         """Writes a checkpoint: the last act of a step, so that a step cut short is done again whole."""
-        self._raise_if_not_finite()
+        self.finite.check()
 
         def save() -> None:
-            scaler = self.accelerator.scaler
+            scaler, average = self.accelerator.scaler, self._averaged_weights()
             checkpoint = Checkpoint(
                 tensors={
                     "model": self.model.state_dict(),
-                    "ema": self._averaged_weights(),
+                    **({} if average is None else {"ema": average}),
                     "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
                 },
                 state={**self._origin(), "grad_scaler": None if scaler is None else scaler.state_dict()},
@@ -300,8 +283,11 @@ class Trainer:
 
         on_main(self.accelerator, save)
 
-    def _averaged_weights(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.ema.shadow_params, strict=True))
+    def _averaged_weights(self) -> dict[str, Tensor] | None:
+        if self.ema is None:
+            return None
+        # Buffers too, such as a BatchNorm's running statistics, which are averages already.
+        return {**self.model.state_dict(), **dict(zip(self.names, self.ema.shadow_params, strict=True))}
 
     def _origin(self) -> dict[str, Any]:
         """Where the weights of this step come from."""
@@ -309,7 +295,7 @@ class Trainer:
             "run": self.folder.path.name,
             "step": self.step,
             "images": self.step * self.config.batch_size,
-            "weights": "ema",
+            "weights": "raw" if self.ema is None else "ema",
             "recipe": self.experiment.to_dict(),
             "init_from": self.started_from,
             "data": {

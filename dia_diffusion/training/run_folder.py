@@ -16,7 +16,7 @@ from dia_diffusion.files import append_json_line, remove_partial, step_folders, 
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.training.config import Experiment, changed_keys
+from dia_diffusion.training.config import Experiment
 
 SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
 
@@ -31,6 +31,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.pipelines = self.path / "pipelines"
+        self.classifiers = self.path / "classifiers"
         self.samples = self.path / "samples"
         self.evaluations = self.path / EVALUATIONS
         self._lock = FolderLock(self.path)
@@ -46,7 +47,7 @@ class RunFolder:
             InputError: another process has it, or the folder can't be written.
         """
         self._lock.take()
-        for folder in (self.checkpoints, self.pipelines, self.samples):
+        for folder in (self.checkpoints, self.pipelines, self.classifiers, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
@@ -124,7 +125,7 @@ def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:
 
 def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> None:
     """Raises InputError where a run's recipe has changed in more than may change on resuming."""
-    changed = changed_keys(old, experiment.to_dict())
+    changed = experiment.changed_keys(old)
     if changed:
         raise InputError(
             f"{path} holds a run of another recipe ({'; '.join(changed)}); "

@@ -1,0 +1,105 @@
+"""What a run trains: the part of a training that the engine (`training.loop`) leaves to a kind of model and loss."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dia_diffusion.data import ImageSet
+from dia_diffusion.training.config import EmaConfig
+from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.training.run_folder import RunFolder
+
+D = TypeVar("D", bound="Draws")
+
+
+class Draws(Protocol):
+    """What is random in one step, for the images of the global batch or a slice of it."""
+
+    def slice(self: D, start: int, stop: int) -> D:
+        """The draws of images start..stop of the batch."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A run after some step, when it is due to show itself."""
+
+    step: int
+    checkpoint: bool
+    """Whether a checkpoint is written at this step."""
+    last: bool
+    """Whether it is the run's last step."""
+    model: nn.Module
+    weights: dict[str, Tensor] | None
+    """The average of the model's parameters, where one is kept."""
+    origin: dict[str, Any]
+    """Where the weights come from: run, step, recipe, data."""
+    folder: RunFolder
+    accelerator: Accelerator
+    reporter: Reporter
+
+
+class Task(ABC):
+    """A kind of training. The engine calls the methods in about this order, on all processes alike."""
+
+    experiment: Any
+    """The recipe: its output, seed, data.source, train, trackers, to_dict and changed_keys are read by the engine."""
+    ema: EmaConfig | None
+    """The moving average that is kept of the parameters; None keeps none."""
+
+    def check(self) -> None:  # noqa: B027 - most kinds have nothing to check
+        """Raises InputError for what would fail hours later."""
+
+    @abstractmethod
+    def about(self) -> str:
+        """A few words on the model, for the first message."""
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """The model, with first weights from torch's default generator."""
+
+    @abstractmethod
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        """The optimizer's groups, each with its "peak_rate", together in the order of model.parameters()."""
+
+    @abstractmethod
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer of these groups."""
+
+    @abstractmethod
+    def learning_rate(self, step: int, peak: float) -> float:
+        """The rate of a step, counted from 0, in a group with this peak."""
+
+    def first_weights(self, model: Any) -> dict[str, Any] | None:
+        """Puts a new run's first weights into the model and says where from; None leaves it its own."""
+        return None
+
+    def same_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What `first_weights` said when a run that now goes on was new; InputError where the recipe says otherwise."""
+        return kept
+
+    @abstractmethod
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+        """The images that are trained on, and whatever else is read."""
+
+    @abstractmethod
+    def draw(self, step: int) -> Draws:
+        """What is random in a step's global batch: a function of the seed and the step."""
+
+    @abstractmethod
+    def loss(self, network: nn.Module, draws: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The mean loss over the images of a slice of a step's draws."""
+
+    @abstractmethod
+    def shows_at(self, step: int) -> bool:
+        """Whether a run shows itself after this many steps, besides where it writes a checkpoint."""
+
+    @abstractmethod
+    def show(self, moment: Moment) -> dict[str, float]:
+        """Writes what there is to see of the run; returns numbers for metrics.jsonl. Leaves the model in training."""
+
+    def diverged(self, folder: RunFolder, step: int) -> None:  # noqa: B027 - as above
+        """Records, on the main process, that loss or gradient weren't finite at a step, counted from 1."""
