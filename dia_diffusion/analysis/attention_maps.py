@@ -1,161 +1,104 @@
-"""The attention map h over depth, time, image and channel: what a shared unit does in a diffusion model.
+"""The attention map h over depth, time, class, image and channel: what a unit does in a trained network."""
 
-Is h an attention at all? Its variance is split by the law of total variance, over blocks l, channels n, times t and
-images i, each value counting alike:
-
-    Var(h) = Var_l E[h|l] + E_l Var_n E[h|l,n] + E_ln Var_t E[h|l,n,t] + E_lnt Var_i h
-             blocks         channels             times                   images
-
-A learned number a block could do what the first term does, a learned vector of channels a block the first two, and
-such a vector that knows the time the first three. Only the last needs the features.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.trained_run import TrainedRun, blocks_of, spread
-from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.analysis.class_share import ClassMeans
+from dia_diffusion.analysis.map_moments import MapMoments, split_variance
+from dia_diffusion.analysis.options import DEFAULT, Coverage
+from dia_diffusion.analysis.stages import Stage, attended_stages, maps_during
+from dia_diffusion.analysis.trained_run import TrainedRun
 
-SOURCES = ("blocks", "channels", "times", "images")
 RANGE = (10, 90)  # percentiles over channels
 
 
-@contextmanager
-def captured_maps(unit: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the unit multiplies features with: one map that broadcasts to (B, N) a call."""
-    maps: list[Tensor] = []
-    hook = unit.register_forward_hook(lambda unit, _, output: maps.append(unit.attention_map(output[1])))
-    try:
-        yield maps
-    finally:
-        hook.remove()
+def attention_maps(model: nn.Module, *inputs: Any) -> Tensor:
+    """h (L, B, N), float32, of each of the L blocks that carry the unit, of a network that is one stage.
 
-
-@torch.no_grad()
-def attention_maps(model: UViT, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-    """h (L, B, N), float32, of each of the L blocks for noisy samples (B, C, H, W) at network times (B,).
+    inputs: what the network is called with, for a UViT noisy samples (B, C, H, W), network times (B,) and labels.
 
     Raises:
-        InputError: the model has no unit.
+        InputError: the network has no unit.
+        ValueError: it has several stages; `stages.maps_during` gives the maps of each.
     """
-    if model.unit is None:
-        raise InputError("the model has no attention unit, and so no attention maps")
-    with captured_maps(model.unit) as maps:
-        model(sample, timestep, class_labels)
-    return torch.stack([h.to(sample.device, torch.float32).expand(len(sample), model.hidden_size) for h in maps])
-
-
-@dataclass(frozen=True)
-class MapMoments:
-    """Mean and variance of h over images, each (L, T, N) float64: blocks, times, channels."""
-
-    mean: npt.NDArray[np.float64]
-    variance: npt.NDArray[np.float64]
-
-    def split(self) -> dict[str, float]:
-        """The four terms of the variance over all of h; their sum is the variance."""
-        by_channel = self.mean.mean(axis=1)  # (L, N)
-        return {
-            "blocks": float(by_channel.mean(axis=1).var()),
-            "channels": float(by_channel.var(axis=1).mean()),
-            "times": float(self.mean.var(axis=1).mean()),
-            "images": float(self.variance.mean()),
-        }
-
-    def block(self, index: int) -> "MapMoments":
-        """Those of one block alone."""
-        return MapMoments(self.mean[index : index + 1], self.variance[index : index + 1])
+    (maps,) = maps_during(attended_stages(model), lambda: model(*inputs))
+    return maps
 
 
 def measure_maps(
-    run: TrainedRun,
-    model: UViT,
-    *,
-    num_images: int,
-    num_times: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: Callable[[int], None] = lambda images: None,
-) -> MapMoments:
-    """The moments of h over the run's images, each with one noise, at times spread as training draws them.
+    run: TrainedRun, model: nn.Module, coverage: Coverage, classes: Sequence[ClassMeans] | None = None
+) -> list[MapMoments]:
+    """The moments, for each stage with a unit, of h over the covered images, each with one noise.
 
-    The images are the first that `seed` draws, with flips and dropped labels as in training. Only their noise is
-    held for all of them at once.
-
-    progress: called with how many more images the network has seen.
+    classes: one for each such stage, which the maps are added to.
     """
-    times = run.process.timestep(spread(num_times))
-    draws = run.draw(seed, 0, num_images)
-    shape = (len(blocks_of(model)), num_times, model.hidden_size)
-    total, squares = np.zeros(shape), np.zeros(shape)
-    for start in range(0, num_images, batch_size):
-        part = draws.slice(start, min(start + batch_size, num_images))
-        images, labels = run.batch(part)
-        for index, time in enumerate(times):
-            timestep = time.expand(len(images))
-            noisy, _ = run.process.mix(images, part.noise.to(images), timestep)
-            h = attention_maps(model, noisy, timestep.to(images.device), labels).double().cpu().numpy()  # (L, b, N)
-            total[:, index] += h.sum(axis=1)
-            squares[:, index] += np.square(h).sum(axis=1)
-            progress(len(images))
-    mean = total / num_images
-    return MapMoments(mean, np.maximum(squares / num_images - mean**2, 0.0))
+    stages, num_times = attended_stages(model), run.num_times(coverage.num_times)
+    draws = run.draw(coverage.seed, 0, coverage.num_images)
+    labels = run.classes(draws)
+    sums = [np.zeros((2, len(stage.attended), num_times, stage.channels)) for stage in stages]
+    for batch in run.batches(draws, num_times, coverage.batch_size):
+        maps = maps_during(stages, partial(batch.losses, model))
+        for index, h in enumerate(h.double().cpu().numpy() for h in maps):  # (L, B, N)
+            sums[index][0, :, batch.time] += h.sum(axis=1)
+            sums[index][1, :, batch.time] += np.square(h).sum(axis=1)
+            if classes is not None and labels is not None:
+                classes[index].add(h, batch.time, labels[batch.images])
+        coverage.progress(batch.images.stop - batch.images.start)
+    means = [total / coverage.num_images for total in sums]
+    return [MapMoments(mean, np.maximum(squares - mean**2, 0.0)) for mean, squares in means]
 
 
-def summary(moments: MapMoments) -> dict[str, Any]:
-    """The numbers of one step, for a record: means by block and time, the range over channels, shares of variance."""
-    by_channel = moments.mean.mean(axis=1)  # (L, N)
-    low, high = np.percentile(by_channel, RANGE, axis=1)
-    terms = moments.split()
-    blocks = [moments.block(index).split() for index in range(len(by_channel))]
+def summary(moments: Sequence[MapMoments]) -> dict[str, Any]:
+    """The numbers of one step, for a record: means by block and time, the range over channels, shares of variance.
+
+    The blocks of all stages follow each other.
+    """
+    by_channel = [each.mean.mean(axis=1) for each in moments]  # (L, N)
+    low, high = np.concatenate([np.percentile(blocks, RANGE, axis=1) for blocks in by_channel], axis=1)
+    terms = split_variance(moments)
+    blocks = [split_variance([each.block(index)]) for each in moments for index in range(len(each.mean))]
+    by_block = np.concatenate([each.mean(axis=1) for each in by_channel])
     return {
-        "mean": float(moments.mean.mean()),
+        "mean": float(by_block.mean()),
         "variance": sum(terms.values()),
         "shares": _shares(terms),
-        "mean_by_block": by_channel.mean(axis=1).tolist(),
+        "mean_by_block": by_block.tolist(),
         "low_by_block": low.tolist(),
         "high_by_block": high.tolist(),
-        "mean_by_block_and_time": moments.mean.mean(axis=2).tolist(),
+        "mean_by_block_and_time": np.concatenate([each.mean.mean(axis=2) for each in moments]).tolist(),
         "variance_by_block": [sum(block.values()) for block in blocks],
         "shares_by_block": [_shares(block) for block in blocks],
     }
 
 
-def maps_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_images: int,
-    num_times: int,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda images: None,
-) -> dict[str, Any]:
+def maps_of_run(run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT) -> dict[str, Any]:
     """A run's record: the summary of each step's averaged weights, and of the first weights where all steps are meant.
 
     Raises:
-        InputError: the run has no unit, or no pipeline of a step.
+        InputError: the run has no unit, or no weights of a step.
     """
     run.require_unit()
-    measured = []
-    for step in steps_of_maps(run, steps):
-        model = run.first_model() if step == 0 else run.averaged_model(step)
-        moments = measure_maps(run, model, num_images=num_images, num_times=num_times, seed=seed, progress=progress)
-        measured.append({"step": step, "images_seen": step * run.experiment.train.batch_size} | summary(moments))
-    return {**run.described(), "steps": measured}
-
-
-def steps_of_maps(run: TrainedRun, steps: Sequence[int] | None) -> list[int]:
-    """The steps that `maps_of_run` measures; 0 stands for the first weights."""
-    first = [0] if steps is None and run.experiment.init_from is None else []
-    return first + run.choose_steps(steps)
+    measured: list[dict[str, Any]] = []
+    stages: list[Stage] = []
+    for step in run.with_first(steps):
+        model = run.model(step)
+        stages, num_times = attended_stages(model), run.num_times(coverage.num_times)
+        classes = [ClassMeans(len(stage.attended), num_times, stage.channels) for stage in stages]
+        moments = measure_maps(run, model, coverage, classes)
+        record = {**run.measured(step), **summary(moments)}
+        if run.images.labels is not None:
+            record["classes"] = ClassMeans.summary(classes, moments, run.images.class_names)
+        measured.append(record)
+    return {
+        **run.described(),
+        "has_times": run.has_times,
+        "stages": [{"name": stage.name, "blocks": stage.attended_blocks} for stage in stages],
+        "steps": measured,
+    }
 
 
 def _shares(terms: dict[str, float]) -> dict[str, float]:

@@ -16,12 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.trained_run import TrainedRun
-from dia_diffusion.models.uvit import UViT
-from dia_diffusion.training.objective import diffusion_loss
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
-WEIGHTS = ("ema", "raw")
 FOLDS = 8
 
 
@@ -126,13 +123,12 @@ def noise_of_run(
     Raises:
         InputError: no weights of a step.
     """
-    size = batch_size or run.experiment.train.batch_size
+    size = batch_size or run.batch_size
     measured = []
     for step in run.choose_steps(steps, weights):
-        model = (run.averaged_model(step) if weights == "ema" else run.trained_model(step)).requires_grad_(True)
+        model = run.model(step, weights).requires_grad_(True)
         losses = [_loss_of(run, model, seed, number, size, progress) for number in range(num_batches)]
-        noise = gradient_noise(model, losses, size)
-        measured.append({"step": step, "images_seen": step * run.experiment.train.batch_size, "groups": noise})
+        measured.append({**run.measured(step), "groups": gradient_noise(model, losses, size)})
     logged = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
     return {
         **run.described(),
@@ -143,13 +139,11 @@ def noise_of_run(
 
 
 def _loss_of(
-    run: TrainedRun, model: UViT, seed: int, number: int, size: int, progress: Callable[[int], None]
+    run: TrainedRun, model: nn.Module, seed: int, number: int, size: int, progress: Callable[[int], None]
 ) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         progress(1)
-        draws = run.draw(seed, number, size)
-        images, labels = run.batch(draws)
-        return diffusion_loss(model, run.process, images, draws, labels)
+        return run.training_losses(model, run.draw(seed, number, size)).mean()
 
     return loss
 

@@ -3,44 +3,33 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dia_diffusion.analysis.trained_run import TrainedRun, spread
-from dia_diffusion.models.uvit import UViT
-from dia_diffusion.training.objective import image_losses
-from dia_diffusion.training.randomness import StepDraws
+from dia_diffusion.analysis.options import Coverage
+from dia_diffusion.analysis.trained_run import TrainedRun
 
 
 @torch.no_grad()
 def losses(
     run: TrainedRun,
-    model: UViT,
-    draws: StepDraws,
-    num_times: int,
+    model: nn.Module,
+    draws: Any,
+    coverage: Coverage,
     during: Callable[[int], AbstractContextManager[object]] = lambda time: nullcontext(),
-    *,
-    batch_size: int = 64,
-    progress: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """The run's own loss (T, I), float64, of each image of the draws with its noise at each of T spread times.
 
     during: what is replaced while the network runs at the time of that index.
-    progress: called with how many more images the network has seen.
     """
-    count = len(draws.indices)
-    found = torch.empty(num_times, count, dtype=torch.float64)
-    for start in range(0, count, batch_size):
-        part = draws.slice(start, min(start + batch_size, count))
-        images, labels = run.batch(part)
-        for index, uniform in enumerate(spread(num_times)):
-            at_time = replace(part, uniform=uniform.expand(len(images)))
-            with during(index):
-                weighted = image_losses(model, run.process, images, at_time, labels)
-            found[index, start : start + len(images)] = weighted.cpu()
-            progress(len(images))
+    num_times = run.num_times(coverage.num_times)
+    found = torch.empty(num_times, len(draws.indices), dtype=torch.float64)
+    for batch in run.batches(draws, num_times, coverage.batch_size):
+        with during(batch.time):
+            found[batch.time, batch.images] = batch.losses(model).double().cpu()
+        coverage.progress(batch.images.stop - batch.images.start)
     return found
 
 

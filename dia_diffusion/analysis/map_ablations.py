@@ -5,16 +5,20 @@ network itself stays: it was trained with its own h, so this tells what it uses,
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import count
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
+from dia_diffusion.analysis.attention_maps import measure_maps
 from dia_diffusion.analysis.losses import compared, losses
+from dia_diffusion.analysis.map_moments import MapMoments
+from dia_diffusion.analysis.options import DEFAULT, Coverage
+from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.attention.recalibration import recalibrate
 
@@ -34,54 +38,47 @@ def replacement(moments: MapMoments, axes: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def replaced_maps(unit: nn.Module, maps: Tensor) -> Iterator[None]:
-    """While it lasts, the unit multiplies the features in each block with its row of maps (L, N) instead of h."""
-    calls = count()
-
-    def replace(unit: nn.Module, given: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        features = given[0]
-        return recalibrate(features, maps[next(calls) % len(maps)].to(features)), output[1]
-
-    hook = unit.register_forward_hook(replace)
-    try:
+def replaced_maps(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Iterator[None]:
+    """While it lasts, each unit multiplies the features in each of its blocks with a row of its (L, N) instead of h."""
+    with ExitStack() as hooks:
+        for unit, rows in zip(units, maps, strict=True):
+            hooks.callback(unit.register_forward_hook(partial(_replace, cycle(rows))).remove)
         yield
-    finally:
-        hook.remove()
 
 
-def _in_turn(unit: nn.Module, maps: Tensor) -> Callable[[int], AbstractContextManager[None]]:
-    """Time's index -> the replacement by that row of maps (T, L, N)."""
-    return lambda time: replaced_maps(unit, maps[time])
+def _replace(
+    rows: Iterator[Tensor], unit: nn.Module, given: tuple[Any, ...], output: tuple[Tensor, Any]
+) -> tuple[Tensor, Any]:
+    features = given[0]
+    return recalibrate(features, next(rows).to(features)), output[1]
+
+
+def _in_turn(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Callable[[int], AbstractContextManager[None]]:
+    """Time's index -> the replacement by that row of each unit's maps (T, L, N)."""
+    return lambda time: replaced_maps(units, [each[time] for each in maps])
 
 
 def ablations_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_images: int,
-    num_times: int,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda images: None,
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT
 ) -> dict[str, Any]:
     """A run's record: the loss of each step's averaged weights with their own h and with each replacement.
 
-    The means are those of num_images images, the losses those of as many others, at the same times.
+    The means are those of the covered images, the losses those of as many others, at the same times.
 
     Raises:
-        InputError: the run has no unit, too few images, or no pipeline of a step.
+        InputError: the run has no unit, too few images, or no weights of a step.
     """
     run.require_unit()
-    draws = run.draw_others(seed, num_images)
+    draws = run.draw_others(coverage.seed, coverage.num_images)
     measured = []
     for step in run.choose_steps(steps):
-        model = run.averaged_model(step)
-        assert model.unit is not None
-        moments = measure_maps(run, model, num_images=num_images, num_times=num_times, seed=seed, progress=progress)
-        own = losses(run, model, draws, num_times, progress=progress)
+        model = run.model(step)
+        units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
+        moments = measure_maps(run, model, coverage)
+        own = losses(run, model, draws, coverage)
         replaced = {}
         for name, axes in REPLACEMENTS.items():
-            during = _in_turn(model.unit, replacement(moments, axes))
-            replaced[name] = losses(run, model, draws, num_times, during, progress=progress)
-        seen = step * run.experiment.train.batch_size
-        measured.append({"step": step, "images_seen": seen, "losses": compared(own, replaced)})
+            during = _in_turn(units, [replacement(each, axes) for each in moments])
+            replaced[name] = losses(run, model, draws, coverage, during)
+        measured.append({**run.measured(step), "losses": compared(own, replaced)})
     return {**run.described(), "steps": measured}

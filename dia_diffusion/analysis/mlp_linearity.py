@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.losses import compared, losses
-from dia_diffusion.analysis.trained_run import TrainedRun, blocks_of
-from dia_diffusion.models.uvit import Mlp, UViT
+from dia_diffusion.analysis.options import DEFAULT, Coverage
+from dia_diffusion.analysis.stages import uvit_blocks
+from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.uvit_block import Mlp
 
 Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -28,7 +32,7 @@ def at_activations(model: UViT, called: Activation) -> Iterator[None]:
 
     What that returns goes on to the MLP's second layer; None leaves it y.
     """
-    hooks = [hook for index, block in enumerate(blocks_of(model)) for hook in _hooks(block.mlp, index, called)]
+    hooks = [hook for index, block in enumerate(uvit_blocks(model)) for hook in _hooks(block.mlp, index, called)]
     try:
         yield
     finally:
@@ -52,7 +56,7 @@ class LineFit:
     """The least squares of a line for each hidden unit of each block, from sums, so memory doesn't grow with images."""
 
     def __init__(self, model: UViT):
-        mlps = [block.mlp for block in blocks_of(model)]
+        mlps = [block.mlp for block in uvit_blocks(model)]
         self.counts = torch.zeros(len(mlps), 1, dtype=torch.float64)
         self.sums = torch.zeros(5, len(mlps), mlps[0].fc1.out_features, dtype=torch.float64)
 
@@ -89,32 +93,27 @@ def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
 
 
 def linearity_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_images: int,
-    num_times: int,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda images: None,
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT
 ) -> dict[str, Any]:
     """A run's record: how linear each step's averaged weights make the MLPs, and the loss with lines in all of them.
 
-    The lines are fitted on num_images images at num_times spread times, the losses are those of as many others.
+    The lines are fitted on the covered images, the losses are those of as many others, at the same times.
 
     Raises:
-        InputError: the run has too few images, or no pipeline of a step.
+        InputError: the run has too few images, no weights of a step, or a network that is no UViT.
     """
-    draws = run.draw_others(seed, num_images)
+    draws = run.draw_others(coverage.seed, coverage.num_images)
     measured = []
     for step in run.choose_steps(steps):
-        model = run.averaged_model(step)
+        model = run.model(step)
+        if not isinstance(model, UViT):
+            raise InputError(f"{run.folder.path} holds a {type(model).__name__}; accepted for linearity: a UViT")
         fit = LineFit(model)
         with at_activations(model, fit.add):
-            losses(run, model, run.draw(seed, 0, num_images), num_times, progress=progress)
-        own = losses(run, model, draws, num_times, progress=progress)
+            losses(run, model, run.draw(coverage.seed, 0, coverage.num_images), coverage)
+        own = losses(run, model, draws, coverage)
         with at_activations(model, lines_instead(*fit.lines())):
-            lines = losses(run, model, draws, num_times, progress=progress)
-        seen = step * run.experiment.train.batch_size
+            lines = losses(run, model, draws, coverage)
         comparison = {"losses": compared(own, {"lines for GELU": lines})}
-        measured.append({"step": step, "images_seen": seen} | fit.summary() | comparison)
+        measured.append(run.measured(step) | fit.summary() | comparison)
     return {**run.described(), "steps": measured}

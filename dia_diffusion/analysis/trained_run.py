@@ -1,85 +1,133 @@
-"""A run as the analyses see it: its recipe, its weights at each step, and batches of the images it was trained on."""
+"""A run as the analyses see it: its networks at each step, and the images it was trained on as it feeds them."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dia_diffusion.data import ImageSet, open_images
+from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import step_folders
-from dia_diffusion.models.uvit import Block, UViT
-from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
-from dia_diffusion.training.images import training_batch
-from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
-from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
+
+WEIGHTS = ("ema", "raw")
 
 
-class TrainedRun:
+@dataclass(frozen=True)
+class Batch:
+    """Images at one time."""
+
+    time: int
+    """The index of the time among those an analysis goes over."""
+    images: slice
+    """Which of the drawn images."""
+    losses: Callable[[nn.Module], Tensor]
+    """Runs a network on them once: each image's part (B,) of the run's training loss."""
+
+
+class TrainedRun(ABC):
     """A run's folder, opened for reading.
 
-    Args:
-        path: the run folder.
-        device: where models and batches go.
-
-    Raises:
-        InputError: no run's folder, or one without pipelines.
+    Attributes:
+        folder: its paths.
+        name: the folder's own.
+        device: where networks and batches go.
+        images: what it was trained on; None until `open_runs` has read it.
     """
 
     def __init__(self, path: str | Path, device: torch.device | None = None):
         self.folder = RunFolder(path)
-        if not self.folder.config.is_file():
-            raise InputError(f"{path} is no run folder; accepted: what `dia-diffusion train` writes, with config.yaml")
         self.name = self.folder.path.resolve().name
-        self.experiment = read_experiment(str(self.folder.config))
-        self.process = self.experiment.noise_process()
         self.device = device or torch.device("cpu")
-        self.pipelines = step_folders(self.folder.pipelines)
-        if not self.pipelines:
-            raise InputError(f"{path} has no pipelines yet")
-        self.images: ImageSet | None = None
+        self._images: ImageSet | None = None
 
-    def averaged_model(self, step: int) -> UViT:
-        """The network with the averaged weights of a pipeline's step, in evaluation mode.
+    @property
+    def images(self) -> ImageSet:
+        """What the run was trained on."""
+        if self._images is None:
+            raise ValueError(f"{self.name} was opened without its images; use open_runs")
+        return self._images
+
+    @images.setter
+    def images(self, images: ImageSet) -> None:
+        self._images = images
+
+    unit: str
+    """The unit's name; "none" without one."""
+    unit_kwargs: dict[str, Any] | None
+    """Its arguments, as in the recipe."""
+    batch_size: int
+    """Images a training step."""
+    seed: int
+    """The recipe's."""
+    has_times: bool
+    """Whether its network sees noise and a time."""
+
+    @abstractmethod
+    def places(self, weights: str) -> dict[int, Path]:
+        """step -> where its averaged ("ema") or own ("raw") weights lie."""
+
+    @abstractmethod
+    def first_model(self) -> nn.Module:
+        """The network before its first step, in evaluation mode; a run that started from others' began elsewhere."""
+
+    @abstractmethod
+    def _load(self, step: int, weights: str) -> nn.Module:
+        """The network with a step's weights, in evaluation mode, on the device."""
+
+    @abstractmethod
+    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> ImageSet:
+        """Reads what the run was trained on, from where it is now. Raises InputError: no such images."""
+
+    @abstractmethod
+    def trained_on(self) -> str | None:
+        """The fingerprint of the images it was trained on; None where an older version didn't write it."""
+
+    @abstractmethod
+    def images_key(self, source: str | None) -> tuple[Any, ...]:
+        """Runs with the same key have the same images."""
+
+    @abstractmethod
+    def draw(self, seed: int, number: int, count: int) -> Any:
+        """What is random in the batch of that number, as training draws a step's; has `indices` (count,)."""
+
+    @abstractmethod
+    def batches(self, draws: Any, num_times: int, batch_size: int) -> Iterator[Batch]:
+        """The drawn images in parts, each at all of so many spread times; classifiers have no times."""
+
+    @abstractmethod
+    def training_losses(self, model: nn.Module, draws: Any) -> Tensor:
+        """Each drawn image's part (B,) of the loss, at the time that training would draw for it."""
+
+    @property
+    def starts_at_first_weights(self) -> bool:
+        """Whether the run's history begins with `first_model`, in whose evaluation mode an analysis makes sense."""
+        return True
+
+    def model(self, step: int, weights: str = "ema") -> nn.Module:
+        """The network with a step's averaged weights, or its own ("raw"), in evaluation mode; step 0: the first ones.
 
         Raises:
-            InputError: no pipeline of that step, or one that can't be loaded.
+            InputError: no weights of that step, or damaged ones.
         """
-        model = load_pipeline(self.folder.path, self.device, step=step).unet
-        if not isinstance(model, UViT):
-            raise InputError(f"{self.pipelines[step]} holds a {type(model).__name__}; accepted: a UViT")
-        return model
-
-    def first_model(self) -> UViT:
-        """The network as it was before its first step; a run with init_from began elsewhere."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(self.experiment.seed, WEIGHTS))
-            return build_model(self.experiment.model).eval().to(self.device)
-
-    def trained_model(self, step: int) -> UViT:
-        """The network with the weights of a checkpoint themselves, not their average.
-
-        Raises:
-            InputError: no checkpoint of that step, or a damaged one.
-        """
-        self.choose_steps([step], "raw")
-        place, model = self._checkpoints()[step], self.first_model()
-        load_weights(model, load_checkpoint(place).tensors["model"], place)
-        return model
+        if step == 0:
+            return self.first_model()
+        self.choose_steps([step], weights)
+        return self._load(step, weights)
 
     def choose_steps(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
-        """The steps asked for, or all that have a pipeline; with weights "raw", a checkpoint.
+        """The steps asked for, or all whose weights are kept.
 
         Raises:
-            InputError: a step without one, or no checkpoints.
+            InputError: a step without weights, or none at all.
         """
-        kind, places = ("pipeline", self.pipelines) if weights == "ema" else ("checkpoint", self._checkpoints())
+        places = self.places(weights)
+        kind = "pipeline" if weights == "ema" else "checkpoint"
         if missing := [step for step in asked or () if step not in places]:
             accepted = ", ".join(map(str, places)) or "none"
             raise InputError(f"{self.folder.path} has no {kind} of step {missing[0]}; accepted: {accepted}")
@@ -87,91 +135,54 @@ class TrainedRun:
             raise InputError(f"{self.folder.path} has no {kind}s")
         return list(places) if asked is None else sorted(set(asked))
 
-    def _checkpoints(self) -> dict[int, Path]:
-        return step_folders(self.folder.checkpoints)
+    def with_first(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
+        """`choose_steps` with 0, the first weights, before them where all are meant, or where it is asked for."""
+        first = 0 in asked if asked is not None else self.starts_at_first_weights
+        others = None if asked is None else [step for step in asked if step != 0]
+        return [0] * first + (self.choose_steps(others, weights) if others is None or others else [])
 
-    def require_unit(self) -> None:
-        """Raises InputError for a run without attention unit."""
-        if self.experiment.model.attention == "none":
-            raise InputError(f"{self.folder.path} was trained without attention unit; accepted: runs with one")
-
-    def draw(self, seed: int, number: int, count: int) -> StepDraws:
-        """What is random in the batch of that number, as training draws a step's."""
-        images = self._images()
-        return draw_step(seed, number, count, len(images), images.images.shape[1:])
-
-    def draw_others(self, seed: int, count: int) -> StepDraws:
+    def draw_others(self, seed: int, count: int) -> Any:
         """The draws after `draw(seed, 0, count)`, of other images: what is fitted on those is measured on these.
 
         Raises:
             InputError: the run has too few images.
         """
-        if 2 * count > len(self._images()):
+        if 2 * count > len(self.images):
             raise InputError(
-                f"{count} images and as many others are more than the {len(self._images()):,} that {self.folder.path} "
-                f"was trained on; accepted: {len(self._images()) // 2} or fewer"
+                f"{count} images and as many others are more than the {len(self.images):,} that {self.folder.path} "
+                f"was trained on; accepted: {len(self.images) // 2} or fewer"
             )
         return self.draw(seed, 1, count)
 
-    def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor | None]:
-        """Images (B, C, H, W) in [-1, 1] and labels (B,), prepared as the run's training does."""
-        return training_batch(self._images(), self.experiment, draws, self.device, torch.float32)
+    def classes(self, draws: Any) -> npt.NDArray[np.int64] | None:
+        """The classes (B,) of the drawn images; None where the images have none."""
+        return None if self.images.labels is None else np.asarray(self.images.labels[draws.indices])
+
+    def num_times(self, asked: int) -> int:
+        """How many times an analysis goes over, of so many asked for."""
+        return asked if self.has_times else 1
+
+    def require_unit(self) -> None:
+        """Raises InputError for a run without attention unit."""
+        if self.unit == "none":
+            raise InputError(f"{self.folder.path} was trained without attention unit; accepted: runs with one")
 
     def described(self) -> dict[str, Any]:
         """For records: what the run is."""
-        recipe = self.experiment
         return {
             "run": self.name,
-            "unit": recipe.model.attention,
-            "unit_kwargs": recipe.model.attention_kwargs,
-            "batch_size": recipe.train.batch_size,
-            "seed": recipe.seed,
-            "images_fingerprint": self._images().fingerprint,
+            "unit": self.unit,
+            "unit_kwargs": self.unit_kwargs,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "images_fingerprint": self.images.fingerprint,
         }
 
-    def _images(self) -> ImageSet:
-        if self.images is None:
-            raise ValueError(f"{self.name} was opened without its images; use open_runs")
-        return self.images
-
-
-def blocks_of(model: UViT) -> list[Block]:
-    """The network's blocks in the order in which it runs them."""
-    return cast(list[Block], [*model.in_blocks, model.mid_block, *model.out_blocks])
+    def measured(self, step: int) -> dict[str, int]:
+        """For records: at what point of the training something was measured."""
+        return {"step": step, "images_seen": step * self.batch_size}
 
 
 def spread(num_times: int) -> Tensor:
     """(T,) in (0, 1), as `uniform` of training's draws: the middles of equally likely parts of time."""
     return (torch.arange(num_times) + 0.5) / num_times
-
-
-def open_runs(
-    paths: Sequence[str | Path],
-    source: str | None = None,
-    device: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[TrainedRun]:
-    """Runs with their images, each set of images read once.
-
-    source: where the images are now; None: where each run's recipe says.
-    progress: called with (images read, of how many).
-
-    Raises:
-        InputError: no such run or images, or other images than a run was trained on.
-    """
-    runs = [TrainedRun(path, device) for path in paths]
-    opened: dict[tuple[Any, ...], ImageSet] = {}
-    for run in runs:
-        data, model = run.experiment.data, run.experiment.model
-        place = source or data.source
-        key = (place, data.split, model.sample_size, model.in_channels)
-        if key not in opened:
-            opened[key] = open_images(
-                place, split=data.split, size=model.sample_size, channels=model.in_channels, progress=progress
-            )
-        run.images = opened[key]
-        training = read_training(list(run.pipelines.values())[-1]) or {"data": {}}
-        trained_on = training["data"].get("fingerprint", run.images.fingerprint)
-        if run.images.fingerprint != trained_on:
-            raise InputError(f"{place} has other images than {run.folder.path} was trained on; give those as --data")
-    return runs

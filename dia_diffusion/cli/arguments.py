@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from dia_diffusion.errors import InputError
@@ -24,3 +25,21 @@ class CommandParser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             message += f"; did you mean {difflib.get_close_matches(unknown, known, n=1, cutoff=0.0)[0]}?"
         raise InputError(message)
+
+
+def run_part(
+    command: str,
+    description: str,
+    kind: str,
+    parts: Mapping[str, Callable[[Sequence[str]], None]],
+    arguments: Sequence[str],
+) -> None:
+    """Runs the part of a command that the first argument names with the other arguments.
+
+    kind: what the parts are, such as "action"; each has its own options and help.
+    """
+    parser = CommandParser(command, description)
+    parser.add_argument(kind, choices=parts, help=f"`dia-diffusion {command} {kind.upper()} --help` tells its options")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=f"of the {kind}")
+    options = parser.parse_args(arguments)
+    parts[getattr(options, kind)](options.arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.arguments import CommandParser, run_part
 from dia_diffusion.cli.console import ConsoleReporter, Counter, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
 from dia_diffusion.data import SPLITS, open_images
@@ -27,11 +27,8 @@ from dia_diffusion.evaluation.statistics_files import (
 
 def run(arguments: Sequence[str]) -> None:
     """Does what the first argument says with the others."""
-    parser = CommandParser("stats", "Makes, shows and compares files of the mean and covariance of images' features.")
-    parser.add_argument("action", choices=ACTIONS, help="`dia-diffusion stats ACTION --help` tells its options")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the action")
-    options = parser.parse_args(arguments)
-    ACTIONS[options.action](options.arguments)
+    description = "Makes, shows and compares files of the mean and covariance of images' features."
+    run_part("stats", description, "action", ACTIONS, arguments)
 
 
 def _make(arguments: Sequence[str]) -> None:

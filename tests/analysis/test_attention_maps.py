@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.attention_maps import MapMoments, attention_maps, maps_of_run, measure_maps, summary
-from dia_diffusion.analysis.trained_run import open_runs
+from dia_diffusion.analysis.attention_maps import attention_maps, maps_of_run, measure_maps, summary
+from dia_diffusion.analysis.map_moments import MapMoments, split_variance
+from dia_diffusion.analysis.options import Coverage
+from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.attention import UNITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.randomness import image_order
@@ -30,7 +32,8 @@ def test_maps_are_what_features_are_multiplied_with(unit: str) -> None:
     hook.remove()
     assert maps.shape == (3, 2, 32) and len(calls) == 3
     for h, (features, recalibrated) in zip(maps, calls, strict=True):
-        assert torch.allclose(features * h[:, None], recalibrated, atol=1e-6)
+        scales = (recalibrated / features)[:, 1:]  # of the patches; with maps over places each has its own
+        assert torch.allclose(h, scales.mean(1), rtol=1e-5, atol=1e-7)
     assert not model.unit._forward_hooks
 
 
@@ -42,13 +45,13 @@ def test_a_model_without_unit_has_no_maps() -> None:
 def test_the_terms_add_up_to_the_variance() -> None:
     h = np.random.default_rng(0).normal(size=(3, 4, 5, 6)) * np.arange(1, 4)[:, None, None, None]  # L, T, I, N
     moments = MapMoments(h.mean(axis=2), h.var(axis=2))
-    assert sum(moments.split().values()) == pytest.approx(h.var())
-    assert sum(moments.block(1).split().values()) == pytest.approx(h[1].var())
+    assert sum(split_variance([moments]).values()) == pytest.approx(h.var())
+    assert sum(split_variance([moments.block(1)]).values()) == pytest.approx(h[1].var())
     # Written out with loops, as the law says it.
     channels = [np.var([h[b, :, :, n].mean() for n in range(6)]) for b in range(3)]
     times = [np.var([h[b, t, :, n].mean() for t in range(4)]) for b in range(3) for n in range(6)]
     images = [np.var(h[b, t, :, n]) for b in range(3) for t in range(4) for n in range(6)]
-    assert moments.split() == pytest.approx(
+    assert split_variance([moments]) == pytest.approx(
         {
             "blocks": np.var([h[b].mean() for b in range(3)]),
             "channels": np.mean(channels),
@@ -66,14 +69,14 @@ def test_each_cause_has_its_share(source: str, shape: tuple[int, ...]) -> None:
     if source == "times":
         values -= values.mean(axis=1, keepdims=True)
     moments = MapMoments(np.broadcast_to(values, (3, 4, 6)), np.zeros((3, 4, 6)))
-    assert summary(moments)["shares"][source] == pytest.approx(1)
+    assert summary([moments])["shares"][source] == pytest.approx(1)
 
 
 def test_moments_of_a_run_are_those_of_image_after_image(tiny_run: Callable[[str], Path]) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
-    model = run.averaged_model(6)
+    model = run.model(6)
     seen: list[int] = []
-    moments = measure_maps(run, model, num_images=5, num_times=3, seed=2, batch_size=2, progress=seen.append)
+    (moments,) = measure_maps(run, model, Coverage(5, 3, seed=2, batch_size=2, progress=seen.append))
     assert sum(seen) == 15
     draws = run.draw(2, 0, 5)
     pixels = run.images.images[image_order(2, 0, 5, len(run.images))]
@@ -93,15 +96,15 @@ def test_moments_of_a_run_are_those_of_image_after_image(tiny_run: Callable[[str
 
 def test_records_begin_with_the_first_weights(tiny_run: Callable[[str], Path]) -> None:
     (run,) = open_runs([tiny_run("block-scale")])
-    record = maps_of_run(run, num_images=2, num_times=2)
+    record = maps_of_run(run, coverage=Coverage(2, 2))
     assert [step["step"] for step in record["steps"]] == [0, 3, 6]
     first, last = record["steps"][0], record["steps"][-1]
     assert first["mean_by_block"] == pytest.approx([0.25] * 3) and first["variance"] == pytest.approx(0, abs=1e-12)
-    assert last["mean_by_block"] == pytest.approx(run.averaged_model(6).unit.scale[:, 0].tolist())
+    assert last["mean_by_block"] == pytest.approx(run.model(6).unit.scale[:, 0].tolist())
     assert last["shares"]["blocks"] == pytest.approx(1, abs=1e-4)
     plain, _ = open_runs([tiny_run("none"), tiny_run("block-scale")])
     with pytest.raises(InputError, match="without attention unit"):
-        maps_of_run(plain, num_images=2, num_times=2)
+        maps_of_run(plain, coverage=Coverage(2, 2))
 
 
 def test_other_images_than_it_was_trained_on_are_refused(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:

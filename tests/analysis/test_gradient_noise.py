@@ -13,7 +13,7 @@ from torch import nn
 
 from dia_diffusion import UViT
 from dia_diffusion.analysis.gradient_noise import gradient_noise, group_of, logged_norms, noise_of_run
-from dia_diffusion.analysis.trained_run import open_runs
+from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.objective import diffusion_loss
@@ -84,7 +84,7 @@ def test_groups_are_the_parts_of_the_network() -> None:
 def test_a_runs_noise_is_that_of_its_own_loss(tiny_run: Callable[[str], Path]) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     record = noise_of_run(run, [6], num_batches=3, batch_size=4, seed=5)
-    model = run.averaged_model(6).requires_grad_(True)
+    model = run.model(6).requires_grad_(True)
     gradients = []
     for number in range(3):
         draws = run.draw(5, number, 4)
@@ -114,10 +114,10 @@ def test_a_runs_noise_is_that_of_its_own_loss(tiny_run: Callable[[str], Path]) -
 
 def test_raw_weights_are_those_of_the_checkpoint(tiny_run: Callable[[str], Path]) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
-    averaged, raw = run.averaged_model(6).state_dict(), run.trained_model(6).state_dict()
+    averaged, raw = run.model(6).state_dict(), run.model(6, "raw").state_dict()
     assert averaged.keys() == raw.keys() and not torch.equal(averaged["unit.scale"], raw["unit.scale"])
     with pytest.raises(InputError, match="no checkpoint of step 4; accepted: 3, 6"):
-        run.trained_model(4)
+        run.model(4, "raw")
 
 
 def test_raw_weights_are_looked_for_among_checkpoints(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:

@@ -11,10 +11,13 @@ from PIL import Image
 from scipy import stats
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
+from dia_diffusion.analysis.attention_maps import measure_maps
 from dia_diffusion.analysis.losses import compared, losses
 from dia_diffusion.analysis.map_ablations import REPLACEMENTS, ablations_of_run, replaced_maps, replacement
-from dia_diffusion.analysis.trained_run import blocks_of, open_runs
+from dia_diffusion.analysis.map_moments import MapMoments
+from dia_diffusion.analysis.options import Coverage
+from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.randomness import image_order
@@ -32,7 +35,7 @@ def test_replaced_maps_are_a_learned_scale() -> None:
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
     with torch.no_grad():
         before = model(x, t).sample
-        with replaced_maps(model.unit, maps):
+        with replaced_maps([model.unit], [maps]):
             model(x, t)
             replaced = model(x, t).sample  # the blocks are counted anew in each pass
         assert torch.allclose(replaced, control(x, t).sample, atol=1e-6)
@@ -57,10 +60,10 @@ def test_replacements_are_means_over_what_they_are_not_named_for() -> None:
 def test_losses_are_those_of_image_after_image(tiny_run: Callable[[str], Path]) -> None:
     """vp-continuous noise, uniform weights, noise predicted: the loss is the mean squared error of the noise."""
     (run,) = open_runs([tiny_run("dia-lstm")])
-    model = run.averaged_model(6)
+    model = run.model(6)
     draws = run.draw_others(2, 5)
     seen: list[int] = []
-    measured = losses(run, model, draws, 3, batch_size=2, progress=seen.append)
+    measured = losses(run, model, draws, Coverage(5, 3, batch_size=2, progress=seen.append))
     assert measured.shape == (3, 5) and sum(seen) == 15
     order = image_order(2, 0, 10, len(run.images))
     assert np.array_equal(draws.indices, order[5:]) and len(set(order)) == 10
@@ -95,14 +98,14 @@ def test_a_control_is_its_own_mean(
     unit: str, unchanged: set[str], tiny_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = open_runs([tiny_run(unit)])
-    model = run.averaged_model(6)
+    model = run.model(6)
     # Six steps of training leave the scales alike, and the MLPs without effect on the loss.
     torch.manual_seed(0)
     torch.nn.init.normal_(model.unit.scale)
-    for module in (*(block.mlp.fc2 for block in blocks_of(model)), model.decoder):
+    for module in (*(block.mlp.fc2 for block in uvit_blocks(model)), model.decoder):
         module.weight.data *= 30
-    monkeypatch.setattr(run, "averaged_model", lambda step: model)
-    (step,) = ablations_of_run(run, [6], num_images=4, num_times=2)["steps"]
+    monkeypatch.setattr(run, "model", lambda step: model)
+    (step,) = ablations_of_run(run, [6], Coverage(4, 2))["steps"]
     for name in REPLACEMENTS:
         loss = step["losses"][name]
         apart = max(abs(loss["difference"]), loss["difference_error"]) / step["losses"]["own"]["loss"]
@@ -111,15 +114,17 @@ def test_a_control_is_its_own_mean(
 
 def test_means_are_of_other_images_than_losses(tiny_run: Callable[[str], Path]) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
-    (step,) = ablations_of_run(run, [6], num_images=4, num_times=2, seed=3)["steps"]
-    model, draws = run.averaged_model(6), run.draw(3, 1, 4)
-    mean = torch.from_numpy(measure_maps(run, model, num_images=4, num_times=2, seed=3).mean).float()
+    (step,) = ablations_of_run(run, [6], Coverage(4, 2, seed=3))["steps"]
+    model, draws = run.model(6), run.draw(3, 1, 4)
+    mean = torch.from_numpy(measure_maps(run, model, Coverage(4, 2, seed=3))[0].mean).float()
     for name, maps in (("h by block, time, channel", mean), ("h by block", mean.mean((1, 2), True).expand(-1, 2, 16))):
-        expected = losses(run, model, draws, 2, lambda time, maps=maps: replaced_maps(model.unit, maps[:, time]))
+        expected = losses(
+            run, model, draws, Coverage(4, 2), lambda time, maps=maps: replaced_maps([model.unit], [maps[:, time]])
+        )
         assert step["losses"][name]["loss"] == pytest.approx(float(expected.mean()))
     half = len(run.images) // 2
     with pytest.raises(InputError, match=f"accepted: {half} or fewer"):
-        ablations_of_run(run, num_images=half + 1, num_times=2)
+        ablations_of_run(run, coverage=Coverage(half + 1, 2))
 
 
 def test_the_commands_write_figures_and_numbers(

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from dia_diffusion import UViT
 from dia_diffusion.analysis.losses import losses
 from dia_diffusion.analysis.mlp_linearity import LineFit, at_activations, linearity_of_run, lines_instead
-from dia_diffusion.analysis.trained_run import TrainedRun, blocks_of, open_runs
+from dia_diffusion.analysis.options import Coverage
+from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.stages import uvit_blocks
+from dia_diffusion.analysis.trained_run import TrainedRun
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
 
@@ -68,7 +71,7 @@ def test_gelu_is_what_is_seen_and_replaced() -> None:
     with at_activations(model, lines_instead(a, b)):
         replaced = model(x, t).sample
     assert torch.equal(model(x, t).sample, before)
-    for index, block in enumerate(blocks_of(model)):  # a + b x as weights of a linear map of what fc1 is given
+    for index, block in enumerate(uvit_blocks(model)):  # a + b x as weights of a linear map of what fc1 is given
         one, two = block.mlp.fc1, block.mlp.fc2
         weight = two.weight @ (b[index][:, None] * one.weight)
         bias = two.bias + two.weight @ (a[index] + b[index] * one.bias)
@@ -78,13 +81,13 @@ def test_gelu_is_what_is_seen_and_replaced() -> None:
 
 def with_inputs_scaled(run: TrainedRun, factor: float) -> TrainedRun:
     """The run with weights whose GELUs are fed so much less or more."""
-    model = run.averaged_model(6)
-    for block in blocks_of(model):
+    model = run.model(6)
+    for block in uvit_blocks(model):
         block.mlp.fc1.weight.data *= factor
         block.mlp.fc1.bias.data *= factor
         block.mlp.fc2.weight.data *= 30 / factor  # six steps of training leave the MLPs without effect on the loss
     model.decoder.weight.data *= 30
-    run.averaged_model = lambda step: model
+    run.model = lambda step: model
     return run
 
 
@@ -93,8 +96,8 @@ def test_tiny_inputs_are_linear_and_large_ones_are_not(tiny_run: Callable[[str],
     for factor in (1e-3, 30.0):
         (run,) = open_runs([tiny_run("none")])
         run = with_inputs_scaled(run, factor)
-        (records[factor],) = linearity_of_run(run, [6], num_images=8, num_times=3, seed=1)["steps"]
-        own = losses(run, run.averaged_model(6), run.draw(1, 1, 8), 3)
+        (records[factor],) = linearity_of_run(run, [6], Coverage(8, 3, seed=1))["steps"]
+        own = losses(run, run.model(6), run.draw(1, 1, 8), Coverage(8, 3))
         assert records[factor]["losses"]["own"]["loss"] == pytest.approx(float(own.mean()))
     tiny, large = records[1e-3], records[30.0]
     assert min(tiny["explained_by_block"]) > 0.99999 and max(large["explained_by_block"]) < 0.95

@@ -1,0 +1,1 @@
+"""The analyses' figures, drawn from the records alone; a file for each kind."""

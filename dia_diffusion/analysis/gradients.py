@@ -1,0 +1,146 @@
+"""How large the gradients are that reach each block (Fig. 13): |dL/dx| of the elements of the blocks' outputs.
+
+L is the mean training loss of a batch of the run's own size, the network in training mode as it would be in that step.
+The paper draws the distributions at each stage's output, of networks without skip connections; here they are taken at
+every block's output, and a run without skips is a matter of its recipe. Gradients spread over many powers of ten:
+their histogram is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dia_diffusion.analysis.stages import stages_of
+from dia_diffusion.analysis.trained_run import TrainedRun
+
+LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Magnitudes:
+    """The distribution of |g| over elements, from sums and a histogram; flat in memory."""
+
+    def __init__(self) -> None:
+        self.count = self.zeros = self.not_finite = 0
+        self.sum = self.squares = 0.0
+        self.histogram = np.zeros((HIGHEST - LOWEST) * BINS_A_DECADE, dtype=np.int64)
+
+    def add(self, gradient: Tensor) -> None:
+        """More elements, of any shape. Those that aren't finite are counted and left out."""
+        size = gradient.detach().double().abs().flatten()
+        finite = size[torch.isfinite(size)]
+        self.not_finite += len(size) - len(finite)
+        self.count += len(finite)
+        self.zeros += int((finite == 0).sum())
+        self.sum += float(finite.sum())
+        self.squares += float(finite.square().sum())
+        logarithms = finite[finite > 0].log10().clamp(LOWEST, HIGHEST - 1e-9).cpu().numpy()
+        self.histogram += np.histogram(logarithms, bins=len(self.histogram), range=(LOWEST, HIGHEST))[0]
+
+    def summary(self) -> dict[str, Any]:
+        """For a record: mean, deviation and quantiles of |g|; the histogram's filled part over log10 |g|."""
+        mean = self.sum / self.count if self.count else None
+        filled = np.flatnonzero(self.histogram)
+        first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+        return {
+            "elements": self.count,
+            "zeros": self.zeros,
+            "not_finite": self.not_finite,
+            "mean": mean,
+            "deviation": None if mean is None else max(0.0, self.squares / self.count - mean**2) ** 0.5,
+            "quantiles": self._quantiles(),
+            "histogram": {
+                "lowest": LOWEST + first / BINS_A_DECADE,
+                "bins_a_decade": BINS_A_DECADE,
+                "counts": self.histogram[first:last].tolist(),
+            },
+        }
+
+    def _quantiles(self) -> dict[str, float] | None:
+        if not self.count:
+            return None
+        below = (self.zeros + np.concatenate([[0], np.cumsum(self.histogram)])) / self.count
+        edges = np.linspace(LOWEST, HIGHEST, len(self.histogram) + 1)
+        zeros = self.zeros / self.count
+        return {str(q): 0.0 if q <= zeros else float(10 ** np.interp(q, below, edges)) for q in QUANTILES}
+
+
+@contextmanager
+def gradients_at(modules: Sequence[nn.Module], called: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While it lasts, called(index, gradient) for what a backward pass brings to each module's output."""
+
+    def keep(index: int, module: nn.Module, given: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        tensor.register_hook(partial(called, index))
+
+    hooks = [module.register_forward_hook(partial(keep, index)) for index, module in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradient_magnitudes(
+    run: TrainedRun,
+    model: nn.Module,
+    *,
+    num_batches: int,
+    batch_size: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda batches: None,
+) -> list[dict[str, Any]]:
+    """A record a block in order of execution: its name, its stage's, whether it ends the stage, and its gradients."""
+    model = copy.deepcopy(model).requires_grad_(True).train()  # BatchNorm's statistics move in training mode
+    blocks = [
+        (stage.name, name, output, name == stage.blocks[-1])
+        for stage in stages_of(model)
+        for name, output in zip(stage.blocks, stage.outputs, strict=True)
+    ]
+    found = [Magnitudes() for _ in blocks]
+    with (
+        gradients_at([output for _, _, output, _ in blocks], lambda index, gradient: found[index].add(gradient)),
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(seed)  # of dropout, where there is any
+        for number in range(num_batches):
+            run.training_losses(model, run.draw(seed, number, batch_size)).mean().backward()
+            model.zero_grad()
+            progress(1)
+    return [
+        {"stage": stage, "block": name, "ends_stage": ends, **each.summary()}
+        for (stage, name, _, ends), each in zip(blocks, found, strict=True)
+    ]
+
+
+def gradients_of_run(
+    run: TrainedRun,
+    steps: Sequence[int] | None = None,
+    *,
+    num_batches: int,
+    batch_size: int | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda batches: None,
+) -> dict[str, Any]:
+    """A run's record: the gradients with each step's weights, and with the first ones where all steps are meant.
+
+    batch_size: None is the run's own.
+    weights: "ema", the averaged ones, or "raw", those that were trained.
+
+    Raises:
+        InputError: no weights of a step.
+    """
+    size = batch_size or run.batch_size
+    measured = []
+    for step in run.with_first(steps, weights):
+        numbers = {"num_batches": num_batches, "batch_size": size, "seed": seed, "progress": progress}
+        blocks = gradient_magnitudes(run, run.model(step, weights), **numbers)  # type: ignore[arg-type]
+        measured.append({**run.measured(step), "blocks": blocks})
+    return {**run.described(), "measured_batch_size": size, "steps": measured}

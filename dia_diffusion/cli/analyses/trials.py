@@ -1,0 +1,210 @@
+"""`dia-diffusion analyze stability` and `analyze placement`: trainings that an analysis starts itself and compares."""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.console import Counter, console
+from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.files import write_json
+from dia_diffusion.lock import FolderLock
+from dia_diffusion.studies.held_out import open_held_out
+from dia_diffusion.studies.placement import placement_trials, summarise_placement
+from dia_diffusion.studies.stability import UNITS, VARIANTS, stability_trials, summarise_stability
+from dia_diffusion.studies.trial_distances import measure_trials
+from dia_diffusion.studies.trial_figures import draw_placement, draw_stability
+from dia_diffusion.studies.trials import TRAINED, Trial, finished, run_trials
+
+Value = TypeVar("Value")
+DIVERGED = (
+    "not finite: a loss or gradient; no better: at the end, the held-out loss is not below that of the best constant, "
+    "one image for all samples of a time"
+)
+
+
+def stability(arguments: Sequence[str]) -> None:
+    """Which unit still trains, at which learning rate, with a part of the network taken out."""
+    parser = _parser("stability", "Trains units in networks with a part taken out, at growing learning rates.", 400)
+    parser.add_argument("--units", default=",".join(UNITS), help="as none,se; NAME-individual: one a block")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="what is taken out of the network")
+    parser.add_argument("--learning-rates", default="1e-3,3e-3,1e-2,3e-2", help="each held from the first step on")
+    parser.add_argument("--batch-size", type=int, default=4, help="images an optimizer step")
+    options = _checked(parser, arguments)
+    units = _list("--units", options.units, str)
+    trials = stability_trials(
+        options.out / "stability",
+        options.config,
+        variants=_list("--variants", options.variants, str),
+        units=units,
+        rates=_list("--learning-rates", options.learning_rates, float),
+        seeds=_list("--seeds", options.seeds, int),
+        batch_size=options.batch_size,
+        steps=options.steps,
+        keys=_keys(options),
+    )
+    results = _trained(options, trials)
+    if results is None:
+        return
+    protocol = {"batch_size": options.batch_size, "schedule": "constant, no warm-up"}
+    rows = summarise_stability(results)
+    _write(options, "stability", protocol, results, rows, draw_stability)
+    _tell_stability(rows, units)
+
+
+def placement(arguments: Sequence[str]) -> None:
+    """Which blocks have to carry the unit."""
+    parser = _parser("placement", "Trains a unit in the first blocks only, and in all but one part's.", 1500)
+    parser.add_argument("--unit", default="dia-lstm", help="NAME-individual has parameters of its own for each block")
+    parser.add_argument(
+        "--protocol", metavar="NAME", help="also measure distances, by this protocol, such as fd-digits"
+    )
+    options = _checked(parser, arguments)
+    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    seeds = _list("--seeds", options.seeds, int)
+    trials = placement_trials(
+        options.out / "placement",
+        options.config,
+        unit=options.unit,
+        seeds=seeds,
+        steps=options.steps,
+        keys=_keys(options),
+    )
+    results = _trained(options, trials)
+    if results is None:
+        return
+    metric = None
+    if protocol is not None:
+        with Counter("measuring distances", "trials") as counter:
+            metric = measure_trials(trials, results, protocol, options.protocol, counter)
+    rows = summarise_placement(results, trials[0].experiment.model.num_layers)
+    _write(options, "placement", {"unit": options.unit, "metric": metric}, results, rows, draw_placement)
+    _tell_placement(rows, metric)
+
+
+def _parser(analysis: str, description: str, steps: int) -> CommandParser:
+    parser = CommandParser(f"analyze {analysis}", description)
+    parser.add_argument("--config", default="digits_uvit_cpu", help="the recipe: a YAML file, or a shipped one's name")
+    parser.add_argument(
+        "--out", type=Path, default=Path("analysis"), help="the folder of figure, numbers and trainings"
+    )
+    parser.add_argument("--data", metavar="SOURCE", help="the images to train on; if none, the recipe's data.source")
+    parser.add_argument("--held-out", metavar="SOURCE", help="the images to measure; if none, the test part of those")
+    parser.add_argument("--images", type=int, default=256, help="held-out images to measure the loss on, at most")
+    parser.add_argument("--times", type=int, default=8, help="times to measure it at, spread as training draws them")
+    parser.add_argument("--steps", type=int, default=steps, help="of each training")
+    parser.add_argument("--seeds", default="0,1,2", help="of first weights, images, times and noise")
+    parser.add_argument("--plan", action="store_true", help="only say what is there and what is missing")
+    return parser
+
+
+def _checked(parser: CommandParser, arguments: Sequence[str]) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    for name, lowest in (("steps", 1), ("images", 2), ("times", 1)):
+        if (value := getattr(options, name)) < lowest:
+            raise InputError(f"--{name} is {value}; accepted: {lowest} or more")
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out} is no folder")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("these trainings are done one after the other by one process; run it without a launcher")
+    return options
+
+
+def _list(option: str, text: str, kind: Callable[[str], Value]) -> list[Value]:
+    """What a comma-separated option names, each once."""
+    try:
+        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option} is {text}; accepted: {what} with commas between them") from None
+
+
+def _keys(options: argparse.Namespace) -> dict[str, Any]:
+    return {} if options.data is None else {"data.source": options.data}
+
+
+def _trained(options: argparse.Namespace, trials: list[Trial]) -> list[dict[str, Any]] | None:
+    """The trials' results; None where only the plan is asked for."""
+    missing = [trial for trial in trials if finished(trial) is None]
+    steps = sum(trial.experiment.train.max_steps for trial in missing)
+    folder = trials[0].folder.parent
+    console.print(f"{len(trials)} trainings in {folder}, {len(missing)} missing: {steps:,} steps")
+    if options.plan:
+        return None
+    held_out = open_held_out(trials[0].experiment, options.held_out, options.images, options.times)
+    with FolderLock(folder), Counter("training", "steps") as counter:
+        begun = False
+
+        def watch(done: int, total: int, name: str) -> None:
+            nonlocal begun
+            if not begun:
+                counter.start_at(total - steps, total)
+                begun = True
+            counter(done, total, name)
+
+        return run_trials(trials, held_out, watch)
+
+
+def _write(
+    options: argparse.Namespace,
+    analysis: str,
+    protocol: dict[str, Any],
+    results: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """The record first: whatever becomes of the figure, what was measured is kept."""
+    common = {"recipe": options.config, "steps": options.steps, "images": options.images, "times": options.times}
+    trials = [{key: value for key, value in result.items() if key != "recipe"} for result in results]
+    record = {
+        "analysis": analysis,
+        "protocol": {**common, "weights": "ema", "diverged": DIVERGED, **protocol},
+        "summary": rows,
+        "trials": trials,
+    }
+    numbers, figure = options.out / f"{analysis}.json", options.out / f"{analysis}.png"
+    write_json(numbers, record)
+    draw(record, figure)
+    console.print(f"{figure}, numbers in {numbers}")
+
+
+def _tell_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
+    table = Table(box=None, pad_edge=False, title="held-out loss of the seeds that trained", title_justify="left")
+    for name in ("variant", "learning rate", *units):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for variant, rate in dict.fromkeys((row["variant"], row["learning_rate"]) for row in rows):
+        own = {row["unit"]: row for row in rows if (row["variant"], row["learning_rate"]) == (variant, rate)}
+        table.add_row(variant, f"{rate:g}", *(_cell(own[unit]) for unit in units))
+    console.print(table)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    failed = [outcome for outcome in row["outcomes"] if outcome != TRAINED]
+    told = [f"{failed.count(outcome)} {outcome}" for outcome in dict.fromkeys(failed)]
+    if row["not_finite_at"]:
+        told.append(f"step {statistics.median(row['not_finite_at']):.0f}")
+    loss = [] if row["held_out_loss"] is None else [f"{row['held_out_loss']:.4f}"]
+    return ", ".join(loss + told)
+
+
+def _tell_placement(rows: list[dict[str, Any]], metric: str | None) -> None:
+    table = Table(box=None, pad_edge=False, title="mean over seeds ± 95 %", title_justify="left")
+    keys = {"held_out_loss": "held-out loss", **({} if metric is None else {"distance": metric})}
+    for name in ("placement", "blocks", "seeds", *keys.values()):
+        table.add_column(name, justify="left" if name in ("placement", "blocks") else "right")
+    for row in rows:
+        seeds = f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
+        cells = (_mean(row, key, 4 if key == "held_out_loss" else 2) for key in keys)
+        table.add_row(row["placement"], " ".join(map(str, row["blocks"])) or "-", seeds, *cells)
+    console.print(table)
+
+
+def _mean(row: dict[str, Any], key: str, digits: int) -> str:
+    mean, half = row[f"{key}_mean"], row[f"{key}_half_width"]
+    return "-" if mean is None else f"{mean:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
