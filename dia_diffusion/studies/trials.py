@@ -1,0 +1,159 @@
+"""Trials: many short trainings that are compared by their loss on held-out images, each a run folder with its result.
+
+How a trial ends, its outcome:
+
+    trained       the held-out loss of its averaged weights is below that of the best constant
+    no better     it is not: predicting one image, the same for all samples of a time, would do as well
+    not finite    its loss or gradient was not, and it ended at that step
+
+The last two are what is called diverged.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dia_diffusion.errors import DivergedError, InputError
+from dia_diffusion.files import write_json
+from dia_diffusion.studies.held_out import HeldOut
+from dia_diffusion.training.config import Experiment, changed_keys
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.snapshot import check_samples
+
+TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
+RESULT_FILE = "trial.json"
+LAST_PART = 0.1
+"""Of the steps, whose mean loss is a trial's training loss."""
+LINES = 100
+"""Of a trial's metrics.jsonl."""
+INDIVIDUAL = "-individual"
+
+Watch = Callable[[int, int, str], None]
+"""Called with steps done, of how many, and the trial under way."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training."""
+
+    name: str
+    """Its folder among the others."""
+    about: dict[str, Any]
+    """What tells it from the others, for records and figures."""
+    experiment: Experiment
+    """Its recipe; `output` is the run's folder."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment.output)
+
+
+def make_trial(name: str, about: dict[str, Any], folder: Path, config: str, keys: dict[str, Any]) -> Trial:
+    """A trial from a recipe and the keys that it changes.
+
+    Raises:
+        InputError: the recipe or a key is refused, or the network can't be built; told with the trial's name.
+    """
+    try:
+        experiment = read_experiment(config, keys={**keys, "output": str(folder / name)})
+        train = experiment.train
+        train.log_every, train.checkpoint_every = max(1, train.max_steps // LINES), train.max_steps
+        train.sample_every, train.keep_last = 0, 1
+        check_samples(experiment)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return Trial(name, about, experiment)
+
+
+def unit_keys(unit: str) -> dict[str, Any]:
+    """The recipe keys of a unit by name; se-individual is the unit se with parameters of its own for each block."""
+    if unit.endswith(INDIVIDUAL):
+        kwargs = {"sharing": "individual"}
+        return {"model.attention": unit.removesuffix(INDIVIDUAL), "model.attention_kwargs": kwargs}
+    return {"model.attention": unit}
+
+
+def finished(trial: Trial) -> dict[str, Any] | None:
+    """A trial's result, None where it has none yet.
+
+    Raises:
+        InputError: it is another recipe's, or can't be read.
+    """
+    file = trial.folder / RESULT_FILE
+    if not file.is_file():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        before, now = result["recipe"], trial.experiment.to_dict()
+        changed = changed_keys(before, now)
+        if before["train"]["max_steps"] != now["train"]["max_steps"]:
+            changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is cut short or altered; remove it, and the trial is measured again") from None
+    if changed:
+        raise InputError(f"{trial.folder} holds another trial ({'; '.join(changed)}); choose another --out")
+    return dict(result)
+
+
+def run_trials(trials: Sequence[Trial], held_out: HeldOut, watch: Watch) -> list[dict[str, Any]]:
+    """The results of all trials, in their order; those without one are trained, one after the other.
+
+    Raises:
+        InputError: a trial is refused, or its folder holds another.
+        RunError: a training fails otherwise than by diverging.
+        Stopped: after SIGINT or SIGTERM; the same call goes on from there.
+    """
+    results = [finished(trial) for trial in trials]
+    total = sum(trial.experiment.train.max_steps for trial in trials)
+    done = sum(t.experiment.train.max_steps for t, result in zip(trials, results, strict=True) if result is not None)
+    for index, trial in enumerate(trials):
+        if results[index] is None:
+            results[index] = _run(trial, held_out, _Steps(trial.name, done, total, watch))
+            done += trial.experiment.train.max_steps
+            watch(done, total, trial.name)
+    return [result for result in results if result is not None]
+
+
+class _Steps:
+    """A training's reporter: only its steps are told."""
+
+    def __init__(self, name: str, before: int, total: int, watch: Watch):
+        self.name, self.before, self.total, self.watch = name, before, total, watch
+
+    def message(self, text: str) -> None:
+        pass
+
+    def reading(self, unit: str, done: int, total: int) -> None:
+        pass
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        self.watch(self.before + min(step, max_steps - 1), self.total, self.name)
+
+
+def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
+    """Trains a trial and writes its result."""
+    result: dict[str, Any] = {"trial": trial.about, "recipe": trial.experiment.to_dict()}
+    try:
+        Trainer(trial.experiment, reporter).run()
+    except DivergedError as error:
+        result |= {"outcome": NOT_FINITE, "not_finite_at": error.step, "held_out_loss": None, "constant_loss": None}
+    else:
+        measured, constant = held_out.losses(trial.experiment)
+        outcome = TRAINED if measured < constant else NO_BETTER  # which a loss that is not finite isn't either
+        finite = measured if math.isfinite(measured) else None
+        result |= {"outcome": outcome, "not_finite_at": None, "held_out_loss": finite, "constant_loss": constant}
+    result["training_loss"] = last_loss(RunFolder(trial.folder).metrics, trial.experiment.train.max_steps)
+    write_json(trial.folder / RESULT_FILE, result)
+    return result
+
+
+def last_loss(metrics: Path, max_steps: int) -> float | None:
+    """The mean training loss over the last tenth of the steps; None where a training ended before them."""
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    values = [line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART)]
+    return sum(values) / len(values) if values else None
