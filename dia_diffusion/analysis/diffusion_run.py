@@ -21,6 +21,7 @@ from dia_diffusion.training.objective import image_losses
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.snapshot import build_model
+from dia_diffusion.training.ssia import without_heads
 
 
 class DiffusionRun(TrainedRun):
@@ -59,7 +60,7 @@ class DiffusionRun(TrainedRun):
         if weights == "ema":
             return load_pipeline(self.folder.path, self.device, step=step).unet
         place, model = self.places(weights)[step], self.first_model()
-        load_weights(model, load_checkpoint(place).tensors["model"], place)
+        load_weights(model, without_heads(load_checkpoint(place).tensors["model"]), place)
         return model
 
     def images_key(self, source: str | None) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
 L is the mean training loss of a batch of the run's own size, the network in training mode as it would be in that step.
 The paper draws the distributions at each stage's output, of networks without skip connections; here they are taken at
 every block's output, and a run without skips is a matter of its recipe. Gradients spread over many powers of ten:
-their histogram is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %).
+their histogram is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %). Elements that no gradient
+reaches, such as those of the last block's time token, are counted and left out of it; mean and deviation have them.
 """
 
 import copy
@@ -44,7 +45,7 @@ class Magnitudes:
         self.histogram += np.histogram(logarithms, bins=len(self.histogram), range=(LOWEST, HIGHEST))[0]
 
     def summary(self) -> dict[str, Any]:
-        """For a record: mean, deviation and quantiles of |g|; the histogram's filled part over log10 |g|."""
+        """For a record: mean and deviation of |g|, quantiles of those not 0, and the filled part of their histogram."""
         mean = self.sum / self.count if self.count else None
         filled = np.flatnonzero(self.histogram)
         first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
@@ -63,12 +64,11 @@ class Magnitudes:
         }
 
     def _quantiles(self) -> dict[str, float] | None:
-        if not self.count:
+        if self.count == self.zeros:
             return None
-        below = (self.zeros + np.concatenate([[0], np.cumsum(self.histogram)])) / self.count
+        below = np.concatenate([[0], np.cumsum(self.histogram)]) / (self.count - self.zeros)
         edges = np.linspace(LOWEST, HIGHEST, len(self.histogram) + 1)
-        zeros = self.zeros / self.count
-        return {str(q): 0.0 if q <= zeros else float(10 ** np.interp(q, below, edges)) for q in QUANTILES}
+        return {str(q): float(10 ** np.interp(q, below, edges)) for q in QUANTILES}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from dia_diffusion.analysis.figures.common import over_training, save, style
 from dia_diffusion.analysis.gradient_noise import GROUPS
@@ -47,35 +48,40 @@ def draw_noise(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def draw_magnitudes(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A row a step, the first and the last: the distribution of log10 |g| at each block, runs side by side.
+    """The distribution of log10 |g| at each block, runs side by side, for the first step in common and each one's last.
 
     Of networks of several stages the blocks that end them, as in Fig. 13; of one stage all blocks.
     """
-    steps = [0, -1] if all(len(run["steps"]) > 1 for run in runs) else [-1]
-    widest = max(len(_shown(run["steps"][-1]["blocks"])) for run in runs)
-    figure = Figure(
-        figsize=(max(7.0, 0.5 + 0.42 * widest * (len(runs) + 1)), 3.5 * len(steps) + 0.4), layout="constrained"
-    )
-    for place, step in zip(figure.subplots(len(steps), 1, squeeze=False)[:, 0], steps, strict=True):
+    rows = [0, -1] if all(len(run["steps"]) > 1 for run in runs) else [-1]
+    blocks = max((_shown(run["steps"][-1]["blocks"]) for run in runs), key=len)
+    width = max(7.0, 1.0 + 0.42 * len(blocks) * (len(runs) + 1))
+    figure = Figure(figsize=(width, 3.5 * len(rows) + 0.6), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
         for index, run in enumerate(runs):
-            blocks = _shown(run["steps"][step]["blocks"])
-            offsets = [block + (index - (len(runs) - 1) / 2) / (len(runs) + 0.6) for block in range(len(blocks))]
-            for offset, block in zip(offsets, blocks, strict=True):
-                _draw_violin(place, offset, block, 0.42 / (len(runs) + 0.6), COLOURS[index % len(COLOURS)])
-            colour = COLOURS[index % len(COLOURS)]
-            place.plot(
-                [], [], color=colour, linewidth=6, alpha=0.5, label=f"{run['run']}, step {run['steps'][step]['step']:,}"
-            )
-        names = [
-            block["stage"] or block["block"]
-            for block in max((_shown(run["steps"][step]["blocks"]) for run in runs), key=len)
-        ]
-        place.set_xticks(range(len(names)), names)
-        place.set_xlabel("output of the stage" if runs[0]["steps"][-1]["blocks"][0]["stage"] else "output of the block")
-        place.set_ylabel(r"$\log_{10}$ |gradient|")
-        place.grid(alpha=0.25, linewidth=0.6, axis="y")
-        place.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+            _draw_violins(axes, _shown(run["steps"][row]["blocks"]), index, len(runs))
+        axes.set_xticks(range(len(blocks)), [block["stage"] or block["block"] for block in blocks])
+        axes.set_xlabel("output of the " + ("stage" if blocks[0]["stage"] else "block"))
+        axes.set_ylabel(r"$\log_{10}$ |gradient|")
+        axes.grid(alpha=0.25, linewidth=0.6, axis="y")
+        steps = sorted({run["steps"][row]["step"] for run in runs})
+        axes.set_title(f"step {', '.join(f'{step:,}' for step in steps)} (line: 5-95 %, dot: median)")
+    handles = [
+        Patch(color=COLOURS[index % len(COLOURS)], alpha=0.5, label=run["run"]) for index, run in enumerate(runs)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(runs)), frameon=False)
     save(figure, path, dpi=130)
+
+
+def _draw_violins(axes: Axes, blocks: Sequence[dict[str, Any]], index: int, runs: int) -> None:
+    """A run's blocks, its place among so many runs; with nearly all elements in view."""
+    width = 1 / (runs + 0.6)
+    for place, block in enumerate(blocks):
+        if block["quantiles"] is not None:
+            offset = (index - (runs - 1) / 2) * width
+            _draw_violin(axes, place + offset, block, 0.42 * width, COLOURS[index % len(COLOURS)])
+            lowest = np.log10(block["quantiles"]["0.05"]) - 1.5
+            bottom = axes.get_ylim()[0] if place + index else lowest
+            axes.set_ylim(bottom=min(bottom, lowest))
 
 
 def _shown(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -93,7 +99,7 @@ def _draw_violin(axes: Axes, place: float, block: dict[str, Any], width: float, 
     centres = histogram["lowest"] + (np.arange(len(counts)) + 0.5) * together / histogram["bins_a_decade"]
     sides = width * counts / counts.max()
     axes.fill_betweenx(centres, place - sides, place + sides, color=colour, alpha=0.45, linewidth=0)
-    low, middle, high = (np.log10(block["quantiles"][q] or np.nan) for q in ("0.05", "0.5", "0.95"))
+    low, middle, high = (np.log10(block["quantiles"][q]) for q in ("0.05", "0.5", "0.95"))
     axes.vlines(place, low, high, color=colour, linewidth=1.2)
     axes.plot(place, middle, "o", color=colour, markersize=4)
 

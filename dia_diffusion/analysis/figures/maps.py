@@ -34,7 +34,9 @@ def draw_maps(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     if "times" in rows:
         _same_heights([axes for axes, run in zip(grid[2], runs, strict=True) if run["has_times"]])
     handles, labels = grid[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(SOURCES), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(SOURCES) if len(runs) > 1 else 2, frameon=False
+    )
     save(figure, path)
 
 
@@ -112,8 +114,8 @@ def _draw_classes(axes: Axes, run: dict[str, Any]) -> None:
     axes.set_yticks(range(len(shown)), [classes["names"][c] for c in shown], fontsize="small")
     _name_blocks(axes, run)
     adjusted = classes["adjusted"]
-    told = "" if adjusted is None else f"; adjusted for chance {adjusted:.1%}"
-    axes.set_title(f"classes: {classes['share']:.1%} of the variance over images{told}", fontsize="small")
+    told = "" if adjusted is None else f"\n(adjusted for chance {adjusted:.1%})"
+    axes.set_title(f"classes explain {classes['share']:.1%} of the variance over images{told}", fontsize="small")
     axes.set_xlabel("block")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
     bar.set_label("class's mean h less that of all, $10^{-3}$", fontsize="small")

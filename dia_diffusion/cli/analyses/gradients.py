@@ -21,7 +21,7 @@ def gradients(arguments: Sequence[str]) -> None:
         last = record["steps"][-1]
         console.print(f"{record['run']}, step {last['step']:,}: |gradient|, mean (deviation), median")
         for block in last["blocks"]:
-            if block["mean"] is not None:
+            if block["quantiles"] is not None:
                 middle = block["quantiles"]["0.5"]
                 name = f"{block['stage']} {block['block']}".strip()
                 console.print(f"  {name}: {block['mean']:.3g} ({block['deviation']:.3g}), {middle:.3g}")

@@ -1,0 +1,109 @@
+"""Correlations of maps against numpy.corrcoef, and runs whose maps are known to be alike or constant."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dia_diffusion.analysis.attention_maps import attention_maps
+from dia_diffusion.analysis.correlation import Coefficients, correlations_of_run, pearson
+from dia_diffusion.analysis.options import Coverage
+from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.cli.main import main
+
+
+def by_hand() -> np.ndarray:
+    """Maps (4, 3, 7) of which the last block's are the first's times -2 plus 1, and the third's are constant."""
+    h = np.random.default_rng(0).random((4, 3, 7))
+    h[2] = 0.25
+    h[3] = 1 - 2 * h[0]
+    return h
+
+
+def test_coefficients_are_those_of_numpy() -> None:
+    h = by_hand()
+    found = pearson(h, np.abs(h).max(axis=2))
+    for image in range(3):
+        expected = np.corrcoef(h[[0, 1, 3], image])
+        assert np.allclose(found[image][np.ix_([0, 1, 3], [0, 1, 3])], expected)
+        assert found[image, 0, 3] == pytest.approx(-1)
+        assert np.isnan(found[image, 2]).all() and np.isnan(found[image, :, 2]).all()
+
+
+def test_the_distribution_is_that_of_all_images_and_pairs() -> None:
+    random = np.random.default_rng(1)
+    h = random.random((5, 400, 12)) + random.random((5, 1, 12))
+    coefficients = Coefficients(5)
+    for start in range(0, 400, 150):  # batch after batch
+        part = h[:, start : start + 150]
+        coefficients.add(pearson(part, np.ones(part.shape[:2])))
+    record = coefficients.summary()
+    every = np.array([[np.corrcoef(h[:, image])[i, j] for image in range(400)] for i in range(5) for j in range(i)])
+    assert record["mean"] == pytest.approx(every.mean()) and record["coefficients"] == 10 * 400
+    assert record["mean_by_pair"][2][4] == record["mean_by_pair"][4][2] == pytest.approx(every[8].mean())
+    assert record["mean_by_pair"][1][1] is None and record["undefined"] == 0
+    for quantile, value in record["quantiles"].items():
+        assert value == pytest.approx(np.quantile(every, float(quantile)), abs=0.006)
+
+
+def test_constant_maps_are_counted_and_have_no_mean() -> None:
+    h = by_hand()
+    coefficients = Coefficients(4)
+    coefficients.add(pearson(h, np.ones((4, 3))))
+    record = coefficients.summary()
+    assert record["undefined"] == 3 * 3 and record["coefficients"] == 3 * 3
+    assert record["mean_by_pair"][0][2] is None and record["mean_by_pair"][0][3] == pytest.approx(-1)
+    nothing = Coefficients(3)
+    nothing.add(np.full((2, 3, 3), np.nan))
+    assert nothing.summary()["mean"] is None and nothing.summary()["quantiles"] is None
+
+
+def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: Callable[[str], Path]) -> None:
+    (run,) = open_runs([tiny_run("dia-lstm")])
+    seen: list[int] = []
+    record = correlations_of_run(run, [6], Coverage(5, 2, seed=3, batch_size=2, progress=seen.append))
+    assert sum(seen) == 2 * 5 * 2
+    model, draws = run.model(6), run.draw(3, 0, 5)
+    images, _ = run.batch(draws)
+    own, apart = [], []
+    for time in (0.25, 0.75):
+        timestep = run.process.timestep(torch.tensor([time]).expand(5))
+        noisy, _ = run.process.mix(images, draws.noise, timestep)
+        h = attention_maps(model, noisy, timestep).double().numpy()  # (L, I, N)
+        for image in range(5):
+            own.append(np.corrcoef(h[:, image]))
+            apart.append(np.corrcoef((h - h.mean(axis=1, keepdims=True))[:, image]))
+    (stage,) = record["steps"][0]["stages"]
+    for variant, expected in (("maps", np.mean(own, axis=0)), ("centred", np.mean(apart, axis=0))):
+        found = np.array(stage[variant]["mean_by_pair"], dtype=float)
+        assert np.allclose(found[~np.eye(3, dtype=bool)], expected[~np.eye(3, dtype=bool)], atol=1e-4)
+        assert record["steps"][0]["mean"][variant] == pytest.approx(expected[np.triu_indices(3, 1)].mean(), abs=1e-4)
+
+
+def test_learned_channels_are_alike_only_as_channels(tiny_run: Callable[[str], Path]) -> None:
+    """Vectors of channels know no image: nothing is left of their correlation once their mean is gone."""
+    runs = open_runs([tiny_run("block-channels"), tiny_run("block-scale")])
+    (channels,) = correlations_of_run(runs[0], [6], Coverage(4, 2))["steps"]
+    expected = np.corrcoef(runs[0].model(6).unit.scale.detach().double().numpy())
+    assert channels["mean"]["maps"] == pytest.approx(expected[np.triu_indices(3, 1)].mean(), abs=1e-3)
+    assert channels["mean"]["centred"] is None and channels["stages"][0]["centred"]["undefined"] == 3 * 4 * 2
+    (numbers,) = correlations_of_run(runs[1], [6], Coverage(4, 2))["steps"]
+    assert numbers["mean"] == {"maps": None, "centred": None}
+
+
+def test_the_command_writes_a_figure_and_numbers(
+    tiny_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [str(tiny_run(name)) for name in ("dia-lstm", "block-scale")]
+    few = ["--out", str(tmp_path), "--images", "3", "--times", "2", "--steps", "0,6"]
+    assert main(["analyze", "correlation", *runs, *few]) == 0
+    record = json.loads((tmp_path / "correlation.json").read_text())
+    assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 0}
+    assert [step["step"] for step in record["runs"][0]["steps"]] == [0, 6]
+    assert Image.open(tmp_path / "correlation.png").size[0] > 500
+    assert "mean correlation undefined" in capsys.readouterr().out
+    assert main(["analyze", "correlation", str(tiny_run("none")), *few]) == 2
