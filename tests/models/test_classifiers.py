@@ -1,0 +1,129 @@
+"""Classifiers: published parameter counts, torch's own networks, and what a unit changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+
+
+def count(backbone: str, **options: object) -> int:
+    with torch.device("meta"):
+        model = build_classifier(BackboneConfig(backbone, num_classes=100, **options))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# Tables IV and XIII of arXiv 2210.16101 (Org), and Table XVI for networks without norms, in millions.
+@pytest.mark.parametrize(
+    ("backbone", "norm", "millions"),
+    [
+        ("cifar-resnet164", "batch", 1.73),
+        ("cifar-wrn52-4", "batch", 12.07),
+        ("cifar-resnext101-8x32", "batch", 32.14),
+        ("cifar-resnet83", "none", 0.88),
+        ("cifar-resnet164", "none", 1.70),
+        ("cifar-resnet245", "none", 2.52),  # 2.53 there, which fits no other reading either
+        ("cifar-resnet326", "none", 3.35),
+    ],
+)
+def test_published_counts(backbone: str, norm: str, millions: float) -> None:
+    assert round(count(backbone, norm=norm) / 1e6, 2) == millions
+
+
+# Tables IV and XIII, with DIA-LSTM at r = 4.
+@pytest.mark.parametrize(
+    ("backbone", "millions"),
+    [
+        ("cifar-resnet83", 1.11),
+        ("cifar-resnet164", 1.95),
+        ("cifar-resnet245", 2.78),
+        ("cifar-resnet407", 4.45),
+        ("cifar-wrn52-4", 12.30),
+        ("cifar-resnext101-8x32", 33.01),
+    ],
+)
+def test_published_counts_with_dia_lstm(backbone: str, millions: float) -> None:
+    found = count(backbone, attention="dia-lstm", attention_kwargs={"reduction": 4}) / 1e6
+    assert round(found, 2) == pytest.approx(millions, abs=0.0001)
+
+
+def test_a_basic_resnet20_has_the_count_of_its_paper() -> None:
+    """0.27 M in Table 6 of He et al. (2016), for 10 classes and shortcuts without parameters."""
+    model = build_classifier(BackboneConfig("cifar-resnet20-basic"))
+    shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
+    assert round((sum(p.numel() for p in model.parameters()) - shortcuts) / 1e6, 2) == 0.27
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("vit_s_16", 22_050_664), ("vit_b_16", 86_567_656)])
+def test_vits_have_the_counts_of_deit(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = build_classifier(BackboneConfig(name, sample_size=224, num_classes=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("backbone", ["cifar-resnet29", "cifar-resnet20-basic", "cifar-wrn10-1", "cifar-resnext11-2x4"])
+def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
+    """The unit stands at the end of the branches, and the backbone starts the same with and without it."""
+    torch.manual_seed(0)
+    plain = build_classifier(BackboneConfig(backbone))
+    torch.manual_seed(0)
+    unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 1.0}}
+    with_unit = build_classifier(BackboneConfig(backbone, **unit))
+    images = torch.randn(4, 3, 32, 32)
+    own, theirs = with_unit.state_dict(), plain.state_dict()
+    if "wrn" not in backbone:  # which has a further norm with a unit
+        assert torch.allclose(with_unit(images), plain(images), atol=1e-5)
+        assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
+    weights = dict(plain.named_parameters())
+    assert all(torch.equal(dict(with_unit.named_parameters())[name], weight) for name, weight in weights.items())
+
+
+def test_a_unit_scales_the_branch_and_not_the_shortcut() -> None:
+    """With a scale of zero what remains are shortcuts alone."""
+    unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 0.0}}
+    model = build_classifier(BackboneConfig("cifar-resnet20-basic", **unit)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    x = model.stem(images)
+    for block in (block for stage in model.stages for block in stage):
+        x = block.shortcut(x).relu()
+    assert torch.allclose(model(images), model.head(x.mean((2, 3))), atol=1e-6)
+
+
+def test_stages_and_blocks_that_carry_the_unit() -> None:
+    def positions(**options: object) -> list[str]:
+        config = BackboneConfig("cifar-resnet20-basic", attention="se", attention_kwargs={"reduction": 4}, **options)
+        stages = build_classifier(config).attention_units.attachment.stages
+        return [position.module for stage in stages for position in stage.positions]
+
+    assert len(positions()) == 9
+    assert positions(attention_stages=[0, 2], attention_blocks=1) == ["stages.0.0.branch", "stages.2.0.branch"]
+    for wrong in ({"attention_stages": [3]}, {"attention_stages": []}, {"attention_blocks": 0}):
+        with pytest.raises(InputError, match="accepted"):
+            positions(**wrong)
+
+
+def test_no_norms_and_no_shortcuts() -> None:
+    model = build_classifier(BackboneConfig("cifar-resnet29", norm="none", residual=False, attention="dia-lstm"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert not any("shortcut" in name for name, _ in model.named_parameters())
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "resnet99"}, "unknown model.backbone 'resnet99'"),
+        ({"backbone": "cifar-resnet30"}, r"depth 30 gives no whole blocks; accepted: 9 n \+ 2"),
+        ({"backbone": "resnet18", "norm": "none"}, "can't be changed of resnet18"),
+        ({"norm": "layer"}, "unknown norm 'layer'"),
+        ({"num_classes": 1}, "num_classes 1"),
+        ({"backbone": "vit_s_16", "sample_size": 100}, "no multiple"),
+        ({"dropout": 0.3}, "accepted: 0, or cifar-wrn"),
+        ({"attention_blocks": 2}, "model.attention is none"),
+        ({"attention": "sa"}, "unknown attention unit 'sa'"),
+    ],
+)
+def test_what_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_classifier(BackboneConfig(**options))
