@@ -1,0 +1,243 @@
+"""Attention units put into any network from outside, by hooks (arXiv 2210.16101, eq. 2 and 4).
+
+One unit for each stage, a maximal run of positions with one channel count in the order in which the network runs them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dia_diffusion.attention import build_attention
+from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
+from dia_diffusion.attention.places import Places, Position, positions_of
+from dia_diffusion.errors import InputError
+
+UNITS_NAME = "attention_units"
+SAVE = "save_pretrained"
+DECIDED = {"name", "channels", "num_blocks"}  # what attach() builds units with
+# Class of model -> what saves one with its units, called as save(model, folder, ...). The models' own module fills it.
+SAVERS: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of positions that share a unit."""
+
+    channels: int
+    positions: tuple[Position, ...]
+    unit: nn.Module
+
+
+class AttentionUnits(nn.ModuleList):
+    """An attached model's units, one a stage; the model has them as `attention_units`."""
+
+    attachment: "Attachment"
+
+
+def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, **unit_kwargs: Any) -> "Attachment":
+    """Puts attention units into a model: one a stage, shared by the stage's positions.
+
+    The units become part of the model (`model.attention_units`), so this comes before optimizers, DDP and
+    torch.compile are given the model. They start from a generator of their own: the model's other weights, and what is
+    drawn later, are the same with any unit.
+
+    Args:
+        model: a UNet2DModel or DiTTransformer2DModel of diffusers, a ResNet or ViT of torchvision, a model that holds
+            one, or any other with `at`. Every forward pass must run each position once, in the order given.
+        unit: its name; see build_attention.
+        at: names of modules, whose outputs the unit recalibrates; Positions; or a function of (name, module) that
+            chooses modules. None is after each resnet block of a UNet, at the end of a ResNet's residual branches,
+            and between norm and MLP of a transformer.
+        unit_kwargs: further arguments of the unit, such as reduction=16.
+
+    Returns:
+        What was attached; its detach() takes it off again.
+
+    Raises:
+        InputError: no place for a unit, an unknown one, a model that has units already, or one wrapped by DDP or
+            torch.compile.
+    """
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise InputError(f"attach() was given a {type(model).__name__}; accepted: the model within it, before wrapping")
+    if (attached := attachment_in(model)) is not None:
+        raise InputError(f"{type(attached.model).__name__} has attached units already; detach() them first")
+    if hasattr(model, UNITS_NAME):
+        raise InputError(f"{type(model).__name__} has an attribute {UNITS_NAME} of its own, which units are named")
+    if decided := DECIDED & unit_kwargs.keys():
+        raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
+    if unit == "none":
+        raise InputError("attach() was given unit 'none'; accepted: the name of a unit")
+    stages = [list(run) for _, run in groupby(positions_of(model, at), key=lambda position: position.channels)]
+    units = AttentionUnits()
+    with own_generator():
+        for run in stages:
+            built = build_attention(unit, run[0].channels or 0, num_blocks=len(run), **unit_kwargs)
+            assert built is not None
+            units.append(built)
+    return Attachment(model, units, stages)
+
+
+def attachment_in(model: nn.Module) -> "Attachment | None":
+    """What is attached to a model or to one within it."""
+    return next((module.attachment for module in model.modules() if isinstance(module, AttentionUnits)), None)
+
+
+@contextmanager
+def own_generator() -> Iterator[None]:
+    """While it lasts, torch draws from another generator; afterwards as if one number had been drawn."""
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+class Attachment:
+    """Units on a model, the hooks that call them, and the state of the forward pass that runs.
+
+    model: the attached model.
+    stages: the runs of positions in order of execution, each with its unit.
+    """
+
+    def __init__(self, model: nn.Module, units: AttentionUnits, stages: list[list[Position]]):
+        self.model = model
+        self.stages = [Stage(run[0].channels or 0, tuple(run), unit) for run, unit in zip(stages, units, strict=True)]
+        self.calls = [_Call(self, stage, position) for stage in self.stages for position in stage.positions]
+        for index, call in enumerate(self.calls):
+            call.index = index
+        # Modules that diffusers' enable_gradient_checkpointing() turns on and off.
+        self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self.current: Pass | None = None
+        self.passes = Passes()
+
+        like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+        units.to(device=None if like is None else like.device, dtype=None if like is None else like.dtype)
+        units.train(model.training)
+        units.attachment = self
+        setattr(model, UNITS_NAME, units)
+        if hasattr(model, SAVE):
+            setattr(model, SAVE, self._save)  # the model's own would write tensors that its class can't load
+        self.hooks = [
+            model.register_forward_pre_hook(self._start),
+            model.register_forward_hook(self._finish),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        for call in self.calls:
+            module = model.get_submodule(call.position.module)
+            if call.position.side == "input":
+                self.hooks.append(module.register_forward_pre_hook(call.on_input))
+            else:
+                self.hooks.append(module.register_forward_hook(call.on_output))
+
+    @property
+    def units(self) -> AttentionUnits:
+        """The model's `attention_units`."""
+        return getattr(self.model, UNITS_NAME)
+
+    def detach(self) -> None:
+        """Makes the model again what it was: the function, the parameters and the names of its tensors."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+        delattr(self.model, UNITS_NAME)
+        self.model.__dict__.pop(SAVE, None)
+
+    def _save(self, *args: Any, **kwargs: Any) -> Any:
+        saver = next((saver for kind, saver in SAVERS.items() if isinstance(self.model, kind)), None)
+        if saver is None:
+            accepted = ", ".join(kind.__name__ for kind in SAVERS)
+            raise InputError(
+                f"a {type(self.model).__name__} with attached units can't be saved by {SAVE}, which its class would "
+                f"load without them; accepted: {accepted}, or a file of its state_dict()"
+            )
+        return saver(self.model, *args, **kwargs)
+
+    def _start(self, model: nn.Module, args: Any) -> None:
+        checkpointing = any(module.gradient_checkpointing for module in self.checkpointed)
+        self.current = Pass(checkpointing=bool(checkpointing))
+
+    def _finish(self, model: nn.Module, args: Any, output: Any) -> None:
+        current = self.current
+        if current is None:  # a pass within this one has ended it
+            return
+        if current.position != len(self.calls):
+            skipped = self.calls[current.position].position.module
+            raise InputError(
+                f"the forward pass left out {skipped}, which has an attached unit; accepted: places that every pass "
+                "runs once"
+            )
+        self.passes.hold(current, output)
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.current is not None:
+            self.current.end()
+            self.current = None
+
+
+class _Call:
+    """The hook of one position."""
+
+    def __init__(self, attachment: Attachment, stage: Stage, position: Position):
+        self.attachment, self.stage, self.position = attachment, stage, position
+        self.index = 0
+        self.is_first = position is stage.positions[0]
+
+    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args:
+            raise InputError(
+                f"{self.position.module} was called without positional arguments, the first of which its unit "
+                "recalibrates; accepted: an output as the unit's place"
+            )
+        return (self._recalibrated(args[0]), *args[1:])
+
+    def on_output(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        return self._recalibrated(output)
+
+    def _recalibrated(self, features: Any) -> Tensor:
+        self._check(features)
+        attachment = self.attachment
+        current = attachment.current
+        if current is None:
+            state = attachment.passes.incoming_again(self.index, self.position.module)
+        else:
+            self._check_order(current)
+            state = None if self.is_first else current.state
+            if in_checkpoint():
+                current.keep(state)
+        features, state = self.stage.unit(features, state, num_extra_tokens=self.position.num_extra_tokens)
+        if current is not None:
+            attachment.passes.hold(current, features)
+            current.state = state
+            current.position = self.index + 1
+        return features
+
+    def _check_order(self, current: Pass) -> None:
+        name = self.position.module
+        if current.position != self.index:
+            expected = "nothing" if current.position == len(self.attachment.calls) else self._name(current.position)
+            how = "again" if current.position > self.index else "too early"
+            raise InputError(
+                f"{name}, which has an attached unit, ran {how}, where {expected} was next; accepted: places that "
+                "every pass runs once, named in the order in which it runs them"
+            )
+        if current.grad_enabled and not torch.is_grad_enabled():
+            raise InputError(
+                f"{name} runs without gradients in a forward pass with them, in which its unit's would be lost; "
+                "accepted: gradient checkpointing with use_reentrant=False"
+            )
+
+    def _name(self, index: int) -> str:
+        return self.attachment.calls[index].position.module
+
+    def _check(self, features: Any) -> None:
+        name, side, channels = self.position.module, self.position.side, self.stage.channels
+        if not isinstance(features, Tensor) or features.dim() not in (3, 4):
+            what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise InputError(f"the {side} of {name} is {what}; accepted for a unit: (B, L, N) or (B, N, H, W)")
+        found = features.shape[1 if features.dim() == 4 else 2]
+        if found != channels:
+            raise InputError(f"the {side} of {name} has {found} channels, and its unit is for {channels}")
