@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.analysis.stages import stages_of
 from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.errors import InputError
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -103,6 +104,8 @@ def gradient_magnitudes(
         for stage in stages_of(model)
         for name, output in zip(stage.blocks, stage.outputs, strict=True)
     ]
+    if not blocks:
+        raise InputError(f"the blocks of {run.name}'s network aren't known; accepted: a network that attach() knows")
     found = [Magnitudes() for _ in blocks]
     with (
         gradients_at([output for _, _, output, _ in blocks], lambda index, gradient: found[index].add(gradient)),

@@ -45,19 +45,22 @@ class Stage:
 
 
 def stages_of(model: nn.Module) -> list[Stage]:
-    """The network's stages in the order in which it runs them: a UViT's, those with attached units, or those that
-    `attach` would make.
-
-    Raises:
-        InputError: a network whose blocks aren't known.
-    """
+    """The network's stages in the order in which it runs them; none of a network that attach() doesn't know."""
     if isinstance(model, UViT):
         return [_uvit_stage(model)]
-    if (attachment := attachment_in(model)) is not None:
-        runs = [(stage.positions, stage.unit) for stage in attachment.stages]
-        return _numbered_stages(attachment.model, runs)
-    by_channels = groupby(positions_of(model), key=lambda position: position.channels)
-    return _numbered_stages(model, [(tuple(positions), None) for _, positions in by_channels])
+    attachment = attachment_in(model)
+    if attachment is None:
+        return [_stage(model, number, run) for number, run in _numbered(_known_runs(model))]
+    units = [(stage.positions, stage.unit) for stage in attachment.stages]
+    runs = _known_runs(attachment.model)
+    carried = [[(p, unit) for p, unit in units if {q.module for q in p} & {q.module for q in run}] for run in runs]
+    # Units that were put elsewhere than where attach() puts them make stages of their own.
+    if sum(map(len, carried)) != len(units) or any(len(each) > 1 for each in carried):
+        runs, carried = [positions for positions, _ in units], [[each] for each in units]
+    return [
+        _stage(attachment.model, number, run, *(carried[index][0] if carried[index] else ((), None)))
+        for index, (number, run) in enumerate(_numbered(runs))
+    ]
 
 
 def attended_stages(model: nn.Module) -> list[Stage]:
@@ -84,15 +87,38 @@ def _uvit_stage(model: UViT) -> Stage:
     return Stage("", model.hidden_size, tuple(names), tuple(blocks), model.unit, tuple(model.attention_blocks))
 
 
-def _numbered_stages(model: nn.Module, runs: Sequence[tuple[tuple[Position, ...], nn.Module | None]]) -> list[Stage]:
-    """Stages named "stage 1", their blocks "1.1", "1.2", ...; of a network with one stage "" and "1", "2", ..."""
-    stages = []
-    for number, (positions, unit) in enumerate(runs, start=1):
-        prefix, name = (f"{number}.", f"stage {number}") if len(runs) > 1 else ("", "")
-        names = tuple(f"{prefix}{index + 1}" for index in range(len(positions)))
-        outputs = tuple(_block_around(model, position.module) for position in positions)
-        stages.append(Stage(name, positions[0].channels or 0, names, outputs, unit, tuple(range(len(positions)))))
-    return stages
+def _known_runs(model: nn.Module) -> list[tuple[Position, ...]]:
+    """The runs of positions with one channel count that attach() finds by itself; none in a network of another kind."""
+    try:
+        positions = positions_of(model)
+    except InputError:
+        return []
+    return [tuple(run) for _, run in groupby(positions, key=lambda position: position.channels)]
+
+
+def _numbered(runs: Sequence[tuple[Position, ...]]) -> list[tuple[int | None, tuple[Position, ...]]]:
+    """The runs with their numbers from 1; a single one has none."""
+    return [(None if len(runs) == 1 else index + 1, run) for index, run in enumerate(runs)]
+
+
+def _stage(
+    model: nn.Module,
+    number: int | None,
+    positions: tuple[Position, ...],
+    attended: tuple[Position, ...] = (),
+    unit: nn.Module | None = None,
+) -> Stage:
+    """ "stage 1" with its blocks "1.1", "1.2", ...; without a number "" and "1", "2", ..."""
+    prefix, name = ("", "") if number is None else (f"{number}.", f"stage {number}")
+    names = [position.module for position in positions]
+    return Stage(
+        name,
+        positions[0].channels or 0,
+        tuple(f"{prefix}{index + 1}" for index in range(len(positions))),
+        tuple(_block_around(model, module) for module in names),
+        unit,
+        tuple(names.index(position.module) for position in attended),
+    )
 
 
 def _block_around(model: nn.Module, name: str) -> nn.Module:
