@@ -16,22 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.attention.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
 FOLDS = 8
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
-def group_of(name: str) -> str:
-    """The group that a UViT's parameter of that name belongs to."""
-    parts = name.split(".")
-    if parts[0] == "unit":
+def group_of(name: str, owner: nn.Module | None = None) -> str:
+    """The group that a network's parameter of that name belongs to; owner: the module whose own it is."""
+    parts = set(name.split("."))
+    if parts & {"unit", UNITS_NAME}:
         return "unit"
-    if "mlp" in parts:
+    if isinstance(owner, NORMS) or any(part.startswith("norm") for part in parts):
+        return "norms"
+    if parts & {"mlp", "ff"}:
         return "MLPs"
-    if "attn" in parts:
-        return "attention"
-    return "norms" if any(part.startswith("norm") for part in parts) else "others"
+    return "attention" if parts & {"attn", "attn1", "attentions", "self_attention"} else "others"
 
 
 def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], batch_size: int) -> dict[str, Any]:
@@ -44,7 +46,10 @@ def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], bat
     `noise_scale`, and `noise_scale_low` and `noise_scale_high`, where |G|^2 is two standard errors more and less. A
     noise scale whose |G|^2 is not above 0 is None: the batches are too few to tell. Memory: FOLDS values a parameter.
     """
-    named = [(group_of(name), parameter) for name, parameter in model.named_parameters()]
+    named = [
+        (group_of(name, model.get_submodule(name.rpartition(".")[0])), parameter)
+        for name, parameter in model.named_parameters()
+    ]
     groups = [group for group in GROUPS[1:] if any(group == own for own, _ in named)]
     folds = min(FOLDS, len(losses))
     sums = [torch.zeros(folds, *parameter.shape, dtype=parameter.dtype) for _, parameter in named]
