@@ -70,8 +70,6 @@ def summarise_placement(results: Sequence[dict[str, Any]], num_layers: int) -> l
     for name, blocks in placements(num_layers).items():
         found = groups.get(tuple(blocks), [])
         trained = [result for result in found if result["outcome"] == TRAINED]
-        if not trained:
-            continue
         row: dict[str, Any] = {"placement": name, "blocks": blocks, "seeds": len(found)}
         row["diverged"] = len(found) - len(trained)
         for key in ("held_out_loss", "distance"):

@@ -137,6 +137,16 @@ class EmaConfig:
 
 
 @dataclass
+class SsiaConfig:
+    """Experimental: a loss in training only, by which the middle block teaches the in blocks (arXiv 2206.07434)."""
+
+    weight: float = 0.0
+    """Of this loss beside the diffusion loss; 0 leaves it out."""
+    reduction: int = 4
+    """Reduction ratio of the heads that it needs; must divide model.hidden_size."""
+
+
+@dataclass
 class SamplesConfig:
     """The sample grids drawn along the way."""
 
@@ -172,6 +182,8 @@ class Experiment:
     """Optimizer."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Moving average."""
+    ssia: SsiaConfig = field(default_factory=SsiaConfig)
+    """Training-only loss."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Grids."""
     trackers: list[str] = field(default_factory=list)
@@ -212,6 +224,10 @@ class Experiment:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
         if optimizer.unit_learning_rate is not None:
             self._check_unit_learning_rate(optimizer.unit_learning_rate)
+        if not 0 <= self.ssia.weight < math.inf:
+            raise InputError(f"ssia.weight is {self.ssia.weight}; accepted: 0, which is none, or more")
+        if self.ssia.weight and optimizer.unit_learning_rate is not None:
+            raise InputError("ssia.weight is above 0, which optimizer.unit_learning_rate can't go with; leave out one")
         if self.data.label_dropout and self.model.num_classes is None:
             raise InputError("data.label_dropout needs a class-conditional model; set model.num_classes")
         if not 1 <= self.samples.guidance_scale < math.inf:

@@ -14,9 +14,10 @@ from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.images import open_training_images, training_batch
 from dia_diffusion.training.init_from import same_start, start_from
 from dia_diffusion.training.objective import diffusion_loss, learning_rate, parameter_groups
-from dia_diffusion.training.randomness import StepDraws, draw_step
+from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
+from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Moment, Task
 
 
@@ -28,6 +29,7 @@ class DiffusionTask(Task):
         self.ema = experiment.ema
         self.process = experiment.noise_process()
         self.images: ImageSet
+        self.guidance: Guidance | None = None
 
     def check(self) -> None:
         check_samples(self.experiment)
@@ -39,6 +41,9 @@ class DiffusionTask(Task):
         model = build_model(self.experiment.model)
         if self.experiment.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.experiment.ssia.weight:
+            seed = derive(self.experiment.seed, WEIGHTS, 1)  # WEIGHTS, 0 is the model's
+            self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
@@ -70,7 +75,8 @@ class DiffusionTask(Task):
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         images, labels = training_batch(self.images, self.experiment, draws, device, dtype)
-        return diffusion_loss(network, self.process, images, draws, labels)
+        loss = diffusion_loss(network, self.process, images, draws, labels)
+        return loss if self.guidance is None else loss + self.experiment.ssia.weight * self.guidance.take()
 
     def shows_at(self, step: int) -> bool:
         every = self.experiment.train.sample_every
@@ -84,7 +90,7 @@ class DiffusionTask(Task):
     def _draw_and_save(self, moment: Moment) -> None:
         assert moment.weights is not None
         grid = moment.folder.samples / f"{step_name(moment.step)}.png"
-        pipeline = build_pipeline(self.experiment, moment.weights, moment.accelerator.device)
+        pipeline = build_pipeline(self.experiment, without_heads(moment.weights), moment.accelerator.device)
         if self.experiment.train.sample_every and (self.shows_at(moment.step) or moment.checkpoint):
             try:
                 save_samples(pipeline, self.experiment, grid)

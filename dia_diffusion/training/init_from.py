@@ -13,8 +13,9 @@ from dia_diffusion.pipelines.folder import weights_hash
 from dia_diffusion.sampling.load import find_pipeline, load_pipeline
 from dia_diffusion.sampling.samplers import build_scheduler
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.ssia import without_heads
 
-UNIT_KEYS = ("attention", "attention_kwargs", "pool_tokens")
+UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens")
 UNIT = "unit."  # its tensors' names in a UViT
 
 
@@ -97,7 +98,7 @@ def _check_unit(source: str, theirs: UViT, experiment: Experiment) -> None:
 
 
 def _check_backbone(source: str, theirs: UViT, model: UViT) -> None:
-    there, here = theirs.state_dict(), model.state_dict()
+    there, here = theirs.state_dict(), without_heads(model.state_dict())
     for name in [*here, *there]:
         if name.startswith(UNIT) and theirs.unit is None:
             continue
@@ -106,6 +107,6 @@ def _check_backbone(source: str, theirs: UViT, model: UViT) -> None:
             raise InputError(
                 f"init_from {source} is of another network: tensor {name} is {shapes[0]} there, {shapes[1]} here"
             )
-    heads = theirs.config.num_attention_heads, model.config.num_attention_heads
-    if heads[0] != heads[1]:  # which no tensor shows
-        raise InputError(f"init_from {source} has model.num_attention_heads {heads[0]}, and the recipe's is {heads[1]}")
+    for key in ("num_attention_heads", "residual_skips"):  # which no tensor shows
+        if (their := theirs.config[key]) != (own := model.config[key]):
+            raise InputError(f"init_from {source} has model.{key} {their}, and the recipe's is {own}")
