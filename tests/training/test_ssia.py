@@ -40,7 +40,7 @@ def by_hand(model: UViT, heads: torch.nn.ModuleList, x: torch.Tensor) -> torch.T
             target = 1 / (1 + torch.exp(-(y - y.mean()) / y.std()))
             hidden = (first.weight @ features[image] + first.bias).clamp(min=0)
             foreseen = 1 / (1 + torch.exp(-(second.weight @ hidden + second.bias)))
-                    total += float(((foreseen - target) ** 2).sum().detach())
+            total += float(((foreseen - target) ** 2).sum().detach())
     return torch.tensor(total / (len(lower) * middle.numel()))
 
 
@@ -108,7 +108,8 @@ def test_resumes_exactly(tiny: Callable[..., Experiment], train: Callable[..., A
 
 
 def test_weight_zero_is_the_same_training(tiny: Callable[..., Experiment], train: Callable[..., Any]) -> None:
-    states = [train(tiny(name, *more)).model.state_dict() for name, more in (("a", ()), ("b", ("--ssia.weight", "0", "--ssia.reduction", "3")))]
+    none = ("--ssia.weight", "0", "--ssia.reduction", "3")  # which no head could have
+    states = [train(tiny(name, *more)).model.state_dict() for name, more in (("a", ()), ("b", none))]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
