@@ -1,7 +1,7 @@
 """The parameter counts that arXiv 2210.16101 prints, in millions, each with what was counted to compare with it.
 
-The paper seldom says a module's reduction ratio or whether its linear maps have biases. What stands here fits the printed
-number best; where the paper says it (r = 4 of DIA-LSTM, Tables XII, XIII and XVI), that is used.
+The paper seldom says a module's reduction ratio or whether its linear maps have biases. What stands here fits the
+printed number; where the paper says it (r of DIA-LSTM in Tables XII, XIII and XVI), that is used.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Cell:
     table: str
     """Its number in the paper."""
     backbone: str
-    """A name of paper_backbones.PAPER_BACKBONES."""
+    """What dia_diffusion.analysis.named_models.paper_backbone makes of its name."""
     model: str
     """The row's own name."""
     printed: float
@@ -106,9 +106,9 @@ TABLE_XVI = tuple(
         (326, 3.35, 3.75, 3.41),
     )
     for cell in (
-        Cell("XVI", f"ResNet{depth} without BatchNorm", "Org", plain),
-        Cell("XVI", f"ResNet{depth} without BatchNorm", "SE", se, "se", _se(16)),
-        Cell("XVI", f"ResNet{depth} without BatchNorm", "DIA-LSTM", dia, "dia-lstm", {"reduction": 16}),
+        Cell("XVI", f"ResNet{depth} without BatchNorms", "Org", plain),
+        Cell("XVI", f"ResNet{depth} without BatchNorms", "SE", se, "se", _se(16)),
+        Cell("XVI", f"ResNet{depth} without BatchNorms", "DIA-LSTM", dia, "dia-lstm", {"reduction": 16}),
     )
 )
 

@@ -15,10 +15,12 @@ from dia_diffusion.errors import InputError, RunError, Stopped, one_line
 COMMANDS = {
     "quickstart": "train twins on handwritten digits, sample, measure and draw the curve, in minutes on a CPU",
     "train": "train a recipe, or go on with a run",
+    "classify": "train a classifier, or go on with it",
     "sample": "draw images from a pipeline or run",
     "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
     "stats": "make, show and compare files of the mean and covariance of images' features",
     "analyze": "measure what the attention unit of trained runs does: its maps, the noise of gradients",
+    "params": "count what attention units add to a model, shared and individual; the paper's own counts",
     "curves": "train, measure and draw a study: units x batch sizes x seeds; or draw curves of several runs",
     "report": "write one HTML page about a run or a study: curves, samples, results, recipe",
     "convert": "turn official U-ViT weights into a pipeline folder",

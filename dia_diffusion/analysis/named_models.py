@@ -1,0 +1,69 @@
+"""Models by name without attention units, on torch's meta device, for counting."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import nn
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
+from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, BackboneConfig, build_classifier
+from dia_diffusion.models.uvit import UVIT_SIZES, UViT
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.snapshot import build_model
+
+CLASSES = 100  # of CIFAR-100, for which the paper counts
+IMAGENET_CLASSES = 1000
+
+
+def model_named(name: str) -> nn.Module:
+    """A model without unit: a UViT size ("S/2"), a classifier ("cifar-resnet164", "resnet50"), or that of a recipe.
+
+    CIFAR classifiers have 100 classes, ImageNet's 1,000 and images of 224.
+
+    Raises:
+        InputError: no model has that name.
+    """
+    with torch.device("meta"):
+        if name.partition("/")[0] in UVIT_SIZES and "/" in name:
+            return UViT.from_size(name, attention=None)
+        if any(re.fullmatch(pattern, name) for pattern in PATTERNS.values()):
+            return build_classifier(BackboneConfig(name, num_classes=CLASSES))
+        if name in RESNETS or name in VITS:
+            return build_classifier(BackboneConfig(name, sample_size=224, num_classes=IMAGENET_CLASSES))
+        try:
+            config = read_experiment(name).model
+        except InputError as error:
+            sizes = ", ".join(f"{size}/PATCH" for size in UVIT_SIZES)
+            raise InputError(f"no model {name!r}; accepted: {sizes}, {ACCEPTED}, or a recipe ({error})") from None
+        return build_model(replace(config, attention="none", attention_kwargs=None, attention_blocks=None))
+
+
+@cache
+def paper_backbone(name: str) -> nn.Module:
+    """A backbone of the paper's tables for CIFAR-100 by the name that paper_parameters gives it, without unit."""
+    with torch.device("meta"):
+        if name.startswith("WRN52-4"):
+            return cifar_wrn(52, 4, CLASSES, Layers("batch", True, branch_norm=name.endswith("with branch norm")))
+        plain = Layers("batch", True, branch_norm=False)
+        if name == "ResNeXt101,8x32":
+            return cifar_resnext(101, 8, 32, CLASSES, plain)
+        match = re.fullmatch(r"ResNet(\d+)( without BatchNorms)?", name)
+        assert match is not None
+        model = cifar_resnet(int(match[1]), CLASSES, plain)
+        return without_batch_norms(model) if match[2] else model
+
+
+def without_batch_norms(model: nn.Module) -> nn.Module:
+    """The model without BatchNorms but those of the shortcuts, and without biases in their place.
+
+    That is the network whose counts Table XVI prints; leaving out the shortcuts' too gives 0.001 M less.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Sequential) and not name.endswith("shortcut"):
+            for index in reversed(range(len(module))):
+                if isinstance(module[index], nn.BatchNorm2d):
+                    del module[index]
+    return model

@@ -1,0 +1,106 @@
+"""What units add: against the paper's printed counts, its saving, closed forms, and networks that are really built."""
+
+import pytest
+
+from dia_diffusion import UViT
+from dia_diffusion.analysis.named_models import model_named
+from dia_diffusion.analysis.paper_parameters import PAPER_TABLES, Cell
+from dia_diffusion.analysis.parameters import Stage, added_parameters, count_parameters, stages_of, unit_parameters
+from dia_diffusion.cli.main import main
+from dia_diffusion.cli.params import paper_count
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+
+RESNET164 = [Stage(64, 18), Stage(128, 18), Stage(256, 18)]
+RESNET83 = [Stage(64, 9), Stage(128, 9), Stage(256, 9)]
+
+
+@pytest.mark.parametrize("number", PAPER_TABLES)
+def test_printed_counts(number: str) -> None:
+    def off(cell: Cell) -> float:
+        return round(paper_count(cell) / 1e6, 2) - cell.printed
+
+    assert {(cell.backbone, cell.model): off(cell) for cell in PAPER_TABLES[number] if abs(off(cell)) > 1e-9} == {}
+
+
+@pytest.mark.parametrize("unit", ["se", "eca", "cbam", "spa", "sem", "spem", "sge"])
+def test_savings_are_the_papers(unit: str) -> None:
+    assert f"{100 * added_parameters(RESNET164, unit).saving:.1f}" == "94.4"
+    assert f"{100 * added_parameters(RESNET83, unit).saving:.1f}" == "88.9"
+
+
+def test_srm_saves_what_its_batch_norms_leave() -> None:
+    for stages, blocks in ((RESNET164, 18), (RESNET83, 9)):
+        channels = 64 + 128 + 256
+        added = added_parameters(stages, "srm")
+        assert added.individual == blocks * 4 * channels
+        assert added.shared == 2 * channels + blocks * 2 * channels
+    assert added_parameters(RESNET164, "srm").saving == pytest.approx(17 / 36)
+    assert added_parameters(RESNET164, "srm", share_norm=False).saving == pytest.approx(17 / 36)
+
+
+def test_the_lstm_of_depth_is_one_by_nature() -> None:
+    added = added_parameters(RESNET164, "dia-lstm")
+    assert (added.shared, added.individual, added.saving) == (218_848, None, None)
+
+
+@pytest.mark.parametrize("unit", ["dia-lstm", "srm", "block-channels"])
+def test_counted_is_what_a_built_network_has(unit: str) -> None:
+    name = "cifar-resnet20-basic"
+    stages = stages_of(model_named(name))
+    assert stages == [Stage(16, 3), Stage(32, 3), Stage(64, 3)]
+    plain, with_unit = (build_classifier(BackboneConfig(name, num_classes=100, attention=a)) for a in ("none", unit))
+    assert count_parameters(with_unit) - count_parameters(plain) == unit_parameters(stages, unit)
+
+    (stage,) = stages_of(model_named("tiny/2"))
+    assert stage == Stage(128, 5)
+    plain, with_unit = (UViT.from_size("tiny/2", attention=a) for a in (None, unit))
+    assert count_parameters(with_unit) - count_parameters(plain) == unit_parameters([stage], unit)
+
+
+def test_models_by_name() -> None:
+    # The official U-ViT-S/2's count, torchvision's own, and a recipe's.
+    expected = {"S/2": 44_255_328, "resnet50": 25_557_032, "vit_b_16": 86_567_656, "cifar10_uvit_s2_dia": 44_255_328}
+    assert {name: count_parameters(model_named(name)) for name in expected} == expected
+    assert stages_of(model_named("resnet50")) == [Stage(256, 3), Stage(512, 4), Stage(1024, 6), Stage(2048, 3)]
+
+
+def test_the_command_prints_a_row_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["params", "--model", "tiny/2", "--unit", "se", "dia-lstm", "--kwargs", "{reduction: 8}"]
+    assert main(arguments) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    se = 2 * 128 * 128 // 8 + 128 // 8 + 128
+    assert rows[1][:2] == ["tiny/2", "5x128"]
+    assert rows[1][3:] == ["se", f"{se:,}", f"{5 * se:,}", "80.0", "%"]
+    assert rows[2] == ["dia-lstm", f"{10 * 128 * 128 // 8 + 2 * 16 + 8 * 128:,}", "-", "-"]
+
+
+def test_the_command_sets_ours_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--table", "XII"]) == 0
+    out = capsys.readouterr().out
+    r_1 = "XII ResNet164 DIA-LSTM, r = 1 2.59 2.59 0 2,591,924 r 1"
+    assert r_1.split() in [line.split() for line in out.splitlines()]
+    assert "4 of 4 printed counts are ours to the digit" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "resnet9000"], "no model 'resnet9000'; accepted:"),
+        (["--model", "S/x"], "unknown size 'S/x'"),
+        (["--model", "tiny/2", "--unit", "sea"], "unknown attention unit 'sea'; accepted:"),
+        (["--model", "tiny/2", "--unit", "eca", "--kwargs", "{reduction: 8}"], "attention unit 'eca' can't be built"),
+        (["--model", "tiny/2", "--kwargs", "[8]"], "--kwargs is '[8]'; accepted: names and values"),
+        (["--model", "tiny/2", "--unit", "se", "--kwargs", "{sharing: individual}"], "both are counted, leave it out"),
+        (["--table", "V"], "no table 'V' counts parameters; accepted: IV"),
+    ],
+)
+def test_bad_input_ends_in_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert named in err and err.count("\n") == 1
+
+
+def test_a_sharing_is_not_counted_twice() -> None:
+    with pytest.raises(InputError, match="leave it out"):
+        added_parameters(RESNET83, "se", sharing="shared")
