@@ -64,6 +64,21 @@ def open_images(
         raise InputError(f"size {size} isn't accepted: a positive number of pixels, or none")
     if channels not in (1, 3):
         raise InputError(f"channels {channels} isn't accepted: 3 (RGB) or 1 (grey)")
+    cache = cache_folder() if cache is None else cache
+    name, found = find_images(source, split=split, cache=cache, download_progress=download_progress)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata; what matters is raised
+        images, pixels_sha256 = decode_all(
+            found, size=size, channels=channels, cache=cache / "images", memory_limit=memory_limit, progress=progress
+        )
+    own = fingerprint(pixels_sha256, found.labels)
+    return ImageSet(name, found.split, images, found.labels, found.class_names, own)
+
+
+def find_images(
+    source: str | Path, *, split: str = "train", cache: Path | None = None, download_progress: Progress | None = None
+) -> tuple[str, Undecoded]:
+    """The name for records, and the images of a source before they are decoded; arguments and errors as above."""
     if split not in SPLITS:
         raise InputError(f"split {split!r} isn't accepted: {' or '.join(SPLITS)}")
     cache = cache_folder() if cache is None else cache
@@ -79,13 +94,7 @@ def open_images(
     else:
         found = _open_path(name, split)
         name = Path(name).resolve().name
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata; what matters is raised
-        images, pixels_sha256 = decode_all(
-            found, size=size, channels=channels, cache=cache / "images", memory_limit=memory_limit, progress=progress
-        )
-    own = fingerprint(pixels_sha256, found.labels)
-    return ImageSet(name, found.split, images, found.labels, found.class_names, own)
+    return name, found
 
 
 def _open_path(source: str, split: str) -> Undecoded:

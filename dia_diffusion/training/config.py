@@ -297,17 +297,24 @@ MAY_CHANGE = {
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64".
+    """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64"."""
+    may_change = MAY_CHANGE
+    if old.get("optimizer", {}).get("schedule") == "cosine":
+        may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
+    return differing_keys(old, new, Experiment().to_dict(), may_change)
+
+
+def differing_keys(
+    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], may_differ: set[str]
+) -> list[str]:
+    """Keys of two recipes that differ: "train.batch_size: 32 -> 64".
 
     A key that an older version didn't know yet has its default, which is how that version trained.
     """
-    defaults = flatten(Experiment().to_dict())
-    before, after = defaults | flatten(old), defaults | flatten(new)
-    may_change = MAY_CHANGE
-    if before.get("optimizer.schedule") == "cosine":
-        may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
+    known = flatten(defaults)
+    before, after = known | flatten(old), known | flatten(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if key not in may_change and before.get(key) != after.get(key)
+        if key not in may_differ and before.get(key) != after.get(key)
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Independent streams of one seed. A stream's number is part of what a seed means: never renumber.
-WEIGHTS, ORDER, STEP, MODEL = range(4)
+WEIGHTS, ORDER, STEP, MODEL, AUGMENT = range(5)
 
 
 def derive(seed: int, stream: int, number: int = 0) -> int:

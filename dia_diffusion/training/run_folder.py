@@ -14,9 +14,8 @@ from dia_diffusion.distributed import together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
 from dia_diffusion.lock import FolderLock
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.training.config import Experiment
 
 SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
 
@@ -58,7 +57,7 @@ class RunFolder:
         """Gives the folder back; does nothing where it is not held."""
         self._lock.give_back()
 
-    def write_config(self, experiment: Experiment) -> None:
+    def write_config(self, experiment: Any) -> None:
         """Writes the recipe as resolved."""
         write_text(self.config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
 
@@ -123,7 +122,7 @@ def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:
     together(accelerator, check)
 
 
-def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> None:
+def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
     """Raises InputError where a run's recipe has changed in more than may change on resuming."""
     changed = experiment.changed_keys(old)
     if changed:
@@ -133,17 +132,24 @@ def refuse_changes(old: dict[str, Any], experiment: Experiment, path: Path) -> N
         )
 
 
-def refuse_rewriting(folder: RunFolder, experiment: Experiment) -> None:
-    """Raises InputError where a new run would write over the pipelines of one whose checkpoints are gone.
+def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
+    """Raises InputError where a new run would write over pipelines or classifiers whose checkpoints are gone.
 
-    A run that was killed between its first pipeline and its first checkpoint begins again: it makes that one again.
+    A run that was killed between the first of them and its first checkpoint begins again: it makes that one again.
     """
-    pipelines = step_folders(folder.pipelines)
     first = min(experiment.train.checkpoint_every, experiment.train.max_steps)
-    if pipelines.keys() == {first} and (read_training(pipelines[first]) or {}).get("recipe") == experiment.to_dict():
-        return
-    if pipelines:
-        raise InputError(
-            f"{folder.path} has pipelines and no checkpoint to go on from, and a new run would write over them; "
-            "choose another output"
-        )
+    for made in (folder.pipelines, folder.classifiers):
+        places = step_folders(made)
+        if places and not (places.keys() == {first} and _recipe_of(places[first]) == experiment.to_dict()):
+            raise InputError(
+                f"{folder.path} has {made.name} and no checkpoint to go on from, and a new run would write over them; "
+                "choose another output"
+            )
+
+
+def _recipe_of(place: Path) -> Any:
+    """The recipe that a pipeline or classifier was trained by; None where nothing says."""
+    try:
+        return json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -8,10 +8,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dia_diffusion.data import ImageSet
 from dia_diffusion.training.config import EmaConfig
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder
+
+
+class Images(Protocol):
+    """What the engine reads of a set of images."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    def __len__(self) -> int: ...
+
 
 D = TypeVar("D", bound="Draws")
 
@@ -82,7 +96,7 @@ class Task(ABC):
         return kept
 
     @abstractmethod
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> Images:
         """The images that are trained on, and whatever else is read."""
 
     @abstractmethod

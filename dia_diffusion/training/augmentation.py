@@ -1,0 +1,88 @@
+"""Classification's augmentations as functions of uniform numbers, one row an image."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from dia_diffusion.training.randomness import AUGMENT, generator, image_order
+
+BORDER = 4
+"""Pixels that "pad-crop" puts around an image."""
+AREAS = 0.08, 1.0
+"""Of an image's area, that "resized-crop" takes."""
+ASPECTS = 3 / 4, 4 / 3
+"""Width over height of what it takes."""
+TRIES = 10
+"""At a rectangle that fits into the image, as torchvision's RandomResizedCrop has."""
+
+MIRROR, DOWN, RIGHT, FIRST_TRY = range(4)
+"""Columns of the uniform numbers: a mirror image below one half, a place, and area and aspect of each try."""
+
+
+@dataclass(frozen=True)
+class ImageDraws:
+    """What is random in one step, for the images of the global batch or a slice of it."""
+
+    step: int
+    first: int
+    """Where in the step's global batch the images begin."""
+    indices: np.ndarray  # (B,) int64, which images
+    uniform: Tensor  # (B, 23) float32 in [0, 1)
+
+    def slice(self, start: int, stop: int) -> "ImageDraws":
+        """The draws of images start..stop of the batch."""
+        part = slice(start, stop)
+        return ImageDraws(self.step, self.first + start, self.indices[part], self.uniform[part])
+
+
+def draw_images(seed: int, step: int, batch_size: int, num_images: int) -> ImageDraws:
+    """The draws of the global batch of a step, counted from 0."""
+    uniform = torch.rand(batch_size, FIRST_TRY + 2 * TRIES, generator=generator(seed, AUGMENT, step))
+    return ImageDraws(step, 0, image_order(seed, step * batch_size, batch_size, num_images), uniform)
+
+
+def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
+    """Images (B, C, H, W), mirrored where the draws say so."""
+    return torch.where((uniform[:, MIRROR] < 0.5).to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def pad_cropped(images: Tensor, uniform: Tensor) -> Tensor:
+    """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (BORDER, BORDER, BORDER, BORDER))
+    shifts = (uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long().to(images.device)  # (B, 2)
+    rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (B, H)
+    columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
+    batch = torch.arange(len(images), device=images.device)
+    # Indices around a slice move the channels last: (B, H, W, C).
+    return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:
+    """The rectangle (left, top, right, bottom) that "resized-crop" takes, by an image's row of draws.
+
+    Of TRIES rectangles of uniform area and log-uniform aspect, the first that fits; else the largest in the middle
+    whose aspect is in bounds.
+    """
+    shortest, longest = map(math.log, ASPECTS)
+    for area, aspect in uniform[FIRST_TRY:].reshape(TRIES, 2).tolist():
+        target = (AREAS[0] + (AREAS[1] - AREAS[0]) * area) * width * height
+        ratio = math.exp(shortest + (longest - shortest) * aspect)
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(float(uniform[k]) * (space + 1)) for k, space in ((DOWN, height - h), (RIGHT, width - w)))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * ASPECTS[1])), min(height, round(width / ASPECTS[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized_crop(image: Image.Image, size: int, uniform: Tensor) -> np.ndarray:
+    """That rectangle of an image, resized to uint8 (3, size, size)."""
+    box = crop_box(image.width, image.height, uniform)
+    return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)

@@ -1,0 +1,178 @@
+"""Training of a classifier: what the engine leaves to classification."""
+
+import math
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dia_diffusion.distributed import on_main
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import step_folders, step_name, write_json
+from dia_diffusion.models.classifiers import build_classifier
+from dia_diffusion.models.saved_classifier import normalized, save_classifier
+from dia_diffusion.training.augmentation import ImageDraws, draw_images
+from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
+from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels
+from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.task import Moment, Task
+
+RESULT_FILE = "result.json"
+"""In a run's folder: how it ended, and its last test."""
+FEW_CLASSES = 20
+"""So many classes, at most, have an accuracy each."""
+TEST_BATCH = 250
+
+
+class ClassificationTask(Task):
+    """A recipe's images, cross entropy, tests and classifier folders."""
+
+    ema = None
+
+    def __init__(self, experiment: ClassifyExperiment):
+        self.experiment = experiment
+        self.train_images: AnySet
+        self.test_images: AnySet
+        self.batches: Batches
+        self.num_parameters = 0
+
+    def check(self) -> None:
+        with torch.device("meta"):  # no memory or time for its weights
+            build_classifier(self.experiment.model)
+        if self.experiment.train.sync_batchnorm and not torch.cuda.is_available():
+            raise InputError("train.sync_batchnorm is true, which needs CUDA GPUs; accepted here: false")
+
+    def about(self) -> str:
+        return f"{self.experiment.model.backbone}, attention {self.experiment.model.attention}"
+
+    def build_model(self) -> nn.Module:
+        model = build_classifier(self.experiment.model)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        if self.experiment.train.sync_batchnorm:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return model.to(memory_format=torch.channels_last) if self.experiment.train.channels_last else model
+
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters()), "peak_rate": self.experiment.optimizer.learning_rate}]
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        config = self.experiment.optimizer
+        rate, decay = config.learning_rate, config.weight_decay
+        if config.name == "adamw":
+            betas = (config.betas[0], config.betas[1])
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
+        momentum, nesterov = config.momentum, config.nesterov
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
+
+    def learning_rate(self, step: int, peak: float) -> float:
+        return scheduled_rate(self.experiment.optimizer, step, self.experiment.train.max_steps, peak)
+
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> AnySet:
+        self.train_images = open_labelled(self.experiment, False, accelerator, reporter)
+        self.test_images = open_labelled(self.experiment, True, accelerator, reporter)
+        check_apart(self.train_images, self.test_images)
+        self.batches = Batches(self.train_images, self.experiment, self.draw)
+        return self.train_images
+
+    def draw(self, step: int) -> ImageDraws:
+        return draw_images(self.experiment.seed, step, self.experiment.train.batch_size, len(self.train_images))
+
+    def loss(self, network: nn.Module, draws: ImageDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
+        pixels, labels = self.batches.take(draws, device)
+        logits = network(self._prepared(pixels, dtype))
+        smoothing = self.experiment.train.label_smoothing
+        return F.cross_entropy(logits.to(dtype), labels, label_smoothing=smoothing)
+
+    def _prepared(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        images = normalized(pixels, self.experiment.data.mean, self.experiment.data.std, dtype)
+        last = self.experiment.train.channels_last
+        return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    def shows_at(self, step: int) -> bool:
+        every = self.experiment.train.evaluate_every
+        return every > 0 and step % every == 0
+
+    def show(self, moment: Moment) -> dict[str, float]:
+        """Tests the classifier where that is due, and leaves it as a folder where a checkpoint is written."""
+        tested = self._test(moment) if moment.last or self.shows_at(moment.step) else {}
+        on_main(moment.accelerator, lambda: self._write(moment, tested))
+        return tested
+
+    def _test(self, moment: Moment) -> dict[str, float]:
+        """Accuracy and loss on the test images, which the processes share out."""
+        accelerator, model = moment.accelerator, moment.model
+        classes, device = self.experiment.model.num_classes, accelerator.device
+        mine = np.arange(accelerator.process_index, len(self.test_images), accelerator.num_processes)
+        counts = torch.zeros(2, classes, dtype=torch.float64, device=device)  # right, all
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        assert self.test_images.labels is not None
+        dtype = next(model.parameters()).dtype
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(mine), TEST_BATCH):
+                chosen = mine[start : start + TEST_BATCH]
+                pixels = test_pixels(self.test_images, chosen, self.experiment.model.sample_size).to(device)
+                labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
+                with accelerator.autocast():
+                    logits = model(self._prepared(pixels, dtype))
+                loss += F.cross_entropy(logits.to(dtype), labels, reduction="sum").double()
+                right = (logits.argmax(1) == labels).double()
+                counts += torch.stack([torch.zeros_like(counts[0]).index_add(0, labels, w) for w in (right, right**0)])
+        model.train()
+        counts, loss = accelerator.reduce(counts, "sum"), accelerator.reduce(loss, "sum")
+        return self._summary(counts, float(loss))
+
+    def _summary(self, counts: Tensor, loss: float) -> dict[str, float]:
+        right, every = counts.tolist()
+        values = {"test_accuracy": sum(right) / sum(every), "test_loss": loss / sum(every)}
+        names = self.test_images.class_names or tuple(str(number) for number in range(len(every)))
+        if len(names) <= FEW_CLASSES:
+            values |= {f"test_accuracy/{name}": a / b for name, a, b in zip(names, right, every, strict=True) if b}
+        return values
+
+    def _write(self, moment: Moment, tested: dict[str, float]) -> None:
+        experiment, folder = self.experiment, moment.folder
+        if tested:
+            moment.reporter.message(f"step {moment.step:,}: test accuracy {tested['test_accuracy']:.2%}")
+        if moment.checkpoint:
+            data, names = experiment.data, self.train_images.class_names
+            place = folder.classifiers / step_name(moment.step)
+            if not place.exists():
+                save_classifier(place, moment.model, experiment.model, data.mean, data.std, names, moment.origin)
+            for old in list(step_folders(folder.classifiers).values())[: -experiment.train.keep_last]:
+                shutil.rmtree(old)
+        if moment.last:
+            self._record(folder, moment.step, None, tested)
+
+    def diverged(self, folder: RunFolder, step: int) -> None:
+        self._record(folder, step, step, {})
+
+    def _record(self, folder: RunFolder, step: int, diverged_at: int | None, tested: dict[str, float]) -> None:
+        """Writes how the run ended."""
+        test = self.test_images
+        # JSON has no number for a loss that overflows.
+        values = {key: value if math.isfinite(value) else None for key, value in tested.items()}
+        record = {
+            "step": step,
+            "diverged_at": diverged_at,
+            **values,
+            "parameters": self.num_parameters,
+            "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
+            "recipe": self.experiment.to_dict(),
+        }
+        write_json(folder.path / RESULT_FILE, record)
+
+
+def scheduled_rate(config: ClassifyOptimizerConfig, step: int, max_steps: int, peak: float) -> float:
+    """The rate of a step, counted from 0: linear warm-up to `peak`, then milestones, half a cosine, or constant."""
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+        return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)

@@ -1,0 +1,8 @@
+"""For `accelerate launch train/classify.py`: the same as `dia-diffusion classify`."""
+
+import sys
+
+from dia_diffusion.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["classify", *sys.argv[1:]]))
