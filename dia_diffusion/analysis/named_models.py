@@ -1,8 +1,9 @@
 """Models by name without attention units, on torch's meta device, for counting."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,8 +12,12 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
 from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, BackboneConfig, build_classifier
 from dia_diffusion.models.uvit import UVIT_SIZES, UViT
+from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.snapshot import build_model
+
+Config = TypeVar("Config", ModelConfig, BackboneConfig)
 
 CLASSES = 100  # of CIFAR-100, for which the paper counts
 IMAGENET_CLASSES = 1000
@@ -33,12 +38,32 @@ def model_named(name: str) -> nn.Module:
             return build_classifier(BackboneConfig(name, num_classes=CLASSES))
         if name in RESNETS or name in VITS:
             return build_classifier(BackboneConfig(name, sample_size=224, num_classes=IMAGENET_CLASSES))
+        experiment = recipe_named(name)
+        if isinstance(experiment, ClassifyExperiment):
+            return build_classifier(without_unit(experiment.model))
+        return build_model(without_unit(experiment.model))
+
+
+def recipe_named(name: str) -> Experiment | ClassifyExperiment:
+    """A recipe of `train`, or one of `classify`, by path or by the name of a shipped one.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return read_experiment(name)
+    except InputError as error:
         try:
-            config = read_experiment(name).model
-        except InputError as error:
+            return read_experiment(name, kind=ClassifyExperiment)
+        except InputError:
             sizes = ", ".join(f"{size}/PATCH" for size in UVIT_SIZES)
             raise InputError(f"no model {name!r}; accepted: {sizes}, {ACCEPTED}, or a recipe ({error})") from None
-        return build_model(replace(config, attention="none", attention_kwargs=None, attention_blocks=None))
+
+
+def without_unit(config: Config) -> Config:
+    """A recipe's model with no attention unit."""
+    unit: dict[str, Any] = {field.name: None for field in fields(config) if field.name.startswith("attention_")}
+    return replace(config, attention="none", **unit)
 
 
 @cache

@@ -62,6 +62,8 @@ def test_models_by_name() -> None:
     # The official U-ViT-S/2's count, torchvision's own, and a recipe's.
     expected = {"S/2": 44_255_328, "resnet50": 25_557_032, "vit_b_16": 86_567_656, "cifar10_uvit_s2_dia": 44_255_328}
     assert {name: count_parameters(model_named(name)) for name in expected} == expected
+    # ResNet-20 with projections, of a recipe of classify.
+    assert count_parameters(model_named("cifar10_resnet20_cpu")) == 272_474
     assert stages_of(model_named("resnet50")) == [Stage(256, 3), Stage(512, 4), Stage(1024, 6), Stage(2048, 3)]
 
 
