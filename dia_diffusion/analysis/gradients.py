@@ -22,6 +22,7 @@ from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.errors import InputError
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
+RECORDED_BINS_A_DECADE = 20  # which a figure needs
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -48,7 +49,8 @@ class Magnitudes:
     def summary(self) -> dict[str, Any]:
         """For a record: mean and deviation of |g|, quantiles of those not 0, and the filled part of their histogram."""
         mean = self.sum / self.count if self.count else None
-        filled = np.flatnonzero(self.histogram)
+        recorded = self.histogram.reshape(-1, BINS_A_DECADE // RECORDED_BINS_A_DECADE).sum(axis=1)
+        filled = np.flatnonzero(recorded)
         first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
         return {
             "elements": self.count,
@@ -58,9 +60,9 @@ class Magnitudes:
             "deviation": None if mean is None else max(0.0, self.squares / self.count - mean**2) ** 0.5,
             "quantiles": self._quantiles(),
             "histogram": {
-                "lowest": LOWEST + first / BINS_A_DECADE,
-                "bins_a_decade": BINS_A_DECADE,
-                "counts": self.histogram[first:last].tolist(),
+                "lowest": LOWEST + first / RECORDED_BINS_A_DECADE,
+                "bins_a_decade": RECORDED_BINS_A_DECADE,
+                "counts": recorded[first:last].tolist(),
             },
         }
 
@@ -142,7 +144,7 @@ def gradients_of_run(
     """
     size = batch_size or run.batch_size
     measured = []
-    for step in run.with_first(steps, weights):
+    for step in run.with_first(steps, weights, in_training=True):
         numbers = {"num_batches": num_batches, "batch_size": size, "seed": seed, "progress": progress}
         blocks = gradient_magnitudes(run, run.model(step, weights), **numbers)  # type: ignore[arg-type]
         measured.append({**run.measured(step), "blocks": blocks})

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from dia_diffusion.analysis.classifier_run import ClassifierRun
 from dia_diffusion.analysis.diffusion_run import DiffusionRun
 from dia_diffusion.analysis.trained_run import TrainedRun
-from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
+from dia_diffusion.files import read_yaml
+from dia_diffusion.training.classify_images import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 
 
@@ -28,7 +30,7 @@ def open_runs(
         InputError: no such run or images, or other images than a run was trained on.
     """
     runs = [open_run(path, device) for path in paths]
-    opened: dict[tuple[Any, ...], ImageSet] = {}
+    opened: dict[tuple[Any, ...], AnySet] = {}
     for run in runs:
         key = run.images_key(source)
         if key not in opened:
@@ -45,6 +47,8 @@ def open_run(path: str | Path, device: torch.device | None = None) -> TrainedRun
     Raises:
         InputError: no run's folder, or one without weights.
     """
-    if not RunFolder(path).config.is_file():
-        raise InputError(f"{path} is no run folder; accepted: what `dia-diffusion train` writes, with config.yaml")
-    return DiffusionRun(path, device)
+    config = RunFolder(path).config
+    if not config.is_file():
+        raise InputError(f"{path} is no run folder; accepted: what `dia-diffusion train` or classify writes")
+    recipe = read_yaml(config, "recipe", "data, model, train")
+    return DiffusionRun(path, device) if "noise" in recipe else ClassifierRun(path, device)

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
+from dia_diffusion.training.classify_images import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 
 WEIGHTS = ("ema", "raw")
@@ -44,17 +44,17 @@ class TrainedRun(ABC):
         self.folder = RunFolder(path)
         self.name = self.folder.path.resolve().name
         self.device = device or torch.device("cpu")
-        self._images: ImageSet | None = None
+        self._images: AnySet | None = None
 
     @property
-    def images(self) -> ImageSet:
+    def images(self) -> AnySet:
         """What the run was trained on."""
         if self._images is None:
             raise ValueError(f"{self.name} was opened without its images; use open_runs")
         return self._images
 
     @images.setter
-    def images(self, images: ImageSet) -> None:
+    def images(self, images: AnySet) -> None:
         self._images = images
 
     unit: str
@@ -67,6 +67,8 @@ class TrainedRun(ABC):
     """The recipe's."""
     has_times: bool
     """Whether its network sees noise and a time."""
+    kinds: dict[str, str]
+    """"ema" and "raw" -> what the weights lie in, in a word."""
 
     @abstractmethod
     def places(self, weights: str) -> dict[int, Path]:
@@ -81,7 +83,7 @@ class TrainedRun(ABC):
         """The network with a step's weights, in evaluation mode, on the device."""
 
     @abstractmethod
-    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> ImageSet:
+    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> AnySet:
         """Reads what the run was trained on, from where it is now. Raises InputError: no such images."""
 
     @abstractmethod
@@ -106,7 +108,7 @@ class TrainedRun(ABC):
 
     @property
     def starts_at_first_weights(self) -> bool:
-        """Whether the run's history begins with `first_model`, in whose evaluation mode an analysis makes sense."""
+        """Whether the run's history begins with `first_model`."""
         return True
 
     def model(self, step: int, weights: str = "ema") -> nn.Module:
@@ -127,7 +129,7 @@ class TrainedRun(ABC):
             InputError: a step without weights, or none at all.
         """
         places = self.places(weights)
-        kind = "pipeline" if weights == "ema" else "checkpoint"
+        kind = self.kinds[weights]
         if missing := [step for step in asked or () if step not in places]:
             accepted = ", ".join(map(str, places)) or "none"
             raise InputError(f"{self.folder.path} has no {kind} of step {missing[0]}; accepted: {accepted}")
@@ -135,9 +137,16 @@ class TrainedRun(ABC):
             raise InputError(f"{self.folder.path} has no {kind}s")
         return list(places) if asked is None else sorted(set(asked))
 
-    def with_first(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
-        """`choose_steps` with 0, the first weights, before them where all are meant, or where it is asked for."""
-        first = 0 in asked if asked is not None else self.starts_at_first_weights
+    def with_first(self, asked: Sequence[int] | None, weights: str = "ema", *, in_training: bool = False) -> list[int]:
+        """`choose_steps` with 0, the first weights, before them where all are meant, or where it is asked for.
+
+        in_training: whether the network is looked at in training mode. In evaluation mode a BatchNorm that has seen
+            nothing yet does nothing, so the first weights of a network with one are left out where all are meant.
+        """
+        if asked is None:
+            first = self.starts_at_first_weights and (in_training or not has_batch_norm(self.first_model()))
+        else:
+            first = 0 in asked
         others = None if asked is None else [step for step in asked if step != 0]
         return [0] * first + (self.choose_steps(others, weights) if others is None or others else [])
 
@@ -181,6 +190,11 @@ class TrainedRun(ABC):
     def measured(self, step: int) -> dict[str, int]:
         """For records: at what point of the training something was measured."""
         return {"step": step, "images_seen": step * self.batch_size}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the network normalises by statistics that training collects."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def spread(num_times: int) -> Tensor:

@@ -29,7 +29,7 @@ def test_the_distribution_is_that_of_the_elements() -> None:
     for quantile, value in record["quantiles"].items():
         assert value == pytest.approx(np.quantile(size, float(quantile)), rel=0.03)
     assert sum(record["histogram"]["counts"]) == 5000
-    assert record["histogram"]["lowest"] == pytest.approx(np.floor(100 * np.log10(size.min())) / 100)
+    assert record["histogram"]["lowest"] == pytest.approx(np.floor(20 * np.log10(size.min())) / 20)
 
 
 def test_no_gradient_has_no_quantiles() -> None:

@@ -91,7 +91,7 @@ def _shown(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _draw_violin(axes: Axes, place: float, block: dict[str, Any], width: float, colour: str) -> None:
     """The histogram to both sides, with a line from the 5 % to the 95 % quantile and a dot at the median."""
-    histogram, together = block["histogram"], 10
+    histogram, together = block["histogram"], 2
     counts = np.array(histogram["counts"])
     if not len(counts):
         return

@@ -18,7 +18,7 @@ TITLES = {"maps": "the maps", "centred": "less each channel's mean over images"}
 def draw_importances(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     """A row a run and stage of its last step; rows of a triangle whose forest predicts nothing are hatched."""
     rows = [(run, stage) for run in runs for stage in run["steps"][-1]["stages"] if len(stage["blocks"]) > 1]
-    figure = Figure(figsize=(11.2, 3.9 * max(1, len(rows)) + 0.3), layout="constrained")
+    figure = Figure(figsize=(11.2, 3.5 * max(1, len(rows)) + 0.3), layout="constrained")
     grid = figure.subplots(max(1, len(rows)), 2, squeeze=False)
     for (run, stage), axes in zip(rows, grid, strict=False):
         for variant, triangle in zip(VARIANTS, axes, strict=True):
@@ -29,7 +29,7 @@ def draw_importances(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes[0].set_ylabel(f"{named}, step {run['steps'][-1]['step']:,}\nblock whose map is told")
     if not rows:
         grid[0, 0].set_title("no stage has two blocks")
-    save(figure, path, dpi=130)
+    save(figure, path, dpi=120)
 
 
 def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, Any]], least_r2: float) -> Any:

@@ -37,7 +37,7 @@ def draw_maps(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(SOURCES) if len(runs) > 1 else 2, frameon=False
     )
-    save(figure, path)
+    save(figure, path, dpi=120)
 
 
 def _same_heights(axes: Sequence[Axes], bottom: float | None = None) -> None:

@@ -1,6 +1,7 @@
 """`dia-diffusion analyze gradients` and `gradient-noise`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ def gradients(arguments: Sequence[str]) -> None:
     """Measures |gradient| at blocks, and prints it at the last step."""
     description = "Measures the size of the loss's gradient at the outputs of blocks (Fig. 13)."
     for record in _over_batches(
-        "gradients", description, arguments, gradients_of_run, TrainedRun.with_first, draw_magnitudes, 16
+        "gradients",
+        description,
+        arguments,
+        gradients_of_run,
+        partial(TrainedRun.with_first, in_training=True),
+        draw_magnitudes,
+        16,
     ):
         last = record["steps"][-1]
         console.print(f"{record['run']}, step {last['step']:,}: |gradient|, mean (deviation), median")
