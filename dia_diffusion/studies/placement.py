@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.studies.statistics import estimate
-from dia_diffusion.studies.trials import TRAINED, Trial, make_trial, unit_keys
+from dia_diffusion.studies.trials import TRAINED, Trial, base_recipe, check_trials, make_trial, unit_keys
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment
 
 
@@ -43,18 +44,19 @@ def placement_trials(
     Raises:
         InputError: an unknown unit, or a value that the recipe refuses.
     """
-    trials = []
-    places = placements(read_experiment(config, keys=keys).model.num_layers)
-    for seed in seeds:
-        seen: list[list[int]] = []
-        for name, blocks in places.items():
-            if blocks in seen:  # all but the out blocks are the first ones
-                continue
-            seen.append(blocks)
-            with_unit = {**unit_keys(unit), "model.attention_blocks": blocks} if blocks else unit_keys("none")
-            own = {"seed": seed, "train.max_steps": steps, **with_unit, **keys}
-            about = {"unit": unit, "blocks": blocks, "seed": seed}
-            trials.append(make_trial(f"{name}-s{seed}", about, folder, config, own))
+    common = {"train.max_steps": steps, **keys}
+    bases: dict[str, tuple[list[int], Experiment]] = {}
+    for name, blocks in placements(read_experiment(config, keys=keys).model.num_layers).items():
+        if blocks in [others for others, _ in bases.values()]:  # all but the out blocks are the first ones
+            continue
+        with_unit = {**unit_keys(unit), "model.attention_blocks": blocks} if blocks else unit_keys("none")
+        bases[name] = blocks, base_recipe(name, config, {**common, **with_unit})
+    trials = [
+        make_trial(f"{name}-s{seed}", {"unit": unit, "blocks": blocks, "seed": seed}, folder, base, seed)
+        for seed in seeds
+        for name, (blocks, base) in bases.items()
+    ]
+    check_trials(trials)
     return trials
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.studies.statistics import estimate
-from dia_diffusion.studies.trials import NOT_FINITE, TRAINED, Trial, make_trial, unit_keys
+from dia_diffusion.studies.trials import NOT_FINITE, TRAINED, Trial, base_recipe, check_trials, make_trial, unit_keys
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as-is": {},
@@ -45,23 +45,19 @@ def stability_trials(
     """
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise InputError(f"unknown variant {unknown[0]!r}; accepted: {', '.join(VARIANTS)}")
+    common = {"train.batch_size": batch_size, "train.max_steps": steps, **SCHEDULE, **keys}
+    bases = {
+        (variant, unit): base_recipe(f"{variant}-{unit}", config, {**common, **VARIANTS[variant], **unit_keys(unit)})
+        for variant in variants
+        for unit in units
+    }
     trials = []
     for seed in seeds:
-        for variant in variants:
-            for rate in rates:
-                for unit in units:
-                    about = {"variant": variant, "unit": unit, "learning_rate": rate, "seed": seed}
-                    own = {
-                        "seed": seed,
-                        "train.batch_size": batch_size,
-                        "train.max_steps": steps,
-                        "optimizer.learning_rate": rate,
-                        **SCHEDULE,
-                        **VARIANTS[variant],
-                        **unit_keys(unit),
-                        **keys,
-                    }
-                    trials.append(make_trial(f"{variant}-{unit}-lr{rate:g}-s{seed}", about, folder, config, own))
+        for rate in rates:
+            for (variant, unit), base in bases.items():
+                about = {"variant": variant, "unit": unit, "learning_rate": rate, "seed": seed}
+                trials.append(make_trial(f"{variant}-{unit}-lr{rate:g}-s{seed}", about, folder, base, seed, rate))
+    check_trials(trials)
     return trials
 
 

@@ -23,7 +23,7 @@ def draw_stability(record: dict[str, Any], path: str | Path) -> None:
     """
     rows, results = record["summary"], record["trials"]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
-    units = list(dict.fromkeys(row["unit"] for row in rows))
+    units, rates = list(dict.fromkeys(row["unit"] for row in rows)), [row["learning_rate"] for row in rows]
     figure = Figure(figsize=(1.8 + 2.8 * max(2, len(variants)), 4.6 + 0.3 * len(units)), layout="constrained")
     grid = figure.subplots(
         2, len(variants), sharex=True, sharey="row", squeeze=False, height_ratios=(0.4 * len(units), 3.6)
@@ -40,16 +40,16 @@ def draw_stability(record: dict[str, Any], path: str | Path) -> None:
         counts.set_yticks(range(len(units)), reversed(units), fontsize="small")
         counts.tick_params(axis="x", which="both", length=0)
         losses.set_xscale("log")
+        losses.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
         losses.set_xlabel("learning rate")
     constant = max((r["constant_loss"] for r in results if r["constant_loss"]), default=None)
-    for losses in grid[1]:
+    for losses in grid[1] if constant is not None else ():  # else there is nothing to show on a logarithmic axis
         losses.set_yscale("log")
         losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         losses.yaxis.set_major_formatter(ScalarFormatter())
         losses.yaxis.set_minor_formatter(NullFormatter())
         losses.grid(alpha=0.25, linewidth=0.6)
-        if constant is not None:
-            losses.axhline(constant, color="0.35", linestyle="--", linewidth=1.2, label="the best constant")
+        losses.axhline(constant, color="0.35", linestyle="--", linewidth=1.2, label="the best constant")
     grid[0, 0].set_ylabel("diverged")
     grid[1, 0].set_ylabel("held-out loss of those that trained")
     handles, labels = grid[1, 0].get_legend_handles_labels()

@@ -12,7 +12,7 @@ The last two are what is called diverged.
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +53,45 @@ class Trial:
         return Path(self.experiment.output)
 
 
-def make_trial(name: str, about: dict[str, Any], folder: Path, config: str, keys: dict[str, Any]) -> Trial:
-    """A trial from a recipe and the keys that it changes.
+def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
+    """The recipe of trials that differ in folder, seed and rate alone: keys over a recipe, and no output but a result.
 
     Raises:
-        InputError: the recipe or a key is refused, or the network can't be built; told with the trial's name.
+        InputError: the recipe or a key is refused; told with the name.
     """
     try:
-        experiment = read_experiment(config, keys={**keys, "output": str(folder / name)})
-        train = experiment.train
-        train.log_every, train.checkpoint_every = max(1, train.max_steps // LINES), train.max_steps
-        train.sample_every, train.keep_last = 0, 1
-        check_samples(experiment)
+        experiment = read_experiment(config, keys=keys)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    return Trial(name, about, experiment)
+    steps = experiment.train.max_steps
+    train = replace(
+        experiment.train, log_every=max(1, steps // LINES), checkpoint_every=steps, sample_every=0, keep_last=1
+    )
+    return replace(experiment, train=train)
+
+
+def make_trial(
+    name: str, about: dict[str, Any], folder: Path, base: Experiment, seed: int, rate: float | None = None
+) -> Trial:
+    """A trial of this recipe, seed and learning rate; None is the recipe's.
+
+    Raises:
+        InputError: a seed or rate that isn't accepted.
+    """
+    optimizer = base.optimizer if rate is None else replace(base.optimizer, learning_rate=rate)
+    return Trial(name, about, replace(base, output=str(folder / name), seed=seed, optimizer=optimizer))
+
+
+def check_trials(trials: Sequence[Trial]) -> None:
+    """Raises InputError, with the trial's name, for a network that can't be built, before any is trained."""
+    checked = []
+    for trial in trials:
+        if trial.experiment.model not in checked:
+            checked.append(trial.experiment.model)
+            try:
+                check_samples(trial.experiment)
+            except InputError as error:
+                raise InputError(f"{trial.name}: {error}") from None
 
 
 def unit_keys(unit: str) -> dict[str, Any]:

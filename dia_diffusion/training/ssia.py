@@ -1,8 +1,8 @@
 """Self-Supervised Implicit Attention (arXiv 2206.07434) as a loss in training only. Experimental.
 
 The abstract, all that we could read, fixes no formula. Our reading of "supervisory signals from higher network layers
-to guide lower network layers": the attention weights of a higher block are what a lower one has to foresee. For a U-ViT
-the higher block is the middle one and the lower ones are the in blocks, with tokens x (B, L, N) after a block and GAP the
+to guide lower network layers": the attention weights of a higher block are what a lower one has to foresee. In a U-ViT
+the higher block is the middle one and the lower ones are the in blocks, with tokens x (B, L, N) after a block, GAP the
 mean over tokens:
 
     target      a = sigmoid((y - mean(y)) / sd(y)),  y = GAP(x_mid),  over the N channels, without gradient
