@@ -1,0 +1,219 @@
+"""Training of classifiers: against a plain loop, against itself interrupted, and how a run ends."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as transforms
+
+from dia_diffusion.cli.main import main
+from dia_diffusion.data import open_images
+from dia_diffusion.errors import DivergedError, InputError, Stopped
+from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
+from dia_diffusion.training.classification import ClassificationTask, scheduled_rate
+from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.randomness import WEIGHTS, derive
+from dia_diffusion.training.recipe import read_experiment, recipes_folder
+from dia_diffusion.training.run_folder import read_metrics
+from tests.training.classify import tiny, train
+from tests.training.conftest import Recorder
+
+TIMES = {"images_per_second", "peak_memory_mib"}
+
+
+def metrics(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
+
+
+def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / "step-00000006" / f"{name}.safetensors")
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+    """Six steps with torchvision's crops, one image at a time, and torch's SGD and MultiStepLR."""
+    train(tiny(tmp_path, "run", "--train.label_smoothing", "0.1"))
+    torch.manual_seed(derive(0, WEIGHTS))
+    model = build_classifier(BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=10, attention="dia-lstm"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.1)
+    digits = open_images("digits", size=8, channels=3)
+    losses = []
+    for step in range(6):
+        draws = draw_images(0, step, 16, len(digits))
+        batch = []
+        for index, row in zip(draws.indices, draws.uniform.tolist(), strict=True):
+            image = torch.from_numpy(digits.images[index])
+            image = transforms.hflip(image) if row[MIRROR] < 0.5 else image
+            image = transforms.crop(transforms.pad(image, [4]), int(row[DOWN] * 9), int(row[RIGHT] * 9), 8, 8)
+            image = transforms.to_dtype(image, torch.float32, scale=True)
+            batch.append(transforms.normalize(image, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]))
+        logits = model(torch.stack(batch))
+        loss = F.cross_entropy(logits, torch.from_numpy(digits.labels[draws.indices]), label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            optimizer.param_groups[0]["lr"] = 0.025  # the warm-up's first step
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.05 if step == 0 else optimizer.param_groups[0]["lr"]
+        schedule.step()
+        losses.append(loss.item())
+    found = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert found == pytest.approx(losses, rel=1e-4)
+    trained = tensors(tmp_path / "run", "model")
+    assert all(torch.allclose(trained[name], tensor, atol=1e-4) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_interrupted_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
+    own = ("--optimizer.name", optimizer, "--optimizer.nesterov", "false")
+    train(tiny(tmp_path, "whole", *own))
+    with pytest.raises(Stopped, match="stopped after step 4"):
+        train(tiny(tmp_path, "cut", *own), lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
+    train(tiny(tmp_path, "cut", *own))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    for name in ("model", "optimizer"):
+        whole, cut = tensors(tmp_path / "whole", name), tensors(tmp_path / "cut", name)
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert any("running_var" in name for name in tensors(tmp_path / "whole", "model"))
+    assert not (tmp_path / "whole" / "checkpoints" / "step-00000006" / "ema.safetensors").exists()
+
+
+def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> None:
+    every = ("--train.log_every", "20", "--train.evaluate_every", "30", "--optimizer.milestones", "[]")
+    train(tiny(tmp_path, "run", "--train.max_steps", "60", *every))
+    saved = load_classifier(tmp_path / "run")
+    digits = open_images("digits", size=8, channels=3, split="test")
+    choices = saved.model(saved.prepare(torch.from_numpy(digits.images))).argmax(1).numpy()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test_accuracy"] == pytest.approx(np.mean(choices == digits.labels), abs=1e-9)
+    assert result["test_accuracy"] > 0.3, "chance is 0.1"
+    for digit in range(10):
+        here = digits.labels == digit
+        assert result[f"test_accuracy/{digit}"] == pytest.approx(np.mean(choices[here] == digit))
+    assert result["diverged_at"] is None and result["step"] == 60
+    assert result["parameters"] == sum(parameter.numel() for parameter in saved.model.parameters())
+    tested = [line for line in metrics(tmp_path / "run") if "test_accuracy" in line]
+    assert [line["step"] for line in tested] == [30, 60] and tested[1]["test_accuracy"] == result["test_accuracy"]
+    assert saved.class_names == list("0123456789") and saved.training["step"] == 60
+    stored = load_file(tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors")
+    assert sum("attention_units" in name for name in stored) == 3 * 8, "a stage's unit once"
+    with pytest.raises(InputError, match="is no classifier folder and no run with one"):
+        load_classifier(tmp_path)
+    (tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors").write_text("cut")
+    with pytest.raises(InputError, match="missing, cut short"):
+        load_classifier(tmp_path / "run")
+
+
+def test_a_run_that_diverges_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny(tmp_path, "run")
+    command = ["classify", "--config", str(tmp_path / "classify.yaml"), "--output", str(tmp_path / "run")]
+    assert main([*command, "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said and "not finite at step 2" in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["diverged_at"] == 2 and "test_accuracy" not in result
+
+
+def test_rates_are_those_of_torch(tmp_path: Path) -> None:
+    def rates(schedule: type, **options: object) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+        scheduler = schedule(optimizer, **options)
+        found = []
+        for _ in range(20):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    def own(**options: object) -> list[float]:
+        config = ClassifyOptimizerConfig(**options)
+        return [scheduled_rate(config, step, 20, 0.3) for step in range(20)]
+
+    steps = rates(torch.optim.lr_scheduler.MultiStepLR, milestones=[5, 12], gamma=0.2)
+    assert own(milestones=[5, 12], gamma=0.2) == pytest.approx(steps)
+    assert own(schedule="cosine") == pytest.approx(rates(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20))
+    assert own(schedule="constant", warmup_steps=4)[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders of images of several sizes, in train/ and test/."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for number in range(4):
+                place = tmp_path / "photos" / split / name / f"{number}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                height, width = random.integers(12, 40, 2)
+                Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(place)
+    return tmp_path / "photos"
+
+
+def of_files(folder: Path, photos: Path, name: str, *overrides: str) -> ClassifyExperiment:
+    options = ("--data.source", str(photos), "--data.augmentation", "resized-crop", "--model.num_classes", "2")
+    return tiny(folder, name, *options, "--model.sample_size", "16", "--train.batch_size", "4", *overrides)
+
+
+def test_files_are_decoded_for_their_step(tmp_path: Path, photos: Path) -> None:
+    """An interrupted run, whose first batch nobody decoded ahead, is the same as a whole one."""
+    train(of_files(tmp_path, photos, "whole"))
+    with pytest.raises(Stopped):
+        train(
+            of_files(tmp_path, photos, "cut"), lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None
+        )
+    train(of_files(tmp_path, photos, "cut"))
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert {"test_accuracy/cat", "test_accuracy/dog"} <= metrics(tmp_path / "whole")[-1].keys()
+
+
+def test_a_broken_file_is_named(tmp_path: Path, photos: Path) -> None:
+    (photos / "train" / "dog" / "2.png").write_text("no image")
+    with pytest.raises(InputError, match=r"photos/train/dog/2\.png can't be read"):
+        train(of_files(tmp_path, photos, "run"))
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
+    def refused(message: str, *overrides: str, folder: Path = tmp_path) -> None:
+        with pytest.raises(InputError, match=message):
+            Trainer(ClassificationTask(tiny(folder, "run", *overrides)), Recorder())
+
+    refused("has 10 classes and model.num_classes is 3", "--model.num_classes", "3")
+    refused("the test images are the training images", "--data.test_split", "train", "--data.test_source", "digits")
+    refused("has 2 classes", "--data.source", str(photos))
+    refused("unknown model.backbone", "--model.backbone", "resnet99")
+    refused("optimizer.nesterov is true", "--optimizer.momentum", "0")
+    refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
+    refused("train.sync_batchnorm is true, which needs CUDA", "--train.sync_batchnorm", "true")
+    refused("three numbers each", "--data.mean", "[0.5]")
+    assert not (tmp_path / "run").exists()
+    train(tiny(tmp_path, "run"))
+    refused(r"optimizer\.momentum: 0\.9 -> 0\.8", "--optimizer.momentum", "0.8")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    refused("has classifiers and no checkpoint")
+
+
+def test_a_diverged_run_raises_what_studies_catch(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError) as diverged:
+        train(tiny(tmp_path, "run", "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0"))
+    assert diverged.value.step == 2
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder(ClassifyExperiment).glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path: Path) -> None:
+    experiment = read_experiment(path.stem, kind=ClassifyExperiment)
+    assert Path(experiment.output).name == path.stem
+    for unit in ("none", "dia-lstm"):
+        experiment.model.attention = unit
+        ClassificationTask(experiment).check()
+    assert all(milestone < experiment.train.max_steps for milestone in experiment.optimizer.milestones)
