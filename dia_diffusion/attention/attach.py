@@ -19,7 +19,7 @@ from dia_diffusion.errors import InputError
 
 UNITS_NAME = "attention_units"
 SAVE = "save_pretrained"
-DECIDED = {"name", "channels", "num_blocks"}  # what attach() builds units with
+DECIDED_BY_ATTACH = {"name", "channels", "num_blocks"}  # what attach() builds units with
 # Class of model -> what saves one with its units, called as save(model, folder, ...). The models' own module fills it.
 SAVERS: dict[type[nn.Module], Callable[..., Any]] = {}
 
@@ -68,7 +68,7 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         raise InputError(f"{type(attached.model).__name__} has attached units already; detach() them first")
     if hasattr(model, UNITS_NAME):
         raise InputError(f"{type(model).__name__} has an attribute {UNITS_NAME} of its own, which units are named")
-    if decided := DECIDED & unit_kwargs.keys():
+    if decided := DECIDED_BY_ATTACH & unit_kwargs.keys():
         raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
     if unit == "none":
         raise InputError("attach() was given unit 'none'; accepted: the name of a unit")
@@ -79,7 +79,7 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
             built = build_attention(unit, run[0].channels or 0, num_blocks=len(run), **unit_kwargs)
             assert built is not None
             units.append(built)
-    return Attachment(model, units, stages)
+    return Attachment(model, units, stages, unit, unit_kwargs)
 
 
 def attachment_in(model: nn.Module) -> "Attachment | None":
@@ -101,10 +101,18 @@ class Attachment:
 
     model: the attached model.
     stages: the runs of positions in order of execution, each with its unit.
+    unit_name, unit_kwargs: what the units were built of.
     """
 
-    def __init__(self, model: nn.Module, units: AttentionUnits, stages: list[list[Position]]):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        units: AttentionUnits,
+        stages: list[list[Position]],
+        unit_name: str,
+        unit_kwargs: dict[str, Any],
+    ):
+        self.model, self.unit_name, self.unit_kwargs = model, unit_name, unit_kwargs
         self.stages = [Stage(run[0].channels or 0, tuple(run), unit) for run, unit in zip(stages, units, strict=True)]
         self.calls = [_Call(self, stage, position) for stage in self.stages for position in stage.positions]
         for index, call in enumerate(self.calls):
@@ -137,6 +145,11 @@ class Attachment:
     def units(self) -> AttentionUnits:
         """The model's `attention_units`."""
         return getattr(self.model, UNITS_NAME)
+
+    @property
+    def positions(self) -> list[Position]:
+        """All positions in order of execution."""
+        return [call.position for call in self.calls]
 
     def detach(self) -> None:
         """Makes the model again what it was: the function, the parameters and the names of its tensors."""

@@ -32,6 +32,8 @@ NEEDED: dict[str, Any] = {
     "data.name": str,
     "data.count": int,
 }
+NETWORK_NAMES = {"uvit": "UViT", "unet2d": "UNet2DModel", "dit": "DiTTransformer2DModel"}
+UNIT_PLACES = {"uvit": "before every MLP", "unet2d": "after every resnet block", "dit": "before every MLP"}
 STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 CONVERTED = {"source": str, "sha256": str}
 
@@ -64,18 +66,23 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     training = read_training(folder)
     model = training["recipe"]["model"] if training else _read_json(folder / "unet" / "config.json")
     unit = model["attention"]
-    described = "no attention unit" if unit in (None, "none") else f"the unit `{unit}` before every MLP"
+    backbone = model.get("backbone", "uvit")
+    name, place = NETWORK_NAMES[backbone], UNIT_PLACES[backbone]
+    sizes = f"{model['hidden_size']} wide, {model['num_layers']} blocks, " if backbone == "uvit" else ""
+    sizes += f"{model['sample_size']}x{model['sample_size']} images"
+    if model.get("attention_at") or model.get("attention_blocks"):
+        place = "in some blocks"
+    described = "no attention unit" if unit in (None, "none") else f"the unit `{unit}` {place}"
     kind = "An unconditional" if model["num_classes"] is None else f"A {model['num_classes']}-class"
     lines = [
         "---",
         "library_name: diffusers",
         *(["pipeline_tag: unconditional-image-generation"] if model["num_classes"] is None else []),
-        "tags: [dia-diffusion, uvit, diffusion]",
+        f"tags: [dia-diffusion, {backbone}, diffusion]",
         "---",
-        f"# UViT, step {training['step']:,}" if training else "# UViT",
+        f"# {name}, step {training['step']:,}" if training else f"# {name}",
         "",
-        f"{kind} UViT ({model['hidden_size']} wide, {model['num_layers']} blocks, "
-        f"{model['sample_size']}x{model['sample_size']} images) with {described}{_training(training)}",
+        f"{kind} {name} ({sizes}) with {described}{_training(training)}",
         "",
     ]
     if (folder / CONVERTED_FILE).is_file():

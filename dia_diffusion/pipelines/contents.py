@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.bundle import HEADER
 from dia_diffusion.pipelines.card import CONVERTED_FILE, TRAINING_FILE
@@ -44,11 +45,13 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     if class_name(index) != "UViTPipeline":
         raise InputError(f"{folder} holds a {class_name(index)}; accepted: a UViTPipeline")
+    config = read_json(folder / "unet" / "config.json")
+    kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
     with torch.device("meta"):
         try:
-            model = UViT.from_config(read_json(folder / "unet" / "config.json"))
+            model = kind.from_config(config)
         except (TypeError, InputError) as error:
-            raise InputError(f"{folder / 'unet' / 'config.json'} is not a UViT's: {error}") from None
+            raise InputError(f"{folder / 'unet' / 'config.json'} is not a {kind.__name__}'s: {error}") from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = _weights_shapes(folder / "unet")
     for name in sorted(expected.keys() | stored.keys()):

@@ -19,7 +19,8 @@ from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, records_file, wei
 WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))
 # diffusers copies code files into one folder by name, so no other project's may be called the same.
 PIPELINE_CODE = f"pipeline_{PACKAGE}"
-MODEL_CODE = f"{PACKAGE}_uvit"
+# The networks, and the module of each.
+MODEL_MODULES = {"UViT": "models.uvit", "AttachedModel": "models.attached"}
 # Schedulers of the package's own, and the module of each; diffusers has the others.
 SCHEDULER_MODULES = {"EulerMaruyamaScheduler": "sampling.euler_maruyama"}
 
@@ -78,8 +79,14 @@ def index_and_code(source: Path, index: dict[str, Any], with_code: bool) -> tupl
     if not isinstance(scheduler, list) or len(scheduler) != 2:
         raise InputError(f"{source / INDEX} names no scheduler; accepted: the folder of a UViTPipeline")
     library, name = map(str, scheduler)
-    modules = {"UViTPipeline": "pipelines.pipeline_uvit", "UViT": "models.uvit"}
-    files = {"UViTPipeline": Path(PIPELINE_CODE), "UViT": Path("unet", MODEL_CODE)}
+    network = str(index["unet"][-1])
+    if network not in MODEL_MODULES:
+        raise InputError(f"{source} has a {network} as its unet; accepted: {', '.join(MODEL_MODULES)}")
+    modules = {"UViTPipeline": "pipelines.pipeline_uvit", network: MODEL_MODULES[network]}
+    files = {
+        "UViTPipeline": Path(PIPELINE_CODE),
+        network: Path("unet", f"{PACKAGE}_{modules[network].rpartition('.')[2]}"),
+    }
     if library != "diffusers":
         if name not in SCHEDULER_MODULES:
             known = ", ".join(SCHEDULER_MODULES)
@@ -92,7 +99,7 @@ def index_and_code(source: Path, index: dict[str, Any], with_code: bool) -> tupl
         **index,
         "_class_name": [places["UViTPipeline"], "UViTPipeline"] if with_code else "UViTPipeline",
         "scheduler": [places.get(name, "diffusers"), name],
-        "unet": [places["UViT"], "UViT"],
+        "unet": [places[network], network],
     }
     code = {file.with_suffix(".py"): bundle(modules[kind], kind) for kind, file in files.items()} if with_code else {}
     return index, code

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
+from dia_diffusion.pipelines.card import NETWORK_NAMES
 from dia_diffusion.report.grids import grid_files, grid_picture, spread
 from dia_diffusion.report.metrics import MOST_POINTS, Metrics, metrics_of, peak_memory, running_mean, thin
 from dia_diffusion.report.page import Block, Code, Frames, Page, Plot, Plots, Section, Text
@@ -50,10 +51,11 @@ def run_page(path: Path) -> Page:
 def describe(experiment: Experiment) -> str:
     """The model in a few words."""
     model = experiment.model
-    return (
-        f"UViT {model.hidden_size} wide with {model.num_layers} blocks on {model.sample_size}x{model.sample_size} "
-        f"images, attention unit {model.attention}"
-    )
+    size = f"{model.sample_size}x{model.sample_size} images"
+    network = NETWORK_NAMES[model.backbone]
+    if model.backbone == "uvit":
+        network += f" {model.hidden_size} wide with {model.num_layers} blocks"
+    return f"{network} on {size}, attention unit {model.attention}"
 
 
 def count_parameters(experiment: Experiment) -> int:

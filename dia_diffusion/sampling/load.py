@@ -15,12 +15,13 @@ from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.files import step_folders
+from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.folder import check_weights, components, part_folder, read_index
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
-OUR_PARTS = {kind.__name__: kind for kind in (UViT, EulerMaruyamaScheduler)}
+OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}
 # Parts, by how their names begin, that tell what a pipeline needs even where diffusers can't import its class.
 NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_encoder": "an input image"}
 GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has

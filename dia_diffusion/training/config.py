@@ -25,8 +25,12 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The arguments of dia_diffusion.UViT, which says what each does."""
+    """The arguments of dia_diffusion.UViT, or of AttachedModel around a network of diffusers."""
 
+    backbone: Literal["uvit", "unet2d", "dit"] = "uvit"
+    """U-ViT, or diffusers' UNet2DModel or DiTTransformer2DModel."""
+    backbone_kwargs: dict[str, Any] | None = None
+    """Arguments of diffusers' class, such as {block_out_channels: [64, 128]}."""
     sample_size: int = 32
     """Height and width the images are cropped and resized to."""
     patch_size: int = 2
@@ -56,16 +60,39 @@ class ModelConfig:
     layer_norm: bool = True
     """LayerNorms in the blocks and before the decoder."""
     attention: str | None = "dia-lstm"
-    """The unit before the MLPs: dia-lstm, dia-lstm-light, lstm, none, or a control that sees no features:
-    fixed-scale, block-scale, block-channels."""
+    """The unit before the MLPs: dia-lstm, dia-lstm-light, lstm, se, eca, cbam, srm, spa, sem, spem, sge, none, or a
+    control that sees no features: fixed-scale, block-scale, block-channels."""
     attention_kwargs: dict[str, Any] | None = None
-    """Further arguments of the unit, such as {reduction: 16}."""
+    """Further arguments of the unit, such as {reduction: 16} or {sharing: individual}."""
     attention_blocks: list[int] | None = None
     """The blocks that carry the unit, such as [0, 1], counted from 0 as they run; null is all."""
+    attention_at: list[str] | None = None
+    """Of a network of diffusers: names of the modules whose outputs the units recalibrate; null is after each resnet
+    block, and before each MLP."""
     pool_tokens: Literal["all", "patch"] = "all"
     """What the unit pools over."""
     initialization: Literal["uvit", "xavier"] = "uvit"
     """"xavier" lets narrow networks find the positions of their patches early."""
+
+
+# What a UViT alone has, and what a network of diffusers alone has.
+OF_UVIT = [
+    "patch_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "time_embed_mlp",
+    "final_conv",
+    "long_skips",
+    "residual_skips",
+    "layer_norm",
+    "attention_blocks",
+    "pool_tokens",
+    "initialization",
+]
+OF_OTHERS = ["backbone_kwargs", "attention_at"]
 
 
 @dataclass
@@ -222,6 +249,7 @@ class Experiment:
             raise InputError(f"optimizer.weight_decay is {optimizer.weight_decay}; accepted: 0 or more")
         if optimizer.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
+        self._check_backbone()
         if optimizer.unit_learning_rate is not None:
             self._check_unit_learning_rate(optimizer.unit_learning_rate)
         if not 0 <= self.ssia.weight < math.inf:
@@ -239,6 +267,14 @@ class Experiment:
                 f"samples.guidance_scale {self.samples.guidance_scale} needs a null label that is trained; "
                 "set model.num_classes and data.label_dropout, or leave it 1"
             )
+
+    def _check_backbone(self) -> None:
+        others = OF_OTHERS if self.model.backbone == "uvit" else OF_UVIT
+        usual = ModelConfig()
+        for key in others:
+            if (value := getattr(self.model, key)) != getattr(usual, key):
+                whose = "which backbone_kwargs replaces" if key in OF_UVIT else "which a UViT has not"
+                raise InputError(f"model.{key} is {value!r}, {whose} for backbone {self.model.backbone}; leave it out")
 
     def _check_unit_learning_rate(self, rate: float) -> None:
         if not 0 < rate < math.inf:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from dia_diffusion.attention.attach import UNITS_NAME
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attached import BACKBONES, AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import SCHEDULES, NoiseProcess
 from dia_diffusion.pipelines.folder import weights_hash
@@ -15,11 +17,15 @@ from dia_diffusion.sampling.samplers import build_scheduler
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.ssia import without_heads
 
-UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens")
-UNIT = "unit."  # its tensors' names in a UViT
+# What decides a unit, and what decides a network without showing in its tensors.
+UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens", "attention_at")
+HIDDEN_KEYS = ("num_attention_heads", "residual_skips")
+UNITS = ("unit.", f"network.{UNITS_NAME}.")  # how its tensors' names begin in the models
+
+Model = UViT | AttachedModel
 
 
-def start_from(source: str, model: UViT, experiment: Experiment) -> dict[str, Any]:
+def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, Any]:
     """Puts the weights of a pipeline or of a run's newest pipeline into the model, and says which they are.
 
     A model with a unit may start from weights without one; the unit then keeps its own first weights.
@@ -30,8 +36,11 @@ def start_from(source: str, model: UViT, experiment: Experiment) -> dict[str, An
     folder = find_pipeline(source)
     pipeline = load_pipeline(folder)
     theirs = getattr(pipeline, "unet", None)
-    if not isinstance(theirs, UViT):
-        raise InputError(f"init_from {source} holds a {type(pipeline).__name__} without a UViT; accepted: one with")
+    if isinstance(theirs, tuple(BACKBONES.values())):  # as of diffusers' DDPMPipeline
+        theirs = AttachedModel.from_backbone(theirs, "none")
+    if not isinstance(theirs, Model):
+        accepted = "UViT, AttachedModel or UNet2DModel"
+        raise InputError(f"init_from {source} holds a {type(pipeline).__name__} of a network that is no {accepted}")
     _check_noise(source, pipeline.scheduler, experiment.noise_process())
     _check_unit(source, theirs, experiment)
     _check_backbone(source, theirs, model)
@@ -84,29 +93,39 @@ def _schedule(scheduler: SchedulerMixin) -> str:
     return "of other betas"
 
 
-def _check_unit(source: str, theirs: UViT, experiment: Experiment) -> None:
+def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
     own = asdict(experiment.model)
     if theirs.unit is None:
         return
     for key in UNIT_KEYS:
-        there, here = theirs.config[key] or None, own[key] or None
-        if there != here:
+        there, here = theirs.config.get(key) or None, own[key] or None
+        if key in theirs.config and there != here:
             raise InputError(
                 f"init_from {source} has a shared unit with model.{key} {there}, and the recipe's is {here}; "
                 "accepted: the same unit, or weights without one"
             )
 
 
-def _check_backbone(source: str, theirs: UViT, model: UViT) -> None:
+def _check_backbone(source: str, theirs: Model, model: Model) -> None:
     there, here = theirs.state_dict(), without_heads(model.state_dict())
     for name in [*here, *there]:
-        if name.startswith(UNIT) and theirs.unit is None:
+        if name.startswith(UNITS) and theirs.unit is None:
             continue
         shapes = [tuple(state[name].shape) if name in state else "missing" for state in (there, here)]
         if shapes[0] != shapes[1]:
             raise InputError(
                 f"init_from {source} is of another network: tensor {name} is {shapes[0]} there, {shapes[1]} here"
             )
-    for key in ("num_attention_heads", "residual_skips"):  # which no tensor shows
-        if (their := theirs.config[key]) != (own := model.config[key]):
-            raise InputError(f"init_from {source} has model.{key} {their}, and the recipe's is {own}")
+    for key, here in _hidden(model).items():
+        if (there := _hidden(theirs).get(key, here)) != here:
+            raise InputError(f"init_from {source} has model.{key} {there}, and the recipe's is {here}")
+
+
+def _hidden(model: Model) -> dict[str, Any]:
+    """What decides the network and no tensor shows."""
+    if isinstance(model, UViT):
+        return {key: model.config[key] for key in HIDDEN_KEYS}
+    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
+    for key in ("sample_size", "dropout"):  # which may differ
+        config.pop(key, None)
+    return {f"backbone_kwargs.{key}": list(v) if isinstance(v, tuple) else v for key, v in config.items()}

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.config import OptimizerConfig
@@ -30,10 +31,10 @@ def image_losses(
     return error * process.loss_weight(timestep).to(error)
 
 
-def parameter_groups(model: UViT, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: UViT | AttachedModel, config: OptimizerConfig) -> list[dict[str, Any]]:
     """AdamW's groups, each with its "peak_rate": every parameter, or the unit's apart where it has a rate of its own.
 
-    The unit is what a UViT registers last, so the groups together are in the order of model.parameters().
+    The unit is what either model registers last, so the groups together are in the order of model.parameters().
 
     Raises:
         InputError: a rate for a unit without parameters.

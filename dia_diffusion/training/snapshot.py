@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.files import whole_folder, write_json
+from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
@@ -17,12 +18,14 @@ from dia_diffusion.sampling.image_pipeline import adapt_pipeline
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
 from dia_diffusion.sampling.settings import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
-from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.config import OF_OTHERS, OF_UVIT, Experiment, ModelConfig
 
 
-def build_model(config: ModelConfig) -> UViT:
+def build_model(config: ModelConfig) -> UViT | AttachedModel:
     """The recipe's backbone and unit, with first weights from torch's default generator."""
-    return UViT(**asdict(config))
+    left_out = [*OF_OTHERS, "backbone"] if config.backbone == "uvit" else OF_UVIT
+    given = {key: value for key, value in asdict(config).items() if key not in left_out}
+    return UViT(**given) if config.backbone == "uvit" else AttachedModel(**given)
 
 
 def build_scheduler_of(experiment: Experiment) -> SchedulerMixin:

@@ -1,0 +1,223 @@
+"""diffusers' UNet2DModel or DiTTransformer2DModel with attached units, called, saved and loaded as one model."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from dia_diffusion.attention.attach import SAVERS, Attachment, attach, attachment_in, own_generator
+from dia_diffusion.attention.places import Position, positions_of
+from dia_diffusion.errors import InputError, first_line
+from dia_diffusion.models.uvit import UViTOutput
+
+BACKBONES: dict[str, type[ModelMixin]] = {"unet2d": UNet2DModel, "dit": DiTTransformer2DModel}
+# What of a backbone's arguments says how many classes it embeds.
+CLASSES_KEY = {"unet2d": "num_class_embeds", "dit": "num_embeds_ada_norm"}
+ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
+
+
+class AttachedModel(ModelMixin, ConfigMixin):
+    """A backbone of diffusers, in pixels, with units or none, that is called as a UViT is.
+
+    Args:
+        backbone: "unet2d" (UNet2DModel) or "dit" (DiTTransformer2DModel).
+        backbone_kwargs: that class's arguments, but for those below.
+        sample_size: height and width of the images.
+        in_channels: channels of the images.
+        num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
+        has_null_label: whether the backbone embeds a null label after its classes. One of diffusers' UNets that is
+            wrapped may have none; guidance, and drawing without a class, then aren't possible.
+        attention: the units by name (see build_attention), None or "none" for the backbone alone.
+        attention_kwargs: further arguments of the units.
+        attention_at: names of the network's modules whose outputs the units recalibrate, or lists of a Position's
+            fields; None is where attach() puts them.
+        down_block_types: not to be given, like norm_type. They stand in the config so that diffusers' classes, which
+            ignore what they don't know and would start at random weights, refuse a saved folder.
+        norm_type: as down_block_types.
+
+    Raises:
+        InputError: an argument that the backbone or the unit refuses.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str = "unet2d",
+        backbone_kwargs: dict[str, Any] | None = None,
+        sample_size: int | Sequence[int] = 32,
+        in_channels: int = 3,
+        num_classes: int | None = None,
+        has_null_label: bool = True,
+        attention: str | None = "dia-lstm",
+        attention_kwargs: dict[str, Any] | None = None,
+        attention_at: Sequence[Any] | None = None,
+        down_block_types: Sequence[str] = (ELSEWHERE,),
+        norm_type: str = ELSEWHERE,
+    ):
+        super().__init__()
+        self.sample_size, self.in_channels = sample_size, in_channels
+        self.num_classes, self.has_null_label = num_classes, has_null_label
+        embedded = num_classes if num_classes is None or not has_null_label else num_classes + 1
+        if backbone == "dit":  # which has a null label besides, and can't do without classes
+            embedded = num_classes or 1
+        given = {
+            "sample_size": sample_size,
+            "in_channels": in_channels,
+            "out_channels": in_channels,
+            CLASSES_KEY.get(backbone, ""): embedded,
+        }
+        self.network = build_backbone(backbone, backbone_kwargs or {}, given)
+        if attention in (None, "none"):
+            if attention_kwargs or attention_at is not None:
+                what = "attention_kwargs" if attention_kwargs else "attention_at"
+                raise InputError(f"{what} is given and attention none; accepted: null")
+            with own_generator():  # so that what is drawn after is the same as with a unit
+                pass
+        else:
+            at = None if attention_at is None else [_position(place) for place in attention_at]
+            attach(self.network, str(attention), at, **(attention_kwargs or {}))
+        for module in self.network.modules():
+            if hasattr(module, "dropout_prob"):  # a DiT's own label dropout; a recipe's data.label_dropout is seeded
+                module.dropout_prob = 0.0
+
+    @classmethod
+    def from_backbone(
+        cls, model: ModelMixin, attention: str | None = "dia-lstm", at: Any = None, **attention_kwargs: Any
+    ) -> "AttachedModel":
+        """Wraps a model of diffusers, its weights as they are, and attaches units unless it has some.
+
+        Args:
+            model: a UNet2DModel or a DiTTransformer2DModel, which becomes part of what is returned.
+            attention: the unit by name; None or "none" attaches none.
+            at: as attach() has it.
+            attention_kwargs: the unit's arguments.
+
+        Raises:
+            InputError: another model, one with other conditions than classes, or what attach() refuses.
+        """
+        name = next((name for name, kind in BACKBONES.items() if type(model) is kind), None)
+        if name is None:
+            accepted = ", ".join(kind.__name__ for kind in BACKBONES.values())
+            raise InputError(f"from_backbone was given a {type(model).__name__}; accepted: {accepted}")
+        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        if config.get("class_embed_type"):
+            raise InputError(f"the model takes a {config['class_embed_type']} as its label; accepted: class numbers")
+        attachment = attachment_in(model)
+        if attachment is None and attention not in (None, "none"):
+            attachment = attach(model, str(attention), at, **attention_kwargs)
+        arguments: dict[str, Any] = {"attention": "none"}
+        if attachment is not None:
+            places = [[p.module, p.side, p.channels, p.num_extra_tokens] for p in attachment.positions]
+            usual = attachment.positions == positions_of(model)
+            arguments = {
+                "attention": attachment.unit_name,
+                "attention_kwargs": attachment.unit_kwargs or None,
+                "attention_at": None if usual else places,
+            }
+        own = {"sample_size", "in_channels", CLASSES_KEY[name]}
+        with torch.device("meta"):  # everything but the backbone, which takes its place
+            wrapped = cls(
+                backbone=name,
+                backbone_kwargs={key: value for key, value in config.items() if key not in own},
+                sample_size=config["sample_size"],
+                in_channels=config["in_channels"],
+                num_classes=config.get(CLASSES_KEY[name]),
+                has_null_label=name == "dit",
+                **arguments,
+            )
+        wrapped.network = model
+        return wrapped
+
+    @property
+    def unit(self) -> nn.Module | None:
+        """The units, one a stage of the backbone; None where there are none."""
+        attachment = self.attachment
+        return None if attachment is None else attachment.units
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The units' stages and positions in the backbone."""
+        return attachment_in(self.network)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UViTOutput | tuple[Tensor]:
+        """Predicts from a noisy sample.
+
+        Args:
+            sample: (B, C, H, W), x_t.
+            timestep: (B,) or a number, 0..999, fractions allowed.
+            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None is the null label
+                for every image. Only for class-conditional models.
+            return_dict: False returns a tuple.
+        """
+        if sample.dim() != 4 or sample.shape[1] != self.in_channels:
+            raise InputError(f"sample has shape {tuple(sample.shape)}; accepted: (B, {self.in_channels}, H, W)")
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        if self.num_classes is None:
+            if class_labels is not None:
+                raise InputError("class_labels were given to an unconditional model (num_classes is None)")
+            if isinstance(self.network, DiTTransformer2DModel):
+                class_labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)  # its one class
+        elif class_labels is None:
+            if not self.has_null_label:
+                raise InputError(
+                    f"the model has no null label; accepted: class_labels of 0..{self.num_classes - 1} for all images"
+                )
+            class_labels = torch.full((len(sample),), self.num_classes, device=sample.device)
+        (prediction,) = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
+        return UViTOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def build_backbone(name: str, kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
+    """A network of diffusers with first weights.
+
+    Args:
+        name: of BACKBONES.
+        kwargs: its arguments.
+        given: arguments that kwargs must not have, or have alike.
+
+    Raises:
+        InputError: another name, or arguments that the class doesn't have or refuses.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; accepted: {', '.join(BACKBONES)}")
+    kind = BACKBONES[name]
+    known = sorted(inspect.signature(kind).parameters)
+    for key, value in kwargs.items():
+        if key not in known:
+            raise InputError(f"{kind.__name__} has no argument {key!r}; accepted: {', '.join(known)}")
+        if key in given and value != given[key] and key != "out_channels":
+            raise InputError(f"backbone_kwargs has {key} {value!r}, which the model decides; leave it out")
+    try:
+        return kind(**{**given, **kwargs})
+    except Exception as error:  # diffusers checks its arguments here and there, or not at all
+        raise InputError(f"{kind.__name__} can't be built of backbone_kwargs: {first_line(error)}") from None
+
+
+def _position(place: Any) -> str | Position:
+    """A place from a config."""
+    if isinstance(place, str | Position):
+        return place
+    try:
+        return Position(*place)
+    except TypeError:
+        raise InputError(f"attention_at has {place!r}; accepted: names of the network's modules") from None
+
+
+def _save(model: ModelMixin, *args: Any, **kwargs: Any) -> None:
+    """Saves a backbone with attached units as the AttachedModel that loads them."""
+    AttachedModel.from_backbone(model).save_pretrained(*args, **kwargs)
+
+
+SAVERS.update(dict.fromkeys(BACKBONES.values(), _save))
