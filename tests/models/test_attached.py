@@ -1,0 +1,193 @@
+"""Networks of diffusers with attached units, as one model: called, saved, loaded, sampled and exported."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dia_diffusion import AttachedModel, UViTPipeline, attach
+from dia_diffusion.errors import InputError
+from dia_diffusion.pipelines.export import export_pipeline
+from dia_diffusion.sampling.load import load_pipeline
+from tests.pipelines.test_export import drawn, without_package
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "unet2d": {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+    },
+    "dit": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3, "patch_size": 2},
+}
+BOTH = pytest.mark.parametrize("backbone", ARGUMENTS)
+
+
+def tiny(backbone: str, **kwargs: Any) -> AttachedModel:
+    torch.manual_seed(0)
+    model = AttachedModel(backbone, ARGUMENTS[backbone], sample_size=8, in_channels=1, **kwargs).eval()
+    for parameter in model.parameters():  # a DiT's first output is 0 whatever its blocks do
+        nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([3.5, 700.25])
+
+
+@BOTH
+@pytest.mark.parametrize("num_classes", [None, 3])
+@pytest.mark.parametrize("attention", ["none", "dia-lstm", "srm"])
+def test_saved_and_loaded_it_is_the_same_function(
+    tmp_path: Path, backbone: str, num_classes: int | None, attention: str
+) -> None:
+    model = tiny(backbone, num_classes=num_classes, attention=attention)
+    model.save_pretrained(tmp_path)
+    loaded = AttachedModel.from_pretrained(tmp_path).eval()
+    labels = None if num_classes is None else torch.tensor([2, 3])
+    expected = model(*inputs(), labels).sample
+    assert torch.equal(loaded(*inputs(), labels).sample, expected)
+    assert (loaded.unit is None) == (attention == "none")
+    with torch.device("meta"):
+        names = list(AttachedModel.from_config(AttachedModel.load_config(tmp_path)).state_dict())
+    assert names == list(model.state_dict())
+
+
+@BOTH
+def test_the_function_is_that_of_the_network_with_units_attached(backbone: str) -> None:
+    model = tiny(backbone, num_classes=3)
+    kind = {"unet2d": UNet2DModel, "dit": DiTTransformer2DModel}[backbone]
+    classes = {"num_class_embeds": 4} if backbone == "unet2d" else {"num_embeds_ada_norm": 3}
+    network = kind(sample_size=8, in_channels=1, out_channels=1, **classes, **ARGUMENTS[backbone]).eval()
+    attach(network)
+    network.load_state_dict(model.network.state_dict())
+    sample, timestep = inputs()
+    for labels, own in ((torch.tensor([1, 0]), [1, 0]), (None, [3, 3])):
+        expected = network(sample, timestep, class_labels=torch.tensor(own)).sample
+        assert torch.equal(model(sample, timestep, labels).sample, expected)
+    assert torch.equal(model(sample, 5).sample, model(sample, torch.tensor([5, 5])).sample)
+
+
+@BOTH
+def test_a_plain_model_with_units_saves_as_what_loads_them(tmp_path: Path, backbone: str) -> None:
+    model = tiny(backbone, num_classes=3, attention="none")
+    network, labels = model.network, torch.tensor([1, 0])
+    attach(network, "se", reduction=2, sharing="individual")
+    network.save_pretrained(tmp_path)
+    loaded = AttachedModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(*inputs(), labels).sample, network(*inputs(), class_labels=labels).sample)
+    assert loaded.config.attention_at is None and loaded.config.attention_kwargs["reduction"] == 2
+    # Their own classes would ignore what they don't know, and start at random.
+    for kind in (UNet2DModel, DiTTransformer2DModel):
+        with pytest.raises((ValueError, NotImplementedError), match=r"dia_diffusion\.AttachedModel"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_units_at_places_of_ones_own_are_saved(tmp_path: Path) -> None:
+    network = tiny("unet2d", attention="none").network
+    attach(network, at=lambda name, module: name.startswith("down_blocks") and name.endswith(".conv2"))
+    AttachedModel.from_backbone(network).save_pretrained(tmp_path)
+    loaded = AttachedModel.from_pretrained(tmp_path).eval()
+    sample, timestep = inputs()
+    assert torch.equal(loaded(sample, timestep).sample, network(sample, timestep).sample)
+    assert [p.module for p in loaded.attachment.positions] == [f"down_blocks.{i}.resnets.0.conv2" for i in (0, 1)]
+
+
+@BOTH
+def test_twins_share_the_first_weights_and_what_is_drawn_after(backbone: str) -> None:
+    found = []
+    for attention in ("none", "dia-lstm"):
+        torch.manual_seed(0)
+        model = AttachedModel(backbone, ARGUMENTS[backbone], 8, 1, attention=attention)
+        own = {name: w for name, w in model.state_dict().items() if "attention_units" not in name}
+        found.append({**own, "after": torch.randn(3)})
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@BOTH
+def test_a_pipeline_draws_by_class_and_guided(tmp_path: Path, backbone: str) -> None:
+    model = tiny(backbone, num_classes=3)
+    UViTPipeline(model, DDPMScheduler()).save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(**kwargs: Any) -> Tensor:
+        return pipeline(2, torch.Generator().manual_seed(0), 3, output_type="pt", **kwargs).images
+
+    by_class = draw(class_labels=[0, 1])
+    assert by_class.shape == (2, 1, 8, 8)
+    assert not torch.equal(by_class, draw()) and not torch.equal(by_class, draw(class_labels=[0, 1], guidance_scale=3))
+    # Guidance 1 + s of conditional and unconditional predictions, at one step.
+    sample, timestep = inputs()
+    labels = torch.tensor([0, 1])
+    null, conditional = model(sample, timestep).sample, model(sample, timestep, labels).sample
+    guided = pipeline._predict(sample, timestep[:1], labels, 3.0)
+    again = [model(sample, timestep[:1], given).sample for given in (None, labels)]
+    torch.testing.assert_close(guided, again[0] + 3 * (again[1] - again[0]))
+    assert not torch.equal(null, conditional)
+
+
+def test_a_wrapped_network_without_null_label_needs_classes(tmp_path: Path) -> None:
+    network = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=3, **ARGUMENTS["unet2d"])
+    model = AttachedModel.from_backbone(network, reduction=2)
+    assert model.num_classes == 3 and not model.has_null_label
+    with pytest.raises(InputError, match=r"no null label; accepted: class_labels of 0\.\.2"):
+        model(*inputs())
+    model(*inputs(), torch.tensor([0, 2]))
+
+
+@pytest.mark.slow
+def test_an_exported_folder_draws_the_same_without_the_package(tmp_path: Path) -> None:
+    jobs = []
+    for backbone in ARGUMENTS:
+        folder = tmp_path / backbone
+        UViTPipeline(tiny(backbone), DDPMScheduler()).save_pretrained(folder)
+        export_pipeline(folder, tmp_path / f"{backbone}-export")
+        out = str(tmp_path / f"{backbone}.safetensors")
+        jobs.append((str(tmp_path / f"{backbone}-export"), {"num_inference_steps": 2}, out))
+    without_package({"HF_HOME": str(tmp_path / "home")}, jobs)
+    for backbone, (_, arguments, out) in zip(ARGUMENTS, jobs, strict=True):
+        assert torch.equal(load_file(out)["images"], drawn(tmp_path / backbone, arguments))
+
+
+def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
+    network = tiny("unet2d", attention="none").network
+    attach(network)
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(InputError):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"backbone": "resnet"}, "unknown backbone 'resnet'; accepted: unet2d, dit"),
+        ({"backbone_kwargs": {"layers": 2}}, "UNet2DModel has no argument 'layers'; accepted: act_fn, "),
+        ({"backbone_kwargs": {"in_channels": 2}}, "backbone_kwargs has in_channels 2, which the model decides"),
+        ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built of backbone_kwargs: Must"),
+        ({"attention": "none", "attention_at": ["conv_in"]}, "attention_at is given and attention none"),
+        ({"attention_at": [3]}, "attention_at has 3; accepted: names"),
+        ({"attention": "nothing"}, "unknown attention unit 'nothing'"),
+    ],
+)
+def test_bad_input(kwargs: dict[str, Any], error: str) -> None:
+    given = {"backbone": "unet2d", "backbone_kwargs": ARGUMENTS["unet2d"], "sample_size": 8, "in_channels": 1}
+    with pytest.raises(InputError, match=error):
+        AttachedModel(**{**given, **kwargs})
+
+
+def test_inputs_that_dont_fit() -> None:
+    model = tiny("unet2d")
+    with pytest.raises(InputError, match="unconditional model"):
+        model(*inputs(), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match=r"\(2, 3, 8, 8\); accepted: \(B, 1, H, W\)"):
+        model(torch.zeros(2, 3, 8, 8), 5)
+    with pytest.raises(InputError, match="from_backbone was given a AttachedModel"):
+        AttachedModel.from_backbone(model)
