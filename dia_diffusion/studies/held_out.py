@@ -1,6 +1,7 @@
 """The loss on images that no training has seen, and that of the best constant, for trials that are compared."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class HeldOut:
     """Images; the first that seed 0 draws, flipped as in training."""
     num_times: int
     """The middles of so many equally likely parts of time."""
+
+    def described(self) -> dict[str, Any]:
+        """For records: which images, and how many times."""
+        return {"images_fingerprint": self.images.fingerprint, "images": self.count, "times": self.num_times}
 
     def losses(self, experiment: Experiment) -> tuple[float, float]:
         """The mean loss of the averaged weights that a training has left, and that of the best constant."""

@@ -102,11 +102,11 @@ def unit_keys(unit: str) -> dict[str, Any]:
     return {"model.attention": unit}
 
 
-def finished(trial: Trial) -> dict[str, Any] | None:
+def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | None:
     """A trial's result, None where it has none yet.
 
     Raises:
-        InputError: it is another recipe's, or can't be read.
+        InputError: it is another recipe's or of other held-out images, or can't be read.
     """
     file = trial.folder / RESULT_FILE
     if not file.is_file():
@@ -117,6 +117,8 @@ def finished(trial: Trial) -> dict[str, Any] | None:
         changed = changed_keys(before, now)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
+        if held_out is not None and result["held_out"] != held_out.described():
+            changed.append("other --images, --times or --held-out")
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{file} is cut short or altered; remove it, and the trial is measured again") from None
     if changed:
@@ -132,7 +134,7 @@ def run_trials(trials: Sequence[Trial], held_out: HeldOut, watch: Watch) -> list
         RunError: a training fails otherwise than by diverging.
         Stopped: after SIGINT or SIGTERM; the same call goes on from there.
     """
-    results = [finished(trial) for trial in trials]
+    results = [finished(trial, held_out) for trial in trials]
     total = sum(trial.experiment.train.max_steps for trial in trials)
     done = sum(t.experiment.train.max_steps for t, result in zip(trials, results, strict=True) if result is not None)
     for index, trial in enumerate(trials):
@@ -161,7 +163,8 @@ class _Steps:
 
 def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
     """Trains a trial and writes its result."""
-    result: dict[str, Any] = {"trial": trial.about, "recipe": trial.experiment.to_dict()}
+    recipe = trial.experiment.to_dict()
+    result: dict[str, Any] = {"trial": trial.about, "recipe": recipe, "held_out": held_out.described()}
     try:
         Trainer(trial.experiment, reporter).run()
     except DivergedError as error:

@@ -126,6 +126,8 @@ def test_refuses_another_trials_folder(trial: Any) -> None:
         measure([trial("a", **{"optimizer.learning_rate": 0.01})])
     with pytest.raises(InputError, match=r"train\.max_steps: 6 -> 7"):
         measure([trial("a", **{"train.max_steps": 7})])
+    with pytest.raises(InputError, match="other --images, --times or --held-out"):
+        run_trials([trial("a")], open_held_out(trial("a").experiment, None, 32, 5), silent)
     (trial("a").folder / "trial.json").write_text("{")
     with pytest.raises(InputError, match="cut short or altered"):
         measure([trial("a")])

@@ -23,6 +23,8 @@ from dia_diffusion.studies.trial_figures import draw_placement, draw_stability
 from dia_diffusion.studies.trials import TRAINED, Trial, finished, run_trials
 
 Value = TypeVar("Value")
+COMMON = ("recipe", "held_out")
+"""Of each trial's result what the record says once, or the trial's own folder."""
 DIVERGED = (
     "not finite: a loss or gradient; no better: at the end, the held-out loss is not below that of the best constant, "
     "one image for all samples of a time"
@@ -160,8 +162,8 @@ def _write(
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
     """The record first: whatever becomes of the figure, what was measured is kept."""
-    common = {"recipe": options.config, "steps": options.steps, "images": options.images, "times": options.times}
-    trials = [{key: value for key, value in result.items() if key != "recipe"} for result in results]
+    common = {"recipe": options.config, "steps": options.steps, "held_out": results[0]["held_out"]}
+    trials = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
     record = {
         "analysis": analysis,
         "protocol": {**common, "weights": "ema", "diverged": DIVERGED, **protocol},
