@@ -20,6 +20,7 @@ COMMANDS = {
     "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
     "stats": "make, show and compare files of the mean and covariance of images' features",
     "analyze": "measure what the attention unit of trained runs does: its maps, the noise of gradients",
+    "accuracies": "compare the test accuracies of trained classifiers, over seeds",
     "gradcam": "draw where trained classifiers look in images",
     "params": "count what attention units add to a model, shared and individual; the paper's own counts",
     "curves": "train, measure and draw a study: units x batch sizes x seeds; or draw curves of several runs",

@@ -90,7 +90,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) 
 
 
 def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> None:
-    every = ("--train.log_every", "20", "--train.evaluate_every", "30", "--optimizer.milestones", "[]")
+    every = (
+        "--train.log_every",
+        "20",
+        "--train.evaluate_every",
+        "30",
+        "--optimizer.milestones",
+        "[]",
+        "--data.augmentation",
+        "none",
+    )
     train(tiny(tmp_path, "run", "--train.max_steps", "60", *every))
     saved = load_classifier(tmp_path / "run")
     digits = open_images("digits", size=8, channels=3, split="test")

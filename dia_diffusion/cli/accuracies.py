@@ -1,0 +1,71 @@
+"""`dia-diffusion accuracies`: trained classifiers side by side, with tests against a baseline and a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.console import console
+from dia_diffusion.files import refuse_existing, write_json, write_text
+from dia_diffusion.studies.accuracies import Row, compare, read_result
+from dia_diffusion.studies.accuracy_figure import draw_accuracies
+
+COLUMNS = (
+    "setting",
+    "unit",
+    "parameters",
+    "seeds",
+    "accuracy",
+    "sd",
+    "difference",
+    "p",
+    "p (Holm)",
+    "diverged at step",
+)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Compares what the arguments say."""
+    parser = CommandParser("accuracies", "Compares the test accuracies of classifiers, over seeds.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs of classify that have ended")
+    parser.add_argument(
+        "--baseline", default="none", metavar="UNIT", help="the unit that the others are tested against"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the table, figure and numbers")
+    options = parser.parse_args(arguments)
+    if options.out is not None:
+        refuse_existing(options.out)
+
+    rows = compare([read_result(run) for run in options.runs], options.baseline)
+    table = Table(*COLUMNS)
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    if options.out is None:
+        return
+    options.out.mkdir(parents=True)
+    write_json(options.out / "accuracies.json", {"baseline": options.baseline, "rows": [row.to_dict() for row in rows]})
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
+    write_text(options.out / "accuracies.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    draw_accuracies(rows, options.out / "accuracies.png")
+    console.print(f"{options.out}: accuracies.md, accuracies.json, accuracies.png")
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.setting,
+        row.unit,
+        f"{row.parameters:,}",
+        str(len(row.results)),
+        _number(row.mean, "{:.2%}"),
+        _number(row.deviation, "{:.2%}"),
+        _number(row.difference, "{:+.2%}"),
+        _number(row.p, "{:.3g}"),
+        _number(row.p_holm, "{:.3g}"),
+        ", ".join(map(str, row.diverged_at)),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
