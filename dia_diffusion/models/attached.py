@@ -134,6 +134,19 @@ class AttachedModel(ModelMixin, ConfigMixin):
         wrapped.network = model
         return wrapped
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every model of diffusers.
+
+        Raises:
+            InputError: units were put on the network or taken off it since the model was made.
+        """
+        if (self.unit is None) != (self.config.attention in (None, "none")):
+            raise InputError(
+                f"the model was made with attention {self.config.attention} and its units have changed since; "
+                "accepted: AttachedModel.from_backbone(model.network), which knows them"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     @property
     def unit(self) -> nn.Module | None:
         """The units, one a stage of the backbone; None where there are none."""

@@ -100,6 +100,15 @@ def test_units_at_places_of_ones_own_are_saved(tmp_path: Path) -> None:
     assert [p.module for p in loaded.attachment.positions] == [f"down_blocks.{i}.resnets.0.conv2" for i in (0, 1)]
 
 
+def test_units_that_changed_since_are_not_saved_as_others(tmp_path: Path) -> None:
+    model = tiny("unet2d")
+    model.attachment.detach()
+    with pytest.raises(InputError, match="made with attention dia-lstm and its units have changed"):
+        model.save_pretrained(tmp_path)
+    AttachedModel.from_backbone(model.network, "none").save_pretrained(tmp_path)
+    assert AttachedModel.from_pretrained(tmp_path).unit is None
+
+
 @BOTH
 def test_twins_share_the_first_weights_and_what_is_drawn_after(backbone: str) -> None:
     found = []
