@@ -129,7 +129,9 @@ class ClassificationTask(Task):
 
     def _summary(self, counts: Tensor, loss: float) -> dict[str, float]:
         right, every = counts.tolist()
-        values = {"test_accuracy": sum(right) / sum(every), "test_loss": loss / sum(every)}
+        values = {"test_accuracy": sum(right) / sum(every)}
+        if math.isfinite(loss):  # JSON has no other numbers
+            values["test_loss"] = loss / sum(every)
         names = self.test_images.class_names or tuple(str(number) for number in range(len(every)))
         if len(names) <= FEW_CLASSES:
             values |= {f"test_accuracy/{name}": a / b for name, a, b in zip(names, right, every, strict=True) if b}
@@ -155,12 +157,10 @@ class ClassificationTask(Task):
     def _record(self, folder: RunFolder, step: int, diverged_at: int | None, tested: dict[str, float]) -> None:
         """Writes how the run ended."""
         test = self.test_images
-        # JSON has no number for a loss that overflows.
-        values = {key: value if math.isfinite(value) else None for key, value in tested.items()}
         record = {
             "step": step,
             "diverged_at": diverged_at,
-            **values,
+            **tested,
             "parameters": self.num_parameters,
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),

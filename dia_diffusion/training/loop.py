@@ -37,7 +37,7 @@ from dia_diffusion.training.finite import FiniteWatch
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
-from dia_diffusion.training.task import Draws, Moment, Task
+from dia_diffusion.training.task import Moment, Task, about_images
 
 
 class Trainer:
@@ -207,7 +207,8 @@ class Trainer:
             start = first + part * self.micro_batch
             last = part == self.config.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                loss = self._micro_loss(draws.slice(start, start + self.micro_batch)) / self.config.accumulation
+                part_of_batch = draws.slice(start, start + self.micro_batch)
+                loss = self.task.loss(self.network, part_of_batch, total.device, self.dtype) / self.config.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.config.clip_grad_norm is None:
@@ -218,9 +219,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, norm
-
-    def _micro_loss(self, draws: Draws) -> Tensor:
-        return self.task.loss(self.network, draws, self.accelerator.device, self.dtype)
 
     def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """This step's own loss over the global batch, and the rate since the last line."""
@@ -298,11 +296,5 @@ class Trainer:
             "weights": "raw" if self.ema is None else "ema",
             "recipe": self.experiment.to_dict(),
             "init_from": self.started_from,
-            "data": {
-                "name": self.images.name,
-                "split": self.images.split,
-                "count": len(self.images),
-                "fingerprint": self.images.fingerprint,
-                "class_names": self.images.class_names,
-            },
+            "data": about_images(self.images),
         }

@@ -27,6 +27,17 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
 
+def about_images(images: Images) -> dict[str, Any]:
+    """What records say of a set of images."""
+    return {
+        "name": images.name,
+        "split": images.split,
+        "count": len(images),
+        "fingerprint": images.fingerprint,
+        "class_names": images.class_names,
+    }
+
+
 D = TypeVar("D", bound="Draws")
 
 
