@@ -11,7 +11,7 @@ from dia_diffusion.files import refuse_existing, write_json, write_text
 from dia_diffusion.studies.accuracies import Row, compare, read_result
 from dia_diffusion.studies.accuracy_figure import draw_accuracies
 
-COLUMNS = (
+COLUMNS = [
     "setting",
     "unit",
     "parameters",
@@ -22,7 +22,7 @@ COLUMNS = (
     "p",
     "p (Holm)",
     "diverged at step",
-)
+]
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -38,16 +38,19 @@ def run(arguments: Sequence[str]) -> None:
         refuse_existing(options.out)
 
     rows = compare([read_result(run) for run in options.runs], options.baseline)
-    table = Table(*COLUMNS)
-    for row in rows:
-        table.add_row(*_cells(row))
+    cells = [COLUMNS, *map(_cells, rows)]
+    told = [column for column in range(len(COLUMNS)) if any(line[column] for line in cells[1:])]
+    heads, *lines = [[line[column] for column in told] for line in cells]
+    table = Table(*heads)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     if options.out is None:
         return
     options.out.mkdir(parents=True)
     write_json(options.out / "accuracies.json", {"baseline": options.baseline, "rows": [row.to_dict() for row in rows]})
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(_cells, rows)]
-    write_text(options.out / "accuracies.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    written = [heads, ["---"] * len(heads), *lines]
+    write_text(options.out / "accuracies.md", "".join(f"| {' | '.join(line)} |\n" for line in written))
     draw_accuracies(rows, options.out / "accuracies.png")
     console.print(f"{options.out}: accuracies.md, accuracies.json, accuracies.png")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,10 +11,13 @@ from matplotlib.ticker import PercentFormatter
 from dia_diffusion.evaluation.curves import save_figure, scale_images, style
 from dia_diffusion.studies.accuracies import Row
 
+TITLE_WIDTH = 50
+"""Letters in a line of a panel's title."""
+
 
 def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
-    """The mean over seeds, and each seed thin behind it. Rows whose runs all diverged have no line."""
-    settings = list(dict.fromkeys(row.setting for row in rows))
+    """The mean over seeds, and each seed thin behind it. Where all runs diverged there is no line, and no panel."""
+    settings = list(dict.fromkeys(row.setting for row in rows if row.accuracies)) or [rows[0].setting]
     units = list(dict.fromkeys(row.unit for row in rows))
     figure = Figure(figsize=(max(6.4, 1 + 4.4 * len(settings)), 4.2), layout="constrained")
     panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
@@ -32,7 +36,7 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
         scale_images(panel, sizes)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.grid(alpha=0.25)
-        panel.set_title(setting, fontsize="small")
+        panel.set_title(fill(setting, TITLE_WIDTH), fontsize="small")
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize="small")
     panels[0].set_ylabel("test accuracy")

@@ -89,7 +89,7 @@ def test_the_command_writes_table_numbers_and_figure(runs: list[Path], tmp_path:
     assert main(["accuracies", *map(str, runs), "--out", str(out)]) == 0
     assert "53.00%" not in capsys.readouterr().err
     table = (out / "accuracies.md").read_text().splitlines()
-    assert len(table) == 5 and table[3].startswith("|  | se | 100 | 3 | 54.67% | 1.53% | +3.67% | ")
+    assert len(table) == 5 and table[3].startswith("| se | 100 | 3 | 54.67% | 1.53% | +3.67% | ")
     numbers = json.loads((out / "accuracies.json").read_text())
     assert [row["accuracies"] for row in numbers["rows"]] == list(ACCURACIES.values())
     assert min(Image.open(out / "accuracies.png").size) > 500
