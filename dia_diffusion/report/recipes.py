@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import yaml
 
 from dia_diffusion.report.page import Table
-from dia_diffusion.training.config import Experiment, flatten
-from dia_diffusion.training.recipe import nest
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.recipe_keys import flatten, nest
 
 OWN = ("output",)
 """Keys that are each run's own and say nothing of what it trains."""

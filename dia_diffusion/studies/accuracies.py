@@ -12,7 +12,7 @@ import numpy as np
 from dia_diffusion.errors import InputError
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
-from dia_diffusion.training.config import flatten
+from dia_diffusion.training.recipe_keys import flatten
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 INDIVIDUAL = "individual"

@@ -12,8 +12,9 @@ import yaml
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import read_yaml, write_text
-from dia_diffusion.training.config import Experiment, flatten
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe_keys import flatten
 
 BASELINE = "none"
 """The unit that stands for none: the twin that the others are compared with."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import BackboneConfig
-from dia_diffusion.training.config import differing_keys
+from dia_diffusion.training.recipe_keys import differing_keys
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """An experiment: everything that decides what is trained, as typed dataclasses with the recipe's keys."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.training.recipe_keys import differing_keys
 
 
 @dataclass
@@ -295,21 +296,6 @@ class Experiment:
         return NoiseProcess(**asdict(self.noise))
 
 
-def flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, down to the keys of Experiment."""
-    flat: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if not isinstance(key, str):
-            raise InputError(f"recipe key {prefix}{key!r} is not a name")
-        if isinstance(value, dict) and not prefix and key in SECTIONS:
-            flat.update(flatten(value, prefix=f"{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-SECTIONS = {f.name for f in fields(Experiment) if f.name not in ("output", "seed", "init_from", "trackers")}
-
 # What may change when a run goes on: where it lies, what it reports and how it is computed, but not what is trained.
 # The images and the weights it started from are compared by their content, so their place may change too.
 MAY_CHANGE = {
@@ -338,19 +324,3 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if old.get("optimizer", {}).get("schedule") == "cosine":
         may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
     return differing_keys(old, new, Experiment().to_dict(), may_change)
-
-
-def differing_keys(
-    old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any], may_differ: set[str]
-) -> list[str]:
-    """Keys of two recipes that differ: "train.batch_size: 32 -> 64".
-
-    A key that an older version didn't know yet has its default, which is how that version trained.
-    """
-    known = flatten(defaults)
-    before, after = known | flatten(old), known | flatten(new)
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if key not in may_differ and before.get(key) != after.get(key)
-    ]

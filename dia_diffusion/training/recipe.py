@@ -11,7 +11,8 @@ import jsonargparse
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import read_yaml
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment, flatten
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.recipe_keys import flatten, nest
 
 # Help texts come from the docstring under each field.
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -72,7 +73,8 @@ def read_experiment(
     parser = recipe_parser(kind)
     recipe = {} if config is None else read_yaml(recipe_path(config, kind), "recipe", "data, model, train")
     known = flatten(kind().to_dict())
-    _check_keys([*flatten(recipe)], known, str(config))
+    sections = {key.partition(".")[0] for key in known}
+    _check_keys([*flatten(recipe), *(key for key in recipe if key not in sections)], known, str(config))
     if keys:
         _check_keys([*keys], known, f"what changes {config}")
         recipe = nest({**flatten(recipe), **keys})
@@ -86,15 +88,6 @@ def read_experiment(
             raise
         raise InputError(" ".join(str(error).split())) from None
     return kind(**vars(values))
-
-
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """What `flatten` flattened."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        section, _, name = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
-    return nested
 
 
 def _check_keys(keys: Sequence[str], known: dict[str, Any], where: str) -> None:

@@ -9,14 +9,17 @@ import yaml
 
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.config import MAY_CHANGE, Experiment, ModelConfig, changed_keys, flatten
+from dia_diffusion.training.config import MAY_CHANGE, OF_OTHERS, OF_UVIT, Experiment, ModelConfig, changed_keys
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
+from dia_diffusion.training.recipe_keys import flatten
 from dia_diffusion.training.snapshot import build_model
 
 
 def test_model_keys_are_the_models_arguments() -> None:
     arguments = {name: p.default for name, p in inspect.signature(UViT.__init__).parameters.items() if name != "self"}
-    assert {f.name: f.default for f in fields(ModelConfig)} == arguments
+    own = {f.name: f.default for f in fields(ModelConfig) if f.name not in ("backbone", *OF_OTHERS)}
+    assert own == arguments
+    assert set(OF_UVIT) < arguments.keys() and not set(OF_OTHERS) & arguments.keys()
 
 
 def test_every_key_has_a_docstring_in_the_help() -> None:
