@@ -1,8 +1,11 @@
 """The paper's attention units and their controls, and the one place where a name becomes one."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from dia_diffusion.attention.controls import BlockScale, FixedScale
@@ -72,4 +75,13 @@ def build_attention(
         raise InputError(f"attention unit {name!r} can't be built: {error}") from None
 
 
-__all__ = ["DIALSTM", "UNITS", "build_attention"]
+@contextmanager
+def own_generator() -> Iterator[None]:
+    """While it lasts, torch draws from another generator; afterwards as if one number had been drawn."""
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+__all__ = ["DIALSTM", "UNITS", "build_attention", "own_generator"]

@@ -3,8 +3,7 @@
 One unit for each stage, a maximal run of positions with one channel count in the order in which the network runs them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention import build_attention
+from dia_diffusion.attention import build_attention, own_generator
 from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
 from dia_diffusion.attention.places import Places, Position, positions_of
 from dia_diffusion.errors import InputError
@@ -85,15 +84,6 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
 def attachment_in(model: nn.Module) -> "Attachment | None":
     """What is attached to a model or to one within it."""
     return next((module.attachment for module in model.modules() if isinstance(module, AttentionUnits)), None)
-
-
-@contextmanager
-def own_generator() -> Iterator[None]:
-    """While it lasts, torch draws from another generator; afterwards as if one number had been drawn."""
-    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 class Attachment:

@@ -9,7 +9,8 @@ from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DMode
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from dia_diffusion.attention.attach import SAVERS, Attachment, attach, attachment_in, own_generator
+from dia_diffusion.attention import own_generator
+from dia_diffusion.attention.attach import SAVERS, Attachment, attach, attachment_in
 from dia_diffusion.attention.places import Position, positions_of
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.uvit import UViTOutput

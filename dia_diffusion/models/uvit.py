@@ -16,7 +16,7 @@ from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor, nn
 
-from dia_diffusion.attention import build_attention
+from dia_diffusion.attention import build_attention, own_generator
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit_block import Block
 
@@ -183,11 +183,8 @@ class UViT(ModelMixin, ConfigMixin):
             self.output_conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
         self._initialize(initialization)
 
-        # Last and from a generator of its own, so that the backbone starts the same with and without it, and so does
-        # what is drawn after it.
-        unit_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(unit_seed)
+        # Last and from a generator of its own, so that the backbone starts the same with and without it.
+        with own_generator():
             num_blocks = len(self.attention_blocks)
             self.unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
 
