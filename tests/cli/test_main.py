@@ -24,9 +24,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "cifar10_uvit_s2_dia" in shown and "--optimizer.learning_rate" in shown
+    assert main(["classify", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "dia-diffusion classify" in shown and "cifar100_resnet," in shown and "--data.augmentation" in shown
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train", "classify"}))
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
