@@ -9,6 +9,8 @@ from scipy import integrate, stats
 
 LEVEL = 0.95
 """Of every confidence interval."""
+ROUNDING = 1e-12
+"""Of float64 values, relative."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ def estimate(values: Sequence[float]) -> Estimate:
 def student_test(first: Sequence[float], second: Sequence[float]) -> float | None:
     """The two-sided p of the two-sample test with equal variances, which is the paper's.
 
-    None where it says nothing: fewer than two values on a side, or values that don't vary.
+    None where it says nothing: fewer than two values on a side, or values that don't vary on either.
     """
-    if min(len(first), len(second)) < 2:
+    if min(len(first), len(second)) < 2 or not (_vary(first, first) or _vary(second, second)):
         return None
     return _known(stats.ttest_ind, first, second)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> float | None:
     """The two-sided p of the test on the differences of values that belong together, pair by pair; None as above."""
-    if len(first) < 2:
+    if len(first) < 2 or not _vary(np.subtract(first, second), [*first, *second]):
         return None
     return _known(stats.ttest_rel, first, second)
 
@@ -73,6 +75,11 @@ def mean_along(images_seen: Sequence[float], distances: Sequence[float]) -> floa
         return None
     area = integrate.trapezoid(distances, images_seen)
     return float(area / (images_seen[-1] - images_seen[0]))
+
+
+def _vary(values: Sequence[float] | np.ndarray, computed_from: Sequence[float]) -> bool:
+    """Whether they differ by more than rounding: from values that don't, scipy makes a p of 0."""
+    return bool(np.ptp(values) > ROUNDING * np.abs(computed_from).max())
 
 
 def _known(test: object, first: Sequence[float], second: Sequence[float]) -> float | None:

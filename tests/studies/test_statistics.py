@@ -41,7 +41,10 @@ def test_the_paired_test_is_that_of_the_differences():
     assert (paired_test(FIRST, SECOND) < 0.05) == (found.low > 0 or found.high < 0)
 
 
-@pytest.mark.parametrize("values", [([1.0], [2.0]), ([2.0, 2.0], [2.0, 2.0])])
+@pytest.mark.parametrize(
+    "values",
+    [([1.0], [2.0]), ([2.0, 2.0], [2.0, 2.0]), ([0.5, 0.5], [0.6, 0.6]), ([0.1] * 3, [0.3, 0.3, 0.1 + 0.2])],
+)
 def test_too_few_or_equal_values_have_no_p(values):
     assert student_test(*values) is None
     assert paired_test(*values) is None
