@@ -9,11 +9,11 @@ import torch
 from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.data import SPLITS, open_images
+from dia_diffusion.data import SPLITS, ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import check_format
 from dia_diffusion.files import refuse_existing
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.saved_classifier import SavedClassifier, load_classifier
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -49,6 +49,9 @@ def run(arguments: Sequence[str]) -> None:
         if (other.config.sample_size, other.config.num_classes) != (first.config.sample_size, first.config.num_classes):
             raise InputError("the classifiers differ in model.sample_size or num_classes; accepted: alike in both")
 
+        if None not in (first.class_names, other.class_names) and other.class_names != first.class_names:
+            raise InputError("the classifiers' classes have other names; accepted: alike in both")
+
     source = open_images(options.images, split=options.split, size=first.config.sample_size)
     count = min(options.count, len(source))
     chosen = np.sort(np.random.default_rng(options.seed).choice(len(source), count, replace=False))
@@ -57,7 +60,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.number is not None:
         classes = [options.number] * count
     elif source.labels is not None:
-        classes = [int(label) for label in source.labels[chosen]]
+        classes = [_known_class(int(label), source, first) for label in source.labels[chosen]]
     else:
         with torch.no_grad():
             classes = first.model(first.prepare(pixels.to(device))).argmax(dim=1).tolist()
@@ -70,3 +73,13 @@ def run(arguments: Sequence[str]) -> None:
             f"{one.name}: {right} of {count} are taken for the class asked about; mean score {one.scores.mean():.3f}"
         )
     console.print(f"{options.out}, images {', '.join(map(str, chosen))} of {source.name}")
+
+
+def _known_class(label: int, images: ImageSet, classifier: SavedClassifier) -> int:
+    """The classifier's number of the images' class, by its name where both have names."""
+    if images.class_names is None or classifier.class_names is None:
+        return label
+    name = images.class_names[label]
+    if name not in classifier.class_names:
+        raise InputError(f"{images.name} has the class {name!r}, which the classifiers don't know; --class names one")
+    return classifier.class_names.index(name)

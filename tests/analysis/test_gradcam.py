@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from dia_diffusion.analysis.gradcam import heat_maps, last_block, token_grid
+from dia_diffusion.analysis.gradcam import HeatMaps, heat_maps, last_block, token_grid
 from dia_diffusion.cli.main import main
 from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
 from dia_diffusion.models.saved_classifier import SavedClassifier, load_classifier, save_classifier
@@ -80,3 +81,23 @@ def test_command_draws_classifiers_side_by_side(tmp_path: Path, capsys: pytest.C
         error = capsys.readouterr().err
         assert told in error and error.count("\n") == 1
     assert not (tmp_path / "b.png").exists()
+
+
+def test_classes_are_known_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = str(saved(tmp_path / "none", RESNET))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for folder, name in (("some", "class3"), ("some", "class7"), ("other", "class3"), ("other", "zebra")):
+        (tmp_path / folder / name).mkdir(parents=True)
+        picture.save(tmp_path / folder / name / "0.png")
+    asked = []
+
+    def keep(name: str, classifier: SavedClassifier, images: torch.Tensor, classes: list[int]) -> HeatMaps:
+        asked.extend(classes)
+        return heat_maps(name, classifier, images, classes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dia_diffusion.cli.gradcam.heat_maps", keep)
+        assert main(["gradcam", place, "--images", str(tmp_path / "some"), "--out", str(tmp_path / "a.png")]) == 0
+    assert asked == [3, 7]
+    assert main(["gradcam", place, "--images", str(tmp_path / "other"), "--out", str(tmp_path / "b.png")]) == 2
+    assert "has the class 'zebra'" in capsys.readouterr().err
