@@ -44,6 +44,8 @@ class ClassifierResult:
     """Of the test images, 0..1; None where the training diverged."""
     diverged_at: int | None
     parameters: int
+    train_fingerprint: str | None
+    """None where an older version didn't write it."""
     test_fingerprint: str
     curve: list[tuple[int, float]]
     """Images seen and test accuracy at each test."""
@@ -142,6 +144,7 @@ def read_result(path: str | Path) -> ClassifierResult:
             record.get("test_accuracy"),
             record["diverged_at"],
             int(record["parameters"]),
+            record.get("train_data", {}).get("fingerprint"),
             str(record["test_data"]["fingerprint"]),
             [(line["images"], line["test_accuracy"]) for line in lines if "test_accuracy" in line],
         )
@@ -157,7 +160,7 @@ def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list
     baseline: the unit's name as in the rows, its options left out or not.
 
     Raises:
-        InputError: two runs of one unit, setting and seed, runs tested on different images, or no baseline.
+        InputError: two runs of one unit, setting and seed, runs trained or tested on different images, or no baseline.
     """
     settings: list[dict[str, Any]] = []
     for result in results:
@@ -169,6 +172,8 @@ def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list
         here = [result for result in results if result.setting() == setting]
         if len({result.test_fingerprint for result in here}) > 1:
             raise InputError(f"{here[0].path} and others were tested on different images; accepted: the same ones")
+        if len({result.train_fingerprint for result in here} - {None}) > 1:
+            raise InputError(f"{here[0].path} and others were trained on different images; accepted: the same ones")
         rows += _rows(name, here, baseline)
     if not any(row.unit.split(" ")[0] == baseline or row.unit == baseline for row in rows):
         raise InputError(f"no run has the unit {baseline!r}; accepted as --baseline: {', '.join(_units(results))}")

@@ -156,12 +156,13 @@ class ClassificationTask(Task):
 
     def _record(self, folder: RunFolder, step: int, diverged_at: int | None, tested: dict[str, float]) -> None:
         """Writes how the run ended."""
-        test = self.test_images
+        train, test = self.train_images, self.test_images
         record = {
             "step": step,
             "diverged_at": diverged_at,
             **tested,
             "parameters": self.num_parameters,
+            "train_data": {"name": train.name, "count": len(train), "fingerprint": train.fingerprint},
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),
         }

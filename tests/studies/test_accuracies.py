@@ -107,3 +107,20 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
     (runs[0] / "result.json").write_text("{")
     with pytest.raises(InputError, match="cut short or altered"):
         read_result(runs[0])
+
+
+def test_runs_that_were_trained_on_other_images_are_refused(runs: list[Path]) -> None:
+    """The source may have moved, so it is the images' fingerprint that tells."""
+    for run, fingerprint in ((runs[0], "a"), (runs[1], "a")):
+        alter(run, fingerprint)
+    compare([read_result(run) for run in runs])  # the others don't say
+    alter(runs[3], "b")
+    with pytest.raises(InputError, match="were trained on different images"):
+        compare([read_result(run) for run in runs])
+
+
+def alter(run: Path, fingerprint: str) -> None:
+    """Lets a run's result name the images that it was trained on."""
+    record = json.loads((run / "result.json").read_text())
+    record["train_data"] = {"name": "train", "count": 10, "fingerprint": fingerprint}
+    (run / "result.json").write_text(json.dumps(record))
