@@ -37,6 +37,10 @@ class AttentionUnits(nn.ModuleList):
 
     attachment: "Attachment"
 
+    def forward(self, output: Any) -> Any:
+        """A Sequential calls all it has, these last: its output stays what it is."""
+        return output
+
 
 def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, **unit_kwargs: Any) -> "Attachment":
     """Puts attention units into a model: one a stage, shared by the stage's positions.
@@ -69,8 +73,8 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         raise InputError(f"{type(model).__name__} has an attribute {UNITS_NAME} of its own, which units are named")
     if decided := DECIDED_BY_ATTACH & unit_kwargs.keys():
         raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
-    if unit == "none":
-        raise InputError("attach() was given unit 'none'; accepted: the name of a unit")
+    if unit in (None, "none"):
+        raise InputError(f"attach() was given unit {unit!r}; accepted: the name of a unit")
     stages = [list(run) for _, run in groupby(positions_of(model, at), key=lambda position: position.channels)]
     units = AttentionUnits()
     with own_generator():

@@ -110,8 +110,8 @@ def _check(position: Position, modules: dict[str, nn.Module]) -> None:
         raise InputError(f"at holds {position!r}; accepted: names of modules, or Positions")
     if position.side not in SIDES:
         raise InputError(f"side {position.side!r} of position {position.module!r}; accepted: {', '.join(SIDES)}")
-    if position.module not in modules or not position.module:
-        nearest = difflib.get_close_matches(position.module, [name for name in modules if name], n=3, cutoff=0.0)
+    if not isinstance(position.module, str) or position.module not in modules or not position.module:
+        nearest = difflib.get_close_matches(str(position.module), [name for name in modules if name], n=3, cutoff=0.0)
         raise InputError(
             f"at names {position.module!r}, which is no module of the model; nearest: {', '.join(nearest)}"
         )

@@ -106,7 +106,8 @@ class AttachedModel(ModelMixin, ConfigMixin):
         if name is None:
             accepted = ", ".join(kind.__name__ for kind in BACKBONES.values())
             raise InputError(f"from_backbone was given a {type(model).__name__}; accepted: {accepted}")
-        config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        known = inspect.signature(type(model)).parameters  # a moving average of diffusers' leaves its own keys there
+        config = {key: value for key, value in model.config.items() if key in known}
         if config.get("class_embed_type"):
             raise InputError(f"the model takes a {config['class_embed_type']} as its label; accepted: class numbers")
         attachment = attachment_in(model)
@@ -213,6 +214,8 @@ def build_backbone(name: str, kwargs: dict[str, Any], given: dict[str, Any]) -> 
             raise InputError(f"{kind.__name__} has no argument {key!r}; accepted: {', '.join(known)}")
         if key in given and value != given[key] and key != "out_channels":
             raise InputError(f"backbone_kwargs has {key} {value!r}, which the model decides; leave it out")
+    if embedded := kwargs.get("class_embed_type"):
+        raise InputError(f"backbone_kwargs has class_embed_type {embedded!r}; accepted: class numbers, which is null")
     try:
         return kind(**{**given, **kwargs})
     except Exception as error:  # diffusers checks its arguments here and there, or not at all

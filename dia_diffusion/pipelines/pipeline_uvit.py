@@ -59,8 +59,8 @@ class UViTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
 
         Raises:
-            InputError: labels or guidance for an unconditional model, labels or guidance out of range, an unknown
-                output type, another number of generators than images.
+            InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels or
+                guidance out of range, an unknown output type, another number of generators than images.
         """
         if isinstance(generator, list) and len(generator) != batch_size:
             raise InputError(f"{len(generator)} generators for {batch_size} images; accepted: one, or one an image")
@@ -134,6 +134,8 @@ class UViTPipeline(DiffusionPipeline):
             if guidance_scale != 1.0:
                 raise InputError(f"guidance_scale {guidance_scale} needs class_labels")
             return None
+        if guidance_scale != 1.0 and not getattr(self.unet, "has_null_label", True):  # a UViT by class has one
+            raise InputError(f"guidance_scale {guidance_scale} for a model that has no null label; accepted: 1")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise InputError(f"class_labels {labels.tolist()} are no whole numbers; accepted: 0..{num_classes - 1}")

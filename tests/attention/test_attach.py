@@ -373,10 +373,22 @@ def test_places_that_a_pass_does_not_run_as_said(at: list, error: str) -> None:
             model(torch.randn(2, 8, 4, 2))
 
 
+def test_a_sequential_runs_its_own_modules_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    images = torch.randn(2, 3, 8, 8)
+    plain = model(images)
+    attachment = attach(model, "fixed-scale", at=["2"], scale=0.5)
+    assert torch.equal(model(images), plain * 0.5)
+    attachment.detach()
+    assert torch.equal(model(images), plain)
+
+
 def test_models_that_take_no_unit() -> None:
     model = Network()
     with pytest.raises(InputError, match="decides itself"):
         attach(model, at=is_branch, num_blocks=3)
+    with pytest.raises(InputError, match="None"):
+        attach(model, None, is_branch)
     with pytest.raises(InputError, match="'none'"):
         attach(model, "none", is_branch)
     with pytest.raises(InputError, match="before wrapping"):

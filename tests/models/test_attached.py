@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -150,6 +151,17 @@ def test_a_wrapped_network_without_null_label_needs_classes(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"no null label; accepted: class_labels of 0\.\.2"):
         model(*inputs())
     model(*inputs(), torch.tensor([0, 2]))
+    with pytest.raises(InputError, match="no null label"):
+        UViTPipeline(model, DDPMScheduler())(1, class_labels=1, guidance_scale=2.0, num_inference_steps=1)
+
+
+def test_a_network_saved_as_a_moving_average_is_wrapped(tmp_path: Path) -> None:
+    network = tiny("unet2d", attention="none").network
+    EMAModel(network.parameters(), model_cls=UNet2DModel, model_config=network.config).save_pretrained(tmp_path)
+    averaged = UNet2DModel.from_pretrained(tmp_path)
+    assert "decay" in averaged.config  # as diffusers leaves it there
+    model = AttachedModel.from_backbone(averaged, "none")
+    assert torch.equal(model(*inputs()).sample, network(*inputs()).sample)
 
 
 @pytest.mark.slow
@@ -183,6 +195,9 @@ def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
         ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built of backbone_kwargs: Must"),
         ({"attention": "none", "attention_at": ["conv_in"]}, "attention_at is given and attention none"),
         ({"attention_at": [3]}, "attention_at has 3; accepted: names"),
+        ({"attention_at": [[3]]}, "at names 3, which is no module of the model"),
+        ({"attention_at": [[["a"]]]}, r"at names \['a'\], which is no module of the model"),
+        ({"backbone_kwargs": {"class_embed_type": "timestep"}}, "class_embed_type 'timestep'; accepted: class numbers"),
         ({"attention": "nothing"}, "unknown attention unit 'nothing'"),
     ],
 )
