@@ -19,6 +19,9 @@ class InputError(ValueError):
     The message is one line that names the value and what is accepted instead.
     """
 
+    alone = False
+    """Whether the other processes don't meet it, so that this one has to tell it."""
+
 
 class RunError(RuntimeError):
     """Something failed while running, with valid input: a non-finite loss, no disk space. Exit code 1."""

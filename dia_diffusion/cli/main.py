@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
         importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}").run(arguments[1:])
     except InputError as error:
-        return _end(name, f"error: {error}", 2)
+        return _end(name, f"error: {error}", 2, told=False if error.alone else None)
     except RunError as error:
         return _end(name, f"failed: {error}", 1, told=error.told)
     except Stopped as stopped:

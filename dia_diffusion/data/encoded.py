@@ -44,7 +44,9 @@ class EncodedSet:
                 return work(k, self.source.read(index))
             except Exception as error:  # a corrupt file can raise almost anything inside a decoder
                 name = one_line(f"{self.source.where}/{self.source.names[index]}")
-                raise InputError(f"{name} can't be read ({reason(error)})") from error
+                refused = InputError(f"{name} can't be read ({reason(error)})")
+                refused.alone = True  # each process reads its own part of a batch
+                raise refused from error
 
         return [self.pool.submit(one, k, int(index)) for k, index in enumerate(indices)]
 

@@ -192,6 +192,18 @@ def test_a_broken_file_is_named(tmp_path: Path, photos: Path) -> None:
         train(of_files(tmp_path, photos, "run"))
 
 
+def test_a_broken_file_is_named_by_the_process_that_reads_it(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first process of a machine, which tells what all of them meet, may never see that file."""
+    (photos / "train" / "dog" / "2.png").write_text("no image")
+    experiment = of_files(tmp_path, photos, "run")
+    monkeypatch.setattr("dia_diffusion.cli.classify.run", lambda arguments: train(experiment))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["classify"]) == 2
+    assert "2.png can't be read" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     def refused(message: str, *overrides: str, folder: Path = tmp_path) -> None:
         with pytest.raises(InputError, match=message):
