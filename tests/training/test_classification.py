@@ -198,8 +198,14 @@ def test_a_broken_file_is_named_by_the_process_that_reads_it(
     """The first process of a machine, which tells what all of them meet, may never see that file."""
     (photos / "train" / "dog" / "2.png").write_text("no image")
     experiment = of_files(tmp_path, photos, "run")
-    monkeypatch.setattr("dia_diffusion.cli.classify.run", lambda arguments: train(experiment))
-    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def run(arguments: list[str]) -> None:
+        try:
+            train(experiment)
+        finally:
+            monkeypatch.setenv("LOCAL_RANK", "1")  # not before: there is nobody to connect to
+
+    monkeypatch.setattr("dia_diffusion.cli.classify.run", run)
     assert main(["classify"]) == 2
     assert "2.png can't be read" in capsys.readouterr().err
 
