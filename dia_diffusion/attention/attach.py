@@ -75,7 +75,11 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
     if unit in (None, "none"):
         raise InputError(f"attach() was given unit {unit!r}; accepted: the name of a unit")
-    stages = [list(run) for _, run in groupby(positions_of(model, at), key=lambda position: position.channels)]
+    positions = positions_of(model, at)
+    for position in positions:
+        if _has_unit(model.get_submodule(position.module)):  # a network around this model was attached to
+            raise InputError(f"{position.module} has an attached unit already; detach() it first")
+    stages = [list(run) for _, run in groupby(positions, key=lambda position: position.channels)]
     units = AttentionUnits()
     with own_generator():
         for run in stages:
@@ -183,6 +187,11 @@ class Attachment:
         if self.current is not None:
             self.current.end()
             self.current = None
+
+
+def _has_unit(module: nn.Module) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(isinstance(getattr(hook, "__self__", None), _Call) for hook in hooks)
 
 
 class _Call:

@@ -83,9 +83,7 @@ class AttachedModel(ModelMixin, ConfigMixin):
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
             attach(self.network, str(attention), at, **(attention_kwargs or {}))
-        for module in self.network.modules():
-            if hasattr(module, "dropout_prob"):  # a DiT's own label dropout; a recipe's data.label_dropout is seeded
-                module.dropout_prob = 0.0
+        _without_label_dropout(self.network)
 
     @classmethod
     def from_backbone(
@@ -108,6 +106,8 @@ class AttachedModel(ModelMixin, ConfigMixin):
             raise InputError(f"from_backbone was given a {type(model).__name__}; accepted: {accepted}")
         known = inspect.signature(type(model)).parameters  # a moving average of diffusers' leaves its own keys there
         config = {key: value for key, value in model.config.items() if key in known}
+        if config["sample_size"] is None:
+            raise InputError("the model has no sample_size; accepted: one made for images of a size")
         if config.get("class_embed_type"):
             raise InputError(f"the model takes a {config['class_embed_type']} as its label; accepted: class numbers")
         attachment = attachment_in(model)
@@ -134,6 +134,7 @@ class AttachedModel(ModelMixin, ConfigMixin):
                 **arguments,
             )
         wrapped.network = model
+        _without_label_dropout(model)
         return wrapped
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -220,6 +221,13 @@ def build_backbone(name: str, kwargs: dict[str, Any], given: dict[str, Any]) -> 
         return kind(**{**given, **kwargs})
     except Exception as error:  # diffusers checks its arguments here and there, or not at all
         raise InputError(f"{kind.__name__} can't be built of backbone_kwargs: {first_line(error)}") from None
+
+
+def _without_label_dropout(network: Any) -> None:
+    """A DiT drops labels by itself, unseeded; a recipe's data.label_dropout is seeded."""
+    for module in network.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
 
 
 def _position(place: Any) -> str | Position:

@@ -138,6 +138,8 @@ def read_result(path: str | Path) -> ClassifierResult:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        if lines and lines[-1]["step"] > record["step"]:
+            raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")
         return ClassifierResult(
             folder.path,
             flatten(record["recipe"]),

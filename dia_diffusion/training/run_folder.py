@@ -124,6 +124,9 @@ def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:
 
 def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
     """Raises InputError where a run's recipe has changed in more than may change on resuming."""
+    if ("noise" in old) != hasattr(experiment, "noise"):
+        kind = "train" if "noise" in old else "classify"
+        raise InputError(f"{path} holds a run of dia-diffusion {kind}; choose another output")
     changed = experiment.changed_keys(old)
     if changed:
         raise InputError(

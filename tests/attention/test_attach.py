@@ -396,3 +396,7 @@ def test_models_that_take_no_unit() -> None:
     attach(model, at=is_branch)
     with pytest.raises(InputError, match="Network has attached units already"):
         attach(nn.Sequential(model), at=["0"])
+    around = nn.Sequential(Network())
+    attach(around, at=["0.first.0.conv"])
+    with pytest.raises(InputError, match=r"first\.0\.conv has an attached unit already"):
+        attach(around[0], at=["first.0.conv"])

@@ -155,6 +155,19 @@ def test_a_wrapped_network_without_null_label_needs_classes(tmp_path: Path) -> N
         UViTPipeline(model, DDPMScheduler())(1, class_labels=1, guidance_scale=2.0, num_inference_steps=1)
 
 
+def test_a_wrapped_dit_drops_no_labels_by_itself() -> None:
+    given = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 4, "norm_num_groups": 4}
+    network = DiTTransformer2DModel(sample_size=8, in_channels=1, num_embeds_ada_norm=3, **given)
+    model = AttachedModel.from_backbone(network, "none").train()
+    assert [m.dropout_prob for m in model.modules() if hasattr(m, "dropout_prob")] == [0.0]
+
+
+def test_a_wrapped_network_has_a_size() -> None:
+    network = UNet2DModel(in_channels=1, out_channels=1, **ARGUMENTS["unet2d"])
+    with pytest.raises(InputError, match="no sample_size"):
+        AttachedModel.from_backbone(network, "none")
+
+
 def test_a_network_saved_as_a_moving_average_is_wrapped(tmp_path: Path) -> None:
     network = tiny("unet2d", attention="none").network
     EMAModel(network.parameters(), model_cls=UNet2DModel, model_config=network.config).save_pretrained(tmp_path)

@@ -104,6 +104,10 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
         compare([*results, read_result(write_run(tmp_path / "again", "se", 0, 0.5))])
     with pytest.raises(InputError, match=r"has no result\.json"):
         read_result(tmp_path)
+    with (runs[1] / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 10, "images": 1280, "loss": 1.0}) + "\n")
+    with pytest.raises(InputError, match="is being trained on since its result"):
+        read_result(runs[1])
     (runs[0] / "result.json").write_text("{")
     with pytest.raises(InputError, match="cut short or altered"):
         read_result(runs[0])

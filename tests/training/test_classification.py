@@ -22,10 +22,11 @@ from dia_diffusion.models.saved_classifier import load_classifier
 from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
 from dia_diffusion.training.classification import ClassificationTask, scheduled_rate
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
-from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.run_folder import read_metrics, refuse_changes
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder
 
@@ -226,6 +227,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     assert not (tmp_path / "run").exists()
     train(tiny(tmp_path, "run"))
     refused(r"optimizer\.momentum: 0\.9 -> 0\.8", "--optimizer.momentum", "0.8")
+    with pytest.raises(InputError, match="holds a run of dia-diffusion classify; choose another output"):
+        refuse_changes(tiny(tmp_path, "run").to_dict(), Experiment(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     refused("has classifiers and no checkpoint")
 

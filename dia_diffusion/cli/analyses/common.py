@@ -123,6 +123,10 @@ class OverImages:
         more(parser)
         options = checked(parser, arguments, {"--images": 2, "--times": 2, **(lowest or {})})
         runs = opened(options)
+        if few := next((run for run in runs if len(run.images) < options.images), None):
+            raise InputError(
+                f"--images is {options.images}; accepted: 2 to the {len(few.images):,} images of {few.folder.path}"
+            )
         total = sum(self.passes(run, options.steps) * run.num_times(options.times) for run in runs) * options.images
         with Counter(f"measuring {self.name}", "images") as counter:
             coverage = Coverage(options.images, options.times, options.seed, progress=adding_up(counter, total))
