@@ -51,6 +51,7 @@ def importances(
             continue
         forest = RandomForestRegressor(TREES, min_samples_leaf=MIN_LEAF, random_state=seed, n_jobs=-1)
         forest.fit(fit[:, :block], fit[:, block])
+        forest.set_params(n_jobs=1)  # threads would add the trees' answers up in any order, and round differently
         r2 = float(r2_score(score[:, block], forest.predict(score[:, :block])))
         rows.append({"importance": forest.feature_importances_.tolist(), "r2": r2})
         fitted(1)
