@@ -1,8 +1,7 @@
-"""The training loop: against brute force, against itself interrupted, and with what it must refuse."""
+"""The training loop: against brute force, and with what it must refuse."""
 
 import json
 import os
-import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,29 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.training.checkpoint import load_checkpoint
 from dia_diffusion.training.config import OptimizerConfig
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.objective import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
-from dia_diffusion.training.run_folder import read_metrics
 from tests.training.conftest import Recorder
-
-TIMES = {"images_per_second", "peak_memory_mib"}
-
-
-def metrics(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
-
-
-def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+from tests.training.run_files import metrics, weights
 
 
 def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Path) -> None:
@@ -64,43 +51,6 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Pat
     trained, averaged = weights(tmp_path / "run", 6), weights(tmp_path / "run", 6, "ema")
     assert all(torch.allclose(trained[name], tensor, atol=1e-5) for name, tensor in model.state_dict().items())
     assert all(torch.allclose(averaged[name], tensor, atol=1e-6) for name, tensor in average.items())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_bit_for_bit(number: int, tiny, train, tmp_path: Path) -> None:
-    train(tiny("whole"))
-    with pytest.raises(Stopped, match="stopped after step 4") as stopped:
-        train(tiny("cut"), at_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
-    assert stopped.value.signal_number == number
-    assert (tmp_path / "cut" / "checkpoints" / "step-00000004").is_dir()
-    train(tiny("cut"))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    for name in ("model", "ema", "optimizer"):
-        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
-        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
-
-
-def test_a_run_killed_after_its_checkpoint_repeats_the_lost_steps(tiny, train, tmp_path: Path) -> None:
-    train(tiny("whole"))
-    train(tiny("killed"))
-    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000006")
-    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # cut short as by a crash
-    train(tiny("killed"))
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    whole, killed = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
-
-
-def test_a_finished_run_keeps_what_it_was_made_with(tiny, train, tmp_path: Path) -> None:
-    train(tiny("run", "--train.max_steps", "1"))
-    environment = tmp_path / "run" / "environment.json"
-    assert torch.__version__.startswith(json.loads(environment.read_text())["torch"])
-    environment.write_text('{"torch": "another"}')  # as on another machine
-    train(tiny("run", "--train.max_steps", "1"))
-    assert json.loads(environment.read_text()) == {"torch": "another"}
-    train(tiny("run", "--train.max_steps", "2"))
-    assert torch.__version__.startswith(json.loads(environment.read_text())["torch"])
 
 
 @pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light", "block-channels"])
@@ -138,20 +88,6 @@ def test_a_unit_at_the_common_rate_is_as_without_a_rate(tiny, train, tmp_path: P
     for name in ("model", "optimizer"):
         common, own = weights(tmp_path / "common", 6, name), weights(tmp_path / "own", 6, name)
         assert common.keys() == own.keys() and all(torch.equal(common[key], own[key]) for key in common)
-
-
-def test_a_run_with_a_rate_for_its_unit_goes_on_bit_for_bit(tiny, train, tmp_path: Path) -> None:
-    own = ("--optimizer.unit_learning_rate", "1e-4", "--model.attention", "block-channels")
-    train(tiny("whole", *own))
-    train(tiny("cut", *own))
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
-    train(tiny("cut", *own))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    for name in ("model", "ema", "optimizer"):
-        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
-        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
-    with pytest.raises(InputError, match=r"optimizer\.unit_learning_rate: 0\.0001 -> None"):
-        Trainer(tiny("cut", *own[2:]), Recorder())
 
 
 def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
@@ -282,109 +218,6 @@ def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
     assert not list((tmp_path / "run" / "samples").glob("*"))
     expected, trained = weights(tmp_path / "whole", 6), weights(tmp_path / "run", 6)
     assert all(torch.equal(expected[key], trained[key]) for key in expected)
-
-
-def test_a_new_run_writes_over_no_pipelines_of_another(tiny, train, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    train(tiny("run"))
-    shutil.rmtree(run / "checkpoints")
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
-    for start in ((), ("--init_from", str(run))):
-        with pytest.raises(InputError, match="has pipelines and no checkpoint"):
-            Trainer(tiny("run", *start), Recorder())
-    assert {file: file.read_bytes() for file in before} == before
-    shutil.rmtree(run / "pipelines" / "step-00000006")  # now as killed between its first pipeline and checkpoint
-    with pytest.raises(InputError, match="has pipelines and no checkpoint"):
-        Trainer(tiny("run", "--init_from", str(run)), Recorder())
-    assert train(tiny("run")).step == 6
-    assert {file: file.read_bytes() for file in before if file.suffix == ".safetensors"}.items() <= before.items()
-
-
-def test_changed_recipes_are_refused_by_name(tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    for key, value in (("--train.batch_size", "4"), ("--seed", "1"), ("--model.attention", "none")):
-        with pytest.raises(InputError, match=rf"{key[2:]}: \S+ -> {value}"):
-            Trainer(tiny("run", key, value), Recorder())
-    trainer = train(tiny("run", "--train.max_steps", "7", "--train.log_every", "2", "--train.accumulation", "2"))
-    assert trainer.step == 7
-
-
-def test_the_recipe_of_the_checkpoint_counts_whatever_became_of_config_yaml(tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(InputError, match=r"train\.batch_size: 8 -> 4"):
-        Trainer(tiny("run", "--train.batch_size", "4"), Recorder())
-    assert not (tmp_path / "run" / "config.yaml").exists(), "what is refused changes nothing"
-
-
-def test_a_cosine_run_keeps_its_length(tiny, train) -> None:
-    train(tiny("run", "--optimizer.schedule", "cosine"))
-    with pytest.raises(InputError, match=r"train\.max_steps: 6 -> 9"):
-        Trainer(tiny("run", "--optimizer.schedule", "cosine", "--train.max_steps", "9"), Recorder())
-
-
-def test_what_a_killed_run_left_half_written_is_removed(tiny, train, tmp_path: Path) -> None:
-    left = tmp_path / "run" / "checkpoints" / ".step-00000003.elsewhere.1.partial"
-    left.mkdir(parents=True)
-    (left / "model.safetensors").write_text("half")
-    train(tiny("run"))
-    assert not left.exists()
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "state", "missing"])
-def test_damaged_checkpoints_are_named(damage: str, tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    place = tmp_path / "run" / "checkpoints" / "step-00000006"
-    file = place / {"state": "state.json"}.get(damage, "ema.safetensors")
-    content = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "flip":
-        content[-1] ^= 1
-        file.write_bytes(content)
-    else:
-        file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"{file.name}.*remove .*step-00000006 to go on"):
-        Trainer(tiny("run"), Recorder())
-    shutil.rmtree(place)
-    assert train(tiny("run")).step == 6
-
-
-def test_checkpoints_of_other_models_and_data_are_refused(tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    train(tiny("other", "--model.hidden_size", "32"))
-    own = tmp_path / "run" / "checkpoints" / "step-00000006"
-    recipe = json.loads((own / "state.json").read_text())["recipe"]
-
-    shutil.rmtree(own)
-    shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000006", own)
-    with pytest.raises(InputError, match=r"model\.hidden_size: 32 -> 16"):
-        Trainer(tiny("run"), Recorder())
-    state = json.loads((own / "state.json").read_text()) | {"recipe": recipe}
-    (own / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="of another model"):
-        Trainer(tiny("run"), Recorder())
-
-    state["data"]["fingerprint"] = "0" * 64
-    (own / "state.json").write_text(json.dumps(state))
-    with pytest.raises(InputError, match="other images"):
-        Trainer(tiny("run"), Recorder())
-
-
-def test_a_pickle_is_not_loaded_as_a_checkpoint(tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    place = tmp_path / "run" / "checkpoints" / "step-00000006"
-    torch.save({"a": torch.zeros(1)}, place / "model.safetensors")
-    with pytest.raises(InputError, match="sha256 differs"):
-        load_checkpoint(place)
-
-
-def test_a_run_in_use_is_refused(tiny, train) -> None:
-    def second_run(step: int) -> None:
-        with pytest.raises(InputError, match=rf"in use by process {os.getpid()}"):
-            Trainer(tiny("run"), Recorder())
-
-    train(tiny("run"), at_step=second_run)
 
 
 def test_batches_that_cannot_be_split_are_refused() -> None:

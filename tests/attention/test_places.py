@@ -1,0 +1,123 @@
+"""Where units go in known networks and in others, and the places that are refused by name."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from dia_diffusion import Position, attach
+from dia_diffusion.errors import InputError
+from tests.attention.networks import Network, is_branch, tiny_dit, tiny_unet, tiny_vit
+
+
+def stages(model: nn.Module) -> list[tuple[int, list[str]]]:
+    return [(stage.channels, [p.module for p in stage.positions]) for stage in attach(model).stages]
+
+
+def test_places_of_known_networks() -> None:
+    assert stages(tiny_unet()) == [
+        (8, ["down_blocks.0.resnets.0"]),
+        (16, ["down_blocks.1.resnets.0"] + [f"{b}.resnets.{i}" for b in ("mid_block", "up_blocks.0") for i in (0, 1)]),
+        (8, ["up_blocks.1.resnets.0", "up_blocks.1.resnets.1"]),
+    ]
+    assert stages(tiny_dit()) == [(16, [f"transformer_blocks.{i}.ff" for i in range(3)])]
+    vit = tiny_vit()
+    assert stages(vit) == [(16, [f"encoder.layers.encoder_layer_{i}.mlp" for i in range(2)])]
+    assert vit.attention_units.attachment.stages[0].positions[0].num_extra_tokens == 1
+    basic = ResNet(BasicBlock, [1, 2, 1, 1])
+    assert stages(basic)[1] == (128, ["layer2.0.bn2", "layer2.1.bn2"])
+    detector = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    assert [(c, len(names)) for c, names in stages(detector)] == [(256, 3), (512, 4), (1024, 6), (2048, 3)]
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (tiny_vit(), (torch.randn(2, 3, 8, 8),)),
+        (ResNet(BasicBlock, [1, 1, 1, 1]), (torch.randn(2, 3, 32, 32),)),
+        (ResNet(Bottleneck, [1, 1, 1, 1], groups=2, width_per_group=4), (torch.randn(2, 3, 32, 32),)),
+        (tiny_dit(), (torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 3]))),
+    ],
+)
+def test_known_networks_train_with_a_unit(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    attach(model, "cbam", reduction=8)
+    output = model(*inputs)
+    (output if isinstance(output, Tensor) else output.sample).sum().backward()
+    assert all(p.grad is not None for p in model.attention_units.parameters())
+
+
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [
+        (None, "Network has no block whose place"),
+        ([], "empty list"),
+        ("first", "is the text 'first'"),
+        (lambda name, module: False, "chooses none of the 13 modules"),
+        (["first.0.convs"], "'first.0.convs', which is no module of the model; nearest: first.0.conv"),
+        (["first.0.conv", "first.0.conv"], "'first.0.conv' twice"),
+        (["first.0"], r"of 'first.0', a Block, can't be told; pass Position\('first.0', 'output', channels=...\)"),
+        ([Position("first.0", "inside")], "side 'inside'"),
+        ([3], "at holds 3"),
+    ],
+)
+def test_places_that_there_are_not(at: object, error: str) -> None:
+    with pytest.raises(InputError, match=error):
+        attach(Network(), at=at)
+
+
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [
+        (["first.1.conv", "first.0.conv"], "first.0.conv, .* ran too early, where first.1.conv was next"),
+        ([Position("first.0", channels=4)], "the output of first.0 has 8 channels, and its unit is for 4"),
+        (["unused"], "left out unused"),
+        (["twice"], "twice, .* ran again"),
+        (["pair"], r"the output of pair is a tuple"),
+    ],
+)
+def test_places_that_a_pass_does_not_run_as_said(at: list, error: str) -> None:
+    class Odd(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused, self.twice, self.pair = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.LSTM(8, 8)
+            self.pair.out_channels = 8
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.pair(x.flatten(2))
+            return super().forward(self.twice(self.twice(x)))
+
+    model = Odd()
+    attach(model, at=at)
+    for _ in range(2):
+        with pytest.raises(InputError, match=error):
+            model(torch.randn(2, 8, 4, 2))
+
+
+def test_a_sequential_runs_its_own_modules_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    images = torch.randn(2, 3, 8, 8)
+    plain = model(images)
+    attachment = attach(model, "fixed-scale", at=["2"], scale=0.5)
+    assert torch.equal(model(images), plain * 0.5)
+    attachment.detach()
+    assert torch.equal(model(images), plain)
+
+
+def test_models_that_take_no_unit() -> None:
+    model = Network()
+    with pytest.raises(InputError, match="decides itself"):
+        attach(model, at=is_branch, num_blocks=3)
+    with pytest.raises(InputError, match="None"):
+        attach(model, None, is_branch)
+    with pytest.raises(InputError, match="'none'"):
+        attach(model, "none", is_branch)
+    with pytest.raises(InputError, match="before wrapping"):
+        attach(torch.compile(model), at=is_branch)
+    attach(model, at=is_branch)
+    with pytest.raises(InputError, match="Network has attached units already"):
+        attach(nn.Sequential(model), at=["0"])
+    around = nn.Sequential(Network())
+    attach(around, at=["0.first.0.conv"])
+    with pytest.raises(InputError, match=r"first\.0\.conv has an attached unit already"):
+        attach(around[0], at=["first.0.conv"])
