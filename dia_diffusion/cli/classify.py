@@ -1,33 +1,22 @@
 """`dia-diffusion classify`: trains a classifier, or goes on with it; under `accelerate launch` as train/classify.py."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from dia_diffusion.cli.console import ConsoleReporter
-from dia_diffusion.cli.train import split_config
-from dia_diffusion.errors import InputError
+from dia_diffusion.cli.train import run_recipe
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
+from dia_diffusion.training.recipe import recipe_parser, recipes_folder
 
 
 def run(arguments: Sequence[str]) -> None:
     """Trains what the arguments say."""
-    arguments = list(arguments)
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(help_text())
-        return
-    config, overrides = split_config(arguments)
-    if config is None:
-        raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
-    experiment = read_experiment(config, overrides, kind=ClassifyExperiment)
+    run_recipe(arguments, ClassifyExperiment, help_text, _task)
 
+
+def _task(experiment: ClassifyExperiment) -> Any:
     from dia_diffusion.training.classification import ClassificationTask
-    from dia_diffusion.training.loop import Trainer
 
-    reporter = ConsoleReporter()
-    try:
-        Trainer(ClassificationTask(experiment), reporter).run()
-    finally:
-        reporter.close()
+    return ClassificationTask(experiment)
 
 
 def help_text() -> str:

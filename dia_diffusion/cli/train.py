@@ -1,14 +1,23 @@
 """`dia-diffusion train`: trains a recipe, or goes on with a run; also under `accelerate launch train/train.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
 from dia_diffusion.errors import InputError
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
 
 
 def run(arguments: Sequence[str]) -> None:
     """Trains what the arguments say."""
+    run_recipe(arguments, Experiment, help_text, lambda experiment: experiment)
+
+
+def run_recipe(
+    arguments: Sequence[str], kind: type, help_text: Callable[[], str], trained: Callable[[Any], Any]
+) -> None:
+    """Trains a recipe of a kind; `trained` makes of it what the Trainer takes."""
     arguments = list(arguments)
     if not arguments or "-h" in arguments or "--help" in arguments:
         print(help_text())
@@ -16,13 +25,13 @@ def run(arguments: Sequence[str]) -> None:
     config, overrides = split_config(arguments)
     if config is None:
         raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
-    experiment = read_experiment(config, overrides)
+    experiment = read_experiment(config, overrides, kind=kind)
 
     from dia_diffusion.training.loop import Trainer
 
     reporter = ConsoleReporter()
     try:
-        Trainer(experiment, reporter).run()
+        Trainer(trained(experiment), reporter).run()
     finally:
         reporter.close()
 
