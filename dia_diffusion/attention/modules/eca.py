@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 from dia_diffusion.errors import InputError
 
 
@@ -26,7 +26,7 @@ class ChannelConvolution(nn.Conv1d):
         return F.conv1d(input[:, None], self.weight.to(input.dtype), padding=self.padding)[:, 0]
 
 
-class EfficientChannelAttention(SelfAttentionModule):
+class EfficientChannelAttention(OneMapModule):
     """sigmoid(conv_k(GAP(a))), the convolution along the channels (eq. 9), k parameters.
 
     Args:

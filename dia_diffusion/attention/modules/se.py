@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
 from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 
 
-class SqueezeExcitation(SelfAttentionModule):
+class SqueezeExcitation(OneMapModule):
     """sigmoid(W2 relu(W1 GAP(a))) (eq. 2 and 3), 2 N^2/r + N/r + N parameters with biases.
 
     Args:

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
 from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 from dia_diffusion.attention.modules.eca import ChannelConvolution, eca_kernel_size
 
 
-class SwitchableAttention(SelfAttentionModule):
+class SwitchableAttention(OneMapModule):
     """Three excitation operators of y = GAP(a), each weighted by a decision on the same y.
 
         map = sigmoid(d_1 W2 relu(W1 y)) * sigmoid(d_2 conv_k(y)) * sigmoid(d_3 (w y + b)),  d = sigmoid(D y)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import grid
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 from dia_diffusion.errors import InputError
 
 DEVIATION_FLOOR = 1e-5  # the paper's epsilon
 
 
-class SpatialGroupEnhance(SelfAttentionModule):
+class SpatialGroupEnhance(OneMapModule):
     """A map over places for each group of consecutive channels: how much a place is like the group's mean.
 
         c_i = GAP(group) . x_i,  map_i = sigmoid(gamma (c_i - mean c) / (deviation c + eps) + beta)

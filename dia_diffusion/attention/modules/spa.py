@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import grid
 from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 
 PYRAMID = (1, 2, 4)  # sides of the adaptive average pools
 
 
-class SpatialPyramidAttention(SelfAttentionModule):
+class SpatialPyramidAttention(OneMapModule):
     """sigmoid(W2 relu(W1 p)) of p, the concatenated pools of sides 1, 2 and 4: 22 N^2/r parameters without biases.
 
     Needs places, so that of tokens those on no grid are left out whatever is pooled elsewhere.

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import positions
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 
 
-class MixPoolingAttention(SelfAttentionModule):
+class MixPoolingAttention(OneMapModule):
     """A learned mixture of max and min pooling, with an affine map a channel in place of layers.
 
         u = w2 max(a) + b2,  v = w2 min(a) + b2,  (p, q) = l^2 / sum(l^2)

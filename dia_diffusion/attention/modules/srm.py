@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import positions
 from dia_diffusion.attention.layers import batch_norm
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.modules.base import OneMapModule
 
 VARIANCE_FLOOR = 1e-5  # keeps the gradient of the deviation finite where a channel is constant
 
 
-class StyleRecalibration(SelfAttentionModule):
+class StyleRecalibration(OneMapModule):
     """Style pooling and style integration (Section 3), 2 N parameters and a BatchNorm of 2 N.
 
         z_n = w_n . (mean_n, deviation_n),  map = sigmoid(BatchNorm(z))
