@@ -4,14 +4,13 @@ Everything is counted of modules on torch's meta device, which take no memory.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.places import positions_of
+from dia_diffusion.attention.places import in_stages, positions_of
 from dia_diffusion.attention.unit import SelfAttentionUnit
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
@@ -53,8 +52,7 @@ def stages_of(model: nn.Module) -> list[Stage]:
     """
     if isinstance(model, UViT):
         return [Stage(model.hidden_size, model.config.num_layers)]
-    runs = groupby(positions_of(model), key=lambda position: position.channels)
-    return [Stage(channels or 0, len(list(run))) for channels, run in runs]
+    return [Stage(run[0].channels or 0, len(run)) for run in in_stages(positions_of(model))]
 
 
 def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
 from dia_diffusion.attention.extraction import is_map
-from dia_diffusion.attention.places import BRANCH_END, Position, positions_of
+from dia_diffusion.attention.places import BRANCH_END, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.models.uvit_block import Block
@@ -90,10 +89,9 @@ def _uvit_stage(model: UViT) -> Stage:
 def _known_runs(model: nn.Module) -> list[tuple[Position, ...]]:
     """The runs of positions with one channel count that attach() finds by itself; none in a network of another kind."""
     try:
-        positions = positions_of(model)
+        return in_stages(positions_of(model))
     except InputError:
         return []
-    return [tuple(run) for _, run in groupby(positions, key=lambda position: position.channels)]
 
 
 def _numbered(runs: Sequence[tuple[Position, ...]]) -> list[tuple[int | None, tuple[Position, ...]]]:

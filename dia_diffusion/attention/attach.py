@@ -5,7 +5,6 @@ One unit for each stage, a maximal run of positions with one channel count in th
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention import build_attention, own_generator
 from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
-from dia_diffusion.attention.places import Places, Position, positions_of
+from dia_diffusion.attention.places import PlaceHook, Places, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 
 UNITS_NAME = "attention_units"
@@ -79,7 +78,7 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
     for position in positions:
         if _has_unit(model.get_submodule(position.module)):  # a network around this model was attached to
             raise InputError(f"{position.module} has an attached unit already; detach() it first")
-    stages = [list(run) for _, run in groupby(positions, key=lambda position: position.channels)]
+    stages = in_stages(positions)
     units = AttentionUnits()
     with own_generator():
         for run in stages:
@@ -106,12 +105,12 @@ class Attachment:
         self,
         model: nn.Module,
         units: AttentionUnits,
-        stages: list[list[Position]],
+        stages: list[tuple[Position, ...]],
         unit_name: str,
         unit_kwargs: dict[str, Any],
     ):
         self.model, self.unit_name, self.unit_kwargs = model, unit_name, unit_kwargs
-        self.stages = [Stage(run[0].channels or 0, tuple(run), unit) for run, unit in zip(stages, units, strict=True)]
+        self.stages = [Stage(run[0].channels or 0, run, unit) for run, unit in zip(stages, units, strict=True)]
         self.calls = [_Call(self, stage, position) for stage in self.stages for position in stage.positions]
         for index, call in enumerate(self.calls):
             call.index = index
@@ -131,13 +130,8 @@ class Attachment:
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._finish),
             model.register_forward_hook(self._end, always_call=True),
+            *(call.hook(model) for call in self.calls),
         ]
-        for call in self.calls:
-            module = model.get_submodule(call.position.module)
-            if call.position.side == "input":
-                self.hooks.append(module.register_forward_pre_hook(call.on_input))
-            else:
-                self.hooks.append(module.register_forward_hook(call.on_output))
 
     @property
     def units(self) -> AttentionUnits:
@@ -194,26 +188,16 @@ def _has_unit(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), _Call) for hook in hooks)
 
 
-class _Call:
-    """The hook of one position."""
+class _Call(PlaceHook):
+    """The hook of one position, which calls the unit."""
 
     def __init__(self, attachment: Attachment, stage: Stage, position: Position):
-        self.attachment, self.stage, self.position = attachment, stage, position
+        super().__init__(position)
+        self.attachment, self.stage = attachment, stage
         self.index = 0
         self.is_first = position is stage.positions[0]
 
-    def on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:
-            raise InputError(
-                f"{self.position.module} was called without positional arguments, the first of which its unit "
-                "recalibrates; accepted: an output as the unit's place"
-            )
-        return (self._recalibrated(args[0]), *args[1:])
-
-    def on_output(self, module: nn.Module, args: Any, output: Any) -> Tensor:
-        return self._recalibrated(output)
-
-    def _recalibrated(self, features: Any) -> Tensor:
+    def take(self, features: Any) -> Tensor:
         self._check(features)
         attachment = self.attachment
         current = attachment.current

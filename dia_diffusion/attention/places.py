@@ -1,11 +1,15 @@
 """Where a network's blocks take an attention unit, in the order in which it runs them (arXiv 2210.16101, Fig. 4, 7)."""
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vision_transformer import EncoderBlock
 
@@ -36,6 +40,40 @@ class Position:
 
 
 Places = Sequence[str | Position] | Callable[[str, nn.Module], bool]
+
+
+class PlaceHook(ABC):
+    """What is called with the features at a position whenever its module runs."""
+
+    def __init__(self, position: Position):
+        self.position = position
+
+    @abstractmethod
+    def take(self, features: Any) -> Any:
+        """The features that the network goes on with, given those at the position."""
+
+    def hook(self, model: nn.Module) -> RemovableHandle:
+        """From now on, until the handle's remove(), in the model whose module the position names."""
+        module = model.get_submodule(self.position.module)
+        if self.position.side == "input":
+            return module.register_forward_pre_hook(self._on_input)
+        return module.register_forward_hook(self._on_output)
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not args:
+            raise InputError(
+                f"{self.position.module} was called without positional arguments, the first of which its unit "
+                "recalibrates; accepted: an output as the unit's place"
+            )
+        return (self.take(args[0]), *args[1:])
+
+    def _on_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self.take(output)
+
+
+def in_stages(positions: Sequence[Position]) -> list[tuple[Position, ...]]:
+    """The stages of positions in order of execution: the maximal runs of one channel count."""
+    return [tuple(run) for _, run in groupby(positions, key=lambda position: position.channels)]
 
 
 def positions_of(model: nn.Module, at: Places | None = None) -> list[Position]:

@@ -3,14 +3,13 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18, resnet34, resnet50
 
 from dia_diffusion.attention.attach import attach
-from dia_diffusion.attention.places import Position, positions_of
+from dia_diffusion.attention.places import Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
 
@@ -117,7 +116,7 @@ def _cifar_network(config: BackboneConfig, layers: Layers) -> nn.Module | None:
 
 def _places(model: nn.Module, config: BackboneConfig) -> list[Position]:
     """The positions that carry the unit: in the chosen stages, the runs of one channel count, their first blocks."""
-    stages = [list(run) for _, run in groupby(positions_of(model), key=lambda position: position.channels)]
+    stages = in_stages(positions_of(model))
     chosen, first = config.attention_stages, config.attention_blocks
     if chosen is not None and (not chosen or not set(chosen) <= set(range(len(stages)))):
         raise InputError(f"model.attention_stages is {chosen}; accepted: some of 0 to {len(stages) - 1}, or null")
