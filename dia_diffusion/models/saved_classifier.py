@@ -43,7 +43,7 @@ def normalized(images: Tensor, mean: list[float], std: list[float], dtype: torch
 
 def save_classifier(
     place: Path,
-    model: nn.Module,
+    weights: dict[str, Tensor],
     config: BackboneConfig,
     mean: list[float],
     std: list[float],
@@ -52,7 +52,7 @@ def save_classifier(
 ) -> None:
     """Writes a classifier folder, whole or not at all."""
     with whole_folder(place) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS_FILE)
         names = None if class_names is None else list(class_names)
         about = {"model": asdict(config), "mean": mean, "std": std, "class_names": names}

@@ -12,6 +12,7 @@ import numpy as np
 from dia_diffusion.errors import InputError
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
+from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.recipe_keys import flatten
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
@@ -142,7 +143,7 @@ def read_result(path: str | Path) -> ClassifierResult:
             raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")
         return ClassifierResult(
             folder.path,
-            flatten(record["recipe"]),
+            flatten(ClassifyExperiment().to_dict()) | flatten(record["recipe"]),  # an older one lacks newer keys
             record.get("test_accuracy"),
             record["diverged_at"],
             int(record["parameters"]),

@@ -18,8 +18,10 @@ from dia_diffusion.models.saved_classifier import normalized, save_classifier
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels
+from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Moment, Task
 
 RESULT_FILE = "result.json"
@@ -40,6 +42,7 @@ class ClassificationTask(Task):
         self.test_images: AnySet
         self.batches: Batches
         self.num_parameters = 0
+        self.guidance: Guidance | None = None
 
     def check(self) -> None:
         with torch.device("meta"):  # no memory or time for its weights
@@ -55,6 +58,9 @@ class ClassificationTask(Task):
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if self.experiment.train.sync_batchnorm:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.experiment.ssia.weight:
+            seed = derive(self.experiment.seed, WEIGHTS, 1)  # WEIGHTS, 0 is the model's
+            self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model.to(memory_format=torch.channels_last) if self.experiment.train.channels_last else model
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
@@ -86,7 +92,8 @@ class ClassificationTask(Task):
         pixels, labels = self.batches.take(draws, device)
         logits = network(self._prepared(pixels, dtype))
         smoothing = self.experiment.train.label_smoothing
-        return F.cross_entropy(logits.to(dtype), labels, label_smoothing=smoothing)
+        loss = F.cross_entropy(logits.to(dtype), labels, label_smoothing=smoothing)
+        return loss if self.guidance is None else loss + self.experiment.ssia.weight * self.guidance.take()
 
     def _prepared(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         images = normalized(pixels, self.experiment.data.mean, self.experiment.data.std, dtype)
@@ -145,7 +152,8 @@ class ClassificationTask(Task):
             data, names = experiment.data, self.train_images.class_names
             place = folder.classifiers / step_name(moment.step)
             if not place.exists():
-                save_classifier(place, moment.model, experiment.model, data.mean, data.std, names, moment.origin)
+                weights = without_heads(moment.model.state_dict())
+                save_classifier(place, weights, experiment.model, data.mean, data.std, names, moment.origin)
             for old in list(step_folders(folder.classifiers).values())[: -experiment.train.keep_last]:
                 shutil.rmtree(old)
         if moment.last:

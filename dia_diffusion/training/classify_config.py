@@ -6,6 +6,7 @@ from typing import Any, Literal
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import BackboneConfig
 from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.ssia_config import SsiaConfig
 
 
 @dataclass
@@ -103,6 +104,8 @@ class ClassifyExperiment:
     """Loop."""
     optimizer: ClassifyOptimizerConfig = field(default_factory=ClassifyOptimizerConfig)
     """Optimizer."""
+    ssia: SsiaConfig = field(default_factory=SsiaConfig)
+    """Training-only loss."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers to log to besides metrics.jsonl: tensorboard, wandb, ..."""
 
@@ -131,6 +134,7 @@ class ClassifyExperiment:
                 raise InputError(f"{key} is {rate}; accepted: above 0")
         if train.clip_grad_norm is not None and not train.clip_grad_norm > 0:
             raise InputError(f"train.clip_grad_norm is {train.clip_grad_norm}; accepted: above 0, or null for none")
+        self.ssia.check()
         if not self.output:
             raise InputError("output is empty; accepted: the path of the run's folder")
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.ssia_config import SsiaConfig
 
 
 @dataclass
@@ -165,16 +166,6 @@ class EmaConfig:
 
 
 @dataclass
-class SsiaConfig:
-    """Experimental: a loss in training only, by which the middle block teaches the in blocks (arXiv 2206.07434)."""
-
-    weight: float = 0.0
-    """Of this loss beside the diffusion loss; 0 leaves it out."""
-    reduction: int = 4
-    """Reduction ratio of the heads that it needs; must divide model.hidden_size."""
-
-
-@dataclass
 class SamplesConfig:
     """The sample grids drawn along the way."""
 
@@ -253,8 +244,7 @@ class Experiment:
         self._check_backbone()
         if optimizer.unit_learning_rate is not None:
             self._check_unit_learning_rate(optimizer.unit_learning_rate)
-        if not 0 <= self.ssia.weight < math.inf:
-            raise InputError(f"ssia.weight is {self.ssia.weight}; accepted: 0, which is none, or more")
+        self.ssia.check()
         if self.ssia.weight and optimizer.unit_learning_rate is not None:
             raise InputError("ssia.weight is above 0, which optimizer.unit_learning_rate can't go with; leave out one")
         if self.data.label_dropout and self.model.num_classes is None:

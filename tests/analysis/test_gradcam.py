@@ -21,7 +21,7 @@ VIT = BackboneConfig("vit_s_16", 32, 10)
 def saved(place: Path, config: BackboneConfig, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     names = tuple(f"class{number}" for number in range(10))
-    save_classifier(place, build_classifier(config), config, [0.5] * 3, [0.25] * 3, names, {})
+    save_classifier(place, build_classifier(config).state_dict(), config, [0.5] * 3, [0.25] * 3, names, {})
     return place
 
 
