@@ -49,6 +49,14 @@ def runs(tmp_path: Path) -> list[Path]:
     ]
 
 
+def test_runs_of_before_a_key_was_known_had_its_default(tmp_path: Path) -> None:
+    new, old = (write_run(tmp_path / name, "se", 0, 0.5) for name in ("new", "old"))
+    record = json.loads((old / "result.json").read_text())
+    del record["recipe"]["ssia"]
+    (old / "result.json").write_text(json.dumps(record))
+    assert read_result(old).setting() == read_result(new).setting()
+
+
 def test_rows_are_scipys(runs: list[Path]) -> None:
     rows = {row.unit: row for row in compare([read_result(run) for run in reversed(runs)])}
     for unit, values in ACCURACIES.items():

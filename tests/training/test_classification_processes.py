@@ -14,13 +14,21 @@ from tests.training.test_processes import free_port
 MAIN = "import sys\nfrom dia_diffusion.cli.main import main\nsys.exit(main(['classify', *sys.argv[1:]]))\n"
 
 
-def metrics(tmp_path: Path, processes: int) -> list[dict]:
+def metrics(tmp_path: Path, processes: int, *overrides: str) -> list[dict]:
     script, output = tmp_path / "main.py", tmp_path / str(processes)
     script.write_text(MAIN)
     tiny(tmp_path, "run")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(script)]
-    command += ["--config", str(tmp_path / "classify.yaml"), "--model.norm", "none", "--output", str(output)]
+    command += [
+        "--config",
+        str(tmp_path / "classify.yaml"),
+        "--model.norm",
+        "none",
+        "--output",
+        str(output),
+        *overrides,
+    ]
     subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=True)
     return read_metrics(output / "metrics.jsonl")
 

@@ -16,9 +16,20 @@ from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, Guidance
 from tests.training.conftest import Recorder
+from tests.training.test_backbones import KWARGS
+from tests.training.test_processes import launch, losses
 
 SMALL = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 16, "num_layers": 5}
 SIZES = {**SMALL, "num_attention_heads": 2}
+# What of the tiny recipe is a UViT's, as it is without being given.
+USUAL = ("--model.patch_size", "2", "--model.hidden_size", "512", "--model.num_layers", "13")
+USUAL = (*USUAL, "--model.num_attention_heads", "8")
+BACKBONES = {
+    "uvit": (),
+    "unet2d": (*USUAL, "--model.backbone", "unet2d", "--model.backbone_kwargs", KWARGS["unet2d"]),
+    "dit": (*USUAL, "--model.backbone", "dit", "--model.backbone_kwargs", KWARGS["dit"], "--model.attention", "none"),
+}
+EACH = pytest.mark.parametrize("backbone", BACKBONES)
 
 
 def by_hand(model: UViT, heads: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
@@ -74,17 +85,20 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-def test_heads_stay_out_of_pipelines_and_inference(tiny: Callable[..., Experiment], train: Callable[..., Any]) -> None:
-    guided = train(tiny("guided", "--ssia.weight", "0.5"))
-    plain = train(tiny("plain"))
+@EACH
+def test_heads_stay_out_of_pipelines_and_inference(
+    tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str
+) -> None:
+    guided = train(tiny("guided", "--ssia.weight", "0.5", *BACKBONES[backbone]))
+    plain = train(tiny("plain", *BACKBONES[backbone]))
     tensors = [load_file(_unet(run.folder.path)) for run in (guided, plain)]
     assert tensors[0].keys() == tensors[1].keys()
     configs = [json.loads((_unet(run.folder.path).parent / "config.json").read_text()) for run in (guided, plain)]
     assert configs[0] == configs[1]
     assert any(name.startswith(HEADS) for name in load_file(_checkpoint(guided.folder.path)))
-    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] if "in_blocks" in name)
+    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] if "blocks" in name)
     # The same function: the trained network in evaluation, heads and all, is the pipeline with its weights.
-    saved = UViT.from_pretrained(_unet(guided.folder.path).parent).eval()
+    saved = type(guided.model).from_pretrained(_unet(guided.folder.path).parent).eval()
     saved.load_state_dict({k: v for k, v in guided.model.state_dict().items() if not k.startswith(HEADS)})
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
@@ -99,19 +113,45 @@ def test_first_step_sees_the_twins_weights_and_a_larger_loss(
     assert 0 < first[1] - first[0] < 0.5  # a squared error of two numbers in (0, 1)
 
 
-def test_resumes_exactly(tiny: Callable[..., Experiment], train: Callable[..., Any]) -> None:
-    whole = train(tiny("whole", "--ssia.weight", "0.5"))
-    train(tiny("parts", "--ssia.weight", "0.5", "--train.max_steps", "3"))
-    parts = train(tiny("parts", "--ssia.weight", "0.5"))
+@EACH
+def test_resumes_exactly(tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str) -> None:
+    options = ("--ssia.weight", "0.5", *BACKBONES[backbone])
+    whole = train(tiny("whole", *options))
+    train(tiny("parts", *options, "--train.max_steps", "3"))
+    parts = train(tiny("parts", *options))
     a, b = whole.model.state_dict(), parts.model.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_weight_zero_is_the_same_training(tiny: Callable[..., Experiment], train: Callable[..., Any]) -> None:
+@EACH
+def test_weight_zero_is_the_same_training(
+    tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str
+) -> None:
     none = ("--ssia.weight", "0", "--ssia.reduction", "3")  # which no head could have
-    states = [train(tiny(name, *more)).model.state_dict() for name, more in (("a", ()), ("b", none))]
+    runs = [train(tiny(name, *more, *BACKBONES[backbone])) for name, more in (("a", ()), ("b", none))]
+    states = [run.model.state_dict() for run in runs]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["uvit", "unet2d"])
+def test_two_processes_train_what_one_does(tmp_path: Path, backbone: str) -> None:
+    setup, options = "torch.set_default_dtype(torch.float64)", ("--ssia.weight", "0.5", *BACKBONES[backbone])
+    parts = ("--train.accumulation", "2", "--train.gradient_checkpointing", "true")
+    one = launch(tmp_path, "one", 1, *options, setup=setup)
+    two = launch(tmp_path, "two", 2, *options, *parts, setup=setup)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    expected, found = load_file(_checkpoint(one)), load_file(_checkpoint(two))
+    assert any(name.startswith(HEADS) for name in expected)
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-9
+
+
+def test_changed_keys_are_refused_and_older_runs_had_none(tiny: Callable[..., Experiment]) -> None:
+    old = tiny("run").to_dict()
+    assert tiny("run", "--ssia.weight", "0.5").changed_keys(old) == ["ssia.weight: 0.0 -> 0.5"]
+    del old["ssia"]
+    assert tiny("run").changed_keys(old) == []
 
 
 @pytest.mark.parametrize(
