@@ -13,6 +13,8 @@ from dia_diffusion.training.randomness import AUGMENT, generator, image_order
 
 BORDER = 4
 """Pixels that "pad-crop" puts around an image."""
+GREY = 127
+"""What a cutout shows."""
 AREAS = 0.08, 1.0
 """Of an image's area, that "resized-crop" takes."""
 ASPECTS = 3 / 4, 4 / 3
@@ -21,7 +23,9 @@ TRIES = 10
 """At a rectangle that fits into the image, as torchvision's RandomResizedCrop has."""
 
 MIRROR, DOWN, RIGHT, FIRST_TRY = range(4)
-"""Columns of the uniform numbers: a mirror image below one half, a place, and area and aspect of each try."""
+HIDE_DOWN, HIDE_RIGHT = FIRST_TRY + 2 * TRIES, FIRST_TRY + 2 * TRIES + 1
+"""Columns of the uniform numbers: a mirror image below one half, a place, area and aspect of each try, and what is
+hidden."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class ImageDraws:
     first: int
     """Where in the step's global batch the images begin."""
     indices: np.ndarray  # (B,) int64, which images
-    uniform: Tensor  # (B, 23) float32 in [0, 1)
+    uniform: Tensor  # (B, 25) float32 in [0, 1)
 
     def slice(self, start: int, stop: int) -> "ImageDraws":
         """The draws of images start..stop of the batch."""
@@ -42,7 +46,9 @@ class ImageDraws:
 
 def draw_images(seed: int, step: int, batch_size: int, num_images: int) -> ImageDraws:
     """The draws of the global batch of a step, counted from 0."""
-    uniform = torch.rand(batch_size, FIRST_TRY + 2 * TRIES, generator=generator(seed, AUGMENT, step))
+    draw = generator(seed, AUGMENT, step)
+    # Drawn apart, so that a seed means what it did before there were cutouts.
+    uniform = torch.cat([torch.rand(batch_size, columns, generator=draw) for columns in (HIDE_DOWN, 2)], dim=1)
     return ImageDraws(step, 0, image_order(seed, step * batch_size, batch_size, num_images), uniform)
 
 
@@ -51,16 +57,26 @@ def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
     return torch.where((uniform[:, MIRROR] < 0.5).to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def pad_cropped(images: Tensor, uniform: Tensor) -> Tensor:
-    """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black."""
+def pad_cropped(images: Tensor, uniform: Tensor, reflected: bool = False) -> Tensor:
+    """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black, or reflects them."""
     height, width = images.shape[2:]
-    padded = F.pad(images, (BORDER, BORDER, BORDER, BORDER))
+    padded = F.pad(images.float(), [BORDER] * 4, mode="reflect" if reflected else "constant").to(images.dtype)
     shifts = (uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long().to(images.device)  # (B, 2)
     rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (B, H)
     columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
     batch = torch.arange(len(images), device=images.device)
     # Indices around a slice move the channels last: (B, H, W, C).
     return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W), uint8, each with a grey square of this size around some pixel (DeVries and Taylor 2017)."""
+    hidden = []  # (B, H), (B, W)
+    for column, extent in zip((HIDE_DOWN, HIDE_RIGHT), images.shape[2:], strict=True):
+        first = (uniform[:, column, None] * extent).long() - size // 2
+        place = torch.arange(extent)
+        hidden.append((first <= place) & (place < first + size))
+    return images.masked_fill((hidden[0][:, None, :, None] & hidden[1][:, None, None, :]).to(images.device), GREY)
 
 
 def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:
@@ -70,7 +86,7 @@ def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, fl
     whose aspect is in bounds.
     """
     shortest, longest = map(math.log, ASPECTS)
-    for area, aspect in uniform[FIRST_TRY:].reshape(TRIES, 2).tolist():
+    for area, aspect in uniform[FIRST_TRY:HIDE_DOWN].reshape(TRIES, 2).tolist():
         target = (AREAS[0] + (AREAS[1] - AREAS[0]) * area) * width * height
         ratio = math.exp(shortest + (longest - shortest) * aspect)
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))

@@ -178,10 +178,12 @@ class ClassificationTask(Task):
 
 
 def scheduled_rate(config: ClassifyOptimizerConfig, step: int, max_steps: int, peak: float) -> float:
-    """The rate of a step, counted from 0: linear warm-up to `peak`, then milestones, half a cosine, or constant."""
+    """The rate of a step, counted from 0: linear warm-up to `peak`, then as the schedule says."""
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(1, max_steps - config.warmup_steps), 1.0)
     if config.schedule == "cosine":
-        progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return peak * (1 - progress)
     return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)

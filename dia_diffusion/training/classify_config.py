@@ -22,8 +22,12 @@ class LabelledDataConfig:
     test_split: str | None = None
     """The part that is tested on; null is "test" of the source, or "train" (all) of test_source."""
     augmentation: Literal["pad-crop", "resized-crop", "none"] = "pad-crop"
-    """"pad-crop": mirrored, and cropped from the image with a black border of 4 pixels. "resized-crop": mirrored, and a
+    """"pad-crop": mirrored, and cropped from the image with a border of 4 pixels. "resized-crop": mirrored, and a
     random 8 to 100 % of the image resized; images are decoded as they are needed. "none": as they are."""
+    border: Literal["black", "reflected"] = "black"
+    """That of "pad-crop": black, or what is inside it mirrored."""
+    cutout: int = 0
+    """Height and width of a grey square that hides a part of each image (DeVries and Taylor 2017); 0 hides nothing."""
     mean: list[float] = field(default_factory=lambda: [0.4914, 0.4822, 0.4465])
     """Subtracted from the channels, of 0..1."""
     std: list[float] = field(default_factory=lambda: [0.2023, 0.1994, 0.2010])
@@ -80,8 +84,9 @@ class ClassifyOptimizerConfig:
     """SGD's is part of the gradient, AdamW's apart from it."""
     warmup_steps: int = 0
     """Steps over which the rate rises linearly from zero."""
-    schedule: Literal["steps", "cosine", "constant"] = "steps"
-    """After the warm-up: times gamma at each milestone, half a cosine down to zero at max_steps, or as it is."""
+    schedule: Literal["steps", "cosine", "linear", "constant"] = "steps"
+    """After the warm-up: times gamma at each milestone, half a cosine or a line down to zero at max_steps, or as it
+    is."""
     milestones: list[int] = field(default_factory=list)
     """Steps at which the schedule "steps" lowers the rate."""
     gamma: float = 0.1
@@ -121,6 +126,7 @@ class ClassifyExperiment:
             ("train.evaluate_every", train.evaluate_every, 0),
             ("train.checkpoint_every", train.checkpoint_every, 1),
             ("train.keep_last", train.keep_last, 1),
+            ("data.cutout", data.cutout, 0),
             ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
             ("optimizer.weight_decay", optimizer.weight_decay, 0),
         ):
@@ -146,6 +152,8 @@ class ClassifyExperiment:
                 f"optimizer.milestones are {optimizer.milestones} and the schedule {optimizer.schedule}; accepted: "
                 "numbers of steps, with the schedule steps"
             )
+        if data.border != "black" and data.augmentation != "pad-crop":
+            raise InputError(f"data.border is {data.border}; accepted: with data.augmentation pad-crop")
         if len(data.mean) != 3 or len(data.std) != 3 or not all(value > 0 for value in data.std):
             raise InputError(
                 f"data.mean is {data.mean}, data.std {data.std}; accepted: three numbers each, std above 0"
@@ -158,7 +166,7 @@ class ClassifyExperiment:
     def changed_keys(self, old: dict[str, Any]) -> list[str]:
         """What differs in the recipe of a run and may not."""
         may_change = MAY_CHANGE
-        if old.get("optimizer", {}).get("schedule") == "cosine":
+        if old.get("optimizer", {}).get("schedule") in ("cosine", "linear"):
             may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
         return differing_keys(old, self.to_dict(), ClassifyExperiment().to_dict(), may_change)
 

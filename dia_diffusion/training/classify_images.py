@@ -15,7 +15,7 @@ from dia_diffusion.data.encoded import EncodedSet, gather, open_encoded
 from dia_diffusion.data.open_together import open_images_together
 from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.augmentation import ImageDraws, mirrored, pad_cropped, resized_crop
+from dia_diffusion.training.augmentation import ImageDraws, cut_out, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
 from dia_diffusion.training.reporter import Reporter
 
@@ -77,7 +77,7 @@ class Batches:
 
     def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int], ImageDraws]):
         self.images, self.draws_of = images, draws_of
-        self.augmentation, self.size = experiment.data.augmentation, experiment.model.sample_size
+        self.data, self.size = experiment.data, experiment.model.sample_size
         self.max_steps = experiment.train.max_steps
         self.ahead: dict[tuple[int, int], list[Future[np.ndarray]]] = {}
 
@@ -86,12 +86,13 @@ class Batches:
         assert self.images.labels is not None
         labels = torch.from_numpy(self.images.labels[draws.indices]).to(device)
         if isinstance(self.images, EncodedSet):
-            pixels = torch.from_numpy(self._decoded(self.images, draws)).to(device)
-            return mirrored(pixels, draws.uniform), labels
-        pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)
-        if self.augmentation == "pad-crop":
-            pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform)
-        return pixels, labels
+            pixels = mirrored(torch.from_numpy(self._decoded(self.images, draws)).to(device), draws.uniform)
+        else:
+            pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)
+            if self.data.augmentation == "pad-crop":
+                reflected = self.data.border == "reflected"
+                pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)
+        return cut_out(pixels, draws.uniform, self.data.cutout) if self.data.cutout else pixels, labels
 
     def _decoded(self, images: EncodedSet, draws: ImageDraws) -> np.ndarray:
         futures = self.ahead.pop((draws.step, draws.first), None) or self._start(images, draws)

@@ -6,7 +6,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
-from dia_diffusion.training.augmentation import crop_box, draw_images, mirrored, pad_cropped, resized_crop
+from dia_diffusion.training.augmentation import crop_box, cut_out, draw_images, mirrored, pad_cropped, resized_crop
+from dia_diffusion.training.randomness import AUGMENT, generator
 
 
 def test_draws_belong_to_their_step_and_image() -> None:
@@ -18,6 +19,12 @@ def test_draws_belong_to_their_step_and_image() -> None:
     assert not torch.equal(draw_images(3, 6, 8, 100).uniform, whole.uniform)
 
 
+def test_draws_of_a_cutout_leave_the_others_as_they_were() -> None:
+    """A seed's moves are those of runs from before there were cutouts, which drew 23 columns."""
+    before = torch.rand(8, 23, generator=generator(3, AUGMENT, 5))
+    assert torch.equal(draw_images(3, 5, 8, 100).uniform[:, :23], before)
+
+
 def test_pad_crop_and_mirror_move_images_as_torchvision_does() -> None:
     images = torch.randint(0, 256, (40, 3, 8, 10), dtype=torch.uint8)
     uniform = torch.rand(40, 23)
@@ -26,6 +33,27 @@ def test_pad_crop_and_mirror_move_images_as_torchvision_does() -> None:
         expected = transforms.hflip(image) if row[0] < 0.5 else image
         expected = transforms.crop(transforms.pad(expected, [4]), int(row[1] * 9), int(row[2] * 9), 8, 10)
         assert torch.equal(result, expected)
+
+
+def test_reflected_shifts_and_cutouts_are_those_of_a_loop_over_pixels() -> None:
+    """Each pixel by its own: where it is hidden, and else which one it shows, reflected at the border."""
+
+    def reflected(place: int, extent: int) -> int:
+        return -place if place < 0 else 2 * (extent - 1) - place if place >= extent else place
+
+    images = torch.randint(128, 256, (30, 3, 8, 10), dtype=torch.uint8)
+    uniform = torch.rand(30, 25)
+    uniform[:4, 23:] = torch.tensor([[0.0, 0.0], [0.0, 0.99], [0.99, 0.0], [0.99, 0.99]])
+    found = cut_out(pad_cropped(mirrored(images, uniform), uniform, reflected=True), uniform, 4)
+    for image, row, result in zip(images, uniform.tolist(), found, strict=True):
+        down, right = int(row[1] * 9) - 4, int(row[2] * 9) - 4
+        middle, centre = int(row[23] * 8), int(row[24] * 10)
+        for y in range(8):
+            for x in range(10):
+                source = reflected(x + right, 10)
+                shown = image[:, reflected(y + down, 8), 9 - source if row[0] < 0.5 else source].tolist()
+                hidden = middle - 2 <= y < middle + 2 and centre - 2 <= x < centre + 2
+                assert result[:, y, x].tolist() == ([127, 127, 127] if hidden else shown)
 
 
 def test_resized_crops_are_spread_as_torchvisions() -> None:

@@ -153,6 +153,11 @@ def test_rates_are_those_of_torch(tmp_path: Path) -> None:
     steps = rates(torch.optim.lr_scheduler.MultiStepLR, milestones=[5, 12], gamma=0.2)
     assert own(milestones=[5, 12], gamma=0.2) == pytest.approx(steps)
     assert own(schedule="cosine") == pytest.approx(rates(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20))
+    line = rates(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=20)
+    assert own(schedule="linear") == pytest.approx(line)
+    rising_and_falling = own(schedule="linear", warmup_steps=4)
+    assert rising_and_falling[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
+    assert rising_and_falling[-2:] == pytest.approx([0.3 * 2 / 16, 0.3 / 16])
     assert own(schedule="constant", warmup_steps=4)[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
 
 
@@ -224,6 +229,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
     refused("train.sync_batchnorm is true, which needs CUDA", "--train.sync_batchnorm", "true")
     refused("three numbers each", "--data.mean", "[0.5]")
+    refused("data.border is reflected", "--data.border", "reflected", "--data.augmentation", "none")
+    refused("data.cutout is -1", "--data.cutout", "-1")
     assert not (tmp_path / "run").exists()
     train(tiny(tmp_path, "run"))
     refused(r"optimizer\.momentum: 0\.9 -> 0\.8", "--optimizer.momentum", "0.8")
