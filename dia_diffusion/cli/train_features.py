@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
-from dia_diffusion.cli.console import Counter, console
+from dia_diffusion.cli.console import ConsoleReporter
 from dia_diffusion.errors import InputError
 
 
@@ -19,7 +19,10 @@ def run(arguments: Sequence[str]) -> None:
         "--test-data", metavar="DATA", help="other images to test on, all of them; if none, the test part of --data"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.safetensors", help="where the weights go; NAME.safetensors if none"
+        "--out",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="where the weights go; NAME.safetensors if none. cifar10 keeps its run beside them, in FILE.run",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
     options = parser.parse_args(arguments)
@@ -30,13 +33,9 @@ def run(arguments: Sequence[str]) -> None:
 
     from dia_diffusion.evaluation.train_features import train_features
 
-    with Counter(f"training {options.name} features", "steps") as counter:
-        card = train_features(
-            options.name,
-            out,
-            data=options.data,
-            test_data=options.test_data,
-            seed=options.seed,
-            progress=counter,
-        )
-    console.print(f"{out}: test accuracy {card['test_accuracy']:.2%}")
+    data, test_data, seed = options.data, options.test_data, options.seed
+    reporter = ConsoleReporter()
+    try:
+        train_features(options.name, out, data=data, test_data=test_data, seed=seed, reporter=reporter)
+    finally:
+        reporter.close()

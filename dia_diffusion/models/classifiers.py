@@ -12,7 +12,9 @@ from dia_diffusion.attention.attach import attach
 from dia_diffusion.attention.places import Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
+from dia_diffusion.models.feature_resnet import FeatureResNet
 
+FEATURE_RESNET = "feature-resnet"
 RESNETS: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 # ViT-S is DeiT's: torchvision has none.
 VITS = {
@@ -26,8 +28,9 @@ PATTERNS = {
     "resnext": r"cifar-resnext(\d+)-(\d+)x(\d+)",
 }
 ACCEPTED = (
-    f"{', '.join([*RESNETS, *VITS])}, cifar-resnetDEPTH (9 n + 2: 83, 164, 245), cifar-resnetDEPTH-basic (6 n + 2: 20, "
-    "56), cifar-wrnDEPTH-WIDEN (cifar-wrn52-4), cifar-resnextDEPTH-GROUPSxWIDTH (cifar-resnext101-8x32)"
+    f"{', '.join([*RESNETS, *VITS, FEATURE_RESNET])}, cifar-resnetDEPTH (9 n + 2: 83, 164, 245), "
+    "cifar-resnetDEPTH-basic (6 n + 2: 20, 56), cifar-wrnDEPTH-WIDEN (cifar-wrn52-4), "
+    "cifar-resnextDEPTH-GROUPSxWIDTH (cifar-resnext101-8x32)"
 )
 
 
@@ -37,7 +40,7 @@ class BackboneConfig:
 
     backbone: str = "cifar-resnet164"
     """cifar-resnet83, cifar-resnet164, ..., cifar-resnet20-basic, cifar-wrn52-4, cifar-resnext101-8x32, or
-    torchvision's resnet18, resnet34, resnet50, vit_s_16, vit_b_16."""
+    torchvision's resnet18, resnet34, resnet50, vit_s_16, vit_b_16, or feature-resnet, of the features `cifar10`."""
     sample_size: int = 32
     """Height and width of the images."""
     num_classes: int = 10
@@ -91,6 +94,8 @@ def _backbone(config: BackboneConfig, has_unit: bool) -> nn.Module:
         return network
     if config.norm != "batch" or not config.residual:
         raise InputError(f"model.norm and residual can't be changed of {name}; accepted: batch and true, or cifar-...")
+    if name == FEATURE_RESNET:
+        return FeatureResNet(classes)
     if name in RESNETS:
         return RESNETS[name](weights=None, num_classes=classes)
     if name in VITS:

@@ -62,7 +62,10 @@ def test_vits_have_the_counts_of_deit(name: str, parameters: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("backbone", ["cifar-resnet29", "cifar-resnet20-basic", "cifar-wrn10-1", "cifar-resnext11-2x4"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["cifar-resnet29", "cifar-resnet20-basic", "cifar-wrn10-1", "cifar-resnext11-2x4", "feature-resnet"],
+)
 def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
     """The unit stands at the end of the branches, and the backbone starts the same with and without it."""
     torch.manual_seed(0)

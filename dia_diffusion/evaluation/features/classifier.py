@@ -1,5 +1,6 @@
 """A classifier of this project as a torch-fidelity extractor: the layer before its last gives the features."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,13 +14,21 @@ from dia_diffusion.evaluation.features.extractor import load_weights
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
 
 
-class Classifier(nn.Module):
-    """Images (B, in_channels, size, size) in [0, 1] -> features (B, num_features), logits (B, num_classes)."""
+class Classifier(nn.Module, ABC):
+    """Images (B, in_channels, size, size) in [0, 1] -> logits (B, num_classes), which `head` reads off features."""
 
     in_channels: ClassVar[int]
     image_size: ClassVar[int]
     num_features: ClassVar[int]
     num_classes: ClassVar[int] = 10
+    head: nn.Linear
+
+    @abstractmethod
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, num_features), for images as above."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images))
 
 
 class ClassifierExtractor(FeatureExtractorBase):
@@ -62,6 +71,6 @@ class ClassifierExtractor(FeatureExtractorBase):
         size = (self.network.image_size, self.network.image_size)
         if pixels.shape[-2:] != size:
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-        features, logits = self.classifier(pixels.contiguous(memory_format=torch.channels_last))
-        layers = dict(zip(self.get_provided_features_list(), (features, logits), strict=True))
+        features = self.classifier.features(pixels.contiguous(memory_format=torch.channels_last))
+        layers = dict(zip(self.get_provided_features_list(), (features, self.classifier.head(features)), strict=True))
         return tuple(layers[name] for name in self.features_list)

@@ -32,10 +32,9 @@ class DigitsClassifier(Classifier):
         )
         self.head = nn.Linear(64, 10)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 1, 8, 8) in [0, 1] -> features (B, 64), logits (B, 10)."""
-        features = self.trunk(2 * images - 1)
-        return features, self.head(features)
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 8, 8) in [0, 1] -> (B, 64)."""
+        return self.trunk(2 * images - 1)
 
 
 class DigitsExtractor(ClassifierExtractor):

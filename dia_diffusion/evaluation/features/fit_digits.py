@@ -47,7 +47,7 @@ def fit_digits(
         chosen = torch.randint(len(inputs), (recipe.batch_size,), generator=generator)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * (1 + math.cos(math.pi * step / recipe.steps)) / 2
-        _, logits = classifier(_augment(inputs[chosen], recipe, generator))
+        logits = classifier(_augment(inputs[chosen], recipe, generator))
         optimizer.zero_grad()
         F.cross_entropy(logits, targets[chosen], label_smoothing=recipe.label_smoothing).backward()
         optimizer.step()
