@@ -61,19 +61,25 @@ class BackboneConfig:
     """The unit stands in so many first blocks of a stage; null is all."""
 
 
-def build_classifier(config: BackboneConfig) -> nn.Module:
+def build_classifier(config: BackboneConfig, sync_batchnorm: bool = False) -> nn.Module:
     """Images (B, 3, H, W) -> logits (B, num_classes), with first weights from torch's default generator.
 
     The unit's come from a generator of their own: the backbone starts the same with any unit.
+
+    sync_batchnorm: makes every BatchNorm one over all processes.
 
     Raises:
         InputError: an unknown backbone or unit, or options that don't fit it.
     """
     has_unit = config.attention not in (None, "none")
     model = _backbone(config, has_unit)
+    if sync_batchnorm:  # before units are attached to BatchNorms, which this replaces by others without their hooks
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if has_unit:
         assert config.attention is not None
-        attach(model, config.attention, at=_places(model, config), **(config.attention_kwargs or {}))
+        attachment = attach(model, config.attention, at=_places(model, config), **(config.attention_kwargs or {}))
+        if sync_batchnorm:
+            nn.SyncBatchNorm.convert_sync_batchnorm(attachment.units)
     elif config.attention_kwargs or config.attention_stages is not None or config.attention_blocks is not None:
         raise InputError("model.attention is none; accepted: no attention_kwargs, attention_stages, attention_blocks")
     return model

@@ -54,10 +54,8 @@ class ClassificationTask(Task):
         return f"{self.experiment.model.backbone}, attention {self.experiment.model.attention}"
 
     def build_model(self) -> nn.Module:
-        model = build_classifier(self.experiment.model)
+        model = build_classifier(self.experiment.model, self.experiment.train.sync_batchnorm)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        if self.experiment.train.sync_batchnorm:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.experiment.ssia.weight:
             seed = derive(self.experiment.seed, WEIGHTS, 1)  # WEIGHTS, 0 is the model's
             self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)

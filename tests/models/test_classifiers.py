@@ -82,6 +82,21 @@ def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
     assert all(torch.equal(dict(with_unit.named_parameters())[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "cifar-resnet20-basic"])
+@pytest.mark.parametrize("attention", ["dia-lstm", "srm"])
+def test_norms_over_all_processes_keep_the_unit(backbone: str, attention: str) -> None:
+    """In evaluation a BatchNorm over all processes is the same function as one of its own."""
+    images = torch.randn(2, 3, 32, 32)
+    outputs = []
+    for sync_batchnorm in (False, True):
+        torch.manual_seed(0)
+        model = build_classifier(BackboneConfig(backbone, attention=attention), sync_batchnorm).eval()
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+        assert norms and all(isinstance(norm, nn.SyncBatchNorm) == sync_batchnorm for norm in norms)
+        outputs.append(model(images))
+    assert torch.equal(*outputs)
+
+
 def test_a_unit_scales_the_branch_and_not_the_shortcut() -> None:
     """With a scale of zero what remains are shortcuts alone."""
     unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 0.0}}
