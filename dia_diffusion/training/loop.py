@@ -102,6 +102,8 @@ class Trainer:
         optimizer = self.task.build_optimizer(self.groups)
         network = torch.compile(self.model) if compiled else self.model
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.network.train()
+        self.finite = FiniteWatch(self.accelerator)
         self.ema = None if self.task.ema is None else self._average(self.task.ema, checkpoint)
         if checkpoint is not None:
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
@@ -142,12 +144,7 @@ class Trainer:
     def _loop(self) -> None:
         with StopSignal(self.accelerator) as signal:
             while self.step < self.config.max_steps:
-                loss, gradient_norm = self._optimize(self.step)
-                if self.ema is not None:
-                    self.ema.step(self.parameters)
-                self.finite.note(self.step, loss, gradient_norm)
-                self.step += 1
-
+                loss, gradient_norm = self.advance()
                 if self._due(self.config.log_every):
                     self._log(loss, gradient_norm)
                 if self.accelerator.is_main_process:
@@ -179,9 +176,7 @@ class Trainer:
                 self.reporter.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")
-        self.network.train()
         self.logged: dict[str, Any] = {}
-        self.finite = FiniteWatch(self.accelerator)
         self.clock = time.perf_counter(), self.step
 
     def _open_folder(self) -> None:
@@ -193,8 +188,16 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
+    def advance(self) -> tuple[Tensor, Tensor]:
+        """One step of optimizer and average; this process's mean loss and the gradient norm, still on the device."""
+        loss, gradient_norm = self._optimize(self.step)
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.finite.note(self.step, loss, gradient_norm)
+        self.step += 1
+        return loss, gradient_norm
+
     def _optimize(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; this process's mean loss and the gradient norm, both still on the device."""
         draws = self.task.draw(step)
         if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
             torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
