@@ -5,10 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
-from diffusers.utils import logging as diffusers_logging
-
 from dia_diffusion import __version__
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError, RunError, Stopped, one_line
 
 # name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
@@ -43,13 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"dia-diffusion {__version__}")
         return 0
-    # diffusers' bars and remarks on loading say nothing that a person at this command line could act on.
-    diffusers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
     try:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
-        importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}").run(arguments[1:])
+        with imports():
+            command = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
+        command.run(arguments[1:])
     except InputError as error:
         return _end(name, f"error: {error}", 2, told=False if error.alone else None)
     except RunError as error:
@@ -58,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(name, str(stopped), 128 + stopped.signal_number)
     except KeyboardInterrupt:
         return _end(name, "interrupted", 130)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
     except MemoryError as error:
         return _end(name, f"failed: {one_line(str(error)) or 'not enough memory'}", 1)
