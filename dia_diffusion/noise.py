@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-
-SCHEDULES = ("vp-continuous", "ddpm-linear", "cosine")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-LOSS_WEIGHTINGS = ("uniform", "min-snr")
+from dia_diffusion.noise_names import LOSS_WEIGHTINGS, PREDICTION_TYPES, SCHEDULES
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it

@@ -2,12 +2,14 @@
 
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
@@ -83,7 +85,7 @@ class Counter:
 class SharedProgress:
     """Counts what all processes do, each taken to do as much as the main one, on the main process's counter."""
 
-    def __init__(self, counter: Counter, total: int, accelerator: Accelerator):
+    def __init__(self, counter: Counter, total: int, accelerator: "Accelerator"):
         self.counter, self.total, self.accelerator, self.done = counter, total, accelerator, 0.0
 
     def __call__(self, amount: float) -> None:

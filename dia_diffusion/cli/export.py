@@ -7,7 +7,7 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.pipelines.contents import shared_files
 from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.sampling.load import find_pipeline
+from dia_diffusion.pipelines.folder import find_pipeline
 
 
 def run(arguments: Sequence[str]) -> None:

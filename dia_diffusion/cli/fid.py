@@ -49,8 +49,7 @@ from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_p
 from dia_diffusion.evaluation.protocols import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 from dia_diffusion.files import step_folders
-from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
-from dia_diffusion.sampling.load import find_pipeline
+from dia_diffusion.pipelines.folder import EVALUATIONS, find_pipeline, records_file
 from dia_diffusion.training.run_folder import RunFolder
 
 DEFAULT_COUNT = 1000  # images of a pipeline

@@ -27,8 +27,9 @@ def imports() -> Iterator[None]:
 
 
 def _prepare_diffusers() -> None:
-    import dia_diffusion.public  # noqa: F401  # so that diffusers finds the classes, as after any import of the package
     from diffusers.utils import logging
+
+    import dia_diffusion.public  # noqa: F401  # so that diffusers finds the classes, as after any import of the package
 
     # Its bars and remarks on loading say nothing that a person at this command line could act on.
     logging.disable_progress_bar()

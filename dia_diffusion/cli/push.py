@@ -9,8 +9,8 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.cli.export import tell_left_out
 from dia_diffusion.errors import InputError
+from dia_diffusion.pipelines.folder import find_pipeline
 from dia_diffusion.pipelines.hub import Shipment, find_token, prepare, send
-from dia_diffusion.sampling.load import find_pipeline
 
 
 def run(arguments: Sequence[str]) -> None:

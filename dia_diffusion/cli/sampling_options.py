@@ -2,16 +2,18 @@
 
 import argparse
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.errors import InputError
 from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
-from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, SAMPLERS
 from dia_diffusion.sampling.settings import PRECISIONS, SamplingSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from dia_diffusion.sampling.image_pipeline import ImagePipeline
 
 SAMPLING = ("sampler", "steps", "batch_size", "classes", "guidance_scale", "precision")
 """What `add_sampling_options` adds, by the names that they have once parsed."""
@@ -44,10 +46,15 @@ def sampling_settings(options: argparse.Namespace) -> SamplingSettings:
 
 
 def load_for_sampling(
-    folder: Path, options: argparse.Namespace, device: torch.device
-) -> tuple[ImagePipeline, SamplingSettings]:
+    folder: Path, options: argparse.Namespace, device: "torch.device"
+) -> tuple["ImagePipeline", SamplingSettings]:
     """The pipeline of a folder on the device with the options' sampler in use, and the settings that apply to it."""
-    pipeline = adapt_pipeline(load_pipeline(folder, device, PRECISIONS[options.precision]))
+    import torch
+
+    from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+    from dia_diffusion.sampling.load import load_pipeline
+
+    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, options.precision)))
     settings = sampling_settings(options).use(pipeline)
     training = read_training(folder)
     if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:

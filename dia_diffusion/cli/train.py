@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
@@ -27,8 +28,8 @@ def run_recipe(
         raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
     experiment = read_experiment(config, overrides, kind=kind)
 
-    from dia_diffusion.training.loop import Trainer
-
+    with imports():
+        from dia_diffusion.training.loop import Trainer
     reporter = ConsoleReporter()
     try:
         Trainer(trained(experiment), reporter).run()

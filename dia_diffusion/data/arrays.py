@@ -4,7 +4,6 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from dia_diffusion.data.image_files import RATIO_LIMIT
 from dia_diffusion.data.image_set import Pixels
@@ -78,6 +77,8 @@ def digits(split: str) -> Undecoded:
 
     Of every class each third image, in the order of the data set, is held out as split "test"; the others are "train".
     """
+    from sklearn.datasets import load_digits  # slow to import, and needed for these images alone
+
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, :, :, None]
     labels = data.target.astype(np.int64)

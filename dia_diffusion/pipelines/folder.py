@@ -1,4 +1,4 @@
-"""A pipeline's folder: its index, its weights and whether they are whole, hashes of both, where its records lie."""
+"""A pipeline's folder: which it is, its index, its weights and whether they are whole, hashes of both, its records."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.files import sha256_of_file, step_folders
 
 INDEX = "model_index.json"
 EVALUATIONS = "evaluations.jsonl"
@@ -17,6 +17,30 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 INCIDENTAL = ("_diffusers_version", "_name_or_path")
 """What a model's config says of who wrote it, not of the model."""
+
+
+def find_pipeline(path: str | Path, step: int | None = None) -> Path:
+    """The pipeline folder at `path`, or of a run folder the pipeline of that step, by default the newest.
+
+    Raises:
+        InputError: nothing there, neither kind of folder, or no pipeline of that step.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; accepted: a pipeline folder or a run folder")
+    if (path / INDEX).is_file():
+        if step is not None:
+            raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
+        return path
+    steps = {step: folder for step, folder in step_folders(path / "pipelines").items() if (folder / INDEX).is_file()}
+    if not steps:
+        raise InputError(
+            f"{path} is neither a pipeline folder (it has no model_index.json) nor a run folder with pipelines/step-*"
+        )
+    chosen = max(steps) if step is None else step
+    if chosen not in steps:
+        raise InputError(f"{path} has no pipeline of step {step}; accepted: {', '.join(map(str, sorted(steps)))}")
+    return steps[chosen]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

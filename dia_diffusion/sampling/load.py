@@ -14,10 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.files import step_folders
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
-from dia_diffusion.pipelines.folder import check_weights, components, part_folder, read_index
+from dia_diffusion.pipelines.folder import check_weights, components, find_pipeline, part_folder, read_index
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
@@ -27,34 +26,6 @@ NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_enc
 GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
 BY_NAME = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
 NETWORKS = ("unet", "transformer")
-
-
-def find_pipeline(path: str | Path, step: int | None = None) -> Path:
-    """The pipeline folder at `path`, or of a run folder the pipeline of that step, by default the newest.
-
-    Raises:
-        InputError: nothing there, neither kind of folder, or no pipeline of that step.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; accepted: a pipeline folder or a run folder")
-    if (path / "model_index.json").is_file():
-        if step is not None:
-            raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
-        return path
-    steps = {
-        step: folder
-        for step, folder in step_folders(path / "pipelines").items()
-        if (folder / "model_index.json").is_file()
-    }
-    if not steps:
-        raise InputError(
-            f"{path} is neither a pipeline folder (it has no model_index.json) nor a run folder with pipelines/step-*"
-        )
-    chosen = max(steps) if step is None else step
-    if chosen not in steps:
-        raise InputError(f"{path} has no pipeline of step {step}; accepted: {', '.join(map(str, sorted(steps)))}")
-    return steps[chosen]
 
 
 def load_pipeline(

@@ -12,21 +12,13 @@ import inspect
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-from diffusers import (
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.noise import PREDICTION_TYPES
-from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.noise_names import PREDICTION_TYPES
+
+if TYPE_CHECKING:  # the table is read for its names by what doesn't wait for diffusers
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 # The settings of a scheduler that define the noise process; all others belong to the sampler.
 PROCESS_SETTINGS = (
@@ -44,11 +36,20 @@ HEUN_MIN_STEPS = 7
 
 @dataclass(frozen=True)
 class Sampler:
-    """A diffusers scheduler class, its settings, and the prediction types that it can take."""
+    """A scheduler class by name, its settings, and the prediction types that it can take."""
 
-    scheduler: type[SchedulerMixin]
+    scheduler: str
     settings: dict[str, Any] = field(default_factory=dict)
     prediction_types: tuple[str, ...] = PREDICTION_TYPES
+
+    def scheduler_class(self) -> "type[SchedulerMixin]":
+        """The class, of diffusers or this project's own."""
+        import diffusers
+
+        from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+
+        ours = self.scheduler == EulerMaruyamaScheduler.__name__
+        return EulerMaruyamaScheduler if ours else getattr(diffusers, self.scheduler)
 
 
 EVEN_TIME = {"timestep_spacing": "trailing"}
@@ -59,21 +60,21 @@ OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
 
 SAMPLERS: dict[str, Sampler] = {
     # Images lie in [-1, 1], so their expectation does too: clipping the predicted image can only correct it.
-    "ddpm": Sampler(DDPMScheduler, {**EVEN_TIME, "clip_sample": True}),
+    "ddpm": Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": True}),
     # DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
     # steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
-    "ddim": Sampler(DPMSolverMultistepScheduler, {**EVEN_TIME, "solver_order": 1}),
-    "dpmsolver++": Sampler(DPMSolverMultistepScheduler, {**EVEN_LOG_SNR, "solver_order": 2}),
-    "dpmsolver++3m": Sampler(DPMSolverMultistepScheduler, {**EVEN_LOG_SNR, "solver_order": 3}),
+    "ddim": Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}),
+    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2}),
+    "dpmsolver++3m": Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 3}),
     "dpmsolver++sde": Sampler(
-        DPMSolverMultistepScheduler, {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
+        "DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
     ),
     # Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
-    "unipc": Sampler(UniPCMultistepScheduler, {"use_exponential_sigmas": True}),
-    "euler": Sampler(EulerDiscreteScheduler, EVEN_TIME),
-    "euler-ancestral": Sampler(EulerAncestralDiscreteScheduler, EVEN_TIME, ("epsilon", "v_prediction")),
-    "heun": Sampler(HeunDiscreteScheduler, {"timestep_spacing": "linspace", "use_exponential_sigmas": True}),
-    "euler-maruyama": Sampler(EulerMaruyamaScheduler),
+    "unipc": Sampler("UniPCMultistepScheduler", {"use_exponential_sigmas": True}),
+    "euler": Sampler("EulerDiscreteScheduler", EVEN_TIME),
+    "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler", EVEN_TIME, ("epsilon", "v_prediction")),
+    "heun": Sampler("HeunDiscreteScheduler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True}),
+    "euler-maruyama": Sampler("EulerMaruyamaScheduler"),
 }
 
 
@@ -86,7 +87,7 @@ def check_sampler_name(name: str) -> None:
         raise InputError(f"unknown sampler {name!r}; accepted: {', '.join(SAMPLER_NAMES)}")
 
 
-def build_scheduler(name: str, scheduler: SchedulerMixin, latent: bool = False) -> SchedulerMixin:
+def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> "SchedulerMixin":
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
 
     Args:
@@ -108,19 +109,20 @@ def build_scheduler(name: str, scheduler: SchedulerMixin, latent: bool = False) 
     if prediction_type not in sampler.prediction_types:
         accepted = ", ".join(sampler.prediction_types)
         raise InputError(f"sampler {name} takes no model that predicts {prediction_type!r}; accepted: {accepted}")
+    kind = sampler.scheduler_class()
     process = {key: config[key] for key in PROCESS_SETTINGS if key in config}
     if not process.get("rescale_betas_zero_snr"):
         process.pop("rescale_betas_zero_snr", None)
-    elif "rescale_betas_zero_snr" not in inspect.signature(sampler.scheduler.__init__).parameters:
+    elif "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
         raise InputError(f"sampler {name} can't follow the zero-SNR process of this {theirs}; accepted: {OWN_SAMPLER}")
     try:
-        return sampler.scheduler.from_config(process, **_settings(sampler, latent))
+        return kind.from_config(process, **_settings(sampler, latent))
     except NotImplementedError:  # not every scheduler knows every beta_schedule
         betas = f"beta_schedule {config.get('beta_schedule')!r}"
         raise InputError(f"sampler {name} can't follow {betas} of this {theirs}; accepted: {OWN_SAMPLER}") from None
 
 
-def scheduler_settings(name: str, scheduler: SchedulerMixin, latent: bool = False) -> dict[str, Any]:
+def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:
     """The settings behind a sampler, as plain values: those of the table, or all of the pipeline's own scheduler.
 
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
@@ -144,11 +146,11 @@ def _settings(sampler: Sampler, latent: bool) -> dict[str, Any]:
     )
 
 
-def check_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+def check_steps(scheduler: "SchedulerMixin", num_inference_steps: int) -> None:
     """Raises InputError unless the scheduler can take that many steps. Sets its timesteps."""
     name = type(scheduler).__name__
-    lowest = HEUN_MIN_STEPS if isinstance(scheduler, HeunDiscreteScheduler) else 1
-    highest = None if isinstance(scheduler, EulerMaruyamaScheduler) else scheduler.config.get("num_train_timesteps")
+    lowest = HEUN_MIN_STEPS if name == SAMPLERS["heun"].scheduler else 1
+    highest = None if name == SAMPLERS["euler-maruyama"].scheduler else scheduler.config.get("num_train_timesteps")
     if highest is not None and highest < lowest:
         raise InputError(f"this {name} has num_train_timesteps {highest}; accepted: {lowest} or more")
     if num_inference_steps < lowest or (highest is not None and num_inference_steps > highest):

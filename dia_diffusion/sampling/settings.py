@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import ImagePipeline
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, check_steps
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Of the network while sampling, by name."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dia_diffusion.sampling.image_pipeline import ImagePipeline
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Of the network while sampling, by torch's names."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SamplingSettings:
     guidance_scale: float = 1.0
     """Of classifier-free guidance; 1 is none."""
 
-    def use(self, pipeline: ImagePipeline) -> "SamplingSettings":
+    def use(self, pipeline: "ImagePipeline") -> "SamplingSettings":
         """Gives the pipeline the sampler, and returns the settings as they apply to its model.
 
         Raises:
@@ -45,12 +45,14 @@ class SamplingSettings:
 
     def generate(
         self,
-        pipeline: ImagePipeline,
+        pipeline: "ImagePipeline",
         seeds: Sequence[int],
         batch_size: int,
         progress: Callable[[float], None] | None = None,
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Iterator[tuple[list[int], "Tensor"]]:
         """The images of seeds, as `generate` yields them, from a pipeline these settings are in use on."""
+        from dia_diffusion.sampling.generate import generate
+
         labels = None if self.classes is None else [self.classes[seed % len(self.classes)] for seed in seeds]
         return generate(
             pipeline,
@@ -74,7 +76,7 @@ class SamplingSettings:
             return None
         return num_classes * max(1, round(math.sqrt(len(seeds)) / num_classes))
 
-    def to_dict(self, pipeline: ImagePipeline) -> dict[str, Any]:
+    def to_dict(self, pipeline: "ImagePipeline") -> dict[str, Any]:
         """Plain values for JSON, the scheduler's own settings included."""
         return {**asdict(self), "classes": self.class_text(), "scheduler": pipeline.sampler_settings()}
 

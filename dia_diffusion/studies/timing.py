@@ -18,7 +18,6 @@ from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.image_pipeline import adapt_pipeline
-from dia_diffusion.sampling.settings import PRECISIONS
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.snapshot import build_model, build_pipeline
@@ -83,7 +82,7 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     """Of an image through the network, while sampling many at once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
-    pipeline.unet.to(PRECISIONS[precision])
+    pipeline.unet.to(getattr(torch, precision))
     adapted, count = adapt_pipeline(pipeline), IMAGES_AT_ONCE[device]
     adapted.use_sampler(sampler)
     labels = None if experiment.model.num_classes is None else 0

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.recipe_keys import differing_keys
 from dia_diffusion.training.ssia_config import SsiaConfig
+
+if TYPE_CHECKING:  # the keys are told without waiting for torch
+    from dia_diffusion.noise import NoiseProcess
 
 
 @dataclass
@@ -281,8 +283,10 @@ class Experiment:
         """What differs in the recipe of a run and may not; see `changed_keys`."""
         return changed_keys(old, self.to_dict())
 
-    def noise_process(self) -> NoiseProcess:
+    def noise_process(self) -> "NoiseProcess":
         """The noise process the recipe names."""
+        from dia_diffusion.noise import NoiseProcess
+
         return NoiseProcess(**asdict(self.noise))
 
 

@@ -11,8 +11,8 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import BACKBONES, AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import SCHEDULES, NoiseProcess
-from dia_diffusion.pipelines.folder import weights_hash
-from dia_diffusion.sampling.load import find_pipeline, load_pipeline
+from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
+from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import build_scheduler
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.ssia import without_heads

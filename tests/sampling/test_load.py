@@ -23,10 +23,10 @@ from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.pipelines.folder import find_pipeline, model_hash, weights_hash
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 from dia_diffusion.sampling.image_pipeline import adapt_pipeline
-from dia_diffusion.sampling.load import find_pipeline, load_pipeline
+from dia_diffusion.sampling.load import load_pipeline
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae, small_vqvae
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

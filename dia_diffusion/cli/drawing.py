@@ -1,0 +1,75 @@
+"""What `dia-diffusion sample` does once its options are read: each process draws its share of the images."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dia_diffusion.cli.console import Counter, SharedProgress, console
+from dia_diffusion.cli.sampling_options import load_for_sampling
+from dia_diffusion.distributed import on_main, start_accelerator
+from dia_diffusion.errors import InputError
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.sampling.seeds import my_share
+from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
+
+
+def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:
+    """Draws the images of seeds by the command's options and writes them where these say."""
+    accelerator = start_accelerator()
+    pipeline, settings = load_for_sampling(folder, options, accelerator.device)
+    as_npz = options.out is not None and options.out.suffix == ".npz"
+    if as_npz and options.out.exists():
+        raise InputError(f"--out {options.out} exists; choose another name, or remove it")
+    for path in (options.grid, options.out):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
+    pngs = None if options.out is None or as_npz else options.out
+    if pngs is not None:
+        model = {"weights": weights_hash(folder), "model": model_hash(folder)}
+        manifest = {**model, "precision": options.precision, **settings.to_dict(pipeline)}
+        on_main(accelerator, lambda: open_folder(pngs, manifest))
+
+    keep = as_npz or options.grid is not None
+    mine = list(my_share(seeds, accelerator.process_index, accelerator.num_processes))
+    if pngs is not None and not keep:
+        # Images that the folder holds already are those that would be drawn again.
+        mine = [seed for seed in mine if not png_path(pngs, seed).is_file()]
+    kept: list[Tensor] = []
+    with Counter("sampling", "images") as counter:
+        progress = SharedProgress(counter, len(mine) * accelerator.num_processes, accelerator)
+        for batch, images in settings.generate(pipeline, mine, options.batch_size, progress):
+            if pngs is not None:
+                for seed, image in zip(batch, images, strict=True):
+                    save_png(pngs, seed, image)
+            if keep:
+                kept.append(images)
+
+    if keep:
+        images = _gather(kept, len(seeds), pipeline.image_shape, accelerator)
+        if as_npz:
+            on_main(accelerator, lambda: save_npz(options.out, seeds, images))
+        if options.grid is not None:
+            on_main(accelerator, lambda: save_grid(images, options.grid, settings.grid_columns(seeds)))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for path in (options.grid, options.out):
+            if path is not None:
+                console.print(f"{len(seeds):,} images of {folder}: {path}")
+    accelerator.end_training()
+
+
+def _gather(kept: list[Tensor], count: int, shape: tuple[int, ...], accelerator: Accelerator) -> Tensor:
+    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that my_share dealt out."""
+    world = accelerator.num_processes
+    share = -(-count // world)
+    mine = torch.zeros(share, *shape, dtype=torch.uint8)
+    start = 0
+    for images in kept:
+        mine[start : start + len(images)] = images
+        start += len(images)
+    gathered = accelerator.gather(mine.to(accelerator.device)).cpu()  # (world * share, C, H, W), process by process
+    return gathered.unflatten(0, (world, share)).transpose(0, 1).flatten(0, 1)[:count]
