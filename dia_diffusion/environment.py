@@ -3,8 +3,6 @@
 import platform
 from importlib import metadata
 
-import torch
-
 from dia_diffusion import __version__
 
 RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "numpy")
@@ -28,6 +26,8 @@ def environment(processes: int = 1) -> dict[str, str]:
 
 def device_name() -> str:
     """This machine's GPU, or CPU and the threads that torch uses."""
+    import torch  # slow to import, and not needed for the versions
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"

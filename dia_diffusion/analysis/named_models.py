@@ -10,7 +10,8 @@ from torch import nn
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
-from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, BackboneConfig, build_classifier
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, build_classifier
 from dia_diffusion.models.uvit import UVIT_SIZES, UViT
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment, ModelConfig

@@ -13,8 +13,8 @@ from dia_diffusion.data import ImageSet
 from dia_diffusion.data.open_together import open_images_together
 from dia_diffusion.distributed import first_on_each_machine, together
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.metrics import Extras
 from dia_diffusion.evaluation.reference import Reference, choose, reference_statistics
 from dia_diffusion.evaluation.reference_features import reference_features
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, open_reference

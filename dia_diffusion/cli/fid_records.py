@@ -1,5 +1,6 @@
 """Where `fid` finds and keeps its records, and how it shows them."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -7,12 +8,11 @@ from rich.table import Table
 
 from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import discard_work, work_folder
-from dia_diffusion.evaluation.metrics import Extras
+from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
 from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
-from dia_diffusion.pipelines.folder import records_file, weights_hash
+from dia_diffusion.pipelines.folder import EVALUATIONS, records_file, weights_hash
 
 
 def check_record_file(file: Path) -> None:
@@ -21,6 +21,11 @@ def check_record_file(file: Path) -> None:
     accepted = "a file in a folder that can be written"
     if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
         raise InputError(f"--record {file} can't be written; accepted: {accepted}")
+
+
+def records_file_of(options: argparse.Namespace, folder: Path | None) -> Path:
+    """Where the records of a pipeline, or of images, are kept."""
+    return options.record or (Path(EVALUATIONS) if folder is None else records_file(folder))
 
 
 def known_record(
@@ -42,6 +47,8 @@ def known_record(
 
 def keep(record: EvaluationRecord, file: Path, extras: Extras) -> None:
     """Appends the record, and removes the work that led to it."""
+    from dia_diffusion.evaluation.evaluate import discard_work, work_folder
+
     append_record(file, record)
     discard_work(work_folder(file, record.protocol, record, extras))
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dia_diffusion.evaluation.extras import LEVEL, SEED
 from dia_diffusion.evaluation.frechet import Moments
 
-SEED = 0
-LEVEL = 0.95
 BLOCK = 8192  # rows multiplied at once in float64
 
 

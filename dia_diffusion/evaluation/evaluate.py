@@ -17,11 +17,12 @@ from accelerate import Accelerator
 from dia_diffusion.distributed import from_main
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.evaluation.bootstrap import bootstrap_interval
+from dia_diffusion.evaluation.extras import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.feature_file import FeatureFile
 from dia_diffusion.evaluation.feature_pass import SILENT, ImagesOf, Reporter, fill, open_on_main, widths_of
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import Moments, frechet_distance
-from dia_diffusion.evaluation.metrics import DISTANCE_ALONE, Extras, compute_metrics
+from dia_diffusion.evaluation.metrics import compute_metrics
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, make_record
 from dia_diffusion.evaluation.statistics import FeatureStatistics
 

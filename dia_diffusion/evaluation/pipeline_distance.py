@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dia_diffusion.evaluation.evaluate import evaluate
+from dia_diffusion.evaluation.extras import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.metrics import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol
 from dia_diffusion.evaluation.reference import Reference
 from dia_diffusion.pipelines.card import read_training

@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torchvision.models import VisionTransformer, resnet18, resnet34, resnet50
@@ -12,6 +10,7 @@ from dia_diffusion.attention.attach import attach
 from dia_diffusion.attention.places import Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
+from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.feature_resnet import FeatureResNet
 
 FEATURE_RESNET = "feature-resnet"
@@ -32,33 +31,6 @@ ACCEPTED = (
     "cifar-resnetDEPTH-basic (6 n + 2: 20, 56), cifar-wrnDEPTH-WIDEN (cifar-wrn52-4), "
     "cifar-resnextDEPTH-GROUPSxWIDTH (cifar-resnext101-8x32)"
 )
-
-
-@dataclass
-class BackboneConfig:
-    """A classifier's network and its attention unit."""
-
-    backbone: str = "cifar-resnet164"
-    """cifar-resnet83, cifar-resnet164, ..., cifar-resnet20-basic, cifar-wrn52-4, cifar-resnext101-8x32, or
-    torchvision's resnet18, resnet34, resnet50, vit_s_16, vit_b_16, or feature-resnet, of the features `cifar10`."""
-    sample_size: int = 32
-    """Height and width of the images."""
-    num_classes: int = 10
-    """Classes."""
-    norm: str = "batch"
-    """Of the cifar- networks: "batch", or "none" for no norms at all."""
-    residual: bool = True
-    """Of the cifar- networks: shortcuts around the blocks."""
-    dropout: float = 0.0
-    """Of cifar-wrn: between a block's convolutions."""
-    attention: str | None = "none"
-    """The unit at the end of the blocks' residual branches, one a stage: none, dia-lstm, dia-lstm-light, se, ..."""
-    attention_kwargs: dict[str, Any] | None = None
-    """Further arguments of the unit, such as {reduction: 16} or {sharing: individual}."""
-    attention_stages: list[int] | None = None
-    """The stages that carry the unit, counted from 0; null is all."""
-    attention_blocks: int | None = None
-    """The unit stands in so many first blocks of a stage; null is all."""
 
 
 def build_classifier(config: BackboneConfig, sync_batchnorm: bool = False) -> nn.Module:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, whole_folder, write_json
-from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import build_classifier
 
 WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE = "model.safetensors", "config.json", "training.json"
 

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.classifiers import BackboneConfig
+from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.training.recipe_keys import differing_keys
 from dia_diffusion.training.ssia_config import SsiaConfig
 

@@ -4,18 +4,18 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from accelerate import Accelerator
 
-from dia_diffusion.distributed import together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
+
+if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
+    from accelerate import Accelerator
 
 SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
 
@@ -101,11 +101,14 @@ def logged_step(path: Path) -> int:
     return 0
 
 
-def check_shared(folder: RunFolder, accelerator: Accelerator) -> None:
+def check_shared(folder: RunFolder, accelerator: "Accelerator") -> None:
     """Refuses processes that see another folder than the main one, which would train something else.
 
     Called while the main process holds the lock. Raises InputError on all processes.
     """
+    import torch
+
+    from dia_diffusion.distributed import together
 
     def fingerprint() -> int:
         return int.from_bytes(hashlib.sha256(folder.lock_text().encode()).digest()[:8], "big", signed=True)

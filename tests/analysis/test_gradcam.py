@@ -10,7 +10,8 @@ from PIL import Image
 
 from dia_diffusion.analysis.gradcam import HeatMaps, heat_maps, last_block, token_grid
 from dia_diffusion.cli.main import main
-from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import build_classifier
 from dia_diffusion.models.saved_classifier import SavedClassifier, load_classifier, save_classifier
 
 pytest.importorskip("pytorch_grad_cam")

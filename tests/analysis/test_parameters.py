@@ -9,7 +9,8 @@ from dia_diffusion.analysis.parameters import Stage, added_parameters, count_par
 from dia_diffusion.cli.main import main
 from dia_diffusion.cli.params import paper_count
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import build_classifier
 
 RESNET164 = [Stage(64, 18), Stage(128, 18), Stage(256, 18)]
 RESNET83 = [Stage(64, 9), Stage(128, 9), Stage(256, 9)]

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.classifiers import BackboneConfig, build_classifier
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import build_classifier
 
 
 def count(backbone: str, **options: object) -> int:

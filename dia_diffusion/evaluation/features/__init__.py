@@ -7,6 +7,7 @@ import torch
 from torch_fidelity import register_feature_extractor
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
 from dia_diffusion.evaluation.features.cifar10 import Cifar10Extractor
 from dia_diffusion.evaluation.features.classifier import ClassifierExtractor
 from dia_diffusion.evaluation.features.custom import build_custom
@@ -15,11 +16,9 @@ from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.features.inception import build_inception
 from dia_diffusion.files import sha256_of_file
 
-__all__ = ["ACCEPTED", "FEATURES", "FeatureExtractor", "build_features"]
+__all__ = ["FEATURES", "FeatureExtractor", "build_features"]
 
-FEATURES: dict[str, type[ClassifierExtractor]] = {"digits": DigitsExtractor, "cifar10": Cifar10Extractor}
-"""This project's own, their weights packaged."""
-ACCEPTED = f"{', '.join(FEATURES)}, inception, or MODULE:CLASS, a torch-fidelity extractor of your own"
+FEATURES: dict[str, type[ClassifierExtractor]] = dict(zip(PACKAGED, (DigitsExtractor, Cifar10Extractor), strict=True))
 
 for _name, _extractor in FEATURES.items():
     register_feature_extractor(_name, _extractor)

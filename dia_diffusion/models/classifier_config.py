@@ -1,0 +1,31 @@
+"""What a classifier is built from, by name; `dia_diffusion.models.classifiers` builds it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class BackboneConfig:
+    """A classifier's network and its attention unit."""
+
+    backbone: str = "cifar-resnet164"
+    """cifar-resnet83, cifar-resnet164, ..., cifar-resnet20-basic, cifar-wrn52-4, cifar-resnext101-8x32, or
+    torchvision's resnet18, resnet34, resnet50, vit_s_16, vit_b_16, or feature-resnet, of the features `cifar10`."""
+    sample_size: int = 32
+    """Height and width of the images."""
+    num_classes: int = 10
+    """Classes."""
+    norm: str = "batch"
+    """Of the cifar- networks: "batch", or "none" for no norms at all."""
+    residual: bool = True
+    """Of the cifar- networks: shortcuts around the blocks."""
+    dropout: float = 0.0
+    """Of cifar-wrn: between a block's convolutions."""
+    attention: str | None = "none"
+    """The unit at the end of the blocks' residual branches, one a stage: none, dia-lstm, dia-lstm-light, se, ..."""
+    attention_kwargs: dict[str, Any] | None = None
+    """Further arguments of the unit, such as {reduction: 16} or {sharing: individual}."""
+    attention_stages: list[int] | None = None
+    """The stages that carry the unit, counted from 0; null is all."""
+    attention_blocks: int | None = None
+    """The unit stands in so many first blocks of a stage; null is all."""
