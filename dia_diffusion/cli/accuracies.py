@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.files import refuse_existing, write_json, write_text
-from dia_diffusion.studies.accuracies import Row, compare, read_result
-from dia_diffusion.studies.accuracy_figure import draw_accuracies
+
+if TYPE_CHECKING:
+    from dia_diffusion.studies.accuracies import Row
 
 COLUMNS = [
     "setting",
@@ -36,6 +39,9 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.out is not None:
         refuse_existing(options.out)
+    with imports():
+        from dia_diffusion.studies.accuracies import compare, read_result
+        from dia_diffusion.studies.accuracy_figure import draw_accuracies
 
     rows = compare([read_result(run) for run in options.runs], options.baseline)
     cells = [COLUMNS, *map(_cells, rows)]
@@ -55,7 +61,7 @@ def run(arguments: Sequence[str]) -> None:
     console.print(f"{options.out}: accuracies.md, accuracies.json, accuracies.png")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: "Row") -> list[str]:
     return [
         row.setting,
         row.unit,

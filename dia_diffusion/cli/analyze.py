@@ -1,27 +1,33 @@
 """`dia-diffusion analyze`: what the attention unit of trained runs does, as figures and the numbers they show."""
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
+from functools import partial
 
-from dia_diffusion.cli.analyses.gradients import gradient_noise, gradients
-from dia_diffusion.cli.analyses.losses import ablations, linearity
-from dia_diffusion.cli.analyses.maps import maps
-from dia_diffusion.cli.analyses.relations import correlation, importance
-from dia_diffusion.cli.analyses.trials import placement, stability
 from dia_diffusion.cli.arguments import run_part
+from dia_diffusion.cli.imports import imports
 
-ANALYSES: dict[str, Callable[[Sequence[str]], None]] = {
-    "maps": maps,
-    "correlation": correlation,
-    "importance": importance,
-    "gradients": gradients,
-    "ablations": ablations,
-    "linearity": linearity,
-    "gradient-noise": gradient_noise,
-    "stability": stability,
-    "placement": placement,
+# name -> its module in dia_diffusion.cli.analyses, which has a function of that name; all of them need torch
+ANALYSES = {
+    "maps": "maps",
+    "correlation": "relations",
+    "importance": "relations",
+    "gradients": "gradients",
+    "ablations": "losses",
+    "linearity": "losses",
+    "gradient-noise": "gradients",
+    "stability": "trials",
+    "placement": "trials",
 }
 
 
 def run(arguments: Sequence[str]) -> None:
     """Does the analysis that the first argument names with the others."""
-    run_part("analyze", "Measures what the attention unit of trained runs does.", "analysis", ANALYSES, arguments)
+    parts = {name: partial(_analyze, name) for name in ANALYSES}
+    run_part("analyze", "Measures what the attention unit of trained runs does.", "analysis", parts, arguments)
+
+
+def _analyze(name: str, arguments: Sequence[str]) -> None:
+    with imports():
+        module = importlib.import_module(f"dia_diffusion.cli.analyses.{ANALYSES[name]}")
+    getattr(module, name.replace("-", "_"))(arguments)

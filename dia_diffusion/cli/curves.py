@@ -6,14 +6,16 @@ from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.study import STUDY_OPTIONS, add_study_options, run_study_command
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.curves import draw_curves
 from dia_diffusion.evaluation.floor import recorded_floor
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.files import write_json
 from dia_diffusion.studies.study import STUDY_FILE, study_names
 from dia_diffusion.training.run_folder import RunFolder
+
+STUDY_OPTIONS = ("output", "data", "reference", "final_protocol", "jobs", "plan", "only_plot")
+"""What `add_study_options` adds, by the names that they have once parsed."""
 
 RUN_OPTIONS = ("out", "floor", "title")
 """What says something of run folders only."""
@@ -49,9 +51,24 @@ def run(arguments: Sequence[str]) -> None:
             which = "a study" if study else "run folders"
             raise InputError(f"{said} says nothing of {which}; leave it out")
     if study:
+        with imports():
+            from dia_diffusion.cli.study import run_study_command
         run_study_command(options)
     else:
         _draw_runs(options)
+
+
+def add_study_options(parser: CommandParser) -> None:
+    """--output, --data, --reference, --final-protocol, --jobs, --plan, --only-plot."""
+    group = parser.add_argument_group("options of a study")
+    group.add_argument("--output", help="the study's folder; if none, the one that the study names")
+    group.add_argument("--data", metavar="SOURCE", help="the images to train on; if none, the recipe's data.source")
+    group.add_argument("--reference", metavar="DATA", help="the images to measure against; if none, those trained on")
+    group.add_argument("--final-protocol", metavar="NAME", help="of the last checkpoints; none for none")
+    group.add_argument("--jobs", type=int, default=1, help="runs side by side, the cores divided, or a GPU each")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="only say what is missing, and what it would take")
+    what.add_argument("--only-plot", action="store_true", help="only draw what there is")
 
 
 def names_study(name: str) -> bool:
@@ -64,6 +81,8 @@ def names_study(name: str) -> bool:
 def _draw_runs(options: argparse.Namespace) -> None:
     runs = [(label(run), records(run, options.protocol)) for run in options.subjects]
     floor = None if options.floor is None else floor_of(options.floor, runs[0][1][0])
+    with imports():
+        from dia_diffusion.evaluation.curves import draw_curves
     points = draw_curves(runs, options.out, floor=floor, title=options.title)
     numbers = options.out.with_suffix(".json")
     write_json(numbers, points)

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
 from rich.table import Table
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, open_images
 from dia_diffusion.data.sources import ACCEPTED
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.distortions import cases, draw_spoilt
 from dia_diffusion.evaluation.record import distance_name
-from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.files import write_json
 from dia_diffusion.sampling.seeds import parse_seeds
 
@@ -37,6 +35,11 @@ def run(arguments: Sequence[str]) -> None:
     seeds = parse_seeds(options.seeds)
     if options.out is not None and options.out.suffix != ".json":
         raise InputError(f"--out is {options.out}; accepted: a file ending in .json, a PNG goes beside it")
+    with imports():
+        import torch
+
+        from dia_diffusion.evaluation.distortions import cases, draw_spoilt
+        from dia_diffusion.evaluation.reference import reference_statistics
 
     extractor = load_features(options, options.images, "cuda" if torch.cuda.is_available() else "cpu")
     tell_unreleased(options, extractor)

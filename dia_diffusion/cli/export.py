@@ -5,8 +5,7 @@ from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.pipelines.contents import shared_files
-from dia_diffusion.pipelines.export import export_pipeline
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.pipelines.folder import find_pipeline
 
 
@@ -21,6 +20,9 @@ def run(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(arguments)
     source = find_pipeline(options.source, options.step)
+    with imports():
+        from dia_diffusion.pipelines.contents import shared_files
+        from dia_diffusion.pipelines.export import export_pipeline
     left_out = export_pipeline(source, options.out, options.with_code)
     tell_left_out(left_out)
     files, _ = shared_files(options.out)

@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, ImageSet, open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.curves import check_format
 from dia_diffusion.files import refuse_existing
-from dia_diffusion.models.saved_classifier import SavedClassifier, load_classifier
+
+if TYPE_CHECKING:
+    from dia_diffusion.models.saved_classifier import SavedClassifier
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -38,8 +39,14 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.count < 1 or options.seed < 0:
         raise InputError(f"--count is {options.count}, --seed {options.seed}; accepted: 1 or more, 0 or more")
-    check_format(options.out)
     refuse_existing(options.out)
+    with imports():
+        import torch
+
+        from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
+        from dia_diffusion.evaluation.curves import check_format
+        from dia_diffusion.models.saved_classifier import load_classifier
+    check_format(options.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {Path(place).resolve().name: load_classifier(place, device) for place in options.classifiers}
     if len(found) < len(options.classifiers):
@@ -75,7 +82,7 @@ def run(arguments: Sequence[str]) -> None:
     console.print(f"{options.out}, images {', '.join(map(str, chosen))} of {source.name}")
 
 
-def _known_class(label: int, images: ImageSet, classifier: SavedClassifier) -> int:
+def _known_class(label: int, images: ImageSet, classifier: "SavedClassifier") -> int:
     """The classifier's number of the images' class, by its name where both have names."""
     if images.class_names is None or classifier.class_names is None:
         return label

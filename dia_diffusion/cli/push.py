@@ -2,15 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-
-from huggingface_hub.utils import disable_progress_bars
+from typing import TYPE_CHECKING
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.cli.export import tell_left_out
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
 from dia_diffusion.pipelines.folder import find_pipeline
-from dia_diffusion.pipelines.hub import Shipment, find_token, prepare, send
+
+if TYPE_CHECKING:
+    from dia_diffusion.pipelines.hub import Shipment
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -23,7 +25,12 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="made where there is none; the main one if not given")
     parser.add_argument("--yes", action="store_true", help="don't ask")
     options = parser.parse_args(arguments)
-    shipment = prepare(find_pipeline(options.source, options.step), options.repo_id)
+    folder = find_pipeline(options.source, options.step)
+    with imports():
+        from huggingface_hub.utils import disable_progress_bars
+
+        from dia_diffusion.pipelines.hub import find_token, prepare, send
+    shipment = prepare(folder, options.repo_id)
     token = find_token()
     if not options.yes and not sys.stdin.isatty():
         raise InputError("there is no terminal to ask at; --yes sends without asking")
@@ -36,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     console.print(f"sent: {send(shipment, token, options.private, options.revision)}")
 
 
-def _show(shipment: Shipment, private: bool, revision: str | None) -> None:
+def _show(shipment: "Shipment", private: bool, revision: str | None) -> None:
     notes = ("" if revision is None else f", branch {revision}") + (" (private)" if private else "")
     console.print(f"{shipment.folder} to {shipment.endpoint}/{shipment.repo_id}{notes}")
     total = sum(shipment.sizes.values())

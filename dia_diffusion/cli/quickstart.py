@@ -13,14 +13,10 @@ from rich.table import Table
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import records
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import open_images
-from dia_diffusion.evaluation.curves import draw_curves
-from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import EvaluationRecord, count_records
-from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER
-from dia_diffusion.studies.children import Job, run_jobs
-from dia_diffusion.studies.grids import draw_grids
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder, logged_step
 
@@ -61,6 +57,11 @@ def run(arguments: Sequence[str]) -> None:
     checkpoints = {unit: len(list(RunFolder(path).pipelines.iterdir())) for unit, path in runs.items()}
     _side_by_side("measuring", "checkpoints", measure, runs, _measured, checkpoints)
 
+    with imports():
+        from dia_diffusion.evaluation.curves import draw_curves
+        from dia_diffusion.evaluation.features import build_features
+        from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
+        from dia_diffusion.studies.grids import draw_grids
     extractor = build_features("digits")
     reference = reference_statistics(held_out, extractor)
     training_images = open_images("digits", size=8, channels=1, split="train")
@@ -91,6 +92,8 @@ def _side_by_side(
     totals: dict[str, int],
 ) -> None:
     """Runs one command a twin at the same time, with a bar over their progress."""
+    with imports():
+        from dia_diffusion.studies.children import Job, run_jobs
     total = sum(totals.values())
 
     def done() -> int:

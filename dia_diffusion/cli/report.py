@@ -5,9 +5,8 @@ from pathlib import Path
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
-from dia_diffusion.report.page import write_page
-from dia_diffusion.report.subject import page_of
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -18,6 +17,9 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.out is not None and (options.out.suffix != ".html" or options.out.is_dir()):
         raise InputError(f"--out {options.out} is no name of a page; accepted: a file ending in .html")
+    with imports():
+        from dia_diffusion.report.page import write_page
+        from dia_diffusion.report.subject import page_of
     page, folder = page_of(options.subject)
     out = options.out or folder / "report.html"
     write_page(page, out)

@@ -4,25 +4,21 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from dia_diffusion.cli.arguments import CommandParser, run_part
 from dia_diffusion.cli.console import ConsoleReporter, Counter, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, open_images
 from dia_diffusion.data.sources import ACCEPTED
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.record import distance_name
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.statistics_files import (
-    StatisticsFile,
-    read_statistics,
-    refuse_incomparable,
-    write_statistics,
-)
+
+if TYPE_CHECKING:
+    from dia_diffusion.evaluation.statistics_files import StatisticsFile
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -43,6 +39,11 @@ def _make(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, help="choose the N at random by this seed instead")
     options = parser.parse_args(arguments)
     _check_make(options)
+    with imports():
+        import torch
+
+        from dia_diffusion.evaluation.reference import reference_statistics
+        from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
     extractor = load_features(options, options.source, "cuda" if torch.cuda.is_available() else "cpu")
     tell_unreleased(options, extractor)
     reporter = ConsoleReporter()
@@ -77,7 +78,10 @@ def _check_make(options: argparse.Namespace) -> None:
 def _show(arguments: Sequence[str]) -> None:
     parser = CommandParser("stats show", "Shows what a file of statistics was made of, and its size.")
     parser.add_argument("file", metavar="FILE", type=Path, help="a file of `stats make`, or an npz of another program")
-    _print(read_statistics(parser.parse_args(arguments).file))
+    options = parser.parse_args(arguments)
+    with imports():
+        from dia_diffusion.evaluation.statistics_files import read_statistics
+    _print(read_statistics(options.file))
 
 
 def _compare(arguments: Sequence[str]) -> None:
@@ -85,6 +89,9 @@ def _compare(arguments: Sequence[str]) -> None:
     parser.add_argument("a", metavar="A", type=Path, help="a file of `stats make`, or an npz of another program")
     parser.add_argument("b", metavar="B", type=Path, help="another one in the same features")
     options = parser.parse_args(arguments)
+    with imports():
+        from dia_diffusion.evaluation.frechet import frechet_distance
+        from dia_diffusion.evaluation.statistics_files import read_statistics, refuse_incomparable
     a, b = read_statistics(options.a), read_statistics(options.b)
     refuse_incomparable(a, b)
     unsaid = [file for file in (a, b) if file.features is None]
@@ -96,7 +103,7 @@ def _compare(arguments: Sequence[str]) -> None:
         console.print("An npz doesn't name its features: that they are the same is only known from their number.")
 
 
-def _told(file: StatisticsFile) -> str:
+def _told(file: "StatisticsFile") -> str:
     if file.provenance is None:
         return f"{file.statistics.mean.size} features, provenance unknown"
     known = file.provenance
@@ -105,7 +112,7 @@ def _told(file: StatisticsFile) -> str:
     return f"{file.statistics.count:,} images of {known['source']}{part}, {size}"
 
 
-def _print(file: StatisticsFile) -> None:
+def _print(file: "StatisticsFile") -> None:
     """Name and value, one a line."""
     rows = {"file": str(file.path)}
     for name, value in (file.provenance or {"provenance": "unknown, an npz says nothing of it"}).items():

@@ -5,7 +5,6 @@ import os
 
 from rich.table import Table
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study_tables import print_results
 from dia_diffusion.errors import InputError
@@ -19,24 +18,8 @@ from dia_diffusion.studies.runner import Progress, run_study
 from dia_diffusion.studies.study import Study, read_study
 from dia_diffusion.studies.table import told_time
 
-STUDY_OPTIONS = ("output", "data", "reference", "final_protocol", "jobs", "plan", "only_plot")
-"""What `add_study_options` adds, by the names that they have once parsed."""
-
 BUSY = 0.8
 """Share of a core below which times say more of other work than of this."""
-
-
-def add_study_options(parser: CommandParser) -> None:
-    """--output, --data, --reference, --final-protocol, --jobs, --plan, --only-plot."""
-    group = parser.add_argument_group("options of a study")
-    group.add_argument("--output", help="the study's folder; if none, the one that the study names")
-    group.add_argument("--data", metavar="SOURCE", help="the images to train on; if none, the recipe's data.source")
-    group.add_argument("--reference", metavar="DATA", help="the images to measure against; if none, those trained on")
-    group.add_argument("--final-protocol", metavar="NAME", help="of the last checkpoints; none for none")
-    group.add_argument("--jobs", type=int, default=1, help="runs side by side, the cores divided, or a GPU each")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--plan", action="store_true", help="only say what is missing, and what it would take")
-    what.add_argument("--only-plot", action="store_true", help="only draw what there is")
 
 
 def run_study_command(options: argparse.Namespace) -> None:

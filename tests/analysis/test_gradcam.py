@@ -97,7 +97,7 @@ def test_classes_are_known_by_their_names(tmp_path: Path, capsys: pytest.Capture
         return heat_maps(name, classifier, images, classes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dia_diffusion.cli.gradcam.heat_maps", keep)
+        patch.setattr("dia_diffusion.analysis.gradcam.heat_maps", keep)
         assert main(["gradcam", place, "--images", str(tmp_path / "some"), "--out", str(tmp_path / "a.png")]) == 0
     assert asked == [3, 7]
     assert main(["gradcam", place, "--images", str(tmp_path / "other"), "--out", str(tmp_path / "b.png")]) == 2
