@@ -1,5 +1,6 @@
 """What a command works with is imported once its arguments are known to be right, and as fast as it can be."""
 
+import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ def imports() -> Iterator[None]:
     """Around the imports of what needs torch or diffusers.
 
     Their 700,000 objects stay for good. Looking among them for garbage again and again takes a sixth of the time of
-    importing them, so that isn't done meanwhile, and afterwards they are left out of it.
+    importing them, so that isn't done meanwhile, and afterwards they are left out of it. When the process ends, Python
+    would look again, for most of a second, at what ends with it anyway.
     """
     first = "torch" not in sys.modules
     if first:
         gc.disable()
+        atexit.register(gc.freeze)
     try:
         yield
         if "diffusers" in sys.modules:
