@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import yaml
 from rich.table import Table
 
-from dia_diffusion.analysis.named_models import model_named, paper_backbone
 from dia_diffusion.analysis.paper_parameters import PAPER_TABLES, Cell
-from dia_diffusion.analysis.parameters import added_parameters, count_parameters, stages_of, unit_parameters
-from dia_diffusion.attention import UNITS
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
 
 MILLION = 1_000_000
@@ -30,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
         metavar="NAME",
         help="UViT sizes (S/2), classifiers (cifar-resnet164, cifar-wrn52-4, resnet50, vit_s_16), recipes",
     )
-    parser.add_argument("--unit", nargs="+", default=[*UNITS], metavar="NAME", help="attention units")
+    parser.add_argument("--unit", nargs="+", metavar="NAME", help="attention units; all if none")
     parser.add_argument(
         "--kwargs", default="{}", metavar="YAML", help="further arguments of the units: '{reduction: 8}'"
     )
@@ -57,8 +55,12 @@ def _kwargs(text: str) -> dict[str, object]:
     return parsed
 
 
-def print_added(models: Sequence[str], units: Sequence[str], options: dict[str, object]) -> None:
-    """A row for each model and unit."""
+def print_added(models: Sequence[str], units: Sequence[str] | None, options: dict[str, object]) -> None:
+    """A row for each model and unit; None is all units."""
+    with imports():
+        from dia_diffusion.analysis.named_models import model_named
+        from dia_diffusion.analysis.parameters import added_parameters, count_parameters, stages_of
+        from dia_diffusion.attention import UNITS
     table = Table(box=None, pad_edge=False)
     for name in ("model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves"):
         table.add_column(name, justify="left" if name in ("model", "stages", "unit") else "right")
@@ -66,7 +68,7 @@ def print_added(models: Sequence[str], units: Sequence[str], options: dict[str, 
         model = model_named(name)
         stages = stages_of(model)
         told = [name, " ".join(f"{s.blocks}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
-        for unit in units:
+        for unit in UNITS if units is None else units:
             added = added_parameters(stages, unit, **options)
             table.add_row(
                 *told,
@@ -114,6 +116,9 @@ def _told(key: str, value: object) -> str:
 
 def paper_count(cell: Cell) -> int:
     """The parameters of a cell's network."""
+    with imports():
+        from dia_diffusion.analysis.named_models import paper_backbone
+        from dia_diffusion.analysis.parameters import count_parameters, stages_of, unit_parameters
     backbone = paper_backbone(cell.backbone)
     stages = stages_of(backbone)
     carrying = [stages[index] for index in cell.stages]

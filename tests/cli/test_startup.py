@@ -40,7 +40,7 @@ def imported_by(*arguments: object) -> tuple[int, set[str]]:
     return code, set(modules)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"params"}))  # params tells all units, which are torch's
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_help_imports_nothing_slow(name: str) -> None:
     code, modules = imported_by(name, "--help")
     assert code == 0 and not modules & SLOW
