@@ -46,8 +46,9 @@ class ClassifyTrainConfig:
     """Micro-batches a process adds up for one optimizer step; BatchNorm sees each alone."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "bf16"
     """Autocast precision; weights, norms' statistics, attention state and loss stay float32."""
-    compile: Literal["auto"] | bool = "auto"
-    """torch.compile; "auto" is on where there is a CUDA GPU."""
+    compile: Literal["auto", "cuda-graphs"] | bool = "auto"
+    """torch.compile; "auto" is on where there is a CUDA GPU;
+    "cuda-graphs" also launches few graphs in place of many kernels, which is for small batches."""
     channels_last: bool = True
     """Maps in memory as (B, H, W, C), which convolutions are fastest in."""
     sync_batchnorm: bool = False

@@ -123,8 +123,9 @@ class TrainConfig:
     """Micro-batches a process adds up for one optimizer step."""
     mixed_precision: Literal["none", "bf16", "fp16"] = "bf16"
     """Autocast precision; weights, norms, attention state and loss stay float32."""
-    compile: Literal["auto"] | bool = "auto"
-    """torch.compile; "auto" is on where there is a CUDA GPU."""
+    compile: Literal["auto", "cuda-graphs"] | bool = "auto"
+    """torch.compile; "auto" is on where there is a CUDA GPU, and on a CPU for UViTs of 5,000 steps or more;
+    "cuda-graphs" also launches few graphs in place of many kernels, which is for small batches."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     clip_grad_norm: float | None = None

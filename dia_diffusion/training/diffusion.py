@@ -20,12 +20,16 @@ from dia_diffusion.training.snapshot import build_model, build_pipeline, check_s
 from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Moment, Task
 
+# Of U-ViTs from 2 to 44 million parameters, compiling pays for itself after 600 to 4,000 steps (docs/results/speed.md).
+UVIT_PAYS_AFTER = 5000
+
 
 class DiffusionTask(Task):
     """A recipe's noise process, loss, sample grids and pipeline folders."""
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
+        self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.ema = experiment.ema
         self.process = experiment.noise_process()
         self.images: ImageSet

@@ -38,13 +38,18 @@ def training_batch(
     images: ImageSet, experiment: Experiment, draws: StepDraws, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) where the model has classes."""
-    pixels = torch.from_numpy(images.images[draws.indices]).to(device)  # (B, C, H, W) uint8
+    pixels = sent(torch.from_numpy(images.images[draws.indices]), device)  # (B, C, H, W) uint8
     batch = pixels.to(dtype) / 127.5 - 1
     if experiment.data.random_flip:
-        batch = torch.where(draws.flips.to(device)[:, None, None, None], batch.flip(-1), batch)
+        batch = torch.where(sent(draws.flips, device)[:, None, None, None], batch.flip(-1), batch)
     num_classes = experiment.model.num_classes
     if images.labels is None or num_classes is None:
         return batch, None
     dropped = draws.drop_label < experiment.data.label_dropout
     labels = torch.from_numpy(images.labels[draws.indices]).masked_fill(dropped, num_classes)
-    return batch, labels.to(device)
+    return batch, sent(labels, device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; a GPU fetches it when it gets there, without this process waiting."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

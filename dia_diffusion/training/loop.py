@@ -31,6 +31,7 @@ from dia_diffusion.training.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from dia_diffusion.training.compilation import compiled
 from dia_diffusion.training.config import EmaConfig, Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.finite import FiniteWatch
@@ -98,9 +99,9 @@ class Trainer:
         """Network, optimizer and average, as the checkpoint left them."""
         config = self.config
         self.step = 0 if checkpoint is None else checkpoint.state["step"]
-        compiled = config.compile is True or (config.compile == "auto" and self.accelerator.device.type == "cuda")
         optimizer = self.task.build_optimizer(self.groups)
-        network = torch.compile(self.model) if compiled else self.model
+        pays_after, device = self.task.compiling_pays_after, self.accelerator.device
+        network = compiled(self.model, config.compile, config.max_steps, pays_after, device)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network.train()
         self.finite = FiniteWatch(self.accelerator)

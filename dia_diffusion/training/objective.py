@@ -10,6 +10,7 @@ from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.config import OptimizerConfig
+from dia_diffusion.training.images import sent
 from dia_diffusion.training.randomness import StepDraws
 
 
@@ -25,8 +26,8 @@ def image_losses(
 ) -> Tensor:
     """Each image's part (B,) of the diffusion loss."""
     timestep = process.timestep(draws.uniform)  # (B,)
-    noisy, target = process.mix(images, draws.noise.to(images), timestep)
-    (prediction,) = model(noisy, timestep.to(images.device), labels, return_dict=False)
+    noisy, target = process.mix(images, sent(draws.noise, images.device).to(images), timestep)
+    (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False)
     error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
     return error * process.loss_weight(timestep).to(error)
 
