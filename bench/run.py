@@ -1,0 +1,112 @@
+"""`python bench/run.py`: speed side by side with peers, in one interleaved run; a table, JSON and a figure."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import Found, console, save, show
+
+from dia_diffusion.environment import environment
+from dia_diffusion.errors import InputError
+
+SUITES = ("train", "sample", "fid", "scale", "overhead")
+
+
+def main() -> int:
+    """Runs the suites that are asked for. Exit codes: 0, and 2 for what can't be run."""
+    options = _parser().parse_args()
+    try:
+        device = _device(options.device)
+        for suite in [options.suite] if options.suite else SUITES:
+            tables = _measure(suite, options, device)
+            for found in tables:
+                show(found)
+            about = {"suite": suite, **_about(options, device)}
+            path = options.out / f"{suite}-{device.type}"
+            save(tables, about, path)
+            console.print(f"{path}.json")
+    except InputError as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("bench/run.py", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, help="all of them if none")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU where there is one, if none")
+    parser.add_argument("--uvit-repo", type=Path, metavar="PATH", help="a checkout of github.com/baofff/U-ViT")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a step")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    parser.add_argument("--sampler-steps", type=int, default=5, help="of the suite sample")
+    parser.add_argument("--images", type=int, default=256, help="of the suite fid")
+    parser.add_argument("--precision", choices=("bf16", "none"), default="bf16", help="of autocast")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes of the steps")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/speed"), help="folder of the JSON and figures")
+    return parser
+
+
+def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> list[Found]:
+    """Each suite is imported where it is run: some need what others don't."""
+    told: Callable[[str], None] = lambda text: console.print(f"  {text}", style="dim")  # noqa: E731
+    batch, rounds, precision = options.batch_size, options.rounds, options.precision
+    if suite == "train":
+        import train
+
+        return train.measure(batch, rounds, precision, device, options.uvit_repo, not options.no_compile, told)
+    if suite == "sample":
+        import sample
+
+        return sample.measure(batch, rounds, options.sampler_steps, precision, device, options.uvit_repo, told)
+    if suite == "fid":
+        import fid
+
+        return fid.measure(options.images, rounds, device, told)
+    if suite == "scale":
+        import scale
+
+        return scale.measure(rounds, precision, told)
+    import overhead
+
+    return overhead.measure(batch, rounds, precision, device, told)
+
+
+def _device(name: str | None) -> torch.device:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise InputError("--device cuda: there is no CUDA GPU here; accepted: cpu")
+    if name == "cpu" and there:
+        raise InputError("--device cpu: there is a CUDA GPU, which would be used; hide it with CUDA_VISIBLE_DEVICES=")
+    return torch.device("cuda" if there else "cpu")
+
+
+def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    about: dict[str, Any] = {"environment": environment(), "processor": _processor()}
+    about |= {"options": {name: str(value) for name, value in vars(options).items()}}
+    if device.type == "cuda":
+        about["gpu"] = {
+            "name": torch.cuda.get_device_name(),
+            "clock_MHz": torch.cuda.clock_rate(),
+            "cuda": torch.version.cuda,
+        }
+    return about
+
+
+def _processor() -> str:
+    """The model and what it has for bf16, as Linux tells them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {key.strip(): value.strip() for key, value in told.items()}
+    bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in found.get("flags", "").split()]
+    return f"{found.get('model name', 'unknown')}, {', '.join(bf16) or 'no bf16 products'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

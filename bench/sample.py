@@ -1,0 +1,125 @@
+"""Sampling side by side: ours and the official U-ViT's Euler-Maruyama; and how much of our loop is the network's."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from interleave import Contender, interleave
+from official import Official
+from results import Found, rows_of
+from steps import OFFICIAL, OURS
+
+from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sampling.generate import generate
+from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
+from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+
+ATTENTIONS = {OURS: None, f"{OURS}, DIA-LSTM": "dia-lstm", f"{OURS}, Light": "dia-lstm-light"}
+DTYPES = {"bf16": torch.bfloat16, "none": torch.float32}
+START_STEPS = 1
+
+
+def measure(
+    batch_size: int,
+    rounds: int,
+    steps: int,
+    precision: str,
+    device: torch.device,
+    checkout: Path | None,
+    told: Callable[[str], None],
+) -> list[Found]:
+    """Tables of seconds a batch, of the network's share of every sampler's loop, and of the command's start."""
+    seeds = list(range(batch_size))
+    contenders = []
+    for name, attention in ATTENTIONS.items():
+        drawn = partial(_draw, pipeline_of(attention, precision, device), seeds, steps)
+        contenders.append(Contender(name, drawn, batch_size))
+    if checkout is not None:
+        theirs = Official(checkout).sampler(None, precision, device)
+        noise = torch.randn(batch_size, 3, 32, 32, device=device)
+        contenders.append(Contender(OFFICIAL, partial(theirs, noise, steps), batch_size))
+    timings = interleave(contenders, rounds, device, told)
+    title = f"Sampling, U-ViT-S/2, Euler-Maruyama of {steps} steps, batch {batch_size}, {precision}"
+    return [
+        Found(title, rows_of(timings, timings[0]), timings),
+        Found(
+            "The network's share of the sampling loop, U-ViT-S/2", _shares(batch_size, steps, precision, device, told)
+        ),
+        Found("`dia-diffusion sample` of 4 images, 1 step, tiny network: the whole process", _start(rounds, told)),
+    ]
+
+
+def pipeline_of(attention: str | None, precision: str, device: torch.device) -> ImagePipeline:
+    """U-ViT-S/2 with first weights, sampling by Euler-Maruyama."""
+    network = UViT(attention=attention).to(device, DTYPES[precision])
+    return adapt_pipeline(UViTPipeline(network.eval(), _scheduler()))
+
+
+def _scheduler() -> EulerMaruyamaScheduler:
+    return EulerMaruyamaScheduler.from_config(NoiseProcess().scheduler_config())
+
+
+def _draw(pipeline: ImagePipeline, seeds: list[int], steps: int) -> None:
+    for _ in generate(pipeline, seeds, batch_size=len(seeds), num_inference_steps=steps):
+        pass
+
+
+def _shares(
+    batch_size: int, steps: int, precision: str, device: torch.device, told: Callable[[str], None]
+) -> list[dict]:
+    """Of each sampler. On a GPU the network's calls are not waited for, and its share is not measured this way."""
+    if device.type != "cpu":
+        return [{"what": "not measured on a GPU", "% in the network": "-"}]
+    pipeline, rows = pipeline_of("dia-lstm", precision, device), []
+    clock = _Clock(pipeline.runner.unet)  # type: ignore[attr-defined]
+    for name in SAMPLERS:
+        told(f"share of the loop: {name}")
+        pipeline.runner.scheduler = build_scheduler(name, pipeline.own_scheduler)  # type: ignore[attr-defined]
+        clock.seconds = 0.0
+        started = time.perf_counter()
+        _draw(pipeline, list(range(batch_size)), max(steps, 7))
+        whole = time.perf_counter() - started
+        rows.append({"what": name, "% in the network": 100 * clock.seconds / whole})
+    return rows
+
+
+class _Clock:
+    """Adds up the seconds of a network's calls."""
+
+    def __init__(self, network: torch.nn.Module):
+        self.seconds, self.started = 0.0, 0.0
+        network.register_forward_pre_hook(self._start)
+        network.register_forward_hook(self._stop)
+
+    def _start(self, *_: object) -> None:
+        self.started = time.perf_counter()
+
+    def _stop(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self.started
+
+
+def _start(rounds: int, told: Callable[[str], None]) -> list[dict]:
+    """Seconds of whole processes, the first not counted, which may read from the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        network = UViT.from_size("tiny/4", sample_size=16)
+        UViTPipeline(network, _scheduler()).save_pretrained(folder)
+        command = [sys.executable, "-m", "dia_diffusion", "sample", folder, "--seeds", "0-3"]
+        command += ["--steps", str(START_STEPS), "--grid", f"{folder}/grid.png"]
+        rows = []
+        for name, words in {"sample": command, "sample --help": [*command[:4], "--help"]}.items():
+            seconds = []
+            for _ in range(rounds + 1):
+                told(f"start: {name}")
+                started = time.perf_counter()
+                subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+                seconds.append(time.perf_counter() - started)
+            rows.append({"what": name, "seconds": median(seconds[1:]), "lowest": min(seconds[1:])})
+        return rows

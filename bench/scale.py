@@ -1,0 +1,73 @@
+"""How seconds a training step and peak memory grow: with batch, width, depth and image size, one at a time."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from interleave import exponent, seconds_of
+from limits import memory_now, memory_peak
+from results import Found
+from steps import OURS, Setting, experiment_of, made_up_images, own_step
+
+# A U-ViT that a CPU trains in minutes; each axis changes one of its numbers.
+BASE = {"batch": 32, "width": 192, "blocks": 5, "size": 16}
+AXES: dict[str, tuple[int, ...]] = {
+    "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "width": (96, 192, 384, 768),
+    "blocks": (5, 9, 17, 33),
+    "size": (8, 16, 32, 64),
+}
+PATCH, HEAD = 2, 32
+PARAMETERS = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
+"""The exponent that the mathematics asks for at the most: of width the matrices', of size that of attention."""
+
+
+def measure(rounds: int, precision: str, told: Callable[[str], None]) -> list[Found]:
+    """A table an axis; each setting in a process of its own."""
+    tables = []
+    with tempfile.TemporaryDirectory() as folder:
+        for axis, values in AXES.items():
+            rows: list[dict[str, Any]] = []
+            for value in values:
+                told(f"{axis} {value}")
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    seconds, taken = pool.apply(step_of, (BASE | {axis: value}, rounds, precision, Path(folder)))
+                rows.append({"what": f"{axis} {value}", "seconds": seconds, "MiB": round(taken / 2**20)})
+            for index in range(1, len(rows)):
+                pair = rows[index - 1 : index + 1]
+                for key in ("seconds", "MiB"):
+                    rows[index][f"exponent of {key}"] = exponent(
+                        values[index - 1 : index + 1], [row[key] for row in pair]
+                    )
+            rows[0] |= {"exponent of seconds": "", "exponent of MiB": ""}
+            others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
+            note = f"the mathematics asks for at most {PARAMETERS[axis]:g} in the long run"
+            tables.append(
+                Found(f"Training step of a U-ViT with DIA-LSTM, by {axis}; {others}, patch {PATCH}", rows, note=note)
+            )
+    return tables
+
+
+def step_of(shape: dict[str, int], rounds: int, precision: str, folder: Path) -> tuple[float, int]:
+    """Median seconds of a step of this shape, and the bytes that it took at the most."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = experiment_of(f"{OURS}, DIA-LSTM", Setting(shape["batch"], precision, folder))
+    model = replace(
+        recipe.model,
+        sample_size=shape["size"],
+        patch_size=PATCH,
+        hidden_size=shape["width"],
+        num_layers=shape["blocks"],
+        num_attention_heads=shape["width"] // HEAD,
+    )
+    source = str(made_up_images(folder, shape["size"]))
+    output = str(folder / "-".join(map(str, shape.values())))
+    before = memory_now(device)
+    step = own_step(replace(recipe, model=model, data=replace(recipe.data, source=source), output=output))
+    step()
+    return median(seconds_of(step, device) for _ in range(rounds)), memory_peak(device) - before

@@ -1,0 +1,151 @@
+"""Training steps by name, each as its project's own code takes them, of networks of about U-ViT-S/2's size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from diffusers.training_utils import EMAModel
+from official import Official
+
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.recipe import read_experiment
+
+OURS = "dia-diffusion"
+OFFICIAL = "official U-ViT"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a training step is taken with."""
+
+    batch_size: int
+    precision: str
+    """Accelerate's: bf16 or none."""
+    work: Path
+    """A folder for runs and images that are made up."""
+    official: Official | None = None
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def message(self, text: str) -> None: ...
+
+    def reading(self, unit: str, done: int, total: int) -> None: ...
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None: ...
+
+
+Step = Callable[[], object]
+
+
+def names(setting: Setting) -> list[str]:
+    """The steps that can be taken here, ours without a unit first."""
+    ours = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, Light", f"{OURS}, compiled", f"{OURS}, DIA-LSTM, compiled"]
+    theirs = ["diffusers DiT", "diffusers UNet2D"]
+    return [*ours, *([OFFICIAL] if setting.official else []), *theirs]
+
+
+def build_step(name: str, setting: Setting) -> Step:
+    """A training step by its name; its images lie ready, normalised for all but ours, which reads its own."""
+    if name.startswith(OURS):
+        return own_step(experiment_of(name, setting))
+    if name == OFFICIAL:
+        assert setting.official is not None
+        return setting.official.training_step(_images(setting.batch_size), setting.precision)
+    return _diffusers_step({"diffusers DiT": _dit, "diffusers UNet2D": _unet}[name](), setting)
+
+
+def experiment_of(name: str, setting: Setting) -> Experiment:
+    """The recipe cifar10_uvit_s2 for one of our steps, over made-up images."""
+    attention = "dia-lstm" if "DIA-LSTM" in name else "dia-lstm-light" if "Light" in name else "none"
+    experiment = read_experiment(
+        "cifar10_uvit_s2",
+        ["--train.batch_size", str(setting.batch_size), "--train.mixed_precision", setting.precision],
+    )
+    return replace(
+        experiment,
+        output=str(setting.work / name.replace(", ", "-")),
+        data=replace(experiment.data, source=str(made_up_images(setting.work, experiment.model.sample_size))),
+        model=replace(experiment.model, attention=attention),
+        train=replace(
+            experiment.train,
+            compile="compiled" in name,
+            gradient_checkpointing="checkpointing" in name,
+            sample_every=0,
+        ),
+    )
+
+
+def own_step(experiment: Experiment) -> Step:
+    """Our trainer's step: draws, images, network, optimizer, average, look for what isn't finite."""
+    trainer = Trainer(experiment, Silent())
+    trainer.folder.unlock()  # one process may hold several
+    return trainer.advance
+
+
+def made_up_images(work: Path, size: int, count: int = 2048) -> Path:
+    """A file of seeded noise images (count, size, size, 3)."""
+    path = work / f"images-{size}.npy"
+    if not path.exists():
+        np.save(path, np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+    return path
+
+
+def _images(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _unet() -> UNet2DModel:
+    """That of diffusers' unconditional example, examples/unconditional_image_generation, in google/ddpm-cifar10-32's
+    shape: 35.7 million parameters."""
+    return UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=256,
+    )
+
+
+def _dit() -> DiTTransformer2DModel:
+    """U-ViT-S/2's width, heads and patches; its modulations make 10 blocks about as many parameters."""
+    return DiTTransformer2DModel(
+        num_attention_heads=8, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=10, sample_size=32,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+
+
+def _diffusers_step(network: UNet2DModel | DiTTransformer2DModel, setting: Setting) -> Step:
+    """A step as in diffusers' unconditional example: AdamW, cosine rate left out, clipping, and its EMAModel."""
+    accelerator = Accelerator(mixed_precision="no" if setting.precision == "none" else setting.precision)
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    average.to(accelerator.device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    prepared, optimizer = accelerator.prepare(network, optimizer)
+    noises = DDPMScheduler(num_train_timesteps=1000)
+    images = _images(setting.batch_size).to(accelerator.device)
+    labels = {}
+    if isinstance(network, DiTTransformer2DModel):
+        labels["class_labels"] = torch.zeros(setting.batch_size, dtype=torch.long, device=accelerator.device)
+    prepared.train()
+
+    def step() -> None:
+        noise = torch.randn_like(images)
+        timesteps = torch.randint(0, 1000, (len(images),), device=images.device)
+        predicted = prepared(noises.add_noise(images, noise, timesteps), timesteps, **labels).sample
+        loss = F.mse_loss(predicted.float(), noise)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(network.parameters())
+
+    return step

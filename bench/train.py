@@ -1,0 +1,86 @@
+"""Training steps side by side: ours, the official U-ViT's, diffusers' backbones; and the memory that each takes."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from interleave import Contender, interleave
+from limits import flops_of, matmul_peak, memory_now, memory_peak
+from official import Official
+from results import Found, rows_of
+from steps import OFFICIAL, OURS, Setting, build_step, names
+
+
+def measure(
+    batch_size: int,
+    rounds: int,
+    precision: str,
+    device: torch.device,
+    checkout: Path | None,
+    with_compiled: bool,
+    told: Callable[[str], None],
+) -> list[Found]:
+    """Tables of seconds, of what compilation costs and gives, and of memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(batch_size, precision, Path(folder), None if checkout is None else Official(checkout))
+        contenders = []
+        wanted = [name for name in names(setting) if with_compiled or not name.endswith(", compiled")]
+        for name in wanted:
+            told(f"building: {name}")
+            run = build_step(name, setting)
+            # An operation count grows with the images; counting runs one step.
+            few = replace(setting, batch_size=2, work=Path(folder) / "counted")
+            few.work.mkdir(exist_ok=True)
+            flops = flops_of(build_step(name.removesuffix(", compiled"), few)) * batch_size / 2
+            contenders.append(Contender(name, run, batch_size, flops))
+        timings = interleave(contenders, rounds, device, told)
+        peak = matmul_peak(precision, device)
+        by_name = {timing.name: timing for timing in timings}
+        title = f"Training step, U-ViT-S/2 and networks of its size, batch {batch_size}, {precision}"
+        note = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
+        return [
+            Found(title, rows_of(timings, by_name[OURS], peak), timings, note),
+            *([Found("torch.compile: what it costs and gives", _compilation(by_name))] if with_compiled else []),
+            Found("Peak memory of a training step, over what was held before", _memory(setting, checkout, told)),
+        ]
+
+
+def _compilation(timings: dict) -> list[dict]:
+    rows = []
+    for name, timing in timings.items():
+        if name.endswith(", compiled"):
+            eager = timings[name.removesuffix(", compiled")]
+            cost, gain = timing.first - timing.median, eager.median - timing.median
+            pays = f"{cost / gain:,.0f}" if gain > 0 else "never"
+            rows.append(
+                {"what": name, "seconds to compile": cost, "seconds less a step": gain, "pays after steps": pays}
+            )
+    return rows
+
+
+def _memory(setting: Setting, checkout: Path | None, told: Callable[[str], None]) -> list[dict]:
+    """Each in a process of its own, which starts with nothing of the others."""
+    rows = []
+    wanted = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, DIA-LSTM, checkpointing", *([OFFICIAL] if checkout else [])]
+    for name in wanted:
+        told(f"memory: {name}")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            plain = replace(setting, official=None, work=setting.work / "memory")
+            taken = pool.apply(peak_of_step, (name, plain, checkout))
+        rows.append({"what": name, "MiB": round(taken / 2**20)})
+    return rows
+
+
+def peak_of_step(name: str, setting: Setting, checkout: Path | None) -> int:
+    """Bytes that building a network and taking two steps took at the most."""
+    setting.work.mkdir(exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    official = None if checkout is None else Official(checkout)
+    before = memory_now(device)
+    step = build_step(name, replace(setting, official=official))
+    for _ in range(2):
+        step()
+    return memory_peak(device) - before
