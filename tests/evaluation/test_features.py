@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features.cifar10 import Cifar10Classifier
 from dia_diffusion.evaluation.features.digits import DigitsClassifier
-from dia_diffusion.evaluation.features.extractor import load_weights
+from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.train_features import accuracy
@@ -113,6 +114,18 @@ def test_distance_grows_with_damage(extractor, digits):
     missing = [distance(train.images[train.labels < k]) for k in (10, 9, 8, 6, 4)]
     assert missing == sorted(missing)
     assert missing[1] > 2 * missing[0]
+
+
+def test_folded_normalisations_change_nothing():
+    torch.manual_seed(0)
+    network = Cifar10Classifier()
+    network(torch.rand(64, 3, 32, 32))  # moves the running moments away from 0 and 1
+    network.eval()
+    images = torch.rand(9, 3, 32, 32)
+    expected = network(images)
+    fold_normalisations(network)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_name_is_told_which_exist():

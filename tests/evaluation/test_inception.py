@@ -112,6 +112,16 @@ def test_features_and_logits_are_torch_fidelitys(network, weights):
     torch.testing.assert_close(extractor(batch[1:2]), features[1:2], rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_larger_than_a_cpu_takes_at_once_is_torch_fidelitys(network, weights):
+    batch = images(inception.CPU_BATCH + 2, 0)
+    early = Unfilled(["64"])
+    FeatureExtractorInceptionV3.load_state_dict(early, network.state_dict())
+    (expected,) = early(batch)
+    _, extractor, _ = build_inception(weights, ["64"])
+    torch.testing.assert_close(extractor(batch)[0], expected, rtol=1e-4, atol=1e-4)
+    assert extractor(batch[:0])[0].shape == (0, 64)
+
+
 def test_both_formats_have_one_hash(weights, tmp_path):
     tensors = torch.load(weights, weights_only=True)
     save_file(tensors, tmp_path / "same.safetensors")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch_fidelity import FeatureExtractorBase
 
-from dia_diffusion.evaluation.features.extractor import load_weights
+from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
 
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
 
@@ -49,7 +49,8 @@ class ClassifierExtractor(FeatureExtractorBase):
         **kwargs: object,
     ) -> None:
         super().__init__(name, features_list)
-        self.classifier = load_weights(self.network(), feature_extractor_weights_path or self.weights)
+        self.classifier = load_weights(self.network(), feature_extractor_weights_path or self.weights).eval()
+        fold_normalisations(self.classifier)
         self.to(memory_format=torch.channels_last)  # half the time of convolutions on a CPU
 
     @classmethod
