@@ -118,10 +118,11 @@ def _is_image_name(name: str) -> bool:
 
 def read_file(path: Path) -> bytes:
     """An image file's bytes; ValueError for more than FILE_LIMIT of them, and for what is no regular file."""
-    if not path.is_file():  # opening a named pipe would wait for ever
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
         raise ValueError("not a regular file")
-    with path.open("rb") as file:
-        return bounded(file.read(FILE_LIMIT + 1))
+    with path.open("rb") as file:  # of a limit alone, all of it would be allocated for every file
+        return bounded(file.read(min(status.st_size, FILE_LIMIT) + 1))
 
 
 def bounded(data: bytes) -> bytes:
