@@ -2,19 +2,18 @@
 
 import io
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 import torch_fidelity
+from interleave import Contender, interleave
 from PIL import Image
+from results import Found, rows_of
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
@@ -35,41 +34,59 @@ AGREEMENT = 1e-4
 
 Run = Callable[[], float]
 """Does the work once and returns the distance; NaN where it measures none."""
-Seconds = dict[str, dict[str, list[float]]]
 
 
-def measure(images: int, rounds: int, work: Path) -> Seconds:
-    """Seconds of every round, by what is measured and contender.
+def measure(images: int, rounds: int, device: torch.device, told: Callable[[str], None]) -> list[Found]:
+    """Tables of seconds of an evaluation, in Inception's features and a small network's, and of the distance alone.
 
     images: in the folder, and as many in the folder it is compared to; both are measured.
-    rounds: after one that isn't counted; in each the contenders take turns.
-    work: a folder for the images and weights that this makes.
 
     Raises AssertionError where contenders disagree about a distance.
     """
-    weights = work / "inception.pth"
-    if not weights.exists():
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        weights = work / "inception.pth"
         save_inception(weights)
-    few, many = (make_folders(work, number) for number in (images, SMALL_NETWORK * images))
-    return {
-        "inception": take_turns(of_folders(*few, "inception", weights, work), rounds),
-        "cifar10": take_turns(of_folders(*many, "cifar10", None, work), rounds),
-        "frechet 2048": take_turns(of_statistics(), rounds),
-    }
+        many = SMALL_NETWORK * images
+        return [
+            side_by_side(
+                f"Distance of {images} PNGs to {images}, Inception's features (seeded weights)",
+                of_folders(*make_folders(work, images), "inception", weights, work),
+                2 * images,
+                rounds,
+                device,
+                told,
+            ),
+            side_by_side(
+                f"Distance of {many} PNGs to {many}, the features `cifar10`",
+                of_folders(*make_folders(work, many), "cifar10", None, work),
+                2 * many,
+                rounds,
+                device,
+                told,
+            ),
+            side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device, told),
+        ]
 
 
-def take_turns(contenders: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Runs A B C, A B C, ...: what else the machine does falls on all alike. The first round is for warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
-        distances = []
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            distances.append(run())
-            seconds[name].append(time.perf_counter() - start)
-        found = [distance for distance in distances if not np.isnan(distance)]
-        assert max(found) - min(found) <= AGREEMENT * max(found), f"{', '.join(contenders)} disagree: {distances}"
-    return {name: each[1:] for name, each in seconds.items()}
+def side_by_side(
+    title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device, told: Callable[[str], None]
+) -> Found:
+    """The seconds of contenders that take turns, and how they compare to ours."""
+    distances: dict[str, float] = {}
+
+    def noting(name: str, run: Run) -> Callable[[], None]:
+        def noted() -> None:
+            distances[name] = run()
+
+        return noted
+
+    timings = interleave(
+        [Contender(name, noting(name, run), images) for name, run in runs.items()], rounds, device, told
+    )
+    found = [distance for distance in distances.values() if not np.isnan(distance)]
+    assert max(found) - min(found) <= AGREEMENT * max(found), f"they disagree: {distances}"
+    return Found(title, rows_of(timings, timings[0]), timings)
 
 
 def of_folders(folder: Path, reference: Path, features: str, weights: Path | None, work: Path) -> dict[str, Run]:
@@ -157,10 +174,3 @@ def save_inception(path: Path) -> None:
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), path)
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        for measured, contenders in measure(int(sys.argv[1]), int(sys.argv[2]), Path(folder)).items():
-            for name, seconds in contenders.items():
-                print(f"{measured:12}  {name:15}  {median(seconds):8.3f} s")
