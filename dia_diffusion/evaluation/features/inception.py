@@ -25,7 +25,7 @@ RELEASED = Download(
 LAYERS = ["2048", "logits_unbiased"]
 NAME = "inception"
 CPU_BATCH = 16
-"""Images that a CPU takes at once: their maps of 147x147 are 90 MB; of 64 images it takes an eighth more time each."""
+"""Images that a CPU takes at once: their maps of 147x147 are 90 MB; with 64 an image takes a seventh more time."""
 EXPECTED = f"expected: {RELEASED.file} with sha256 {RELEASED.sha256}, or a safetensors file of its tensors"
 
 Progress = Callable[[int, int], None]
