@@ -1,6 +1,7 @@
 """`python bench/run.py`: speed side by side with peers, in one interleaved run; a table, JSON and a figure."""
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +89,18 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     about: dict[str, Any] = {"environment": environment(), "processor": _processor()}
     about |= {"options": {name: str(value) for name, value in vars(options).items()}}
     if device.type == "cuda":
-        about["gpu"] = {
-            "name": torch.cuda.get_device_name(),
-            "clock_MHz": torch.cuda.clock_rate(),
-            "cuda": torch.version.cuda,
-        }
+        about["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _gpu_clocks()}
     return about
+
+
+def _gpu_clocks() -> str:
+    """As nvidia-smi tells them: current and highest, of the multiprocessors and the memory."""
+    query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,driver_version"
+    try:
+        words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _processor() -> str:

@@ -46,11 +46,23 @@ class Silent:
 Step = Callable[[], object]
 
 
-def names(setting: Setting) -> list[str]:
+COMPILED = ", compiled"
+GRAPHS = ", CUDA graphs"
+
+
+def names(setting: Setting, with_compiled: bool) -> list[str]:
     """The steps that can be taken here, ours without a unit first."""
-    ours = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, Light", f"{OURS}, compiled", f"{OURS}, DIA-LSTM, compiled"]
+    ours = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, Light"]
+    if with_compiled:
+        ways = [COMPILED, *([GRAPHS] if torch.cuda.is_available() else [])]
+        ours += [f"{OURS}{unit}{way}" for way in ways for unit in ("", ", DIA-LSTM")]
     theirs = ["diffusers DiT", "diffusers UNet2D"]
     return [*ours, *([OFFICIAL] if setting.official else []), *theirs]
+
+
+def eager(name: str) -> str:
+    """The name of the same step without compilation."""
+    return name.removesuffix(COMPILED).removesuffix(GRAPHS)
 
 
 def build_step(name: str, setting: Setting) -> Step:
@@ -77,7 +89,7 @@ def experiment_of(name: str, setting: Setting) -> Experiment:
         model=replace(experiment.model, attention=attention),
         train=replace(
             experiment.train,
-            compile="compiled" in name,
+            compile="cuda-graphs" if name.endswith(GRAPHS) else name.endswith(COMPILED),
             gradient_checkpointing="checkpointing" in name,
             sample_every=0,
         ),

@@ -11,7 +11,7 @@ from interleave import Contender, interleave
 from limits import flops_of, matmul_peak, memory_now, memory_peak
 from official import Official
 from results import Found, rows_of
-from steps import OFFICIAL, OURS, Setting, build_step, names
+from steps import OFFICIAL, OURS, Setting, build_step, eager, names
 
 
 def measure(
@@ -26,16 +26,17 @@ def measure(
     """Tables of seconds, of what compilation costs and gives, and of memory."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(batch_size, precision, Path(folder), None if checkout is None else Official(checkout))
+        # An operation count grows with the images: one step of two is counted.
+        few = replace(setting, batch_size=2, work=Path(folder) / "counted")
+        few.work.mkdir()
+        flops: dict[str, float] = {}
         contenders = []
-        wanted = [name for name in names(setting) if with_compiled or not name.endswith(", compiled")]
-        for name in wanted:
+        for name in names(setting, with_compiled):
             told(f"building: {name}")
             run = build_step(name, setting)
-            # An operation count grows with the images; counting runs one step.
-            few = replace(setting, batch_size=2, work=Path(folder) / "counted")
-            few.work.mkdir(exist_ok=True)
-            flops = flops_of(build_step(name.removesuffix(", compiled"), few)) * batch_size / 2
-            contenders.append(Contender(name, run, batch_size, flops))
+            if eager(name) == name:
+                flops[name] = flops_of(build_step(name, few)) * batch_size / 2
+            contenders.append(Contender(name, run, batch_size, flops[eager(name)]))
         timings = interleave(contenders, rounds, device, told)
         peak = matmul_peak(precision, device)
         by_name = {timing.name: timing for timing in timings}
@@ -51,9 +52,8 @@ def measure(
 def _compilation(timings: dict) -> list[dict]:
     rows = []
     for name, timing in timings.items():
-        if name.endswith(", compiled"):
-            eager = timings[name.removesuffix(", compiled")]
-            cost, gain = timing.first - timing.median, eager.median - timing.median
+        if eager(name) != name:
+            cost, gain = timing.first - timing.median, timings[eager(name)].median - timing.median
             pays = f"{cost / gain:,.0f}" if gain > 0 else "never"
             rows.append(
                 {"what": name, "seconds to compile": cost, "seconds less a step": gain, "pays after steps": pays}
