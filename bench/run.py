@@ -26,7 +26,7 @@ def main() -> int:
             for found in tables:
                 show(found)
             about = {"suite": suite, **_about(options, device)}
-            path = options.out / f"{suite}-{device.type}"
+            path = options.out / (options.name or f"{suite}-{device.type}")
             save(tables, about, path)
             console.print(f"{path}.json")
     except InputError as error:
@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sampler-steps", type=int, default=5, help="of the suite sample")
     parser.add_argument("--images", type=int, default=256, help="of the suite fid")
     parser.add_argument("--precision", choices=("bf16", "none"), default="bf16", help="of autocast")
+    parser.add_argument("--recipe", default="cifar10_uvit_s2", help="of the suite train; others have no peers")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes of the steps")
+    parser.add_argument("--name", help="of the files in it; the suite and the device if none")
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed"), help="folder of the JSON and figures")
     return parser
 
@@ -57,7 +59,8 @@ def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> l
     if suite == "train":
         import train
 
-        return train.measure(batch, rounds, precision, device, options.uvit_repo, not options.no_compile, told)
+        compiled = not options.no_compile
+        return train.measure(batch, rounds, precision, device, options.uvit_repo, options.recipe, compiled, told)
     if suite == "sample":
         import sample
 

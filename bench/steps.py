@@ -31,6 +31,8 @@ class Setting:
     work: Path
     """A folder for runs and images that are made up."""
     official: Official | None = None
+    recipe: str = "cifar10_uvit_s2"
+    """Ours; of other recipes than U-ViT-S/2's there are no peers."""
 
 
 class Silent:
@@ -56,6 +58,8 @@ def names(setting: Setting, with_compiled: bool) -> list[str]:
     if with_compiled:
         ways = [COMPILED, *([GRAPHS] if torch.cuda.is_available() else [])]
         ours += [f"{OURS}{unit}{way}" for way in ways for unit in ("", ", DIA-LSTM")]
+    if setting.recipe != Setting.recipe:
+        return ours
     theirs = ["diffusers DiT", "diffusers UNet2D"]
     return [*ours, *([OFFICIAL] if setting.official else []), *theirs]
 
@@ -76,10 +80,10 @@ def build_step(name: str, setting: Setting) -> Step:
 
 
 def experiment_of(name: str, setting: Setting) -> Experiment:
-    """The recipe cifar10_uvit_s2 for one of our steps, over made-up images."""
+    """The recipe for one of our steps, over made-up images."""
     attention = "dia-lstm" if "DIA-LSTM" in name else "dia-lstm-light" if "Light" in name else "none"
     experiment = read_experiment(
-        "cifar10_uvit_s2",
+        setting.recipe,
         ["--train.batch_size", str(setting.batch_size), "--train.mixed_precision", setting.precision],
     )
     return replace(

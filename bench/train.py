@@ -20,12 +20,14 @@ def measure(
     precision: str,
     device: torch.device,
     checkout: Path | None,
+    recipe: str,
     with_compiled: bool,
     told: Callable[[str], None],
 ) -> list[Found]:
     """Tables of seconds, of what compilation costs and gives, and of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(batch_size, precision, Path(folder), None if checkout is None else Official(checkout))
+        official = None if checkout is None else Official(checkout)
+        setting = Setting(batch_size, precision, Path(folder), official, recipe)
         # An operation count grows with the images: one step of two is counted.
         few = replace(setting, batch_size=2, work=Path(folder) / "counted")
         few.work.mkdir()
@@ -40,7 +42,7 @@ def measure(
         timings = interleave(contenders, rounds, device, told)
         peak = matmul_peak(precision, device)
         by_name = {timing.name: timing for timing in timings}
-        title = f"Training step, U-ViT-S/2 and networks of its size, batch {batch_size}, {precision}"
+        title = f"Training step, {recipe} and networks of its size, batch {batch_size}, {precision}"
         note = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
         return [
             Found(title, rows_of(timings, by_name[OURS], peak), timings, note),
@@ -64,8 +66,8 @@ def _compilation(timings: dict) -> list[dict]:
 def _memory(setting: Setting, checkout: Path | None, told: Callable[[str], None]) -> list[dict]:
     """Each in a process of its own, which starts with nothing of the others."""
     rows = []
-    wanted = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, DIA-LSTM, checkpointing", *([OFFICIAL] if checkout else [])]
-    for name in wanted:
+    theirs = [OFFICIAL] if checkout is not None and setting.recipe == Setting.recipe else []
+    for name in [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, DIA-LSTM, checkpointing", *theirs]:
         told(f"memory: {name}")
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             plain = replace(setting, official=None, work=setting.work / "memory")

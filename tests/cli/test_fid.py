@@ -42,7 +42,7 @@ def end_at(run: Path, arguments: list[str], chunks: int, number: int) -> subproc
 def test_killed_it_goes_on_to_the_same_number(
     run: Path, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fid = [str(run), "--reference", "digits", "--num", "4000", "--steps", "25"]
+    fid = [str(run), "--reference", "digits", "--num", "8000", "--steps", "25"]
     stopped = end_at(run, fid, 1, signal.SIGINT)
     assert stopped.returncode == 130, stopped.stderr
     assert "the same command goes on" in stopped.stderr and stopped.stderr.count("\n") == 1
@@ -50,11 +50,11 @@ def test_killed_it_goes_on_to_the_same_number(
     assert killed.returncode == -signal.SIGKILL and "going on after" in killed.stdout
     assert not (run / "evaluations.jsonl").exists()
     done = finished(run)
-    assert 2 <= done < 8
+    assert 2 <= done < 16
 
     assert main(["fid", *fid]) == 0
-    assert sampled == list(range(500 * done, 4000))
-    assert f"going on after {500 * done:,} of 4,000 images" in capsys.readouterr().out
+    assert sampled == list(range(500 * done, 8000))
+    assert f"going on after {500 * done:,} of 8,000 images" in capsys.readouterr().out
     assert not (run / "evaluations.unfinished").exists()
     assert main(["fid", *fid, "--record", str(tmp_path / "whole.jsonl")]) == 0
     assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance
