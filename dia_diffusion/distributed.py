@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from dia_diffusion.allocation import keep_freed_memory
 from dia_diffusion.errors import InputError, RunError
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ def start_accelerator(mixed_precision: str = "none", patience: timedelta | None 
         ],
         **kwargs,
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     launched_alone = _started_alone()
     if launched != accelerator.num_processes or launched_alone:
