@@ -11,8 +11,8 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> None:
     """Lets the process use large blocks again that it has freed, where the C library is glibc.
 
-    By itself glibc takes each block above 32 MiB from the kernel anew and gives it back when it is freed. A training step
-    frees and takes gigabytes of such activations, and the kernel clears every page: a tenth of the step and more.
+    By itself glibc takes each block above 32 MiB from the kernel anew and gives it back when it is freed. A training
+    step frees and takes gigabytes of such activations, and the kernel clears every page of them.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""Freed memory is used again: the kernel has no new pages to give to the second of two equal blocks."""
+"""Freed memory is used again: the kernel has no new pages to give where larger ones were freed before."""
 
 import subprocess
 import sys
@@ -12,7 +12,8 @@ from dia_diffusion.allocation import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()
-torch.ones(64 << 20, dtype=torch.uint8)
+blocks = [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]
+del blocks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(64 << 20, dtype=torch.uint8)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
