@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from results import Found, console, save, show
 
+from dia_diffusion.allocation import keep_freed_memory
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError
 
@@ -21,6 +22,8 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         device = _device(options.device)
+        if device.type == "cpu":
+            keep_freed_memory()  # as every command does
         for suite in [options.suite] if options.suite else SUITES:
             tables = _measure(suite, options, device)
             for found in tables:

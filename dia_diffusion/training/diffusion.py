@@ -20,7 +20,7 @@ from dia_diffusion.training.snapshot import build_model, build_pipeline, check_s
 from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Moment, Task
 
-# Of U-ViTs from 2 to 44 million parameters, compiling pays for itself after 600 to 4,000 steps (docs/results/speed.md).
+# Of U-ViTs from 44 to 2 million parameters, compiling pays for itself after 80 to 4,000 steps (docs/results/speed.md).
 UVIT_PAYS_AFTER = 5000
 
 
