@@ -93,7 +93,8 @@ def _device(name: str | None) -> torch.device:
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     about: dict[str, Any] = {"environment": environment(), "processor": _processor()}
-    about |= {"options": {name: str(value) for name, value in vars(options).items()}}
+    # Paths are this machine's own.
+    about |= {"options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)}}
     if device.type == "cuda":
         about["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _gpu_clocks()}
     return about
