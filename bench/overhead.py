@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +102,7 @@ def _processes(setting: Setting, told: Callable[[str], None], rounds: int = 2, s
     for number in range(rounds):
         for processes, timing in timings.items():
             told(f"processes: {timing.name}, round {number + 1} of {rounds}")
-            experiment = experiment_of(OURS, replace(setting, work=setting.work))
+            experiment = experiment_of(OURS, setting)
             run = setting.work / f"processes-{processes}-{number}"
             timing.seconds += _run(experiment.data.source, run, processes, setting, steps)
     one, two = timings.values()

@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 from interleave import Contender, interleave
+from limits import DTYPES
 from official import Official
 from results import Found, rows_of
 from steps import OFFICIAL, OURS
@@ -23,7 +24,6 @@ from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
 
 ATTENTIONS = {OURS: None, f"{OURS}, DIA-LSTM": "dia-lstm", f"{OURS}, Light": "dia-lstm-light"}
-DTYPES = {"bf16": torch.bfloat16, "none": torch.float32}
 START_STEPS = 1
 SHARE_IMAGES = 8
 

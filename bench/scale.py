@@ -23,8 +23,8 @@ AXES: dict[str, tuple[int, ...]] = {
     "size": (8, 16, 32, 64),
 }
 PATCH, HEAD = 2, 32
-PARAMETERS = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
-"""The exponent that the mathematics asks for at the most: of width the matrices', of size that of attention."""
+ASKED_FOR = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
+"""The exponent of a step's operations at the most: by width those of matrices, by size those of attention."""
 
 
 def measure(rounds: int, precision: str, told: Callable[[str], None]) -> list[Found]:
@@ -46,7 +46,7 @@ def measure(rounds: int, precision: str, told: Callable[[str], None]) -> list[Fo
                     )
             rows[0] |= {"exponent of seconds": "", "exponent of MiB": ""}
             others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
-            note = f"the mathematics asks for at most {PARAMETERS[axis]:g} in the long run"
+            note = f"the mathematics asks for at most {ASKED_FOR[axis]:g} in the long run"
             tables.append(
                 Found(f"Training step of a U-ViT with DIA-LSTM, by {axis}; {others}, patch {PATCH}", rows, note=note)
             )
