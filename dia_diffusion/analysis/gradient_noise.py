@@ -155,7 +155,7 @@ def _loss_of(
 
 def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
     """The gradient norms of metrics.jsonl in so many windows of as many lines: mean, and deviation over mean."""
-    lines = [line for line in metrics if line.get("grad_norm") is not None]
+    lines = [line for line in metrics if None not in (line.get("grad_norm"), line.get("loss"))]
     found = []
     for index in range(windows):
         part = lines[index * len(lines) // windows : (index + 1) * len(lines) // windows]

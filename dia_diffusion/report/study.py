@@ -217,6 +217,7 @@ def _runs_table(runs: Sequence[RunSoFar]) -> Table:
         run, metrics = so_far.run, so_far.metrics
         steps, wanted = _steps(so_far), run.experiment.train.max_steps
         memory = peak_memory(metrics)
+        loss = metrics[-1].get("loss") if metrics else None
         rows.append(
             [
                 run.name,
@@ -225,7 +226,7 @@ def _runs_table(runs: Sequence[RunSoFar]) -> Table:
                 str(run.seed),
                 f"{steps:,}" if steps >= wanted else f"{steps:,} of {wanted:,}",
                 f"{count_parameters(run.experiment):,}",
-                f"{metrics[-1]['loss']:.4f}" if metrics and "loss" in metrics[-1] else "none yet",
+                "none yet" if loss is None else f"{loss:.4f}",
                 f"{len(so_far.records)}" if so_far.records else "none yet",
                 told_time(training_seconds(metrics)) if metrics else "",
                 "" if memory is None else f"{memory:,} MiB",

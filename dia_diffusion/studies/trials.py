@@ -65,7 +65,12 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
         raise InputError(f"{name}: {error}") from None
     steps = experiment.train.max_steps
     train = replace(
-        experiment.train, log_every=max(1, steps // LINES), checkpoint_every=steps, sample_every=0, keep_last=1
+        experiment.train,
+        log_every=max(1, steps // LINES),
+        checkpoint_every=steps,
+        sample_every=0,
+        keep_last=1,
+        max_skipped_steps=1,  # the first is what is asked for
     )
     return replace(experiment, train=train)
 
@@ -182,5 +187,5 @@ def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
 def last_loss(metrics: Path, max_steps: int) -> float | None:
     """The mean training loss over the last tenth of the steps; None where a training ended before them."""
     lines = read_metrics(metrics) if metrics.is_file() else []
-    values = [line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART)]
+    values = [line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART) and line["loss"] is not None]
     return sum(values) / len(values) if values else None

@@ -71,7 +71,11 @@ class ClassificationTask(Task):
             betas = (config.betas[0], config.betas[1])
             return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
         momentum, nesterov = config.momentum, config.nesterov
-        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
+        sgd = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
+        for group in groups if momentum else ():
+            for parameter in group["params"]:  # its first step would leave them as they come, were it skipped
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
 
     def learning_rate(self, step: int, peak: float) -> float:
         return scheduled_rate(self.experiment.optimizer, step, self.experiment.train.max_steps, peak)

@@ -57,6 +57,8 @@ class ClassifyTrainConfig:
     """The share of the target that is spread over all classes."""
     clip_grad_norm: float | None = None
     """Largest gradient norm; null doesn't clip."""
+    max_skipped_steps: int = 10
+    """So many steps in a row without a finite loss and gradient, which are skipped, end the run."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 1000
@@ -127,6 +129,7 @@ class ClassifyExperiment:
             ("train.evaluate_every", train.evaluate_every, 0),
             ("train.checkpoint_every", train.checkpoint_every, 1),
             ("train.keep_last", train.keep_last, 1),
+            ("train.max_skipped_steps", train.max_skipped_steps, 1),
             ("data.cutout", data.cutout, 0),
             ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
             ("optimizer.weight_decay", optimizer.weight_decay, 0),
@@ -185,4 +188,5 @@ MAY_CHANGE = {
     "train.evaluate_every",
     "train.checkpoint_every",
     "train.keep_last",
+    "train.max_skipped_steps",
 }

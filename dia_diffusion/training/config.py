@@ -130,6 +130,8 @@ class TrainConfig:
     """Recompute each block in the backward pass: less memory, more time."""
     clip_grad_norm: float | None = None
     """Largest gradient norm; null doesn't clip."""
+    max_skipped_steps: int = 10
+    """So many steps in a row without a finite loss and gradient, which are skipped, end the run."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 10_000
@@ -223,6 +225,7 @@ class Experiment:
             ("train.checkpoint_every", train.checkpoint_every, 1),
             ("train.sample_every", train.sample_every, 0),
             ("train.keep_last", train.keep_last, 1),
+            ("train.max_skipped_steps", train.max_skipped_steps, 1),
             ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
             ("samples.count", self.samples.count, 1),
             ("samples.steps", self.samples.steps, 1),
@@ -306,6 +309,7 @@ MAY_CHANGE = {
     "train.checkpoint_every",
     "train.sample_every",
     "train.keep_last",
+    "train.max_skipped_steps",
     "samples.count",
     "samples.sampler",
     "samples.steps",

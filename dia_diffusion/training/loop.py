@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from dia_diffusion.distributed import (
@@ -23,6 +22,7 @@ from dia_diffusion.distributed import (
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.files import write_json
+from dia_diffusion.training.average import MovingAverage
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -32,13 +32,13 @@ from dia_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from dia_diffusion.training.compilation import compiled
-from dia_diffusion.training.config import EmaConfig, Experiment
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.finite import FiniteWatch
+from dia_diffusion.training.finite import FiniteWatch, first_not_finite
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
-from dia_diffusion.training.task import Moment, Task, about_images
+from dia_diffusion.training.task import Draws, Moment, Task, about_images
 
 
 class Trainer:
@@ -104,29 +104,22 @@ class Trainer:
         network = compiled(self.model, config.compile, config.max_steps, pays_after, device)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network.train()
-        self.finite = FiniteWatch(self.accelerator)
-        self.ema = None if self.task.ema is None else self._average(self.task.ema, checkpoint)
+        skipped = 0 if checkpoint is None else checkpoint.state.get("skipped_steps", 0)
+        self.finite = FiniteWatch(device, config.max_skipped_steps, skipped, self.accelerator.scaler is not None)
+        self.ema = None if self.task.ema is None else MovingAverage(self.parameters, self.task.ema)
         if checkpoint is not None:
+            if self.ema is not None:
+                self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(checkpoint.state["grad_scaler"])
-
-    def _average(self, config: EmaConfig, checkpoint: Checkpoint | None) -> EMAModel:
-        """The parameters' moving average, as the checkpoint left it."""
-        lowest = 0.0 if config.warmup else config.decay
-        ema = EMAModel(self.parameters, config.decay, min_decay=lowest, update_after_step=-1, foreach=True)
-        if checkpoint is not None:
-            tensors = checkpoint.tensors["ema"]
-            shadows = [tensors[name].to(self.accelerator.device) for name in self.names]
-            ema.load_state_dict({"optimization_step": self.step, "shadow_params": shadows})
-        return ema
 
     def run(self) -> None:
         """Trains from the last checkpoint to max_steps.
 
         Raises:
             Stopped: after SIGINT or SIGTERM, with a checkpoint of the last finished step written.
-            DivergedError: a non-finite loss or gradient; the last checkpoint stays.
+            DivergedError: too many steps in a row without a finite loss and gradient; the last checkpoint stays.
         """
         try:
             self._start()
@@ -190,29 +183,37 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def advance(self) -> tuple[Tensor, Tensor]:
-        """One step of optimizer and average; this process's mean loss and the gradient norm, still on the device."""
-        loss, gradient_norm = self._optimize(self.step)
+        """One step of optimizer and average; the mean loss and the gradient norm, still on the device.
+
+        A step whose loss or gradient is not finite changes nothing but its number.
+        """
+        loss, gradient_norm = self._gradients(self.step)
+        skip = self.finite.note(self.step, loss, gradient_norm)
+        if self.accelerator.scaler is None:  # fp16's scaler looks for itself
+            # What fused optimizers leave weights and state alone for, without asking the device.
+            self.optimizer.optimizer.found_inf = skip.float()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            torch.where(skip, before, buffer, out=buffer)
         if self.ema is not None:
-            self.ema.step(self.parameters)
-        self.finite.note(self.step, loss, gradient_norm)
+            self.ema.step(self.parameters, skip)
+        if skip.device.type == "cpu":  # where asking costs nothing; a GPU is asked where a number is logged
+            self._check_finite()
         self.step += 1
         return loss, gradient_norm
 
-    def _optimize(self, step: int) -> tuple[Tensor, Tensor]:
-        draws = self.task.draw(step)
-        if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
-            torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
+    def _gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Fills in the gradients of a step, counted from 0; its mean loss over the global batch, its gradient norm."""
+        draws = self._draw(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.task.learning_rate(step, group["peak_rate"])
-
+        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
         total = torch.zeros((), device=self.accelerator.device)
-        first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
-        for part in range(self.config.accumulation):
-            start = first + part * self.micro_batch
+        for part, mine in enumerate(draws):
             last = part == self.config.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.network):
-                part_of_batch = draws.slice(start, start + self.micro_batch)
-                loss = self.task.loss(self.network, part_of_batch, total.device, self.dtype) / self.config.accumulation
+                loss = self.task.loss(self.network, mine, total.device, self.dtype) / self.config.accumulation
                 self.accelerator.backward(loss)
             total += loss.detach()
         if self.config.clip_grad_norm is None:
@@ -220,24 +221,56 @@ class Trainer:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         else:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total, norm
+        return self.accelerator.reduce(total, "mean"), norm
+
+    def _draw(self, step: int) -> list[Draws]:
+        """What is random in this process's micro-batches of a step, and in its network."""
+        draws = self.task.draw(step)
+        if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
+            torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
+        first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
+        starts = range(first, first + self.micro_batch * self.config.accumulation, self.micro_batch)
+        return [draws.slice(start, start + self.micro_batch) for start in starts]
+
+    def _check_finite(self) -> None:
+        """Raises DivergedError, on all processes, where too many steps in a row were skipped."""
+        streak = self.finite.streak()
+        if streak is None:
+            return
+        device, rate = self.accelerator.device, self.task.learning_rate(streak.step, self.groups[0]["peak_rate"])
+
+        def forward() -> None:  # the weights are still those that the streak began with
+            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+                for mine in self._draw(streak.step):
+                    self.task.loss(self.model, mine, device, self.dtype)
+
+        where = first_not_finite(self.model, forward)
+        modules = [name for name, _ in self.model.named_modules()]
+        found = torch.tensor([-1 if where is None else modules.index(where)], device=device)
+        numbers = [number for number in self.accelerator.gather(found).tolist() if number >= 0]
+        error = streak.error(rate, modules[numbers[0]] if numbers else None)
+        error.told = not self.accelerator.is_main_process
+        raise error
 
     def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """This step's own loss over the global batch, and the rate since the last line."""
-        self.finite.check()
-        mean_loss = float(self.accelerator.reduce(loss, "mean"))
+        self._check_finite()
+        skipped = int(self.finite.skipped)
+        if skipped > self.logged.get("skipped_steps", 0) and self.accelerator.is_main_process:
+            self.reporter.message(
+                f"step {self.step:,}: steps skipped so far, whose loss or gradient was not finite: {skipped:,}"
+            )
         since, step = self.clock
         self.clock = time.perf_counter(), self.step
         images = (self.step - step) * self.config.batch_size
         self.logged = {
             "step": self.step,
             "images": self.step * self.config.batch_size,
-            "loss": mean_loss,
-            # Not finite where fp16's scaler skips the step, and then no number of JSON's.
+            # JSON has no other numbers than finite ones.
+            "loss": float(loss) if loss.isfinite() else None,
             "grad_norm": float(gradient_norm) if gradient_norm.isfinite() else None,
             "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped_steps": skipped,
             "images_per_second": round(images / (self.clock[0] - since), 3),
             "peak_memory_mib": round(peak_memory(self.accelerator.device) / 2**20),
         }
@@ -250,7 +283,7 @@ class Trainer:
 
     def _show(self, checkpoint: bool) -> None:
         """Lets the task show the run, and keeps the numbers that it gives."""
-        self.finite.check()
+        self._check_finite()
         moment = Moment(
             self.step,
             checkpoint,
@@ -268,7 +301,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes a checkpoint: the last act of a step, so that a step cut short is done again whole."""
-        self.finite.check()
+        self._check_finite()
 
         def save() -> None:
             scaler, average = self.accelerator.scaler, self._averaged_weights()
@@ -278,7 +311,11 @@ class Trainer:
                     **({} if average is None else {"ema": average}),
                     "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
                 },
-                state={**self._origin(), "grad_scaler": None if scaler is None else scaler.state_dict()},
+                state={
+                    **self._origin(),
+                    "skipped_steps": int(self.finite.skipped),
+                    "grad_scaler": None if scaler is None else scaler.state_dict(),
+                },
             )
             place = save_checkpoint(self.folder.checkpoints, self.step, checkpoint, self.config.keep_last)
             self.reporter.message(f"step {self.step:,}: {place}")
@@ -289,7 +326,7 @@ class Trainer:
         if self.ema is None:
             return None
         # Buffers too, such as a BatchNorm's running statistics, which are averages already.
-        return {**self.model.state_dict(), **dict(zip(self.names, self.ema.shadow_params, strict=True))}
+        return {**self.model.state_dict(), **dict(zip(self.names, self.ema.parameters, strict=True))}
 
     def _origin(self) -> dict[str, Any]:
         """Where the weights of this step come from."""

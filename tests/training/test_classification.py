@@ -126,10 +126,13 @@ def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> Non
         load_classifier(tmp_path / "run")
 
 
+TO_DIVERGE = "--optimizer.learning_rate 1e30 --optimizer.warmup_steps 0 --train.max_skipped_steps 3".split()
+
+
 def test_a_run_that_diverges_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny(tmp_path, "run")
     command = ["classify", "--config", str(tmp_path / "classify.yaml"), "--output", str(tmp_path / "run")]
-    assert main([*command, "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0"]) == 1
+    assert main([*command, *TO_DIVERGE]) == 1
     said = capsys.readouterr().err.strip()
     assert "\n" not in said and "not finite at step 2" in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -243,7 +246,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
 
 def test_a_diverged_run_raises_what_studies_catch(tmp_path: Path) -> None:
     with pytest.raises(DivergedError) as diverged:
-        train(tiny(tmp_path, "run", "--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0"))
+        train(tiny(tmp_path, "run", *TO_DIVERGE))
     assert diverged.value.step == 2
 
 

@@ -31,7 +31,7 @@ def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, 
     experiment = tiny("run", "--model.attention", "none", "--init_from", str(source), "--seed", "5")
     trainer = Trainer(experiment, Recorder())
     expected = pipeline_weights(source, 6)
-    model, average = trainer.model.state_dict(), dict(zip(trainer.names, trainer.ema.shadow_params, strict=True))
+    model, average = trainer.model.state_dict(), dict(zip(trainer.names, trainer.ema.parameters, strict=True))
     assert model.keys() == average.keys() == expected.keys()
     assert all(torch.equal(model[name], expected[name]) for name in expected)
     assert all(torch.equal(average[name], expected[name]) for name in expected)

@@ -124,7 +124,7 @@ def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert sorted(path.name for path in (run / "pipelines").iterdir()) == ["step-00000003", "step-00000006"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
-    assert metrics(run)[-1].keys() == {"step", "images", "loss", "grad_norm", "lr"}
+    assert metrics(run)[-1].keys() == {"step", "images", "loss", "grad_norm", "lr", "skipped_steps"}
     folder = run / "pipelines" / "step-00000006"
     average, saved = weights(run, 6, "ema"), UViTPipeline.from_pretrained(folder).unet.state_dict()
     assert all(torch.equal(average[key], saved[key]) for key in average)
@@ -192,7 +192,7 @@ def test_bf16_trains_and_keeps_float32_weights(tiny, train, tmp_path: Path) -> N
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, train, tmp_path: Path) -> None:
-    experiment = tiny("run")
+    experiment = tiny("run", "--train.max_skipped_steps", "1")
     trainer = Trainer(experiment, Recorder())
 
     def poison(step: int) -> None:

@@ -1,0 +1,38 @@
+"""The exponential moving average of a model's parameters, which samples and pipelines use."""
+
+import torch
+from torch import Tensor
+
+from dia_diffusion.training.config import EmaConfig
+
+
+class MovingAverage:
+    """Parameters averaged over the steps of a training; a step that is skipped leaves it as it was."""
+
+    def __init__(self, parameters: list[Tensor], config: EmaConfig):
+        self.config = config
+        self.parameters = [parameter.detach().clone() for parameter in parameters]
+        """In the order of the model's."""
+        self.steps = 0
+
+    def load(self, averaged: list[Tensor], steps: int) -> None:
+        """Goes on from averages that were kept after so many steps."""
+        for own, kept in zip(self.parameters, averaged, strict=True):
+            own.copy_(kept)
+        self.steps = steps
+
+    @torch.no_grad()
+    def step(self, parameters: list[Tensor], skip: Tensor) -> None:
+        """Moves towards the model's parameters, unless `skip`, a bool on their device, says not to."""
+        self.steps += 1
+        decay = self.config.decay
+        if self.config.warmup:
+            decay = min(decay, (1 + self.steps) / (10 + self.steps))
+        weight = (1 - decay) * (~skip).to(self.parameters[0].dtype)
+        if skip.device.type == "cpu":
+            for own, parameter in zip(self.parameters, parameters, strict=True):
+                own.lerp_(parameter, weight)
+        else:  # the same in few launches; lists of tensors have no lerp by a number on the device
+            difference = torch._foreach_sub(parameters, self.parameters)
+            torch._foreach_mul_(difference, weight)
+            torch._foreach_add_(self.parameters, difference)

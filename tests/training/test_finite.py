@@ -1,0 +1,164 @@
+"""Steps without a finite loss or gradient change nothing, are counted, and end a run after too many in a row."""
+
+import json
+from collections.abc import Callable, Container
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dia_diffusion.errors import DivergedError
+from dia_diffusion.training.checkpoint import optimizer_tensors
+from dia_diffusion.training.classification import ClassificationTask
+from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.loop import Trainer
+from tests.training import classify
+from tests.training.conftest import Recorder
+from tests.training.run_files import metrics, weights
+from tests.training.test_processes import launch
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[[Tensor], Tensor]) -> None:
+    """Makes the loss of some steps, counted from 1, another."""
+    loss, draw = DiffusionTask.loss, DiffusionTask.draw
+
+    def noting(task: DiffusionTask, step: int):
+        task.at = step + 1
+        return draw(task, step)
+
+    monkeypatch.setattr(DiffusionTask, "draw", noting)
+    monkeypatch.setattr(
+        DiffusionTask,
+        "loss",
+        lambda task, *of_step: how(loss(task, *of_step)) if task.at in steps else loss(task, *of_step),
+    )
+
+
+def states(trainer: Trainer) -> dict[str, Tensor]:
+    """All that a step may change, as it is now."""
+    kept = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    kept |= {f"optimizer/{n}": t for n, t in optimizer_tensors(trainer.optimizer.optimizer, trainer.names).items()}
+    if trainer.ema is not None:
+        kept |= {f"ema/{n}": t for n, t in zip(trainer.names, trainer.ema.parameters, strict=True)}
+    return {name: tensor.detach().clone() for name, tensor in kept.items()}
+
+
+def states_of_steps(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """Trains to the end; the state before the first step and after each."""
+    found = [states(trainer)]
+    trainer.reporter.at_step = lambda step: found.append(states(trainer))
+    trainer.run()
+    return found
+
+
+def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Where two states are equal; an optimizer's first zeros equal its having none."""
+    none = {name: torch.zeros_like(tensor) for name, tensor in after.items() if name not in before}
+    return {name for name, tensor in after.items() if torch.equal({**before, **none}[name], tensor)}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [lambda loss: loss * float("nan"), lambda loss: loss + float("inf"), lambda loss: loss * 1e30 * 1e30],
+    ids=["nan", "infinite with a finite gradient", "infinite"],
+)
+def test_a_step_that_is_not_finite_touches_nothing(how, tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spoil(monkeypatch, {1, 4}, how)
+    found = states_of_steps(Trainer(tiny("run"), Recorder()))
+    for step in range(1, 7):
+        unchanged = same(found[step - 1], found[step])
+        if step in (1, 4):
+            assert unchanged == found[step].keys()
+        else:
+            assert not unchanged & {"model/norm.weight", "ema/norm.weight", "optimizer/norm.weight/exp_avg"}
+    assert float(found[6]["optimizer/norm.weight/step"]) == 4
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped_steps"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert [line["step"] for line in lines if line["loss"] is None] == [1, 4]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_nor_does_it_touch_a_batchnorm(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = ClassificationTask._prepared
+
+    def bad_images(task: ClassificationTask, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        return batch(task, pixels, dtype) * (float("nan") if trainer.model.training and trainer.step in (0, 3) else 1)
+
+    monkeypatch.setattr(ClassificationTask, "_prepared", bad_images)
+    options = ("--optimizer.name", optimizer, *(("--optimizer.nesterov", "false") if optimizer == "adamw" else ()))
+    trainer = Trainer(ClassificationTask(classify.tiny(tmp_path, "run", *options)), Recorder())
+    found = states_of_steps(trainer)
+    for step in range(1, 7):
+        if step in (1, 4):
+            assert same(found[step - 1], found[step]) == found[step].keys()
+        else:
+            assert not same(found[step - 1], found[step]) & {name for name in found[step] if "running_mean" in name}
+    assert all(tensor.isfinite().all() for tensor in found[6].values())
+
+
+def test_so_many_in_a_row_end_the_run_and_no_fewer(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spoil(monkeypatch, {2, 3, 5, 6}, lambda loss: loss * float("nan"))
+    Trainer(tiny("fewer", "--train.max_skipped_steps", "3"), Recorder()).run()
+    assert metrics(tmp_path / "fewer")[-1]["skipped_steps"] == 4
+    with pytest.raises(DivergedError, match="not finite at step 2 and the 1 after it: loss nan") as error:
+        Trainer(tiny("as many", "--train.max_skipped_steps", "2"), Recorder()).run()
+    assert error.value.step == 2
+    assert [line["step"] for line in metrics(tmp_path / "as many")] == [1, 2]
+
+
+def test_it_is_named_which_module_went_wrong(tiny) -> None:
+    trainer = Trainer(tiny("run", "--train.max_skipped_steps", "2"), Recorder())
+
+    def overflow(step: int) -> None:
+        if step == 4:
+            torch.nn.init.constant_(trainer.model.out_blocks[0].mlp.fc1.bias, float("inf"))
+
+    trainer.reporter.at_step = overflow
+    with pytest.raises(DivergedError) as error:
+        trainer.run()
+    rate = trainer.task.learning_rate(4, 1e-3)
+    for told in ("step 5", f"learning rate {rate:.4g}", "first not finite: output of out_blocks.0.mlp.fc1;"):
+        assert told in str(error.value)
+    assert "loss nan, gradient norm nan" in str(error.value)
+
+
+def test_a_run_driven_into_divergence_keeps_its_last_finite_weights(tiny, tmp_path: Path) -> None:
+    options = ("--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.checkpoint_every", "1")
+    with pytest.raises(DivergedError, match=r"at step 2 and the 3 after it: .*learning rate 1e\+30, first not finite: output of"):
+        Trainer(tiny("run", *options, "--train.max_skipped_steps", "4"), Recorder()).run()
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert kept[-1].name == "step-00000004"
+    for name in ("model", "ema", "optimizer"):
+        first, last = weights(tmp_path / "run", 2, name), weights(tmp_path / "run", 4, name)
+        assert all(torch.equal(first[key], last[key]) and last[key].isfinite().all() for key in last)
+
+
+def test_the_count_goes_on_with_the_run(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spoil(monkeypatch, {2, 5}, lambda loss: loss * float("nan"))
+    Trainer(tiny("run", "--train.max_steps", "3"), Recorder()).run()
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["skipped_steps"] == 1
+    Trainer(tiny("run"), Recorder()).run()
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 1, 1, 1, 2, 2]
+
+
+ON_ONE_RANK = """
+import os
+from dia_diffusion.training.diffusion import DiffusionTask
+loss, draw = DiffusionTask.loss, DiffusionTask.draw
+def noting(task, step):
+    task.at = step
+    return draw(task, step)
+def spoiled(task, *of_step):
+    bad = task.at == 2 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    return loss(task, *of_step) + (float("inf") if bad else 0)
+DiffusionTask.draw, DiffusionTask.loss = noting, spoiled
+"""
+
+
+def test_all_processes_skip_what_is_not_finite_on_one(tmp_path: Path) -> None:
+    one, two = (launch(tmp_path, str(count), count, setup=ON_ONE_RANK) for count in (1, 2))
+    assert [line["skipped_steps"] for line in metrics(two)] == [0, 0, 1, 1, 1, 1]
+    alone, shared = weights(one, 6), weights(two, 6)
+    assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-5
