@@ -40,6 +40,25 @@ def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
     assert largest_difference({3: whole[3]}, images_of(pipeline, [3], batch_size=1)) <= 1
 
 
+@pytest.mark.parametrize("name", ["euler-maruyama", "dpmsolver++"])
+def test_batches_from_1_to_64_draw_the_same_in_float64(name, tiny_pipeline):
+    pipeline = tiny_pipeline().to(torch.float64)
+    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
+
+    def drawn(size):
+        parts = []
+        for start in range(0, 64, size):
+            generators = [torch.Generator().manual_seed(seed) for seed in range(start, start + size)]
+            options = {"num_inference_steps": 5, "output_type": "pt"}
+            parts.append(pipeline(batch_size=size, generator=generators, **options).images)
+        return torch.cat(parts)
+
+    whole = drawn(64)
+    assert whole.dtype == torch.float64 and whole.std() > 0.1
+    for size in (1, 4, 16):
+        torch.testing.assert_close(drawn(size), whole, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("schedule", ["ddpm-linear", "cosine"])
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler-ancestral", "euler-maruyama"}))
 def test_discrete_processes_too(name, schedule, tiny_pipeline):

@@ -126,7 +126,7 @@ def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> Non
         load_classifier(tmp_path / "run")
 
 
-TO_DIVERGE = "--optimizer.learning_rate 1e30 --optimizer.warmup_steps 0 --train.max_skipped_steps 3".split()
+TO_DIVERGE = ["--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.max_skipped_steps", "3"]
 
 
 def test_a_run_that_diverges_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,7 @@ def test_it_is_named_which_module_went_wrong(tiny) -> None:
 
 def test_a_run_driven_into_divergence_keeps_its_last_finite_weights(tiny, tmp_path: Path) -> None:
     options = ("--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.checkpoint_every", "1")
-    with pytest.raises(DivergedError, match=r"at step 2 and the 3 after it: .*learning rate 1e\+30, first not finite: output of"):
+    with pytest.raises(DivergedError, match=r"at step 2 and the 3 after.* rate 1e\+30, first not finite: output of"):
         Trainer(tiny("run", *options, "--train.max_skipped_steps", "4"), Recorder()).run()
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert kept[-1].name == "step-00000004"

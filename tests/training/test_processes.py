@@ -85,11 +85,11 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_path: Path) -> None:
     setup = "torch.set_default_dtype(torch.float64)"
     one = launch(tmp_path, "one", 1, setup=setup)
-    two = launch(tmp_path, "two", 2, "--train.accumulation", "2", setup=setup)
+    four = launch(tmp_path, "four", 4, "--train.accumulation", "2", setup=setup)
     checkpointed = launch(tmp_path, "three", 2, "--train.gradient_checkpointing", "true", setup=setup)
     nodes = launch(tmp_path, "nodes", 2, setup=setup, nodes=2)
     expected = load_file(one / "checkpoints" / "step-00000006" / "model.safetensors")
-    for run in (two, checkpointed, nodes):
+    for run in (four, checkpointed, nodes):
         weights = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
         assert max(float((expected[key] - weights[key]).abs().max()) for key in expected) < 1e-9
         assert losses(run) == pytest.approx(losses(one), rel=1e-9)
