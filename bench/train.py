@@ -11,7 +11,7 @@ from interleave import Contender, interleave
 from limits import flops_of, matmul_peak, memory_now, memory_peak
 from official import Official
 from results import Found, rows_of
-from steps import OFFICIAL, OURS, Setting, build_step, eager, names
+from steps import OURS, Setting, build_step, eager, names
 
 
 def measure(
@@ -42,12 +42,13 @@ def measure(
         timings = interleave(contenders, rounds, device, told)
         peak = matmul_peak(precision, device)
         by_name = {timing.name: timing for timing in timings}
+        memory = _memory(setting, checkout, with_compiled, told)
         title = f"Training step, {recipe} and networks of its size, batch {batch_size}, {precision}"
         note = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
         return [
             Found(title, rows_of(timings, by_name[OURS], peak), timings, note),
             *([Found("torch.compile: what it costs and gives", _compilation(by_name))] if with_compiled else []),
-            Found("Peak memory of a training step, over what was held before", _memory(setting, checkout, told)),
+            Found("Peak memory of a training step, over what was held before", memory),
         ]
 
 
@@ -63,11 +64,10 @@ def _compilation(timings: dict) -> list[dict]:
     return rows
 
 
-def _memory(setting: Setting, checkout: Path | None, told: Callable[[str], None]) -> list[dict]:
+def _memory(setting: Setting, checkout: Path | None, with_compiled: bool, told: Callable[[str], None]) -> list[dict]:
     """Each in a process of its own, which starts with nothing of the others."""
     rows = []
-    theirs = [OFFICIAL] if checkout is not None and setting.recipe == Setting.recipe else []
-    for name in [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, DIA-LSTM, checkpointing", *theirs]:
+    for name in [*names(setting, with_compiled), f"{OURS}, DIA-LSTM, checkpointing"]:
         told(f"memory: {name}")
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             plain = replace(setting, official=None, work=setting.work / "memory")
