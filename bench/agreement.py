@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,8 @@ def train(folder: str, dtype: str, options: dict[str, Any], stop_at: int = 0) ->
     trainer = Trainer(read_experiment(RECIPE, keys={**OPTIONS, **precision, **options, "output": folder}), Silent())
     if stop_at:
         trainer.reporter.progress = lambda step, *_: os.kill(os.getpid(), 15) if step == stop_at else None
-    try:
+    with suppress(Stopped):
         trainer.run()
-    except Stopped:
-        pass
 
 
 def measure_fid(run: str, record: str, batch_size: int) -> None:

@@ -60,7 +60,7 @@ class FiniteWatch:
         bad = ~loss.isfinite() if self.scaled else skip
         first = bad & (self._in_a_row == 0)
         self._first_step = torch.where(first, step, self._first_step)
-        self._first_values = torch.where(first, torch.stack([loss, gradient_norm]).float(), self._first_values)
+        self._first_values = torch.where(first, torch.stack([loss.float(), gradient_norm.float()]), self._first_values)
         over = self._in_a_row >= self.most_in_a_row  # which stays so until somebody asks
         self._in_a_row = torch.where(over, self._in_a_row, (self._in_a_row + 1) * bad)
         self.skipped = self.skipped + skip
