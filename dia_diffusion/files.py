@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.sealed import sealed
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+PARTIAL = ".partial"
 REPLACED = re.compile(r"\.(.+)\.replaced\.")  # how `whole_folder` names what it sets aside
 
 
@@ -29,14 +30,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        with naming_full_disk(path):
+        with naming(path):
             yield temporary
             temporary.chmod(_usual_mode())
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly because it has its name by now
+            temporary.unlink()
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def whole_folder(path: str | Path, replace: bool = True, needed: int = 0) -> Ite
     temporary, replaced = _beside(path), _beside(path.with_name(f"{path.name}.replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with naming_full_disk(path, needed):
+        with naming(path, needed):
             if needed > shutil.disk_usage(path.parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             temporary.mkdir()
@@ -88,7 +90,7 @@ def remove_partial(folder: Path) -> None:
 
     A folder that one of them had set aside, and put no other in its place, is put back.
     """
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob(f".*{PARTIAL}"):
         replaced = REPLACED.match(path.name)
         if replaced and not (folder / replaced[1]).exists():
             os.rename(path, folder / replaced[1])
@@ -129,7 +131,7 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line_to_add = json.dumps(sealed(value)).encode() + b"\n"
-    with naming_full_disk(path, len(line_to_add)), path.open("ab+", buffering=0) as file:
+    with naming(path, len(line_to_add)), path.open("ab+", buffering=0) as file:
         end = file.tell()
         torn = False
         if end:
@@ -146,19 +148,21 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def naming_full_disk(path: Path, needed: int = 0) -> Iterator[None]:
-    """Makes a full disk an OSError that names the path meant, not a temporary one; safetensors has an error of its own.
+def naming(path: Path, needed: int = 0) -> Iterator[None]:
+    """Makes an OSError name the path meant, not a temporary one, and a full disk say what is free.
 
     needed: the bytes to be written, where they are known before.
     """
     try:
         yield
-    except SafetensorError as error:
+    except SafetensorError as error:  # which it raises for a full disk too
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise _full(errno.ENOSPC, path, needed) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if str(error.filename).endswith(PARTIAL):
+                error.filename = str(path)
             raise
         raise _full(error.errno, path, needed) from None
 
@@ -192,7 +196,7 @@ def cache_folder() -> Path:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
 
 
 def _usual_mode() -> int:

@@ -73,7 +73,8 @@ def whole_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
             tell(f"warning: {why}; it is kept as {aside.name}, and {place} is used instead")
         return place
     if damaged:
-        raise InputError(f"{damaged[0][1]}; no checkpoint in {folder} is whole, restore one from a copy")
+        otherwise = "restore one from a copy, or choose another output"
+        raise InputError(f"{damaged[0][1]}; no checkpoint in {folder} is whole: {otherwise}")
     return None
 
 

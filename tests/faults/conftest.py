@@ -19,7 +19,7 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of six steps and a checkpoint at each second one, and such a classifier's."""
     folder = tmp_path_factory.mktemp("damage")

@@ -39,8 +39,10 @@ class Forked:
         self.send(signal.SIGKILL)
         self.process.join()
 
-    def ended(self) -> bool:
-        return self.process.exitcode is not None
+    def until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        """Waits for something that this command does."""
+        wait_for(lambda: condition() or self.process.exitcode is not None, seconds)
+        assert condition(), self.text()
 
     def wait(self, seconds: float = 60) -> int:
         """The exit code, as a shell shows it."""

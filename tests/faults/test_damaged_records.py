@@ -19,7 +19,7 @@ from dia_diffusion.training.checkpoint import read_state
 from dia_diffusion.training.run_folder import read_metrics
 from tests.faults.damage import cuts, flips
 
-FLIPS = 300
+FLIPS = 100
 
 
 def assert_found(file: Path, read: Callable[[], Any], count: int | None) -> int:
