@@ -84,9 +84,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(whole, start=1):
         try:
             line = unsealed(json.loads(text))
-            line["step"] += 0  # is a number
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}, line {number} is altered; remove that line") from None
+            has_step = isinstance(line.get("step"), int)
+        except (ValueError, AttributeError):
+            has_step = False
+        if not has_step:
+            raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
         lines.append(line)
     return lines
 

@@ -113,6 +113,18 @@ def test_without_a_whole_checkpoint_nothing_is_touched(run: Path, recipe: Path) 
     assert len(step_folders(run / "checkpoints")) == 3
 
 
+def test_an_altered_line_of_metrics_is_named_before_it_is_dropped(run: Path, recipe: Path, trained: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"loss", b"lose"), *lines[2:]]))
+    experiment = read_experiment(str(recipe), ["--output", str(run)])
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2 is cut short or altered; remove that line"):
+        Trainer(experiment, Recorder()).run()
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    Trainer(experiment, Recorder()).run()
+    assert_same_runs(run, trained / "run", 6)
+
+
 def test_a_study_sees_the_newest_state_that_can_be_read(run: Path) -> None:
     flip_one(run / "checkpoints" / "step-00000006" / "state.json")
     state = newest_state(run / "checkpoints")

@@ -14,7 +14,11 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
+from dia_diffusion.files import write_json
+from dia_diffusion.sealed import sealed
 from dia_diffusion.studies.accuracies import read_result
+from dia_diffusion.studies.trials import RESULT_FILE as TRIAL
+from dia_diffusion.studies.trials import base_recipe, finished, make_trial
 from dia_diffusion.training.checkpoint import read_state
 from dia_diffusion.training.run_folder import read_metrics
 from tests.faults.damage import cuts, flips
@@ -38,7 +42,9 @@ def assert_found(file: Path, read: Callable[[], Any], count: int | None) -> int:
 
 
 @pytest.fixture
-def records(trained: Path, tmp_path: Path, record: Callable[..., Any]) -> list[tuple[Path, Callable[[], Any]]]:
+def records(
+    trained: Path, recipe: Path, tmp_path: Path, record: Callable[..., Any]
+) -> list[tuple[Path, Callable[[], Any]]]:
     """A file of each kind of record, with what reads it."""
     folder = Path(shutil.copytree(trained, tmp_path / "all"))
     state = folder / "run" / "checkpoints" / "step-00000006"
@@ -47,6 +53,8 @@ def records(trained: Path, tmp_path: Path, record: Callable[..., Any]) -> list[t
         append_record(evaluations, record(3.25, step=step))
     statistics, extractor = folder / "statistics.safetensors", build_features("digits")
     write_statistics(statistics, reference_statistics(open_images("digits"), extractor, count=100), extractor)
+    trial = make_trial("trial", {}, folder, base_recipe("trial", str(recipe), {}), seed=0)
+    write_json(trial.folder / TRIAL, sealed({"recipe": trial.experiment.to_dict(), "held_out_loss": 0.5}))
     last = read_metrics(metrics)[-1]
 
     def lines() -> Any:
@@ -63,6 +71,7 @@ def records(trained: Path, tmp_path: Path, record: Callable[..., Any]) -> list[t
         (metrics, lines),
         (evaluations, lambda: read_records(evaluations)),
         (folder / "classifier" / "result.json", lambda: read_result(folder / "classifier")),
+        (trial.folder / TRIAL, lambda: finished(trial)),
         (statistics, moments),
     ]
 
