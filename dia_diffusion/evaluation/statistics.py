@@ -68,8 +68,8 @@ class FeatureStatistics:
                 metadata = file.metadata()
                 provenance = json.loads(metadata["provenance"])
                 count, total, outer = (file.get_tensor(name) for name in ("count", "sum", "outer"))
-            # Files of before it was written have none.
-            if metadata.get("sha256", own := _sha256(metadata["provenance"], count, total, outer)) != own:
+            sha256 = _sha256(metadata["provenance"], count, total, outer)
+            if metadata.get("sha256", sha256) != sha256:  # older files have none
                 raise ValueError("its sha256 differs")
             statistics = cls(len(total))
             statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()

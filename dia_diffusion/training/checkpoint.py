@@ -5,14 +5,14 @@
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
-Where the newest is damaged and an older one is whole, the newest is set aside as step-00010000.damaged.
+Where the newest is damaged and an older one is whole, a training goes on from that, and keeps the damaged one as
+step-00010000.damaged.
 
 Nothing random is in it: a step's randomness is a function of the seed and the step.
 """
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,36 +51,33 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
     return place
 
 
-def whole_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint in `folder` that is whole; None where there is none at all.
+def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint in `folder` that is whole, and the newer ones that are not, each with what is wrong.
 
-    Newer ones that are damaged are renamed to NAME.damaged, which is told: so they neither count among those that
-    save_checkpoint keeps nor are in the way of the steps that are done again.
+    None where there is no checkpoint at all.
 
     Raises:
-        InputError: all are damaged; nothing is renamed then.
+        InputError: all are damaged.
     """
-    damaged: list[tuple[Path, InputError]] = []
+    damaged: dict[Path, str] = {}
     for place in reversed(step_folders(folder).values()):
         try:
             check_checkpoint(place)
+            return place, damaged
         except InputError as error:
-            damaged.append((place, error))
-            continue
-        for bad, why in damaged:
-            aside = _free_name(bad.with_name(f"{bad.name}.damaged"))
-            bad.rename(aside)
-            tell(f"warning: {why}; it is kept as {aside.name}, and {place} is used instead")
-        return place
+            damaged[place] = str(error)
     if damaged:
+        newest, *_ = damaged.values()
         otherwise = "restore one from a copy, or choose another output"
-        raise InputError(f"{damaged[0][1]}; no checkpoint in {folder} is whole: {otherwise}")
-    return None
+        raise InputError(f"{newest}; no checkpoint in {folder} is whole: {otherwise}")
+    return None, {}
 
 
-def _free_name(path: Path) -> Path:
-    names = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000))]
-    return next(name for name in names if not name.exists())
+def set_aside(damaged: Path) -> Path:
+    """Renames a damaged checkpoint to NAME.damaged, so that it neither counts as one to keep nor is in the way."""
+    names = (f"{damaged.name}.damaged", *(f"{damaged.name}.damaged-{number}" for number in range(2, 1000)))
+    place = next(place for name in names if not (place := damaged.with_name(name)).exists())
+    return damaged.rename(place)
 
 
 def check_checkpoint(place: Path) -> dict[str, Any]:
@@ -126,7 +123,8 @@ def read_state(place: Path) -> dict[str, Any]:
         has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
         if has_files and step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
             return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    # Other errors of the disk may pass, and then it is as good as before.
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered")
 

@@ -31,6 +31,7 @@ from dia_diffusion.training.checkpoint import (
     load_weights,
     optimizer_tensors,
     save_checkpoint,
+    set_aside,
     whole_checkpoint,
 )
 from dia_diffusion.training.compilation import compiled
@@ -86,7 +87,7 @@ class Trainer:
 
     def _whole_checkpoint(self) -> str | None:
         """The name of the checkpoint that all processes go on from; None where the run is new."""
-        place = whole_checkpoint(self.folder.checkpoints, self.reporter.message)
+        place, self.damaged = whole_checkpoint(self.folder.checkpoints)
         return None if place is None else place.name
 
     def _load(self, name: str | None) -> Checkpoint | None:
@@ -189,6 +190,10 @@ class Trainer:
         self.clock = time.perf_counter(), self.step
 
     def _open_folder(self) -> None:
+        for place, why in self.damaged.items():
+            self.reporter.message(
+                f"warning: {why}; it is kept as {set_aside(place).name}, and the one before it is used"
+            )
         self.folder.write_config(self.experiment)
         if self.step < self.config.max_steps:  # else what trained it stays on record
             write_json(self.folder.environment, environment(self.accelerator.num_processes))

@@ -10,7 +10,6 @@ def cuts(file: Path) -> Iterator[bytes]:
     """The file cut short at every kind of place."""
     content = file.read_bytes()
     header = int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content) // 2
-    assert 8 + header <= len(content) or file.suffix != ".safetensors"
     for length in (0, 1, 4, 8, 8 + header // 2, 8 + header, (8 + header + len(content)) // 2, len(content) - 1):
         if length < len(content):
             yield content[:length]

@@ -84,16 +84,19 @@ def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path,
     ]
 
 
-def test_what_is_told_of_a_damaged_checkpoint(run: Path) -> None:
-    told: list[str] = []
-    flip_one(run / "checkpoints" / "step-00000006" / "ema.safetensors")
+def test_what_is_told_of_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
+    place = run / "checkpoints" / "step-00000006"
+    flip_one(place / "ema.safetensors")
     (run / "checkpoints" / "step-00000006.damaged").mkdir()  # of an earlier time
-    kept = whole_checkpoint(run / "checkpoints", told.append)
-    assert kept == run / "checkpoints" / "step-00000004"
-    assert told == [
-        f"warning: checkpoint file {run}/checkpoints/step-00000006/ema.safetensors is cut short or altered (its sha256 "
-        f"differs); it is kept as step-00000006.damaged-2, and {kept} is used instead"
-    ]
+    with pytest.raises(InputError, match="seed: 0 -> 1"):
+        Trainer(read_experiment(str(recipe), ["--output", str(run), "--seed", "1"]), Recorder())
+    assert place.is_dir(), "what is refused changes nothing"
+    reporter = Recorder()
+    Trainer(read_experiment(str(recipe), ["--output", str(run)]), reporter).run()
+    assert reporter.messages[0] == (
+        f"warning: checkpoint file {place}/ema.safetensors is cut short or altered (its sha256 differs); it is kept as "
+        "step-00000006.damaged-2, and the one before it is used"
+    )
 
 
 def test_a_classifier_goes_on_from_the_checkpoint_before(trained: Path, tmp_path: Path) -> None:
@@ -166,5 +169,10 @@ def test_keep_last_never_removes_the_one_that_works(run: Path, monkeypatch: pyte
     (folder / "step-00000099").mkdir()  # as of a copy that was broken off
     save_checkpoint(folder, 8, content, keep_last=1)
     assert list(step_folders(folder)) == [8, 99]
-    whole = whole_checkpoint(folder, lambda text: None)
-    assert whole is not None and whole.name == "step-00000008"
+    assert whole_checkpoint(folder) == (
+        folder / "step-00000008",
+        {
+            folder
+            / "step-00000099": f"checkpoint file {folder}/step-00000099/state.json is missing, cut short or altered"
+        },
+    )
