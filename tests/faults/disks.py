@@ -9,9 +9,12 @@ import pytest
 
 
 def _mount(*arguments: object) -> None:
-    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    try:
+        subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("nothing can be mounted here: there is no mount")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"nothing can be mounted here: {error.stderr.strip()}")
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class Forked:
     ) -> None:
         self.log = log
         texts = [str(argument) for argument in arguments]
-        self.process = FORKED.Process(target=_command, args=(texts, log, prepare, environment))
+        # A daemon: where a test fails, the command does not outlive it.
+        self.process = FORKED.Process(target=_command, args=(texts, log, prepare, environment), daemon=True)
         self.process.start()
 
     def send(self, number: int) -> None:

@@ -76,7 +76,6 @@ def test_no_room_for_a_record(
     run = Path(shutil.copytree(trained / "run", disk / "run"))
     fid = ["fid", str(run), "--reference", "digits", "--steps", "1"]
     assert main([*fid, "--num", "70"]) == 0
-    before = (run / "evaluations.jsonl").read_bytes()
 
     def full(*args: object) -> None:
         fill(disk)
@@ -84,7 +83,7 @@ def test_no_room_for_a_record(
 
     with monkeypatch.context() as patch:
         patch.setattr("dia_diffusion.cli.fid_records.append_record", full)
-        while len((run / "evaluations.jsonl").read_bytes()) % 4096 < 3000:  # so that the next begins a page of the disk
+        while (run / "evaluations.jsonl").stat().st_size % 4096 < 3000:  # so that the next one needs a new page
             append_record(run / "evaluations.jsonl", read_records(run / "evaluations.jsonl")[0])
         before = (run / "evaluations.jsonl").read_bytes()
         error = error_of([*fid, "--num", "71"], capsys, code=1)

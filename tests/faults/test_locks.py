@@ -34,7 +34,7 @@ def test_a_study_is_run_by_one_command(recipe: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "quick.yaml").write_text(PROTOCOL)
     (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path))
     lock = FolderLock(tmp_path / "out")
-    first = FORKED.Process(target=hold, args=(tmp_path / "out",))
+    first = FORKED.Process(target=hold, args=(tmp_path / "out",), daemon=True)
     first.start()
     wait_for(lambda: lock.path.is_file() and lock.text())
     error = error_of(["curves", tmp_path / "mine.yaml"], capsys)

@@ -125,12 +125,11 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
     print(f"ended {time.monotonic() - sent:.1f} s after {len(numbers)} signals")
     assert time.monotonic() - sent < 10
     if len(numbers) == 1:
-        assert running.last_line() == "dia-diffusion curves: stopped; the same command goes on from there"
+        how = "stopped; the same command goes on from there"
         assert checkpoints(first)
     else:
-        assert (
-            running.last_line() == "dia-diffusion curves: ended at once; the same command goes on from what is written"
-        )
+        how = "ended at once; the same command goes on from what is written"
+    assert running.last_line() == f"dia-diffusion curves: {how}"
     again = Forked("curves", tmp_path / "mine.yaml", log=log)  # the lock of a child that is alive would refuse it
     again.until(lambda: (first / "train.log").read_text().count("$ dia-diffusion train") == 2)
     again.send(signal.SIGTERM)
