@@ -192,6 +192,11 @@ class StopSignal:
         return int(received)
 
 
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether this is what a process meets where another one of its launch has ended, or its machine is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
 def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held so far: of the GPU's memory on a GPU, else of the machine's."""
     if device.type == "cuda":

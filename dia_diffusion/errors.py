@@ -1,5 +1,7 @@
 """How a command ends other than well, the exit code of each, and text that fits its one line."""
 
+import signal
+
 
 def one_line(text: str) -> str:
     """Text from outside, fit for a one-line message: no control characters, of a bounded length."""
@@ -44,3 +46,12 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.signal_number = signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends what Ctrl-C ends and in the same way."""
+
+
+def number_of(interrupt: KeyboardInterrupt) -> int:
+    """The signal that an interrupt stands for."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT

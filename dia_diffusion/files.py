@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ import yaml
 from safetensors import SafetensorError
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.sealed import sealed
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+PARTIAL = ".partial"
+REPLACED = re.compile(r"\.(.+)\.replaced\.")  # how `whole_folder` names what it sets aside
 
 
 @contextmanager
@@ -27,22 +30,24 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        with _naming(path):
+        with naming(path):
             yield temporary
             temporary.chmod(_usual_mode())
             _flush(temporary)
             os.replace(temporary, path)
             _flush(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # mostly because it has its name by now
+            temporary.unlink()
 
 
 @contextmanager
-def whole_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
+def whole_folder(path: str | Path, replace: bool = True, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes that name when the block ends well.
 
     A folder that is already at `path` is replaced, and only once the new one is complete. With replace False whatever
-    is there stays, as what another process puts there meanwhile, and InputError is raised.
+    is there stays, as what another process puts there meanwhile, and InputError is raised. `needed` bytes, where they
+    are known before, are looked for first.
     """
     path = Path(path)
     if not replace:
@@ -50,9 +55,11 @@ def whole_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, replaced = _beside(path), _beside(path.with_name(f"{path.name}.replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
-        with _naming(path):
+        with naming(path, needed):
+            if needed > shutil.disk_usage(path.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
@@ -67,6 +74,8 @@ def whole_folder(path: str | Path, replace: bool = True) -> Iterator[Path]:
             _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():  # an error between the two renames
+            os.rename(replaced, path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -77,9 +86,15 @@ def refuse_existing(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left in a folder that nobody writes to now."""
-    for path in folder.glob(".*.partial"):
-        if path.is_dir():
+    """Removes what processes that were killed while writing have left in a folder that nobody writes to now.
+
+    A folder that one of them had set aside, and put no other in its place, is put back.
+    """
+    for path in folder.glob(f".*{PARTIAL}"):
+        replaced = REPLACED.match(path.name)
+        if replaced and not (folder / replaced[1]).exists():
+            os.rename(path, folder / replaced[1])
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -111,17 +126,18 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def append_json_line(path: str | Path, value: Any) -> None:
-    """Appends one line of JSON and flushes it to the disk; a line that a crash cut short is not glued to it."""
+def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
+    """Appends a sealed line of JSON and flushes it to the disk; a line that a crash cut short is not glued to it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(path), path.open("ab+", buffering=0) as file:
+    line_to_add = json.dumps(sealed(value)).encode() + b"\n"
+    with naming(path, len(line_to_add)), path.open("ab+", buffering=0) as file:
         end = file.tell()
         torn = False
         if end:
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
-        line = ("\n" if torn else "").encode() + json.dumps(value).encode() + b"\n"
+        line = (b"\n" if torn else b"") + line_to_add
         try:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -129,6 +145,43 @@ def append_json_line(path: str | Path, value: Any) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+@contextmanager
+def naming(path: Path, needed: int = 0) -> Iterator[None]:
+    """Makes an OSError name the path meant, not a temporary one, and a full disk say what is free.
+
+    needed: the bytes to be written, where they are known before.
+    """
+    try:
+        yield
+    except SafetensorError as error:  # which it raises for a full disk too
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise _full(errno.ENOSPC, path, needed) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if str(error.filename).endswith(PARTIAL):
+                error.filename = str(path)
+            raise
+        raise _full(error.errno, path, needed) from None
+
+
+def _full(number: int, path: Path, needed: int) -> OSError:
+    takes = f"it takes {_size(needed)}, and " if needed else ""
+    free = _size(shutil.disk_usage(path.parent).free)
+    return OSError(number, f"{os.strerror(number)} ({takes}{free} are free)", str(path))
+
+
+def _size(count: float) -> str:
+    """As "4.2 MB"."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} GB"
 
 
 def sha256_of_file(path: str | Path) -> str:
@@ -143,22 +196,7 @@ def cache_folder() -> Path:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Makes a failure to write an OSError that names the path meant, not a temporary one; safetensors has its own."""
-    try:
-        yield
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error.filename = str(path)
-        raise
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
 
 
 def _usual_mode() -> int:

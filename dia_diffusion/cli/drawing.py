@@ -1,7 +1,8 @@
 """What `dia-diffusion sample` does once its options are read: each process draws its share of the images."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import load_for_sampling
 from dia_diffusion.distributed import on_main, start_accelerator
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
 from dia_diffusion.sampling.seeds import my_share
 from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
@@ -39,7 +40,7 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
         # Images that the folder holds already are those that would be drawn again.
         mine = [seed for seed in mine if not png_path(pngs, seed).is_file()]
     kept: list[Tensor] = []
-    with Counter("sampling", "images") as counter:
+    with Counter("sampling", "images") as counter, _going_on(keep):
         progress = SharedProgress(counter, len(mine) * accelerator.num_processes, accelerator)
         for batch, images in settings.generate(pipeline, mine, options.batch_size, progress):
             if pngs is not None:
@@ -60,6 +61,18 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
             if path is not None:
                 console.print(f"{len(seeds):,} images of {folder}: {path}")
     accelerator.end_training()
+
+
+@contextmanager
+def _going_on(keep: bool) -> Iterator[None]:
+    """Makes a signal say what is there."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        text = "stopped; the same command draws the images that are missing"
+        if keep:
+            text = "stopped before all images were there; the same command draws them anew"
+        raise Stopped(number_of(interrupt), text) from None
 
 
 def _gather(kept: list[Tensor], count: int, shape: tuple[int, ...], accelerator: Accelerator) -> Tensor:

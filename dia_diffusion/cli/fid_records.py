@@ -18,9 +18,8 @@ from dia_diffusion.pipelines.folder import EVALUATIONS, records_file, weights_ha
 def check_record_file(file: Path) -> None:
     """Raises InputError for what no record could be added to, before anything is measured."""
     place = next(path for path in (file, *file.absolute().parents) if path.exists())
-    accepted = "a file in a folder that can be written"
     if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
-        raise InputError(f"--record {file} can't be written; accepted: {accepted}")
+        raise InputError(f"{file} can't be written; accepted as --record: a file in a folder that can be written")
 
 
 def records_file_of(options: argparse.Namespace, folder: Path | None) -> Path:

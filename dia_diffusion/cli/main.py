@@ -2,12 +2,16 @@
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from dia_diffusion import __version__
 from dia_diffusion.cli.imports import imports
-from dia_diffusion.errors import InputError, RunError, Stopped, one_line
+from dia_diffusion.errors import InputError, RunError, Stopped, Terminated, number_of, one_line
 
 # name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
 COMMANDS = {
@@ -44,20 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
-        with imports():
-            command = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
-        command.run(arguments[1:])
+        with _termination_as_interrupt():
+            with imports():
+                command = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
+            command.run(arguments[1:])
     except InputError as error:
         return _end(name, f"error: {error}", 2, told=False if error.alone else None)
     except RunError as error:
         return _end(name, f"failed: {error}", 1, told=error.told)
     except Stopped as stopped:
         return _end(name, str(stopped), 128 + stopped.signal_number)
-    except KeyboardInterrupt:
-        return _end(name, "interrupted", 130)
+    except KeyboardInterrupt as interrupt:
+        line = "interrupted; what is written stays, and the same command does the rest"
+        return _end(name, line, 128 + number_of(interrupt))
     except RuntimeError as error:
         import torch
 
+        from dia_diffusion.distributed import lost_a_process
+
+        if lost_a_process(error):
+            line = "another process of this launch has ended or can't be reached; the same command goes on"
+            return _end(name, f"failed: {line} from what is written", 1)
         if not isinstance(error, torch.OutOfMemoryError):
             raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
@@ -66,6 +77,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
     return 0
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Ends a command at SIGTERM as at Ctrl-C, by an exception; training takes both signals itself."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def usage() -> str:

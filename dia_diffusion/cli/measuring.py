@@ -1,7 +1,6 @@
 """What `dia-diffusion fid` does once its options are read: it measures pipelines, or images, and records that."""
 
 import argparse
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,17 @@ from dia_diffusion.cli.console import Counter, MeasuringProgress, console
 from dia_diffusion.cli.feature_options import load_features, tell_unreleased
 from dia_diffusion.cli.fid_images import open_source, reference_of
 from dia_diffusion.cli.fid_protocol import check_features
-from dia_diffusion.cli.fid_records import keep, known_record, print_records, records_file_of, update_card
+from dia_diffusion.cli.fid_records import (
+    check_record_file,
+    keep,
+    known_record,
+    print_records,
+    records_file_of,
+    update_card,
+)
 from dia_diffusion.cli.sampling_options import load_for_sampling
 from dia_diffusion.distributed import all_agree, first_on_each_machine, on_main, start_accelerator
-from dia_diffusion.errors import InputError, Stopped
+from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images, work_folder
 from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.feature_file import FINISHED
@@ -79,6 +85,7 @@ def _of_pipelines(
         known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
         record = known
         if record is None:
+            on_main(accelerator, partial(check_record_file, file))
             work = work_folder(file, protocol, origin, extras)
             with Counter(f"measuring {folder.name}", "images") as counter, _going_on(work):
                 progress = MeasuringProgress(counter, count, accelerator)
@@ -106,6 +113,7 @@ def _of_images(
     known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
     record = known
     if record is None:
+        on_main(accelerator, partial(check_record_file, file))
         work = work_folder(file, protocol, origin, extras)
         with Counter(f"measuring {images.name}", "images") as counter, _going_on(work):
             progress = MeasuringProgress(counter, len(images), accelerator)
@@ -136,11 +144,11 @@ def _seen_by_all(accelerator: Accelerator, record: EvaluationRecord | None) -> E
 
 @contextmanager
 def _going_on(work: Path) -> Iterator[None]:
-    """Makes Ctrl-C say what is kept in the work folder."""
+    """Makes a signal say what is kept in the work folder."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         text = "stopped before the first chunk of images was finished; nothing is kept"
         if (work / FINISHED).is_file():
             text = f"stopped; the same command goes on after the last finished chunk of images, kept in {work.parent}"
-        raise Stopped(signal.SIGINT, text) from None
+        raise Stopped(number_of(interrupt), text) from None

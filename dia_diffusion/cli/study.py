@@ -7,7 +7,8 @@ from rich.table import Table
 
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study_tables import print_results
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, Stopped, number_of
+from dia_diffusion.files import remove_partial
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.grids import draw_grids_of_study
@@ -38,8 +39,13 @@ def run_study_command(options: argparse.Namespace) -> None:
         with Counter("reading", "images") as counter:
             check_images(study, counter)
         with FolderLock(study.folder):
-            _run(study, options.jobs)
-            _draw(study)
+            remove_partial(study.folder)
+            try:
+                _run(study, options.jobs)
+                _draw(study)
+            except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
+                text = "ended at once; the same command goes on from what is written"
+                raise Stopped(number_of(interrupt), text) from None
 
 
 def _read(options: argparse.Namespace) -> Study:

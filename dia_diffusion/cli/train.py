@@ -5,7 +5,7 @@ from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
 from dia_diffusion.cli.imports import imports
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
 
@@ -33,6 +33,9 @@ def run_recipe(
     reporter = ConsoleReporter()
     try:
         Trainer(trained(experiment), reporter).run()
+    except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
+        text = "ended at once; the same command goes on from the last checkpoint that was written"
+        raise Stopped(number_of(interrupt), text) from None
     finally:
         reporter.close()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dia_diffusion.errors import RunError
-from dia_diffusion.files import write_json
+from dia_diffusion.files import naming, write_json
 
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 500, 2500, 20
 FINISHED = "finished.json"
@@ -49,7 +49,8 @@ class FeatureFile:
             except (OSError, ValueError, EOFError):  # not there yet, or cut short
                 array = None
             if array is None or array.shape != (count, width) or array.dtype != np.float32:
-                array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
+                with naming(path):
+                    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
             self._offsets[name] = array.offset
         try:
             finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
@@ -74,7 +75,8 @@ class FeatureFile:
     def write(self, chunk: range, rows: dict[str, torch.Tensor], seconds: float) -> None:
         """Adds a chunk: rows (len(chunk), width) for each array, which took `seconds` to make."""
         for name, tensor in rows.items():
-            with self._path(name).open("r+b") as file:  # a full disk is an OSError here, in a memory map a SIGBUS
+            path = self._path(name)
+            with naming(path), path.open("r+b") as file:  # in a memory map a full disk would be a SIGBUS
                 file.seek(self._offsets[name] + chunk.start * self.widths[name] * 4)
                 file.write(tensor.to("cpu", torch.float32).contiguous().numpy().data)
                 file.flush()

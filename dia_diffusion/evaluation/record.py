@@ -11,6 +11,7 @@ from typing import Any
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line
+from dia_diffusion.sealed import unsealed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def count_records(path: str | Path) -> int:
 
 def _parse(line: str, place: str) -> EvaluationRecord:
     try:
-        fields = json.loads(line)
+        fields = unsealed(json.loads(line))
         written_hash = fields.pop("protocol_hash")
         shape = fields["protocol"].pop("reference_shape")
         fields["protocol"] = Protocol(**fields["protocol"], reference_shape=None if shape is None else tuple(shape))

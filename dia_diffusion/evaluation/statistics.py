@@ -1,5 +1,6 @@
 """Mean and covariance of features, summed in a stream: memory does not grow with the number of images."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,21 @@ class FeatureStatistics:
     def save(self, path: str | Path, provenance: dict[str, Any]) -> None:
         """Writes a whole safetensors file with `provenance` (anything JSON can hold) in its header."""
         tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
+        text = json.dumps(provenance)
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"provenance": json.dumps(provenance)})
+            save_file(tensors, temporary, metadata={"provenance": text, "sha256": _sha256(text, *tensors.values())})
 
     @classmethod
     def load(cls, path: str | Path) -> tuple["FeatureStatistics", dict[str, Any]]:
         """The statistics and the provenance of a file that `save` wrote. Raises InputError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:
-                provenance = json.loads(file.metadata()["provenance"])
+                metadata = file.metadata()
+                provenance = json.loads(metadata["provenance"])
                 count, total, outer = (file.get_tensor(name) for name in ("count", "sum", "outer"))
+            sha256 = _sha256(metadata["provenance"], count, total, outer)
+            if metadata.get("sha256", sha256) != sha256:  # older files have none
+                raise ValueError("its sha256 differs")
             statistics = cls(len(total))
             statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
         except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
@@ -73,6 +79,13 @@ class FeatureStatistics:
             raise InputError(f"{path} says it was made of {statistics.count} images; accepted: 2 or more")
         check_moments(path, statistics.sum.numpy(), statistics.outer.numpy(), "sum of outer products")
         return statistics, provenance
+
+
+def _sha256(text: str, *tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

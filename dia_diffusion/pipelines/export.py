@@ -15,6 +15,7 @@ from dia_diffusion.pipelines.contents import (
     without_local_paths,
 )
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, records_file, weights_hash
+from dia_diffusion.sealed import sealed, unsealed
 
 WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))
 # diffusers copies code files into one folder by name, so no other project's may be called the same.
@@ -59,7 +60,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
             write_text(temporary / relative, text)
         write_json(temporary / INDEX, index)
         if records:
-            write_text(temporary / EVALUATIONS, "".join(json.dumps(record) + "\n" for record in records))
+            write_text(temporary / EVALUATIONS, "".join(json.dumps(sealed(record)) + "\n" for record in records))
         write_card(temporary, evaluation_rows(records))
     return left_out
 
@@ -128,12 +129,12 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = unsealed(json.loads(line))
             cleaned = without_local_paths(record)
             # A protocol is bound to its hash: one that names a path can't be shortened, and stays here.
             if record["weights_hash"] == own and cleaned["protocol"] == record["protocol"]:
                 evaluation_rows([cleaned])
                 records.append(cleaned)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{file}, line {number}: not a whole evaluation record, remove that line") from None
     return records

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.sealed import unsealed
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
 from dia_diffusion.training.classify_config import ClassifyExperiment
@@ -137,7 +138,7 @@ def read_result(path: str | Path) -> ClassifierResult:
     if not file.is_file():
         raise InputError(f"{path} has no {RESULT_FILE}; accepted: runs of dia-diffusion classify that have ended")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = unsealed(json.loads(file.read_text(encoding="utf-8")))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         if lines and lines[-1]["step"] > record["step"]:
             raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")

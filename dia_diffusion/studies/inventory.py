@@ -16,7 +16,7 @@ from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
-from dia_diffusion.training.checkpoint import read_state
+from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import RunFolder, refuse_changes, refuse_rewriting
 from dia_diffusion.training.snapshot import check_samples
@@ -156,11 +156,11 @@ def _check_run(state: RunState) -> dict[str, Any] | None:
 
 
 def _origin(run: StudyRun) -> dict[str, Any] | None:
-    """What the newest checkpoint of a run says of itself, else its newest pipeline."""
+    """What the newest checkpoint of a run that can be read says of itself, else its newest pipeline."""
     folder = RunFolder(run.folder)
-    checkpoint = folder.newest_checkpoint()
-    if checkpoint is not None:
-        return read_state(checkpoint)
+    state = newest_state(folder.checkpoints)
+    if state is not None:
+        return state
     pipelines = step_folders(folder.pipelines)
     return read_training(pipelines[max(pipelines)]) if pipelines else None
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.files import write_json
+from dia_diffusion.sealed import sealed, unsealed
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.config import Experiment, changed_keys
 from dia_diffusion.training.loop import Trainer
@@ -117,14 +118,14 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     if not file.is_file():
         return None
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = unsealed(json.loads(file.read_text(encoding="utf-8")))
         before, now = result["recipe"], trial.experiment.to_dict()
         changed = changed_keys(before, now)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
         if held_out is not None and result["held_out"] != held_out.described():
             changed.append("other --images, --times or --held-out")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file} is cut short or altered; remove it, and the trial is measured again") from None
     if changed:
         raise InputError(f"{trial.folder} holds another trial ({'; '.join(changed)}); choose another --out")
@@ -180,7 +181,7 @@ def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
         finite = measured if math.isfinite(measured) else None
         result |= {"outcome": outcome, "not_finite_at": None, "held_out_loss": finite, "constant_loss": constant}
     result["training_loss"] = last_loss(RunFolder(trial.folder).metrics, trial.experiment.train.max_steps)
-    write_json(trial.folder / RESULT_FILE, result)
+    write_json(trial.folder / RESULT_FILE, sealed(result))
     return result
 
 

@@ -3,7 +3,10 @@
     checkpoints/step-00010000/model.safetensors       weights
                               ema.safetensors         their moving average, of trainings that keep one
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
-                              state.json              step, recipe, data, sha256 of the other files
+                              state.json              step, recipe, data, sha256 of the other files, own checksum
+
+Where the newest is damaged and an older one is whole, a training goes on from that, and keeps the damaged one as
+step-00010000.damaged.
 
 Nothing random is in it: a step's randomness is a function of the seed and the step.
 """
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
+from dia_diffusion.sealed import sealed, unsealed
 
 
 @dataclass
@@ -32,18 +36,64 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Writes folder/step-N, then removes all but the keep_last newest."""
+    """Writes folder/step-N, then removes those before it but for the keep_last newest, itself among them."""
     place = folder / step_name(step)
-    with whole_folder(place) as temporary:
+    size = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
+    with whole_folder(place, needed=size) as temporary:
         hashes = {}
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, file)
             hashes[file.name] = sha256_of_file(file)
-        write_json(temporary / "state.json", {**checkpoint.state, "step": step, "sha256": hashes})
-    for old in list(step_folders(folder).values())[:-keep_last]:
+        write_json(temporary / "state.json", sealed({**checkpoint.state, "step": step, "sha256": hashes}))
+    for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
         shutil.rmtree(old)
     return place
+
+
+def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint in `folder` that is whole, and the newer ones that are not, each with what is wrong.
+
+    None where there is no checkpoint at all.
+
+    Raises:
+        InputError: all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for place in reversed(step_folders(folder).values()):
+        try:
+            check_checkpoint(place)
+            return place, damaged
+        except InputError as error:
+            damaged[place] = str(error)
+    if damaged:
+        newest, *_ = damaged.values()
+        otherwise = "restore one from a copy, or choose another output"
+        raise InputError(f"{newest}; no checkpoint in {folder} is whole: {otherwise}")
+    return None, {}
+
+
+def set_aside(damaged: Path) -> Path:
+    """Renames a damaged checkpoint to NAME.damaged, so that it neither counts as one to keep nor is in the way."""
+    names = (f"{damaged.name}.damaged", *(f"{damaged.name}.damaged-{number}" for number in range(2, 1000)))
+    place = next(place for name in names if not (place := damaged.with_name(name)).exists())
+    return damaged.rename(place)
+
+
+def check_checkpoint(place: Path) -> dict[str, Any]:
+    """Compares every file of a checkpoint with its checksum, and returns its state.
+
+    Raises:
+        InputError: a file is missing, cut short or altered.
+    """
+    state = read_state(place)
+    for name, sha256 in state["sha256"].items():
+        file = place / name
+        if not file.is_file():
+            raise InputError(f"checkpoint file {file} is missing")
+        if sha256_of_file(file) != sha256:
+            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs)")
+    return state
 
 
 def load_checkpoint(place: Path) -> Checkpoint:
@@ -52,17 +102,12 @@ def load_checkpoint(place: Path) -> Checkpoint:
     Raises:
         InputError: a file is missing, cut short or altered.
     """
-    state = read_state(place)
-    tensors = {}
+    state, tensors = check_checkpoint(place), {}
     for file in (place / name for name in state["sha256"]):
-        if not file.is_file():
-            raise InputError(f"checkpoint file {file} is missing; {_advice(place)}")
-        if sha256_of_file(file) != state["sha256"].get(file.name):
-            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs); {_advice(place)}")
         try:
             tensors[file.stem] = load_file(file)
         except SafetensorError as error:
-            raise InputError(f"checkpoint file {file} is not safetensors ({error}); {_advice(place)}") from None
+            raise InputError(f"checkpoint file {file} is not safetensors ({error})") from None
     return Checkpoint(tensors, state)
 
 
@@ -73,18 +118,32 @@ def read_state(place: Path) -> dict[str, Any]:
         InputError: it is missing, cut short or altered.
     """
     try:
-        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        state = unsealed(json.loads((place / "state.json").read_text(encoding="utf-8")))
         files = {"model.safetensors", "optimizer.safetensors"}
         has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
         if has_files and step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
             return state
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    # Other errors of the disk may pass, and then it is as good as before.
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered; {_advice(place)}")
+    raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered")
 
 
-def _advice(place: Path) -> str:
-    return f"remove {place} to go on from the checkpoint before it"
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint in `folder` of which it can be read; None where there is no checkpoint.
+
+    Raises:
+        InputError: there are some, and none's can.
+    """
+    failure = None
+    for place in reversed(step_folders(folder).values()):
+        try:
+            return read_state(place)
+        except InputError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return None
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:

@@ -15,6 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, step_name, write_json
 from dia_diffusion.models.classifiers import build_classifier
 from dia_diffusion.models.saved_classifier import normalized, save_classifier
+from dia_diffusion.sealed import sealed
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels
@@ -176,7 +177,7 @@ class ClassificationTask(Task):
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),
         }
-        write_json(folder.path / RESULT_FILE, record)
+        write_json(folder.path / RESULT_FILE, sealed(record))
 
 
 def scheduled_rate(config: ClassifyOptimizerConfig, step: int, max_steps: int, peak: float) -> float:

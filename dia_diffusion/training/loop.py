@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dia_diffusion.distributed import (
     StopSignal,
     check_trackers,
+    from_main,
     micro_batch_size,
     on_main,
     peak_memory,
@@ -30,6 +31,8 @@ from dia_diffusion.training.checkpoint import (
     load_weights,
     optimizer_tensors,
     save_checkpoint,
+    set_aside,
+    whole_checkpoint,
 )
 from dia_diffusion.training.compilation import compiled
 from dia_diffusion.training.config import Experiment
@@ -72,7 +75,8 @@ class Trainer:
         on_main(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator)
-            self._build(together(self.accelerator, self._load))
+            place = from_main(self.accelerator, self._whole_checkpoint)
+            self._build(together(self.accelerator, lambda: self._load(place)))
         except BaseException:
             self.folder.unlock()
             raise
@@ -81,12 +85,17 @@ class Trainer:
         """Where those of a new run are from; the model's own where from nowhere."""
         return None if self.folder.newest_checkpoint() is not None else self.task.first_weights(self.model)
 
-    def _load(self) -> Checkpoint | None:
-        """The newest checkpoint, its weights in the model; None where the run is new."""
-        place = self.folder.newest_checkpoint()
-        if place is None:
+    def _whole_checkpoint(self) -> str | None:
+        """The name of the checkpoint that all processes go on from; None where the run is new."""
+        place, self.damaged = whole_checkpoint(self.folder.checkpoints)
+        return None if place is None else place.name
+
+    def _load(self, name: str | None) -> Checkpoint | None:
+        """The checkpoint of this name, its weights in the model."""
+        if name is None:
             refuse_rewriting(self.folder, self.experiment)
             return None
+        place = self.folder.checkpoints / name
         checkpoint = load_checkpoint(place)
         refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
         self.started_from = self.task.same_start(checkpoint.state.get("init_from"))
@@ -174,6 +183,10 @@ class Trainer:
         self.clock = time.perf_counter(), self.step
 
     def _open_folder(self) -> None:
+        for place, why in self.damaged.items():
+            self.reporter.message(
+                f"warning: {why}; it is kept as {set_aside(place).name}, and the one before it is used"
+            )
         self.folder.write_config(self.experiment)
         if self.step < self.config.max_steps:  # else what trained it stays on record
             write_json(self.folder.environment, environment(self.accelerator.num_processes))

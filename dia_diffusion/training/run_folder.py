@@ -13,6 +13,7 @@ from dia_diffusion.files import append_json_line, remove_partial, step_folders, 
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
+from dia_diffusion.sealed import sealed, unsealed
 
 if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
     from accelerate import Accelerator
@@ -46,7 +47,7 @@ class RunFolder:
             InputError: another process has it, or the folder can't be written.
         """
         self._lock.take()
-        for folder in (self.checkpoints, self.pipelines, self.classifiers, self.samples):
+        for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
@@ -65,7 +66,7 @@ class RunFolder:
         """Drops the lines after `step`, which a resumed run will write again."""
         if self.metrics.is_file():
             kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.metrics, "".join(json.dumps(sealed(line)) + "\n" for line in kept))
 
     def log_metrics(self, values: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -73,15 +74,21 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl; a last line that a crash cut short is left out.
+
+    Raises:
+        InputError: another line was altered.
+    """
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or "step" not in line:
-            break
+            line = unsealed(json.loads(text))
+            has_step = isinstance(line.get("step"), int)
+        except (ValueError, AttributeError):
+            has_step = False
+        if not has_step:
+            raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
         lines.append(line)
     return lines
 

@@ -4,6 +4,7 @@ import pytest
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import Origin, append_record, make_record, read_records
+from dia_diffusion.sealed import unsealed
 
 
 def test_records_come_back_as_they_were(tmp_path, record):
@@ -55,7 +56,7 @@ def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
 def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record):
     path = tmp_path / "e.jsonl"
     append_record(path, record())
-    line = json.loads(path.read_text())
+    line = unsealed(json.loads(path.read_text()))
     new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash")
     for name in (*new, "protocol_name", "protocol_file_hash"):
         del line[name]
@@ -85,6 +86,11 @@ def test_a_protocol_changed_afterwards_is_named(tmp_path, record):
     path = tmp_path / "evaluations.jsonl"
     append_record(path, record())
     path.write_text(path.read_text().replace('"num_samples": 500', '"num_samples": 5000'))
+    with pytest.raises(InputError, match=r"line 1: not a whole evaluation record, .*its checksum differs"):
+        read_records(path)
+    altered = json.loads(path.read_text())
+    del altered["crc32"]  # as of before there was one
+    path.write_text(json.dumps(altered))
     with pytest.raises(InputError, match="line 1: the protocol was changed"):
         read_records(path)
 

@@ -20,6 +20,7 @@ from dia_diffusion.pipelines.bundle import bundle
 from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.hub import prepare, send
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sealed import unsealed
 from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 
@@ -135,7 +136,7 @@ def test_what_is_copied(save: Callable[..., Path], tmp_path: Path) -> None:
         assert not [name for name, content in copied.items() if b"/home/" in content]
         training = json.loads(copied["training.json"])
         assert training["recipe"]["output"] == "secret" and training["recipe"]["data"]["source"] == "photos.zip"
-        assert [json.loads(line) for line in copied["evaluations.jsonl"].splitlines()] == [
+        assert [unsealed(json.loads(line)) for line in copied["evaluations.jsonl"].splitlines()] == [
             {**record, "source": "secret"}
         ]
         card = copied["README.md"].decode()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError, Stopped
-from dia_diffusion.training.checkpoint import load_checkpoint
+from dia_diffusion.training.checkpoint import load_checkpoint, read_state
 from dia_diffusion.training.loop import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import metrics, weights
@@ -114,25 +114,6 @@ def test_what_a_killed_run_left_half_written_is_removed(tiny, train, tmp_path: P
     assert not left.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "state", "missing"])
-def test_damaged_checkpoints_are_named(damage: str, tiny, train, tmp_path: Path) -> None:
-    train(tiny("run"))
-    place = tmp_path / "run" / "checkpoints" / "step-00000006"
-    file = place / {"state": "state.json"}.get(damage, "ema.safetensors")
-    content = bytearray(file.read_bytes())
-    if damage == "missing":
-        file.unlink()
-    elif damage == "flip":
-        content[-1] ^= 1
-        file.write_bytes(content)
-    else:
-        file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=f"{file.name}.*remove .*step-00000006 to go on"):
-        Trainer(tiny("run"), Recorder())
-    shutil.rmtree(place)
-    assert train(tiny("run")).step == 6
-
-
 def test_checkpoints_of_other_models_and_data_are_refused(tiny, train, tmp_path: Path) -> None:
     train(tiny("run"))
     train(tiny("other", "--model.hidden_size", "32"))
@@ -143,7 +124,7 @@ def test_checkpoints_of_other_models_and_data_are_refused(tiny, train, tmp_path:
     shutil.copytree(tmp_path / "other" / "checkpoints" / "step-00000006", own)
     with pytest.raises(InputError, match=r"model\.hidden_size: 32 -> 16"):
         Trainer(tiny("run"), Recorder())
-    state = json.loads((own / "state.json").read_text()) | {"recipe": recipe}
+    state = read_state(own) | {"recipe": recipe}
     (own / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError, match="of another model"):
         Trainer(tiny("run"), Recorder())

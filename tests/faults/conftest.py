@@ -1,0 +1,30 @@
+"""The recipe that the faults happen to, and runs of it."""
+
+from pathlib import Path
+
+import pytest
+
+from dia_diffusion.cli.main import main
+from tests.evaluation.conftest import record
+from tests.training import classify
+from tests.training.conftest import TINY
+
+__all__ = ["record"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY)
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of six steps and a checkpoint at each second one, and such a classifier's."""
+    folder = tmp_path_factory.mktemp("damage")
+    (folder / "tiny.yaml").write_text(TINY)
+    recipe = ["--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]
+    assert main(["train", *recipe, "--train.checkpoint_every", "2"]) == 0
+    classify.train(classify.tiny(folder, "classifier", "--train.checkpoint_every", "2"))
+    return folder

@@ -1,0 +1,54 @@
+"""Disks that are small, or can't be written to: root may write to any folder, whatever its mode."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _mount(*arguments: object) -> None:
+    try:
+        subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("nothing can be mounted here: there is no mount")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"nothing can be mounted here: {error.stderr.strip()}")
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Path]:
+    """A disk in memory of this size, as "1m"."""
+    place.mkdir()
+    _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", place)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[Path]:
+    """A folder beside it that shows the same files and takes none."""
+    place = folder.with_name(f"{folder.name} read-only")
+    place.mkdir()
+    _mount("--bind", folder, place)
+    try:
+        _mount("-o", "remount,bind,ro", place)
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """A file that takes all of a disk's space but so many bytes."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+        file.truncate(max(0, file.tell() - leave))
+    return filler

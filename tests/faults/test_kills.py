@@ -1,0 +1,166 @@
+"""kill -9, of all processes at any moment or of one of them: the same command goes on, and ends bit for bit alike."""
+
+import random
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dia_diffusion.files import remove_partial, whole_folder
+from dia_diffusion.training.checkpoint import check_checkpoint
+from dia_diffusion.training.run_folder import logged_step as steps
+from tests.faults.harness import (
+    FORKED,
+    Forked,
+    Launched,
+    assert_same_runs,
+    being_written,
+    checkpoints,
+    connected,
+    leftovers,
+    slow_checkpoints,
+    slow_steps,
+    wait_for,
+)
+from tests.training.test_processes import free_port
+
+KILLS = 30
+LENGTH = 1500  # steps, more than so many kills leave time for
+
+
+def test_killed_within_a_checkpoint_and_within_a_step(recipe: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    lasting = ["--train.max_steps", 40, "--train.checkpoint_every", 10]
+    whole = Forked("train", "--config", recipe, *lasting, "--output", tmp_path / "whole", log=tmp_path / "log of whole")
+    command = ["train", "--config", recipe, *lasting, "--output", run]
+
+    first = Forked(*command, log=log, prepare=partial(slow_checkpoints, 0.5))
+    first.until(lambda: checkpoints(run) == [10] and len(being_written(run)) == 2)
+    first.kill()
+    assert checkpoints(run) == [10] and leftovers(run)
+
+    second = Forked(*command, log=log, prepare=partial(slow_steps, 0.02))
+    second.until(lambda: checkpoints(run) == [10, 20] and steps(run / "metrics.jsonl") > 22)
+    second.kill()
+
+    assert Forked(*command, log=log).wait() == 0
+    assert "going on from step 20" in log.read_text()
+    assert whole.wait() == 0
+    assert_same_runs(run, tmp_path / "whole", 40)
+    assert not leftovers(run)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_thirty_kills_of_two_processes(recipe: Path, tmp_path: Path) -> None:
+    lasting = ["--train.max_steps", LENGTH, "--train.checkpoint_every", 20, "--train.log_every", 5]
+    whole = Launched("train", "--config", recipe, *lasting, "--output", tmp_path / "whole", log=tmp_path / "whole.log")
+    assert whole.process.wait() == 0, (tmp_path / "whole.log").read_text()
+
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", "--config", recipe, *lasting, "--output", run]
+    file, draw = run / "metrics.jsonl", random.Random(0)
+    within, starting, lost, reached = 0, 0, 0, 0
+    for _ in range(KILLS):
+        kept, before = max(checkpoints(run), default=0), file.stat().st_ino if file.is_file() else None
+        running = Launched(*command, log=log, seconds_between_files=0.2)
+        if draw.random() < 0.15:
+            starting += 1
+            time.sleep(draw.uniform(0, 6))
+            running.kill()
+        else:
+            # What is there of steps after the checkpoint is dropped, in a new file, when training goes on.
+            wait_for(lambda old=before, kept=kept: file.is_file() and file.stat().st_ino != old and steps(file) > kept)
+            time.sleep(draw.uniform(0, 2))
+            running.kill()
+            within += bool(being_written(run))
+        reached, newest = steps(file), max(checkpoints(run), default=0)
+        assert newest >= kept and (newest == 0 or check_checkpoint(run / "checkpoints" / f"step-{newest:08d}"))
+        lost = max(lost, reached - newest)
+    assert Launched(*command, log=log).process.wait() == 0, log.read_text()[-3000:]
+    print(
+        f"{KILLS} kills: {within} within the write of a checkpoint, {starting} while it started; at most {lost} steps "
+        f"were to be done again, of 20 between checkpoints; step {reached:,} at the last kill"
+    )
+    assert within >= 5 and 5 * 20 < reached < LENGTH
+    assert lost <= 20
+    assert_same_runs(run, tmp_path / "whole", LENGTH)
+    assert not leftovers(run)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: Path) -> None:
+    """Started by hand, so that no launcher ends it."""
+    run = tmp_path / "run"
+    command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 60, "--train.checkpoint_every", 20]
+
+    def start(prepare: partial | None = None) -> list[Forked]:
+        port = free_port()
+        return [
+            Forked(*command, log=tmp_path / f"log{rank}", prepare=prepare, **connected(rank, port)) for rank in (0, 1)
+        ]
+
+    running = start(partial(slow_steps, 0.03))
+    running[0].until(lambda: checkpoints(run) and steps(run / "metrics.jsonl") > 22)
+    running[victim].kill()
+    killed = time.monotonic()
+    survivor = running[1 - victim]
+    assert survivor.wait(60) == 1
+    print(f"process {1 - victim} ended {time.monotonic() - killed:.1f} s after process {victim}")
+    assert survivor.last_line() == (
+        "dia-diffusion train: failed: another process of this launch has ended or can't be reached; "
+        "the same command goes on from what is written"
+    )
+    assert "Traceback" not in survivor.text()
+    assert checkpoints(run) == [20], "nothing is written after"
+
+    assert [process.wait() for process in start()] == [0, 0]
+    assert "going on from step 20" in (tmp_path / "log0").read_text()
+    assert checkpoints(run) == [20, 40, 60]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_killed_under_a_launcher(victim: int, recipe: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 400, "--train.checkpoint_every", 20]
+    running = Launched(*command, log=log, seconds_between_files=0.2)
+    wait_for(lambda: checkpoints(run), 100)
+    running.workers()[victim].kill()
+    killed = time.monotonic()
+    assert running.process.wait(60) == 1
+    print(f"all ended {time.monotonic() - killed:.1f} s after process {victim} was killed")
+    kept = checkpoints(run)
+    assert kept and "dia_diffusion/cli/main.py" not in log.read_text(), "no traceback of ours beside the launcher's own"
+    assert Launched(*command, log=log).process.wait() == 0, log.read_text()
+    assert f"going on from step {max(kept)}" in log.read_text()
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "step"
+    with whole_folder(place) as temporary:
+        (temporary / "weights").write_text("the only ones")
+    killed = FORKED.Process(target=_die_between_the_renames, args=(place,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and not place.exists()
+    remove_partial(tmp_path)
+    assert (place / "weights").read_text() == "the only ones" and list(tmp_path.iterdir()) == [place]
+
+
+def _die_between_the_renames(place: Path) -> None:
+    from dia_diffusion import files
+
+    rename, calls = files.os.rename, []
+
+    def once(*paths: Path) -> None:
+        calls.append(paths)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGKILL)
+        rename(*paths)
+
+    files.os.rename = once
+    with whole_folder(place) as temporary:
+        (temporary / "weights").write_text("new ones")

@@ -1,0 +1,156 @@
+"""SIGINT and SIGTERM: what is done is written, the exit code is 128 + n, and the last line says how to go on."""
+
+import re
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.test_study import PROTOCOL, STUDY
+from tests.faults.harness import Forked, being_written, checkpoints, leftovers, slow_checkpoints, slow_steps
+from tests.training.classify import TINY as CLASSIFY
+
+BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@BOTH
+def test_classify_leaves_a_checkpoint(number: int, code: int, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    (tmp_path / "classify.yaml").write_text(CLASSIFY)
+    command = ["classify", "--config", tmp_path / "classify.yaml", "--output", run]
+    running = Forked(*command, "--train.checkpoint_every", 100, log=log, prepare=partial(slow_steps, 0.2))
+    running.until((run / "metrics.jsonl").is_file)
+    running.send(number)
+    assert running.wait() == code
+    (step,) = checkpoints(run)
+    line = f"dia-diffusion classify: stopped after step {step}; the same command goes on from there"
+    assert running.last_line() == line
+    assert step < 6
+    assert Forked(*command, log=log).wait() == 0
+    assert f"going on from step {step}" in log.read_text()
+
+
+def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 1000, "--train.checkpoint_every", 900]
+    running = Forked(*command, log=log, prepare=partial(slow_checkpoints, 5))
+    running.until((run / "metrics.jsonl").is_file)
+    running.send(signal.SIGINT)
+    running.until(lambda: being_written(run))
+    running.send(signal.SIGINT)
+    sent = time.monotonic()
+    assert running.wait() == 130
+    assert time.monotonic() - sent < 3
+    line = "dia-diffusion train: ended at once; the same command goes on from the last checkpoint that was written"
+    assert running.last_line() == line and "Traceback" not in running.text()
+    assert not checkpoints(run) and not leftovers(run)
+
+
+def slow_images(seconds: float) -> None:
+    """Makes writing each image take so long."""
+    from dia_diffusion.cli import drawing
+
+    save_png = drawing.save_png
+
+    def slowly(*args: object) -> None:
+        save_png(*args)
+        time.sleep(seconds)
+
+    drawing.save_png = slowly
+
+
+@BOTH
+def test_sample_keeps_its_images(number: int, code: int, trained: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "images", tmp_path / "log"
+    command = ["sample", trained / "run", "--seeds", "0-49", "--steps", 1, "--out", out]
+    running = Forked(*command, log=log, prepare=partial(slow_images, 0.05))
+    running.until(lambda: len(list(out.glob("*.png"))) > 3)
+    running.send(number)
+    assert running.wait() == code
+    assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the images that are missing"
+    made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
+    assert 3 < len(made) < 50 and not leftovers(out)
+    assert Forked(*command, log=log).wait() == 0
+    assert len(list(out.glob("*.png"))) == 50 and {file: file.stat().st_mtime_ns for file in made} == made
+
+
+def slow_features(seconds: float) -> None:
+    """Makes each finished chunk of an evaluation take so long."""
+    from dia_diffusion.evaluation.feature_file import FeatureFile
+
+    write = FeatureFile.write
+
+    def slowly(self: FeatureFile, *args: object) -> None:
+        write(self, *args)
+        time.sleep(seconds)
+
+    FeatureFile.write = slowly  # type: ignore[method-assign]
+
+
+@BOTH
+def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: Path) -> None:
+    log, record = tmp_path / "log", tmp_path / "records.jsonl"
+    command = ["fid", trained / "run", "--reference", "digits", "--num", 1000, "--steps", 1, "--record", record]
+    cache = {"DIA_DIFFUSION_CACHE": str(tmp_path / "cache")}
+    running = Forked(*command, log=log, prepare=partial(slow_features, 5), **cache)
+    running.until(lambda: list(tmp_path.glob("records.unfinished/*/finished.json")))
+    running.send(number)
+    assert running.wait() == code
+    assert re.fullmatch(
+        r"dia-diffusion fid: stopped; the same command goes on after the last finished chunk of images, kept in .*",
+        running.last_line(),
+    )
+    assert Forked(*command, log=log, **cache).wait() == 0
+    assert "going on after 500 of 1,000 images" in log.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("numbers", "code"), [([signal.SIGTERM], 143), ([signal.SIGINT], 130), ([signal.SIGINT] * 2, 130)]
+)
+def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text(PROTOCOL)
+    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path).replace("steps: 400", "steps: 20000"))
+    first, log = tmp_path / "out" / "none-b8-s0", tmp_path / "log"
+    running = Forked("curves", tmp_path / "mine.yaml", log=log)
+    running.until((first / "metrics.jsonl").is_file)
+    sent = time.monotonic()
+    for number in numbers:
+        running.send(number)
+        time.sleep(0.2)
+    assert running.wait() == code
+    print(f"ended {time.monotonic() - sent:.1f} s after {len(numbers)} signals")
+    assert time.monotonic() - sent < 10
+    if len(numbers) == 1:
+        how = "stopped; the same command goes on from there"
+        assert checkpoints(first)
+    else:
+        how = "ended at once; the same command goes on from what is written"
+    assert running.last_line() == f"dia-diffusion curves: {how}"
+    again = Forked("curves", tmp_path / "mine.yaml", log=log)  # the lock of a child that is alive would refuse it
+    again.until(lambda: (first / "train.log").read_text().count("$ dia-diffusion train") == 2)
+    again.send(signal.SIGTERM)
+    assert again.wait() == 143
+
+
+@pytest.mark.long
+def test_a_large_model_is_written_within_ten_seconds(tmp_path: Path) -> None:
+    """U-ViT-S/2, 44 million parameters, by batches of 4 on one core."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    run, log = tmp_path / "run", tmp_path / "log"
+    changed = {"data.source": tmp_path / "images.npy", "train.batch_size": 4, "train.log_every": 1}
+    changed |= {"train.mixed_precision": "none", "train.compile": "false", "train.sample_every": 0}
+    options = [text for key, value in changed.items() for text in (f"--{key}", value)]
+    running = Forked("train", "--config", "cifar10_uvit_s2_dia", "--output", run, *options, log=log)
+    running.until((run / "metrics.jsonl").is_file, 200)
+    running.send(signal.SIGTERM)
+    sent = time.monotonic()
+    assert running.wait() == 143, running.text()
+    seconds = time.monotonic() - sent
+    size = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*.safetensors"))
+    print(f"{seconds:.1f} s from the signal to the end, {size / 1e6:.0f} MB of checkpoint")
+    assert seconds < 10
