@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from dia_diffusion.errors import InputError
@@ -174,17 +173,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_yaml(path: Path, what: str, keys: str) -> dict[str, Any]:
-    """A YAML file of keys; no tags, which could make objects.
-
-    Raises InputError for another file, naming `what` it should be and some of its keys.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML {what}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is not a {what}; accepted: keys such as {keys}")
-    return values

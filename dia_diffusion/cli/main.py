@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         import torch
 
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
     except MemoryError as error:

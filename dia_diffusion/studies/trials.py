@@ -9,7 +9,6 @@ How a trial ends, its outcome:
 The last two are what is called diverged.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.files import write_json
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.config import Experiment, changed_keys
 from dia_diffusion.training.loop import Trainer
@@ -112,14 +112,14 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     if not file.is_file():
         return None
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = read_json_object(file)
         before, now = result["recipe"], trial.experiment.to_dict()
         changed = changed_keys(before, now)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
         if held_out is not None and result["held_out"] != held_out.described():
             changed.append("other --images, --times or --held-out")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{file} is cut short or altered; remove it, and the trial is measured again") from None
     if changed:
         raise InputError(f"{trial.folder} holds another trial ({'; '.join(changed)}); choose another --out")
@@ -182,5 +182,7 @@ def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
 def last_loss(metrics: Path, max_steps: int) -> float | None:
     """The mean training loss over the last tenth of the steps; None where a training ended before them."""
     lines = read_metrics(metrics) if metrics.is_file() else []
-    values = [line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART)]
+    values = [
+        line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART) and line.get("loss") is not None
+    ]
     return sum(values) / len(values) if values else None

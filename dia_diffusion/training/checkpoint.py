@@ -8,7 +8,6 @@
 Nothing random is in it: a step's randomness is a function of the seed and the step.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
+from dia_diffusion.reading import read_json_object
 
 
 @dataclass
@@ -73,10 +73,11 @@ def read_state(place: Path) -> dict[str, Any]:
         InputError: it is missing, cut short or altered.
     """
     try:
-        state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        state = read_json_object(place / "state.json")
         files = {"model.safetensors", "optimizer.safetensors"}
         has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
-        if has_files and step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
+        described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)
+        if has_files and described and step_name(state["step"]) == place.name:
             return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -13,6 +13,8 @@ from dia_diffusion.files import append_json_line, remove_partial, step_folders, 
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
+from dia_diffusion.reading import Unreadable, parse_json, read_json_object, read_lines
+from dia_diffusion.typed import fits
 
 if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
     from accelerate import Accelerator
@@ -73,14 +75,22 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl, up to one that a crash cut short or that doesn't tell numbers at a step.
+
+    Raises:
+        InputError: another kind of file.
+    """
+    try:
+        texts = read_lines(path)
+    except (OSError, Unreadable) as error:
+        raise InputError(f"{path} can't be read as a run's metrics ({error})") from None
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in texts:
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json(text)
+        except Unreadable:
             break
-        if not isinstance(line, dict) or "step" not in line:
+        if not fits(line, dict[str, float | None]) or not all(fits(line.get(key), int) for key in ("step", "images")):
             break
         lines.append(line)
     return lines
@@ -95,8 +105,8 @@ def logged_step(path: Path) -> int:
         lines = file.read().decode(errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # cut short, at the front or by a crash
+            return int(parse_json(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):  # cut short, at the front or by a crash
             continue
     return 0
 
@@ -156,6 +166,6 @@ def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
 def _recipe_of(place: Path) -> Any:
     """The recipe that a pipeline or classifier was trained by; None where nothing says."""
     try:
-        return json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(place / TRAINING_FILE)["recipe"]
+    except (OSError, ValueError, KeyError):
         return None
