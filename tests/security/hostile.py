@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-GIGABYTES = 3 << 30
+GIGABYTES = 1 << 30
 
 
 # Texts
