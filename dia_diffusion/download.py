@@ -5,6 +5,8 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from dia_diffusion.errors import RunError, one_line
 from dia_diffusion.files import sha256_of_file, whole_file
@@ -21,6 +23,23 @@ class Download:
         return self.url.rsplit("/", 1)[-1]
 
 
+class _SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows an answer that sends elsewhere only where that is as secure."""
+
+    def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
+        request = super().redirect_request(*arguments)
+        if request is not None:
+            _check_secure(request.full_url)
+        return request
+
+
+def _check_secure(url: str) -> None:
+    """Raises OSError for an address that anybody on the way could answer for."""
+    address = urlsplit(url)
+    if address.scheme != "https" and (address.scheme, address.hostname) != ("http", "127.0.0.1"):
+        raise OSError(f"{address.scheme}://{address.hostname} is not secure; accepted: https")
+
+
 def fetch(
     download: Download,
     folder: Path,
@@ -35,9 +54,11 @@ def fetch(
     path = folder / download.file
     if path.is_file() and sha256_of_file(path) == download.sha256:
         return path
+    opener = urllib.request.build_opener(_SecureRedirects)
     try:
+        _check_secure(download.url)
         with whole_file(path) as temporary:
-            with urllib.request.urlopen(download.url, timeout=30) as response, temporary.open("wb") as file:
+            with opener.open(download.url, timeout=30) as response, temporary.open("wb") as file:
                 done = 0
                 # A byte more than expected is enough to know that it is another file.
                 while done <= download.num_bytes and (chunk := response.read(1 << 20)):

@@ -1,6 +1,12 @@
 """How a command ends other than well, the exit code of each, and text that fits its one line."""
 
+import re
 import signal
+
+LONGEST = 2000
+# What an address may carry besides its place: a name with a password, or a token among its parameters.
+USER = re.compile(r"(:/{1,2})[^/@\s]+@")  # a path has but one stroke
+PARAMETER = re.compile(r"([?&][\w-]*(?:token|key|password|secret|signature)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def one_line(text: str) -> str:
@@ -8,6 +14,13 @@ def one_line(text: str) -> str:
     text = " ".join(text.split())
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 300 else text[:300] + "..."
+
+
+def printable(text: str) -> str:
+    """Text that a terminal only shows: what it would obey is written out, as '\\x1b', and no address tells secrets."""
+    text = PARAMETER.sub(r"\1***", USER.sub(r"\1***@", text))
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: Exception) -> str:
@@ -21,6 +34,9 @@ class InputError(ValueError):
     The message is one line that names the value and what is accepted instead.
     """
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))  # which quotes names and values that anybody may have chosen
+
     alone = False
     """Whether the other processes don't meet it, so that this one has to tell it."""
 
@@ -29,6 +45,9 @@ class RunError(RuntimeError):
     """Something failed while running, with valid input: a non-finite loss, no disk space. Exit code 1."""
 
     told = False  # whether another process tells it
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class DivergedError(RunError):

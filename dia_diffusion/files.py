@@ -12,11 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sealed import sealed
+from dia_diffusion.reading.sealed import sealed
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
@@ -212,17 +211,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_yaml(path: Path, what: str, keys: str) -> dict[str, Any]:
-    """A YAML file of keys; no tags, which could make objects.
-
-    Raises InputError for another file, naming `what` it should be and some of its keys.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML {what}: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is not a {what}; accepted: keys such as {keys}")
-    return values

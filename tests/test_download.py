@@ -21,6 +21,8 @@ class Server:
     content: bytes = CONTENT
     declared: int | None = None
     requests: list[str] = field(default_factory=list)
+    redirect: str | None = None
+    """Where all but the place that it names are sent on to."""
 
     def download(self, **changes) -> Download:
         values = {"url": f"{self.address}/data.bin", "sha256": hashlib.sha256(CONTENT).hexdigest()}
@@ -35,6 +37,12 @@ def server(monkeypatch) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests.append(self.path)
+            if state.redirect is not None and self.path != "/moved/data.bin":
+                self.send_response(302)
+                self.send_header("Location", state.redirect)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             self.send_response(404 if "missing" in self.path else 200)
             self.send_header("Content-Length", str(state.declared or len(state.content)))
             self.end_headers()
@@ -109,3 +117,49 @@ def test_the_pinned_downloads_are_secure_and_whole():
     for download in sources.DOWNLOADS.values():
         assert download.url.startswith("https://") and download.file.endswith("-binary.tar.gz")
         assert len(bytes.fromhex(download.sha256)) == 32
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/data.bin",
+        "ftp://example.com/data.bin",
+        "file:///etc/passwd",
+        "data:text/plain,x",
+        "http://127.0.0.1.example.com/data.bin",
+        "http://127.0.0.1@example.com/data.bin",
+        "//example.com/data.bin",
+    ],
+)
+def test_only_secure_addresses_are_asked(tmp_path, url, monkeypatch):
+    def connected(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr("socket.create_connection", connected)
+    with pytest.raises(RunError, match="is not secure; accepted: https") as error:
+        fetch(Download(url, "0" * 64, 10), tmp_path)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["http://example.com/x", "ftp://example.com/x", "file:///etc/passwd"])
+def test_an_answer_that_sends_elsewhere_is_not_followed_where_that_is_less_secure(server, tmp_path, target):
+    server.redirect = target
+    refused(server.download(), tmp_path, r"not secure; accepted: https|not allowed")
+    assert server.requests == ["/data.bin"]
+
+
+def test_an_answer_may_send_to_another_place_and_not_round_in_circles(server, tmp_path):
+    server.redirect = f"{server.address}/moved/data.bin"
+    assert fetch(server.download(), tmp_path).read_bytes() == CONTENT
+    server.content, server.redirect = CONTENT, f"{server.address}/data.bin"
+    (tmp_path / "data.bin").unlink()
+    refused(server.download(), tmp_path, "redirect")
+
+
+def test_no_more_is_fetched_than_was_expected(server, tmp_path):
+    """A server that goes on for ever fills neither memory nor disk."""
+    server.content, server.declared = CONTENT, 1 << 40
+    calls: list[int] = []
+    with pytest.raises(RunError, match="bytes with sha256"):
+        fetch(server.download(num_bytes=1000, sha256="0" * 64), tmp_path, lambda done, _: calls.append(done))
+    assert len(calls) == 1 and not list(tmp_path.iterdir())

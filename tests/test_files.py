@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line, whole_file, whole_folder
-from dia_diffusion.sealed import unsealed
+from dia_diffusion.reading.sealed import unsealed
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lost_a_process(error):
             line = "another process of this launch has ended or can't be reached; the same command goes on"
             return _end(name, f"failed: {line} from what is written", 1)
-        if not isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
     except MemoryError as error:

@@ -1,14 +1,13 @@
 """Images that come as one uint8 array: numpy files and scikit-learn's digits."""
 
 from pathlib import Path
-from zipfile import ZipFile
 
 import numpy as np
 
-from dia_diffusion.data.image_files import RATIO_LIMIT
 from dia_diffusion.data.image_set import Pixels
 from dia_diffusion.data.undecoded import Undecoded, undecoded_array
 from dia_diffusion.errors import InputError, one_line
+from dia_diffusion.reading.archives import refuse_bomb
 
 CLASS_LIMIT = 1 << 16  # as each class up to the highest has a name, and later an embedding
 
@@ -29,7 +28,7 @@ def numpy_archive(path: Path) -> Undecoded:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            _refuse_harm(archive.zip)
+            refuse_bomb(archive.zip, path)
             images_name = next((name for name in ("images", "arr_0") if name in archive.files), None)
             labels_name = next((name for name in ("labels", "arr_1") if name in archive.files), None)
             if images_name is None:
@@ -39,6 +38,8 @@ def numpy_archive(path: Path) -> Undecoded:
                 raise InputError(f"{path} holds {holds}; accepted: an .npz file with images, or arr_0")
             images = archive[images_name]
             labels = None if labels_name is None else archive[labels_name]
+            if isinstance(images, bytes) or isinstance(labels, bytes):  # as numpy gives what is in no .npy format
+                raise ValueError("its entries are no arrays")
     except InputError:
         raise
     except Exception as error:  # as above; objects among them, which only unpickling could read
@@ -63,13 +64,6 @@ def _pixels(images: np.ndarray, path: Path) -> Pixels:
         accepted = "uint8 (N, H, W, C) with 1 to 4 channels, or (N, H, W)"
         raise InputError(f"{path} holds {images.dtype} {images.shape}; accepted: {accepted}")
     return pixels
-
-
-def _refuse_harm(archive: ZipFile) -> None:
-    """ValueError for an entry that a small file unpacks to no end."""
-    for entry in archive.infolist():
-        if entry.file_size > max(1 << 20, RATIO_LIMIT * entry.compress_size):
-            raise ValueError(f"its entry {entry.filename} is compressed more than {RATIO_LIMIT} times")
 
 
 def digits(split: str) -> Undecoded:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dia_diffusion.data.file_bytes import read_file
 from dia_diffusion.data.image_set import Pixels
 from dia_diffusion.errors import InputError, one_line
 
@@ -17,6 +18,8 @@ from dia_diffusion.errors import InputError, one_line
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PIXEL_LIMIT = 1 << 26
 """An image that declares more pixels than this is refused before it is decoded."""
+SIDE_LIMIT = 1 << 16
+"""As is a longer one: Pillow keeps two addresses a row."""
 
 
 def read_image(source: bytes | Path, name: str, *, size: int | None = None, channels: int = 3) -> Pixels:
@@ -26,7 +29,7 @@ def read_image(source: bytes | Path, name: str, *, size: int | None = None, chan
     Raises InputError, naming `name`, where it can't be read.
     """
     try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
+        data = source if isinstance(source, bytes) else read_file(source)
         return to_pixels(open_image(data), size, channels)
     except Exception as error:  # a corrupt file can raise almost anything inside a decoder
         raise InputError(f"{one_line(name)} can't be read ({reason(error)})") from error
@@ -37,6 +40,8 @@ def open_image(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > PIXEL_LIMIT:
         raise ValueError(f"{image.width} x {image.height} is more than the {PIXEL_LIMIT} pixels accepted")
+    if max(image.size) > SIDE_LIMIT:
+        raise ValueError(f"{image.width} x {image.height} is longer than the {SIDE_LIMIT} pixels accepted")
     ImageOps.exif_transpose(image, in_place=True)
     return image
 

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dia_diffusion.data import file_bytes
 from dia_diffusion.data.decode import open_image
+from dia_diffusion.data.file_bytes import bounded, read_file
 from dia_diffusion.data.undecoded import Undecoded
 from dia_diffusion.errors import InputError, one_line
+from dia_diffusion.reading.archives import refuse_bomb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-FILE_LIMIT = 1 << 28
-"""An image file may hold this many bytes, in a zip after decompression."""
-RATIO_LIMIT = 200
-"""A zip entry of more than a megabyte may be compressed this far."""
 SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
 
 
@@ -56,11 +55,15 @@ def files_of_zip(path: Path) -> Undecoded:
     for entry in archive.infolist():
         if problem := _harm(entry):
             raise InputError(f"zip {path} is refused: its entry {one_line(entry.filename)} {problem}")
+    try:
+        refuse_bomb(archive, path, only=lambda entry: _is_image_name(_name(entry)))
+    except ValueError as error:
+        raise InputError(f"zip {path} is refused: {error}") from None
     entries = sorted((entry for entry in archive.infolist() if _is_image_name(_name(entry))), key=_name)
 
     def read(index: int) -> bytes:
         with archive.open(entries[index]) as file:
-            return bounded(file.read(FILE_LIMIT + 1))
+            return bounded(file.read(file_bytes.FILE_LIMIT + 1))
 
     return _files(
         str(path), [_name(entry) for entry in entries], read, [(entry.file_size, entry.CRC) for entry in entries]
@@ -116,22 +119,6 @@ def _is_image_name(name: str) -> bool:
     return not hidden and name.lower().endswith(SUFFIXES)
 
 
-def read_file(path: Path) -> bytes:
-    """An image file's bytes; ValueError for more than FILE_LIMIT of them, and for what is no regular file."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
-        raise ValueError("not a regular file")
-    with path.open("rb") as file:  # of a limit alone, all of it would be allocated for every file
-        return bounded(file.read(min(status.st_size, FILE_LIMIT) + 1))
-
-
-def bounded(data: bytes) -> bytes:
-    """The bytes of an image file as they are, unless there are too many (ValueError)."""
-    if len(data) > FILE_LIMIT:
-        raise ValueError(f"more than the {FILE_LIMIT >> 20} MiB accepted for one image")
-    return data
-
-
 def stamp_of(path: Path) -> tuple[int, int]:
     """Two numbers that change when a file does."""
     try:
@@ -153,8 +140,6 @@ def _harm(entry: zipfile.ZipInfo) -> str | None:
         return "is a link"
     if not _is_image_name(name):
         return None  # never read
-    if entry.file_size > FILE_LIMIT:
-        return f"declares more than the {FILE_LIMIT >> 20} MiB accepted for one image"
-    if entry.file_size > max(1 << 20, RATIO_LIMIT * entry.compress_size):
-        return f"is compressed more than {RATIO_LIMIT} times"
+    if entry.file_size > file_bytes.FILE_LIMIT:
+        return f"declares more than the {file_bytes.FILE_LIMIT >> 20} MiB accepted for one image"
     return None

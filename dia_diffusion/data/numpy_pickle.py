@@ -6,6 +6,7 @@ stand-ins below, which rebuild an array of bytes from its raw data: numpy's own 
 
 import io
 import pickle
+import pickletools
 from typing import Any
 
 import numpy as np
@@ -74,4 +75,8 @@ def load_arrays(data: bytes) -> Any:
 
     Raises pickle.UnpicklingError for anything else that needs code, and whatever pickle raises for broken data.
     """
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
+            # pickle makes room for all numbers below it: a few bytes would take gigabytes.
+            raise pickle.UnpicklingError(f"numbers a value {argument:,} in {len(data):,} bytes")
     return _Unpickler(io.BytesIO(data), encoding="bytes").load()

@@ -17,6 +17,7 @@ from dia_diffusion.data.image_set import Pixels, sha256_of_blocks, sha256_of_pix
 from dia_diffusion.data.undecoded import Undecoded
 from dia_diffusion.errors import InputError, RunError, one_line
 from dia_diffusion.files import whole_file, write_json
+from dia_diffusion.reading.text import read_json_object
 
 Progress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
@@ -120,14 +121,27 @@ def _extent(shape: tuple[int, ...]) -> str:
 
 def _mapped(blocks: Iterator[Pixels], shape: tuple[int, ...], stem: Path, where: str) -> tuple[Pixels, str]:
     path, about = stem.with_suffix(".npy"), stem.with_suffix(".json")
-    if not path.exists():
+    if (kept := _kept(path, about, shape)) is None:
         try:
             with whole_file(path) as temporary:
                 digest = _write(temporary, blocks, shape)
                 write_json(about, {"where": where, "pixels_sha256": digest})  # there before what it is about
         except OSError as error:
             raise RunError(f"the decoded images can't be written to {path} ({reason(error)})") from error
-    return np.load(path, mmap_mode="r"), json.loads(about.read_text(encoding="utf-8"))["pixels_sha256"]
+        kept = np.load(path, mmap_mode="r", allow_pickle=False), digest
+    return kept
+
+
+def _kept(path: Path, about: Path, shape: tuple[int, ...]) -> tuple[Pixels, str] | None:
+    """What an earlier start has written; None where that isn't there, or not as it was written."""
+    try:
+        if not path.is_file():
+            return None
+        pixels, digest = np.load(path, mmap_mode="r", allow_pickle=False), read_json_object(about)["pixels_sha256"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    whole = pixels.shape == shape and pixels.dtype == np.uint8 and isinstance(digest, str)
+    return (pixels, digest) if whole else None
 
 
 def _write(path: Path, blocks: Iterator[Pixels], shape: tuple[int, ...]) -> str:

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import torch
 
 from dia_diffusion.errors import RunError
 from dia_diffusion.files import naming, write_json
+from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading.typed import fits
 
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 500, 2500, 20
 FINISHED = "finished.json"
@@ -53,11 +54,13 @@ class FeatureFile:
                     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, width))
             self._offsets[name] = array.offset
         try:
-            finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+            finished = read_json_object(folder / FINISHED)
             self._finished = {
                 chunk.start: finished[str(chunk.start)]
                 for chunk in self.chunks
-                if str(chunk.start) in finished and finished[str(chunk.start)]["sha256"] == self._sha256(chunk)
+                if str(chunk.start) in finished
+                and finished[str(chunk.start)]["sha256"] == self._sha256(chunk)
+                and fits(finished[str(chunk.start)]["seconds"], float)
             }
         except (OSError, ValueError, KeyError, TypeError):
             self._finished = {}

@@ -16,7 +16,8 @@ from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.files import read_yaml
+from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading.typed import check_types
 from dia_diffusion.sampling.samplers import check_sampler_name
 from dia_diffusion.sampling.settings import PRECISIONS
 
@@ -95,6 +96,7 @@ def read_protocol(name: str) -> NamedProtocol:
     parser.add_class_arguments(NamedProtocol, nested_key=None, skip={"name"})
     try:
         protocol = NamedProtocol(path.stem, **vars(parser.instantiate(parser.parse_object(values))))
+        check_types(protocol)
         _check(protocol)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import append_json_line
-from dia_diffusion.sealed import unsealed
+from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.reading.text import Unreadable, parse_json, read_lines
+from dia_diffusion.reading.typed import from_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +147,8 @@ def read_records(path: str | Path) -> list[EvaluationRecord]:
     Raises InputError when there is no such file, and naming the line that is cut short or no record.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_lines(Path(path))
+    except (OSError, Unreadable) as error:
         raise InputError(f"{path} can't be read as evaluation records ({error})") from error
     return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
@@ -158,11 +161,13 @@ def count_records(path: str | Path) -> int:
 
 def _parse(line: str, place: str) -> EvaluationRecord:
     try:
-        fields = unsealed(json.loads(line))
-        written_hash = fields.pop("protocol_hash")
+        fields = unsealed(parse_json(line))
+        written_hash = str(fields.pop("protocol_hash"))
         shape = fields["protocol"].pop("reference_shape")
-        fields["protocol"] = Protocol(**fields["protocol"], reference_shape=None if shape is None else tuple(shape))
-        record = EvaluationRecord(**fields)
+        protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}
+        record = from_json(EvaluationRecord, {**fields, "protocol": from_json(Protocol, protocol)})
+        if not all(map(math.isfinite, filter(None, (record.distance, record.low, record.high, record.seconds)))):
+            raise ValueError("a distance or time that is not finite")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error
     if record.protocol_hash() != written_hash:

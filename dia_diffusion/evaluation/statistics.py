@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import whole_file
+from dia_diffusion.reading.text import parse_json
 
 
 class FeatureStatistics:
@@ -64,16 +65,20 @@ class FeatureStatistics:
     def load(cls, path: str | Path) -> tuple["FeatureStatistics", dict[str, Any]]:
         """The statistics and the provenance of a file that `save` wrote. Raises InputError for any other file."""
         try:
+            if not Path(path).is_file():  # a pipe would be waited for
+                raise OSError("not a regular file")
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
-                provenance = json.loads(metadata["provenance"])
+                provenance = parse_json(metadata["provenance"])
                 count, total, outer = (file.get_tensor(name) for name in ("count", "sum", "outer"))
             sha256 = _sha256(metadata["provenance"], count, total, outer)
             if metadata.get("sha256", sha256) != sha256:  # older files have none
                 raise ValueError("its sha256 differs")
-            statistics = cls(len(total))
+            if total.is_complex() or outer.is_complex():
+                raise ValueError("complex numbers")
+            statistics = cls(0)  # of the file's own size, a long sum alone would ask for its square
             statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError, OverflowError, RuntimeError) as error:
             raise InputError(f"{path} is not a whole file of feature statistics ({type(error).__name__})") from error
         if statistics.count < 2:
             raise InputError(f"{path} says it was made of {statistics.count} images; accepted: 2 or more")

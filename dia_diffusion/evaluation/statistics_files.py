@@ -16,6 +16,7 @@ from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.reference import STATISTICS_VERSION, Reference
 from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments, check_moments
 from dia_diffusion.files import sha256_of_file
+from dia_diffusion.reading.archives import refuse_bomb
 
 NPZ_KEYS = "mu and sigma (as of pytorch-fid and U-ViT) or pool_3 (as of score_sde)"
 MOMENTS = {"mu", "sigma", "pool_3"}
@@ -45,12 +46,12 @@ def is_statistics_file(source: str | Path) -> bool:
     path = Path(source)
     if path.is_dir() or path.suffix not in (".safetensors", ".npz"):
         return False
-    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors" or not path.is_file() or not zipfile.is_zipfile(path):
         return True
     try:
         with zipfile.ZipFile(path) as archive:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return True  # which reading it will tell
     return bool(keys & MOMENTS) or not keys & IMAGES
 
@@ -146,8 +147,11 @@ def _refuse_other_features(file: StatisticsFile, features: str, weights_hash: st
 def _read_npz(path: Path) -> FeatureStatistics | GivenMoments:
     try:
         with np.load(path, allow_pickle=False) as file:
+            refuse_bomb(file.zip, path)
             keys = file.files
             arrays = {name: file[name] for name in sorted(MOMENTS) if name in keys}
+            if any(isinstance(array, bytes) for array in arrays.values()):  # as numpy gives what is in no .npy format
+                raise ValueError("its entries are no arrays")
     except Exception as error:  # a damaged archive or header can raise almost anything
         raise InputError(
             f"{path} is cut short, holds objects, or is no npz of arrays ({one_line(str(error))})"

@@ -21,10 +21,10 @@ VITS = {
     "vit_b_16": {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
 }
 PATTERNS = {
-    "bottleneck": r"cifar-resnet(\d+)",
-    "basic": r"cifar-resnet(\d+)-basic",
-    "wrn": r"cifar-wrn(\d+)-(\d+)",
-    "resnext": r"cifar-resnext(\d+)-(\d+)x(\d+)",
+    "bottleneck": r"cifar-resnet(\d{1,3})",
+    "basic": r"cifar-resnet(\d{1,3})-basic",
+    "wrn": r"cifar-wrn(\d{1,3})-(\d{1,3})",
+    "resnext": r"cifar-resnext(\d{1,3})-(\d{1,3})x(\d{1,3})",
 }
 ACCEPTED = (
     f"{', '.join([*RESNETS, *VITS, FEATURE_RESNET])}, cifar-resnetDEPTH (9 n + 2: 83, 164, 245), "

@@ -1,6 +1,5 @@
 """Trained classifiers as folders: weights as safetensors, a unit's once, and what builds the network again."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,10 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, whole_folder, write_json
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier
+from dia_diffusion.models.stored import check_size, unusable
+from dia_diffusion.reading.safetensors_header import stored_shapes
+from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading.typed import fits, from_json
 
 WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE = "model.safetensors", "config.json", "training.json"
 
@@ -76,20 +79,24 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
             )
         folder = newest
     try:
-        about = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        config, mean, std = BackboneConfig(**about["model"]), list(about["mean"]), list(about["std"])
+        about = read_json_object(folder / CONFIG_FILE)
+        config = from_json(BackboneConfig, about["model"])
+        mean, std, class_names = about["mean"], about["std"], about["class_names"]
+        if not all(fits(values, list[float]) and len(values) == 3 for values in (mean, std)):
+            raise ValueError("mean and std of three channels")
+        if not fits(class_names, list[str] | None):
+            raise ValueError("class_names")
         training_file = folder / TRAINING_FILE
-        training = json.loads(training_file.read_text(encoding="utf-8")) if training_file.is_file() else None
-        class_names = about["class_names"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+        training = read_json_object(training_file) if training_file.is_file() else None
+    except (OSError, ValueError, KeyError):
         raise InputError(f"{folder / CONFIG_FILE} or {TRAINING_FILE} is cut short or altered") from None
-    model = build_classifier(config)
+    weights = folder / WEIGHTS_FILE
+    check_size(lambda: build_classifier(config), stored_shapes(weights))
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        model, tensors = build_classifier(config), load_file(weights)
+        if problem := unusable(tensors, model):
+            raise InputError(f"{weights} has {problem}")
+        model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError):
-        raise InputError(
-            f"{folder / WEIGHTS_FILE} is missing, cut short, or of another network than {CONFIG_FILE} says"
-        ) from None
+        raise InputError(f"{weights} is missing, cut short, or of another network than {CONFIG_FILE} says") from None
     return SavedClassifier(model.eval().requires_grad_(False).to(device), config, mean, std, class_names, training)

@@ -1,14 +1,16 @@
 """The model card of a pipeline folder: recipe, data, unit, samples and evaluations, for a person who finds it."""
 
-import json
+import html
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.files import write_text
+from dia_diffusion.reading.text import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
 CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
@@ -50,6 +52,8 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
     training = _read_whole(path, NEEDED)
     if training.get("init_from"):
         _read_whole(path, STARTED_FROM)
+    if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*NETWORK_NAMES]:
+        raise InputError(f"{path} says the backbone is {backbone}; accepted: {', '.join(NETWORK_NAMES)}")
     if training["data"].get("class_names"):
         _read_whole(path, {"data.class_names": list})
     return training
@@ -64,15 +68,15 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     """
     folder = Path(folder)
     training = read_training(folder)
-    model = training["recipe"]["model"] if training else _read_json(folder / "unet" / "config.json")
+    model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
     unit = model["attention"]
     backbone = model.get("backbone", "uvit")
     name, place = NETWORK_NAMES[backbone], UNIT_PLACES[backbone]
-    sizes = f"{model['hidden_size']} wide, {model['num_layers']} blocks, " if backbone == "uvit" else ""
-    sizes += f"{model['sample_size']}x{model['sample_size']} images"
+    sizes = f"{_text(model['hidden_size'])} wide, {_text(model['num_layers'])} blocks, " if backbone == "uvit" else ""
+    sizes += f"{_text(model['sample_size'])}x{_text(model['sample_size'])} images"
     if model.get("attention_at") or model.get("attention_blocks"):
         place = "in some blocks"
-    described = "no attention unit" if unit in (None, "none") else f"the unit `{unit}` {place}"
+    described = "no attention unit" if unit in (None, "none") else f"the unit {_code(unit)} {place}"
     kind = "An unconditional" if model["num_classes"] is None else f"A {model['num_classes']}-class"
     lines = [
         "---",
@@ -87,15 +91,18 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     ]
     if (folder / CONVERTED_FILE).is_file():
         source = _read_whole(folder / CONVERTED_FILE, CONVERTED)
-        lines += [f"Converted from the official U-ViT weights `{source['source']}` (sha256 `{source['sha256']}`).", ""]
+        lines += [
+            f"Converted from the official U-ViT weights {_code(source['source'])} (sha256 {_code(source['sha256'])}).",
+            "",
+        ]
     if training and training.get("init_from"):
         first = training["init_from"]
         name, sha256 = Path(first["path"]).name, first["weights_sha256"]
-        lines += [f"It started from the weights of `{name}` (sha256 `{sha256}`).", ""]
+        lines += [f"It started from the weights of {_code(name)} (sha256 {_code(sha256)}).", ""]
     if (folder / "samples.png").is_file():
         lines += ["![Samples of seeds 0, 1, 2, ..., not picked](samples.png)", ""]
     if training and model["num_classes"] is not None and training["data"].get("class_names"):
-        names = ", ".join(f"{number} {name}" for number, name in enumerate(training["data"]["class_names"]))
+        names = ", ".join(f"{number} {_text(name)}" for number, name in enumerate(training["data"]["class_names"]))
         in_grid = training["recipe"]["samples"]["count"] >= model["num_classes"]  # else it doesn't show each
         lines += [f"Its classes{', and the columns of the grid in their order' if in_grid else ''}: {names}.", ""]
     # Guidance needs the null label, which only a run with dropped labels has trained.
@@ -104,14 +111,16 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     if evaluations:
         lines += ["| metric | distance | images | reference | sampler | steps | protocol |", "| --- |" + " --- |" * 6]
         lines += [
-            f"| {e['metric']} | {e['distance']:.3f} | {e['num_samples']:,} | {e['reference']} | {e['sampler']} "
-            f"| {e['steps']} | {e['protocol']} |"
+            f"| {_text(e['metric'])} | {e['distance']:.3f} | {e['num_samples']:,} | {_text(e['reference'])} "
+            f"| {_text(e['sampler'])} | {_text(e['steps'])} | {_text(e['protocol'])} |"
             for e in evaluations
         ]
     else:
         lines.append("None yet; `dia-diffusion fid` makes them.")
     if training:
-        lines += ["", "## Recipe", "```yaml", yaml.safe_dump(training["recipe"], sort_keys=False).strip(), "```"]
+        recipe = yaml.safe_dump(training["recipe"], sort_keys=False).strip()
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))  # which nothing in it can end
+        lines += ["", "## Recipe", f"{fence}yaml", recipe, fence]
     lines.append("")
     write_text(folder / "README.md", "\n".join(lines))
 
@@ -138,12 +147,22 @@ def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def _text(value: object) -> str:
+    """A name or value from a file, within Markdown: shown as it is, neither HTML, nor a link, nor another cell."""
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", html.escape(one_line(str(value)), quote=False))
+
+
+def _code(value: object) -> str:
+    """The same in a fixed width."""
+    return "`" + one_line(str(value)).replace("`", "'") + "`"
+
+
 def _training(training: dict[str, Any] | None) -> str:
     if training is None:
         return f", for [dia-diffusion]({PAPER})."
     return (
         f", trained with [dia-diffusion]({PAPER}) on {training['data']['count']:,} images of "
-        f"`{training['data']['name']}` for {training['step']:,} steps at batch size "
+        f"{_code(training['data']['name'])} for {training['step']:,} steps at batch size "
         f"{training['recipe']['train']['batch_size']} ({training['images']:,} images seen). The weights are the "
         "exponential moving average."
     )
@@ -154,7 +173,7 @@ def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
     count = 4 if num_classes is None else min(4, num_classes)
     labels = "" if num_classes is None else f"class_labels={list(range(count))}, "
     labels += "guidance_scale=1.5, " if labels and guided else ""
-    carries_code = isinstance(_read_json(folder / "model_index.json").get("_class_name"), list)
+    carries_code = isinstance(read_json_object(folder / "model_index.json").get("_class_name"), list)
     if carries_code:
         before = [
             "This folder carries code: its `.py` files are generated from the package's modules (Apache-2.0), so that "
@@ -180,7 +199,7 @@ def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
 def _read_whole(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
     """A JSON object that has all of these, by dotted names, with their types; else InputError."""
     try:
-        read = _read_json(path)
+        read = read_json_object(path)
         for name, kind in needed.items():
             value: Any = read
             for key in name.split("."):
@@ -188,9 +207,5 @@ def _read_whole(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(value, kind):
                 raise ValueError
         return read
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """What a UViTPipeline's folder holds: whether it is whole, which of its files are for others, and paths in its text."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -8,15 +7,16 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import torch
-
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.stored import build_on_meta, check_layers
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.bundle import HEADER
 from dia_diffusion.pipelines.card import CONVERTED_FILE, TRAINING_FILE
-from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, SHARDS, WEIGHTS, class_name, stored_shapes
+from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, SHARDS, WEIGHTS, class_name
 from dia_diffusion.pipelines.folder import PICKLES as PICKLED_WEIGHTS
+from dia_diffusion.reading.safetensors_header import stored_shapes
+from dia_diffusion.reading.text import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text
 
 COMPONENTS = ("unet", "scheduler")
 # What is for others, at the top of the folder and in its components; generated code besides.
@@ -47,13 +47,13 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds a {class_name(index)}; accepted: a UViTPipeline")
     config = read_json(folder / "unet" / "config.json")
     kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
-    with torch.device("meta"):
-        try:
-            model = kind.from_config(config)
-        except (TypeError, InputError) as error:
-            raise InputError(f"{folder / 'unet' / 'config.json'} is not a {kind.__name__}'s: {error}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = _weights_shapes(folder / "unet")
+    try:
+        check_layers(config, len(stored))
+        model = build_on_meta(lambda: kind.from_config(config))
+    except InputError as error:
+        raise InputError(f"{folder / 'unet' / 'config.json'} is not a {kind.__name__}'s: {error}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() | stored.keys()):
         if expected.get(name) != stored.get(name):
             raise InputError(f"{folder / 'unet'} holds weights of another model: they differ in tensor {name}")
@@ -71,12 +71,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise InputError(f"{path} is missing or a link; accepted: the folder of a pipeline")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is cut short or altered: it is no JSON object")
-    return value
+        return read_json_object(path)
+    except Unreadable as error:
+        raise InputError(f"{path} is cut short or altered: {error}") from None
 
 
 def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
@@ -113,12 +110,12 @@ def find_local_path(path: Path) -> str | None:
     if path.suffix not in (".json", ".jsonl", ".md"):
         return None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, LINES_LIMIT)
         if path.suffix == ".md":
             found = KEY_WITH_PATH.search(text)
             return None if found is None else found[1]
-        values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
-    except ValueError:
+        values = [parse_json(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [parse_json(text)]
+    except Unreadable:
         raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None
     return next((string for string in _strings(values) if _is_local_path(string)), None)
 

@@ -15,6 +15,7 @@ from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.card import CONVERTED_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.reading.pickled_weights import NotTensors, load_pickled_tensors
 
 # The published sizes; a width doesn't tell its heads otherwise.
 HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
@@ -86,14 +87,17 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path} is not a file; accepted: official U-ViT weights (.pth)")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_pickled_tensors(path)
+    except NotTensors as error:
+        raise InputError(
+            f"{path} is not a state dict of tensors, it {error}; accepted: official U-ViT weights"
+        ) from None
     except Exception as error:  # unpickling what anybody may have written raises almost anything
         raise InputError(f"{path} can't be read as weights alone, or is cut short: {first_line(error)}") from None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
-        for name, tensor in state.items()
-    ):
-        raise InputError(f"{path} is not a state dict of tensors; accepted: official U-ViT weights")
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            what = "values that aren't finite" if tensor.is_floating_point() else f"the type {tensor.dtype}"
+            raise InputError(f"tensor {name} of {path} has {what}; accepted: floating point numbers")
     return state
 
 

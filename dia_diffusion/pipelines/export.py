@@ -15,7 +15,8 @@ from dia_diffusion.pipelines.contents import (
     without_local_paths,
 )
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, records_file, weights_hash
-from dia_diffusion.sealed import sealed, unsealed
+from dia_diffusion.reading.sealed import sealed, unsealed
+from dia_diffusion.reading.text import Unreadable, parse_json, read_json, read_lines
 
 WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))
 # diffusers copies code files into one folder by name, so no other project's may be called the same.
@@ -110,8 +111,8 @@ def _copy(file: Path, place: Path) -> None:
     """Copies a file, JSON without paths of this machine."""
     if file.suffix == ".json":
         try:
-            value = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            value = read_json(file)
+        except Unreadable:
             raise InputError(f"{file} is cut short or altered; remove it, or make the pipeline again") from None
         if (cleaned := without_local_paths(value)) != value:
             write_json(place, cleaned)
@@ -123,13 +124,13 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
     """The records of the source's weights, which lie in its run or in the folder itself."""
     file, own = records_file(source), weights_hash(source)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    except ValueError as error:
+        lines = read_lines(file) if file.is_file() else []
+    except Unreadable as error:
         raise InputError(f"{file} can't be read as evaluation records ({error})") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = unsealed(json.loads(line))
+            record = unsealed(parse_json(line))
             cleaned = without_local_paths(record)
             # A protocol is bound to its hash: one that names a path can't be shortened, and stays here.
             if record["weights_hash"] == own and cleaned["protocol"] == record["protocol"]:

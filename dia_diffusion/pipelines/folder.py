@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file, step_folders
+from dia_diffusion.reading.safetensors_header import stored_shapes
+from dia_diffusion.reading.text import Unreadable, read_json_object
 
 INDEX = "model_index.json"
 EVALUATIONS = "evaluations.jsonl"
@@ -51,10 +51,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     file = folder / INDEX
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = read_json_object(file)
         if index["_class_name"]:
             return index
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):  # the last where it is nested deeply
+    except (Unreadable, KeyError, OSError):
         pass
     raise InputError(f"{file} is not the index of a diffusers pipeline")
 
@@ -102,7 +102,7 @@ def weights_files(folder: Path) -> list[Path]:
         InputError: a model whose weights are missing or not safetensors.
     """
     models = [name for name, (_, kind) in components(read_index(folder)).items() if not is_scheduler(kind)]
-    return [file for name in sorted(models) for file in _files_of(part_folder(folder, name))]
+    return [file for name in sorted(models) for file in model_files(part_folder(folder, name))]
 
 
 def weights_hash(folder: str | Path) -> str:
@@ -130,7 +130,9 @@ def model_hash(folder: str | Path) -> str:
     folder = Path(folder)
     index = read_index(folder)
     configs = {
-        name: _config(part_folder(folder, name) / ("scheduler_config.json" if is_scheduler(kind) else "config.json"))
+        name: read_config(
+            part_folder(folder, name) / ("scheduler_config.json" if is_scheduler(kind) else "config.json")
+        )
         for name, (_, kind) in components(index).items()
     }
     described = json.dumps([class_name(index), configs], sort_keys=True)
@@ -143,34 +145,25 @@ def check_weights(folder: Path) -> None:
         stored_shapes(file)
 
 
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """tensor name -> shape, from the header of a safetensors file.
-
-    Raises:
-        InputError: a file that is cut short or none.
-    """
+def read_config(file: Path) -> dict[str, Any]:
+    """A part's config, without what it says of who wrote it. Raises InputError where it can't be read."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is cut short or not safetensors: {error}") from None
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return {name: value for name, value in config.items() if name not in INCIDENTAL}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return {name: value for name, value in read_json_object(file).items() if name not in INCIDENTAL}
+    except (OSError, Unreadable) as error:
         raise InputError(f"{file} can't be read as a model's config ({error})") from None
 
 
-def _files_of(model: Path) -> list[Path]:
+def model_files(model: Path) -> list[Path]:
+    """The weights files of a model's folder, or their shards. Raises InputError as `weights_files`."""
     if (model / SHARDS).is_file():  # which diffusers too prefers to a single file beside it
         try:
-            shards = set(json.loads((model / SHARDS).read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json_object(model / SHARDS)["weight_map"].values())
+            if any(Path(name).name != name or not name.endswith(".safetensors") for name in shards):
+                raise ValueError
             files = [model / name for name in sorted(shards)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{model / SHARDS} is not an index of safetensors files") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            accepted = "accepted: names of safetensors files beside it"
+            raise InputError(f"{model / SHARDS} is not an index of safetensors files; {accepted}") from None
     else:
         files = [model / WEIGHTS]
     for file in files:

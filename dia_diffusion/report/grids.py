@@ -1,12 +1,14 @@
 """Sample grids of a run, as pictures that are part of the page."""
 
 import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import PIL.Image
 
+from dia_diffusion.data.file_bytes import read_file
 from dia_diffusion.files import STEP_FOLDER
 from dia_diffusion.report.page import Picture
 from dia_diffusion.training.config import Experiment
@@ -24,11 +26,11 @@ def grid_files(run: Path) -> dict[int, Path]:
 def grid_picture(file: Path, step: int, name: str, experiment: Experiment, caption: str = "") -> Picture | None:
     """A grid that a run drew at a step; None for a file that is no picture."""
     try:
-        content = file.read_bytes()
-        with PIL.Image.open(file) as picture:
+        content = read_file(file)
+        with PIL.Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             size = picture.size
             picture.verify()
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for one that is cut short
+    except Exception:  # a corrupt file can raise almost anything inside a decoder
         return None
     count = experiment.samples.count
     return Picture(

@@ -1,11 +1,11 @@
 """Tables of what was measured, how, and where."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dia_diffusion.environment import environment
 from dia_diffusion.evaluation.record import EvaluationRecord, Protocol
+from dia_diffusion.reading.text import Unreadable, read_json_object
 from dia_diffusion.report.page import Table
 from dia_diffusion.training.run_folder import RunFolder
 
@@ -74,10 +74,10 @@ def environment_table(folders: Iterable[Path], records: Iterable[EvaluationRecor
 
 def _environment_of(run: Path) -> dict[str, str]:
     try:
-        values = json.loads(RunFolder(run).environment.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json_object(RunFolder(run).environment)
+    except (OSError, Unreadable):
         return {}  # an older run
-    return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
+    return {name: str(value) for name, value in values.items()}
 
 
 def _distinct(found: Iterable[dict[str, str]]) -> list[dict[str, str]]:

@@ -15,9 +15,19 @@ from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.stored import check_layers, check_size, unusable
 from dia_diffusion.models.uvit import UViT
-from dia_diffusion.pipelines.folder import check_weights, components, find_pipeline, part_folder, read_index
+from dia_diffusion.pipelines.folder import (
+    check_weights,
+    components,
+    find_pipeline,
+    model_files,
+    part_folder,
+    read_config,
+    read_index,
+)
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.reading.safetensors_header import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
 OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}
@@ -26,6 +36,7 @@ NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_enc
 GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
 BY_NAME = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
 NETWORKS = ("unet", "transformer")
+FLOATS = ("F", "BF")  # how the names of types begin in safetensors; others would be converted without a word
 
 
 def load_pipeline(
@@ -119,12 +130,16 @@ def _needs(kind: type, index: dict[str, Any]) -> str | None:
 def _load_part(folder: Path, kind: Any) -> Any:
     try:
         if issubclass(kind, SchedulerMixin):
+            read_config(folder / "scheduler_config.json")
             return kind.from_pretrained(folder, local_files_only=True)
+        _check_before_loading(folder, kind)
         if "quantization_config" in kind.load_config(folder, local_files_only=True):
             raise ValueError("its config.json has a quantization_config; accepted: models that aren't quantized")
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+    except InputError:
+        raise
     except Exception as error:  # diffusers has no type of its own for a folder that it can't read
         if "ignore_mismatched_sizes" in str(error):  # diffusers' advice on tensors of other shapes
             raise InputError(f"{folder} holds weights of another model: its tensors have other shapes") from None
@@ -132,7 +147,26 @@ def _load_part(folder: Path, kind: Any) -> Any:
     # diffusers loads what fits and leaves other tensors at random values.
     if different := [*info["missing_keys"], *info["unexpected_keys"]]:
         raise InputError(f"{folder} holds weights of another model: they differ in tensor {min(different)}")
+    if problem := unusable(model.state_dict(), model):
+        raise InputError(f"{folder} holds weights with {problem}")
     return model.eval()
+
+
+def _check_before_loading(folder: Path, kind: Any) -> None:
+    """Raises InputError for a config that the weights beside it can't be of: diffusers builds a network at once."""
+    config = read_config(folder / "config.json")
+    header = {name: about for file in model_files(folder) for name, about in read_header(file).items()}
+    stored = {name: shape for name, (shape, _) in header.items()}
+    try:
+        check_layers(config, len(stored))  # of which each has one at least
+        own = check_size(lambda: kind.from_config(config), stored).state_dict()
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'} is of another model than the weights beside it: {error}") from None
+    for name, (_, dtype) in header.items():
+        if name in own and own[name].is_floating_point() and not dtype.startswith(FLOATS):
+            raise InputError(
+                f"{folder} holds weights of type {dtype} in tensor {name}; accepted: floating point numbers"
+            )
 
 
 @contextmanager

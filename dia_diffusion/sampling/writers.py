@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import whole_file, write_json
+from dia_diffusion.reading.text import Unreadable, read_json
 
 MANIFEST = "samples.json"
 SEPARATOR = 96  # grey between a grid's images, which neither white nor black ones run into
@@ -42,8 +43,8 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
         write_json(manifest, protocol)
         return
     try:
-        kept = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError:
+        kept = read_json(manifest)
+    except Unreadable:
         raise InputError(f"{manifest} is not JSON; choose another folder") from None
     wanted = json.loads(json.dumps(protocol))
     if not isinstance(kept, dict) or kept != wanted:

@@ -1,6 +1,5 @@
 """Trained classifiers side by side: accuracy over seeds, and Student's test against a baseline (Tables III to XIII)."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sealed import unsealed
+from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
 from dia_diffusion.training.classify_config import ClassifyExperiment
@@ -138,7 +138,7 @@ def read_result(path: str | Path) -> ClassifierResult:
     if not file.is_file():
         raise InputError(f"{path} has no {RESULT_FILE}; accepted: runs of dia-diffusion classify that have ended")
     try:
-        record = unsealed(json.loads(file.read_text(encoding="utf-8")))
+        record = unsealed(read_json_object(file))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         if lines and lines[-1]["step"] > record["step"]:
             raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")

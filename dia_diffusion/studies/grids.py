@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image
 
+from dia_diffusion.data import read_image
 from dia_diffusion.files import step_name, whole_file
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder
@@ -15,8 +15,7 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
     """Draws grids (title -> its file) in a row into a PNG."""
     figure = Figure(figsize=(4 * len(grids), 4.2), layout="constrained")
     for axes, (title, grid) in zip(figure.subplots(1, len(grids), squeeze=False)[0], grids.items(), strict=True):
-        with Image.open(grid) as image:
-            axes.imshow(image, cmap="gray")
+        axes.imshow(read_image(grid, str(grid)))
         axes.set_title(title)
         axes.axis("off")
     with whole_file(path) as temporary:

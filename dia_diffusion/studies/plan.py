@@ -1,6 +1,5 @@
 """What a study would take, before it is begun: runs, steps, time and disk, estimated from a few steps of each kind."""
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.files import write_json
+from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading.typed import from_json
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.costs import training_cost
 from dia_diffusion.studies.inventory import RunState, inventory
@@ -149,8 +150,8 @@ def read_plan(study: Study) -> Plan | None:
     """The plan in the study's folder; None where there is none, or one of another version."""
     path = study.folder / PLAN_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Plan(**{**values, "groups": [Group(**group) for group in values["groups"]]})
+        values = read_json_object(path)
+        return from_json(Plan, {**values, "groups": [from_json(Group, group) for group in values["groups"]]})
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -12,6 +12,8 @@ from dia_diffusion.evaluation.curves import distance_label
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.files import write_json, write_text
+from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading.typed import from_json
 from dia_diffusion.studies.costs import training_cost
 from dia_diffusion.studies.figure import draw_curves_of_study, draw_final_distances
 from dia_diffusion.studies.floor import FILE as FLOOR_FILE
@@ -165,9 +167,9 @@ def _measurement(study: Study, protocol: str, found: Sequence[Measured], before:
 def _known_floors(study: Study) -> dict[str, Floor]:
     """Hash of a protocol -> its floor, of the results that are there, so that drawing again measures nothing."""
     try:
-        before = json.loads((study.folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        before = read_json_object(study.folder / RESULTS_FILE)
         told = [before["protocol"], before["final_protocol"] or before["protocol"]]
-        known = {one["settings_hash"]: Floor(**one["floor"]) for one in told if "distance" in one["floor"]}
+        known = {one["settings_hash"]: from_json(Floor, one["floor"]) for one in told if "distance" in one["floor"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {} if (study.folder / FLOOR_FILE).is_file() else known

@@ -11,7 +11,9 @@ import jsonargparse
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import read_yaml, write_text
+from dia_diffusion.files import write_text
+from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.recipe_keys import flatten
@@ -207,11 +209,15 @@ def _parse(path: Path) -> StudyConfig:
     parser.add_class_arguments(StudyConfig, nested_key=None)
     try:
         values = parser.instantiate(parser.parse_object(read_yaml(path, "study", "output, recipe, runs, protocol")))
+        config = StudyConfig(**vars(values))
+        check_types(config)
+        for grid in config.runs:
+            check_types(grid, "runs: ")
+        return config
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    return StudyConfig(**vars(values))
 
 
 def _check(config: StudyConfig, path: Path) -> None:

@@ -9,7 +9,6 @@ How a trial ends, its outcome:
 The last two are what is called diverged.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.files import write_json
-from dia_diffusion.sealed import sealed, unsealed
+from dia_diffusion.reading.sealed import sealed, unsealed
+from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.config import Experiment, changed_keys
 from dia_diffusion.training.loop import Trainer
@@ -118,7 +118,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     if not file.is_file():
         return None
     try:
-        result = unsealed(json.loads(file.read_text(encoding="utf-8")))
+        result = unsealed(read_json_object(file))
         before, now = result["recipe"], trial.experiment.to_dict()
         changed = changed_keys(before, now)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
@@ -188,5 +188,7 @@ def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
 def last_loss(metrics: Path, max_steps: int) -> float | None:
     """The mean training loss over the last tenth of the steps; None where a training ended before them."""
     lines = read_metrics(metrics) if metrics.is_file() else []
-    values = [line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART) and line["loss"] is not None]
+    values = [
+        line["loss"] for line in lines if line["step"] > max_steps * (1 - LAST_PART) and line.get("loss") is not None
+    ]
     return sum(values) / len(values) if values else None

@@ -11,7 +11,6 @@ step-00010000.damaged.
 Nothing random is in it: a step's randomness is a function of the seed and the step.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
-from dia_diffusion.sealed import sealed, unsealed
+from dia_diffusion.reading.sealed import sealed, unsealed
+from dia_diffusion.reading.text import read_json_object
 
 
 @dataclass
@@ -118,10 +118,11 @@ def read_state(place: Path) -> dict[str, Any]:
         InputError: it is missing, cut short or altered.
     """
     try:
-        state = unsealed(json.loads((place / "state.json").read_text(encoding="utf-8")))
+        state = unsealed(read_json_object(place / "state.json"))
         files = {"model.safetensors", "optimizer.safetensors"}
         has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
-        if has_files and step_name(state["step"]) == place.name and {"recipe", "data"} <= state.keys():
+        described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)
+        if has_files and described and step_name(state["step"]) == place.name:
             return state
     # Other errors of the disk may pass, and then it is as good as before.
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):

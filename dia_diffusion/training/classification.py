@@ -15,7 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, step_name, write_json
 from dia_diffusion.models.classifiers import build_classifier
 from dia_diffusion.models.saved_classifier import normalized, save_classifier
-from dia_diffusion.sealed import sealed
+from dia_diffusion.reading.sealed import sealed
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels

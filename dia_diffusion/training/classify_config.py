@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.recipe_keys import differing_keys, flatten
 from dia_diffusion.training.ssia_config import SsiaConfig
 
 
@@ -147,6 +147,13 @@ class ClassifyExperiment:
         self.ssia.check()
         if not self.output:
             raise InputError("output is empty; accepted: the path of the run's folder")
+        for key, place in (
+            ("output", self.output),
+            ("data.source", data.source),
+            ("data.test_source", data.test_source),
+        ):
+            if place and "://" in place:  # which may carry a password, and would be kept in the run's records
+                raise InputError(f"{key} is an address, {place}; accepted: a path, or a name")
         if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
             raise InputError(f"optimizer.betas are {optimizer.betas}; accepted: two numbers from 0 to below 1")
         if optimizer.nesterov and (optimizer.name != "sgd" or optimizer.momentum == 0):
@@ -170,7 +177,7 @@ class ClassifyExperiment:
     def changed_keys(self, old: dict[str, Any]) -> list[str]:
         """What differs in the recipe of a run and may not."""
         may_change = MAY_CHANGE
-        if old.get("optimizer", {}).get("schedule") in ("cosine", "linear"):
+        if flatten(old).get("optimizer.schedule") in ("cosine", "linear"):
             may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
         return differing_keys(old, self.to_dict(), ClassifyExperiment().to_dict(), may_change)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.recipe_keys import differing_keys, flatten
 from dia_diffusion.training.ssia_config import SsiaConfig
 
 if TYPE_CHECKING:  # the keys are told without waiting for torch
@@ -237,6 +237,9 @@ class Experiment:
                 raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")
         if not self.output:
             raise InputError("output is empty; accepted: the path of the run's folder")
+        for key, place in (("output", self.output), ("data.source", self.data.source), ("init_from", self.init_from)):
+            if place and "://" in place:  # which may carry a password, and would be kept in the run's records
+                raise InputError(f"{key} is an address, {place}; accepted: a path, or a name")
         if self.init_from == "":
             raise InputError("init_from is empty; accepted: a pipeline folder or a run, or null for none")
         if train.clip_grad_norm is not None and train.clip_grad_norm <= 0:
@@ -320,6 +323,6 @@ MAY_CHANGE = {
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys of two recipes, as to_dict gives them, that differ and may not: "train.batch_size: 32 -> 64"."""
     may_change = MAY_CHANGE
-    if old.get("optimizer", {}).get("schedule") == "cosine":
+    if flatten(old).get("optimizer.schedule") == "cosine":
         may_change = MAY_CHANGE - {"train.max_steps"}  # every step's rate depends on it
     return differing_keys(old, new, Experiment().to_dict(), may_change)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, overload
 import jsonargparse
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import read_yaml
+from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe_keys import flatten, nest
@@ -83,11 +84,14 @@ def read_experiment(
         with_recipe = parser.parse_object(recipe, defaults=True)
         parsed = parser.parse_args(list(overrides), namespace=with_recipe)
         values = parser.instantiate(parsed)
+        experiment: Any = object.__new__(kind)  # its checks come last, and take the types as they are told
+        vars(experiment).update(vars(values))
+        check_types(experiment)
+        return kind(**vars(values))
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(" ".join(str(error).split())) from None
-    return kind(**vars(values))
 
 
 def _check_keys(keys: Sequence[str], known: dict[str, Any], where: str) -> None:

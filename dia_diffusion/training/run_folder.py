@@ -13,7 +13,9 @@ from dia_diffusion.files import append_json_line, remove_partial, step_folders, 
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.sealed import sealed, unsealed
+from dia_diffusion.reading.sealed import sealed, unsealed
+from dia_diffusion.reading.text import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text
+from dia_diffusion.reading.typed import fits
 
 if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
     from accelerate import Accelerator
@@ -77,17 +79,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a crash cut short is left out.
 
     Raises:
-        InputError: another line was altered.
+        InputError: another kind of file, or another line was altered or doesn't tell numbers at a step.
     """
+    try:
+        *whole, _ = read_text(path, LINES_LIMIT).split("\n")
+    except (OSError, Unreadable) as error:
+        raise InputError(f"{path} can't be read as a run's metrics ({error})") from None
     lines = []
-    *whole, _ = path.read_bytes().split(b"\n")
     for number, text in enumerate(whole, start=1):
         try:
-            line = unsealed(json.loads(text))
-            has_step = isinstance(line.get("step"), int)
-        except (ValueError, AttributeError):
-            has_step = False
-        if not has_step:
+            line = unsealed(parse_json(text))
+        except ValueError:
+            line = {}
+        if not fits(line, dict[str, float | None]) or not all(fits(line.get(key), int) for key in ("step", "images")):
             raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
         lines.append(line)
     return lines
@@ -102,8 +106,8 @@ def logged_step(path: Path) -> int:
         lines = file.read().decode(errors="replace").splitlines()
     for line in reversed(lines):
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # cut short, at the front or by a crash
+            return int(parse_json(line)["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):  # cut short, at the front or by a crash
             continue
     return 0
 
@@ -163,6 +167,6 @@ def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
 def _recipe_of(place: Path) -> Any:
     """The recipe that a pipeline or classifier was trained by; None where nothing says."""
     try:
-        return json.loads((place / TRAINING_FILE).read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json_object(place / TRAINING_FILE)["recipe"]
+    except (OSError, ValueError, KeyError):
         return None

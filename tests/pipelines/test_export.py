@@ -19,8 +19,8 @@ from dia_diffusion.pipelines import bundle as bundle_module
 from dia_diffusion.pipelines.bundle import bundle
 from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.hub import prepare, send
+from dia_diffusion.reading.sealed import unsealed
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-from dia_diffusion.sealed import unsealed
 from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 

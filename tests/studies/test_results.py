@@ -79,7 +79,8 @@ def test_a_plan_is_kept_beside_what_it_took(tmp_path):
     names = {field.name for field in dataclasses.fields(Group)} - {"unit", "batch_size", "runs"}
     group = Group("none", 8, 2, **dict.fromkeys(names, 50))
     names = {field.name for field in dataclasses.fields(Plan)} - {"study", "groups"}
-    write_plan(study, Plan("tiny", groups=[group], **dict.fromkeys(names, 1)))
+    told = {"time": "2026-01-01T00:00:00+00:00", "measured_on": "a CPU"}
+    write_plan(study, Plan("tiny", groups=[group], **{**dict.fromkeys(names, 1), **told}))
     write_results(study)
     plan = json.loads((study.folder / "results.json").read_text())["plan"]
     assert plan["groups"][0]["training_seconds"] == 50

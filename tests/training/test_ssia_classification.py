@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import read_yaml
 from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.reading.text import read_yaml
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics

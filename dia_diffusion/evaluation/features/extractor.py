@@ -1,7 +1,6 @@
 """One layer of a feature extractor: images in, the vectors that a distance compares out."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,8 @@ from torch_fidelity import FeatureExtractorBase
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.files import sha256_of_file
+from dia_diffusion.models.stored import unusable
+from dia_diffusion.reading.text import Unreadable, read_json_object
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -124,11 +125,16 @@ def load_weights(module: Module, path: str | Path) -> Module:
     """
     path = Path(path)
     card = path.with_suffix(".json")
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"weights {path} are no regular file; accepted: safetensors")
     try:
-        if card.exists() and (expected := json.loads(card.read_text())["sha256"]) != sha256_of_file(path):
+        if card.exists() and (expected := read_json_object(card)["sha256"]) != sha256_of_file(path):
             raise InputError(f"weights {path} are damaged or another network's: {card.name} says sha256 {expected}")
-        module.load_state_dict(load_file(path))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        tensors = load_file(path)
+        if problem := unusable(tensors, module):
+            raise InputError(f"weights {path} have {problem}")
+        module.load_state_dict(tensors)
+    except (Unreadable, KeyError) as error:
         raise InputError(
             f"{card} says no sha256 for the weights beside it; without that file they load unchecked"
         ) from error

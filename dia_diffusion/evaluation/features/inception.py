@@ -15,6 +15,7 @@ from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, state_hash
 from dia_diffusion.files import cache_folder, sha256_of_file, whole_file
+from dia_diffusion.reading.pickled_weights import NotTensors, load_pickled_tensors
 
 RELEASED = Download(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -127,20 +128,21 @@ def _released_file(progress: Progress | None) -> Path:
 
 def _read(path: Path) -> Tensors:
     """The tensors of a .pth or safetensors file; nothing in it is executed."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"weights {path} are no regular file; {EXPECTED}")
     try:
         with path.open("rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"
     except OSError as error:
         raise InputError(f"weights {path} can't be read ({error.strerror}); {EXPECTED}") from error
     try:
-        tensors = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+        return load_file(path) if is_safetensors else load_pickled_tensors(path)
+    except NotTensors as error:
+        raise InputError(f"{path}, given as weights, {error}; {EXPECTED}") from error
     except Exception as error:  # unpickling what anybody may have written raises almost anything
         raise InputError(
             f"weights {path} are cut short, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {EXPECTED}"
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise InputError(f"weights {path} hold other things than tensors by name; {EXPECTED}")
-    return dict(tensors)
 
 
 def _read_cached(path: Path) -> Tensors | None:

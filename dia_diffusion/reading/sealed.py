@@ -12,12 +12,14 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, KEY: _checksum(value)}
 
 
-def unsealed(value: dict[str, Any]) -> dict[str, Any]:
+def unsealed(value: Any) -> dict[str, Any]:
     """The object without its checksum; one that was written without, as by an older version, is taken as it is.
 
     Raises:
-        ValueError: it was altered since.
+        ValueError: it was altered since, or is no object.
     """
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
     *items, (_, checksum) = [*value.items()] or [("", "")]
     rest = dict(items)
     if checksum == _checksum(rest):  # whatever its key, which may have had the flipped bit

@@ -1,0 +1,66 @@
+"""Dataclasses from what a JSON file holds, which may be of any type whatever the dataclass says."""
+
+import dataclasses
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def check_types(value: Any, prefix: str = "") -> None:
+    """Raises ValueError, naming its key, for a field of a dataclass or of those within it that isn't of its type.
+
+    jsonargparse lets null pass for anything; and what is not a number is no float that compares to a bound.
+    """
+    hints = get_type_hints(type(value))
+    for name, inner in vars(value).items():
+        if dataclasses.is_dataclass(inner):
+            check_types(inner, f"{prefix}{name}.")
+        elif not fits(inner, hints[name]) or inner != inner:
+            shown = "null" if inner is None else inner
+            accepted = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise ValueError(f"{prefix}{name} is {shown}; accepted: {accepted}")
+
+
+def from_json(kind: type[T], values: Any) -> T:
+    """A dataclass from the values of its fields.
+
+    Raises:
+        ValueError: other values than an object's, a field that is missing or unknown, or one of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{type(values).__name__} instead of an object")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"unknown key {unknown[0]!r}")
+    hints = get_type_hints(kind)
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"{name} is missing")
+        elif not fits(values[name], hints[name]):
+            raise ValueError(f"{name} is of type {type(values[name]).__name__}")
+    return kind(**values)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; whole numbers are floats too, truth values no numbers, and numbers fit 64 bits."""
+    origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin in (types.UnionType, Union):
+        return any(fits(value, part) for part in parts)
+    if origin is Any:
+        return True
+    if origin is Literal:
+        return value in parts
+    if origin is int or (origin is float and isinstance(value, int)):
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 63
+    if origin is dict and parts:
+        return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
+    if origin is list and parts:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if origin is tuple and parts[1:] == (...,):
+        return isinstance(value, tuple) and all(fits(item, parts[0]) for item in value)
+    if origin is tuple and parts:
+        alike = isinstance(value, tuple) and len(value) == len(parts)
+        return alike and all(fits(item, part) for item, part in zip(value, parts, strict=True))
+    return isinstance(value, origin)

@@ -1,0 +1,284 @@
+"""Valid files of every kind with bytes changed, cut and mixed, and the readers that must only ever refuse them."""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from PIL import Image
+
+from dia_diffusion.data import open_images, read_image
+from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features.extractor import load_weights
+from dia_diffusion.evaluation.protocols import protocols_folder, read_protocol
+from dia_diffusion.evaluation.record import append_record, read_records
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics, write_statistics
+from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.pipelines.card import read_training, write_card
+from dia_diffusion.pipelines.contents import check_pipeline
+from dia_diffusion.pipelines.convert import convert_official
+from dia_diffusion.report.run import run_page
+from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.studies.accuracies import read_result
+from dia_diffusion.studies.study import read_study
+from dia_diffusion.training.checkpoint import load_checkpoint, read_state
+from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.recipe import read_experiment, recipes_folder
+from dia_diffusion.training.run_folder import logged_step, read_metrics
+from tests.data.test_cifar import binary, python, write_tar
+from tests.evaluation.conftest import _record
+from tests.pipelines.test_convert import official_weights
+from tests.security import readers
+from tests.security.hostile import encoded, npy, write_zip
+
+
+@dataclass
+class Target:
+    """A valid file, and what reads it at its path."""
+
+    file: Path
+    read: Callable[[Path], Any]
+    slow: bool = False
+    """Whether reading takes so long that the quick run tries a few only."""
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """Every kind of file, each made in a folder of its own."""
+    made: dict[str, Target] = {}
+
+    def add(name: str, file: Path, read: Callable[[Path], Any], slow: bool = False) -> None:
+        made[name] = Target(file, read, slow)
+
+    def write(name: str, data: bytes) -> Path:
+        path = folder / name.replace(" ", "_") / name.rpartition(" ")[2]
+        path.parent.mkdir(parents=True)
+        path.write_bytes(data)
+        return path
+
+    def place(name: str) -> Path:
+        (folder / name).mkdir()
+        return folder / name
+
+    recipe = (recipes_folder() / "cifar10_unet2d.yaml").read_bytes()
+    add("recipe", write("recipe x.yaml", recipe), lambda p: read_experiment(str(p)), slow=True)
+    recipe = sorted(recipes_folder(ClassifyExperiment).glob("*.yaml"))[0].read_bytes()
+    add(
+        "classifier's recipe",
+        write("classified x.yaml", recipe),
+        lambda p: read_experiment(str(p), kind=ClassifyExperiment),
+        slow=True,
+    )
+    protocol = sorted(protocols_folder().glob("*.yaml"))[0].read_bytes()
+    add("protocol", write("protocol x.yaml", protocol), lambda p: read_protocol(str(p)))
+    readers.study(place("study"))
+    add("study", folder / "study" / "s.yaml", lambda p: read_study(str(p)), slow=True)
+
+    append_record(place("records") / "evaluations.jsonl", _record(2.5))
+    append_record(folder / "records" / "evaluations.jsonl", _record(2.0, step=200))
+    add("records", folder / "records" / "evaluations.jsonl", read_records)
+    run = readers.run(place("run"))
+    add("metrics", run / "metrics.jsonl", lambda p: (read_metrics(p), logged_step(p)))
+    other = readers.run(place("page"))
+    add("metrics on a page", other / "metrics.jsonl", lambda p: run_page(p.parent), slow=True)
+    checkpoint = readers.checkpoint(place("checkpoint"))
+    add("checkpoint's state", checkpoint / "state.json", lambda p: read_state(p.parent))
+    whole = readers.checkpoint(place("weights"))
+    add("checkpoint's weights", whole / "model.safetensors", lambda p: load_checkpoint(p.parent))
+    pipeline = readers.pipeline(place("pipeline"))
+    add("pipeline's index", pipeline / "model_index.json", lambda p: load_pipeline(p.parent), slow=True)
+    for name, file in (
+        ("network's config", "config.json"),
+        ("network's weights", "diffusion_pytorch_model.safetensors"),
+    ):
+        one = readers.pipeline(place(name))
+        add(name, one / "unet" / file, lambda p: (load_pipeline(p.parents[1]), check_pipeline(p.parents[1])), slow=True)
+    carded = readers.pipeline(place("card"))
+    add("training", carded / "training.json", lambda p: (read_training(p.parent), write_card(p.parent)))
+    classifier = readers.classifier(place("classifier"))
+    add("classifier's config", classifier / "config.json", lambda p: load_classifier(p.parent), slow=True)
+    result = readers.result(place("result"))
+    add("classifier's result", result.file, lambda p: read_result(p.parent))
+    card = readers.weights_card(place("features"))
+    network = FEATURES["digits"].network()
+    (folder / "features" / "weights.json").unlink()
+    add("features' weights", card.file.with_suffix(".safetensors"), lambda p: load_weights(network, p))
+
+    extractor = build_features("digits")
+    statistics = place("statistics") / "x.safetensors"
+    write_statistics(
+        statistics, reference_statistics(open_images("digits", split="test", channels=3), extractor), extractor
+    )
+    add("statistics", statistics, read_statistics)
+    np.savez(place("npz") / "x.npz", mu=np.zeros(4), sigma=np.eye(4))
+    add("statistics in npz", folder / "npz" / "x.npz", lambda p: (is_statistics_file(p), read_statistics(p)))
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 12, 12, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels[0])
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM"):
+        file = write(f"{kind} x.png", encoded(picture, kind))
+        add(f"{kind} image", file, lambda p: read_image(p, "x.png", size=8))
+    pictures = {f"{k}.png": encoded(Image.fromarray(image)) for k, image in enumerate(pixels)}
+    write_zip(place("zip") / "x.zip", pictures, zipfile.ZIP_DEFLATED)
+    add("zip of images", folder / "zip" / "x.zip", lambda p: open_images(p, size=8))
+    add("array", write("array x.npy", npy(pixels)), open_images)
+    with io.BytesIO() as buffer:
+        np.savez(buffer, images=pixels, labels=np.arange(3))
+        add("arrays in npz", write("arrays x.npz", buffer.getvalue()), open_images)
+    for name, content in (("binary", binary(100)), ("python", python(100))):
+        write_tar(place(f"tar {name}") / "x.tar.gz", content)
+        add(f"{name} archive", folder / f"tar {name}" / "x.tar.gz", open_images)
+        given = place(f"cifar {name}")
+        for file_name, data in content.items():
+            (given / file_name).write_bytes(data)
+        first = given / ("train.bin" if name == "binary" else "train")
+        add(f"{name} batch", first, lambda p: open_images(p.parent))
+    import torch
+
+    torch.save(official_weights(), place("pth") / "x.pth")
+    add("pickled weights", folder / "pth" / "x.pth", lambda p: convert_official(p, 4))
+    return made
+
+
+TOKENS = [
+    *(
+        b"\0",
+        b"\xff",
+        b"\xff\xff\xff\xff",
+        b"\0\0\0\0",
+        b"\x7f\xff\xff\xff",
+        b"-",
+        b"-1",
+        b"0",
+        b"1",
+        b"9" * 30,
+        b"1e999",
+    ),
+    *(
+        b"null",
+        b"true",
+        b"NaN",
+        b"Infinity",
+        b"[]",
+        b"{}",
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b'"',
+        b"'",
+        b",",
+        b":",
+        b"\n",
+        b"\r",
+    ),
+    *(b"&a", b"*a", b"<<: *a", b"!!python/name:os.system", b"!!int", b"!!set", b"? ", b"- ", b"\t", b"#", b"%", b"|"),
+    *(
+        b"\x1b[2J",
+        b"\xef\xbb\xbf",
+        b"\xed\xa0\x80",
+        b"\\ud800",
+        b"../",
+        b"/",
+        b"PK\x03\x04",
+        b"\x80\x02",
+        b"IHDR",
+        b"O",
+    ),
+    *(
+        b".nan",
+        b"1_000",
+        b"0x10",
+        b"1:1",
+        b"2020-01-01",
+        b"F64",
+        b"|O",
+        b"<f8",
+        b"(",
+        b")",
+        b"c__builtin__\neval\n",
+        b"R.",
+    ),
+]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, data: bytes) -> bytes:
+    """The data after a few changes: bytes overwritten, put in, taken out, repeated or moved; or its start."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(changed) - 1)))
+        length = draw(st.integers(1, 40))
+        match draw(st.integers(0, 6)):
+            case 0:
+                changed[at : at + 1] = bytes([changed[at] ^ draw(st.integers(1, 255))]) if changed else b"\0"
+            case 1:
+                token = draw(st.sampled_from(TOKENS))
+                changed[at : at + len(token)] = token
+            case 2:
+                changed[at:at] = draw(st.sampled_from(TOKENS))
+            case 3:
+                del changed[at : at + length]
+            case 4:
+                changed[at:at] = changed[at : at + length] * draw(st.integers(1, 8))
+            case 5:
+                part = changed[at : at + length]
+                to = draw(st.integers(0, max(0, len(changed) - 1)))
+                changed[to : to + length] = part
+            case 6:
+                del changed[at:]
+    return bytes(changed)
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31, 2**63, 2**64, -1, 0, 10**30])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["digits", "none", "dia-lstm", "../x", "\x1b[2J", "os.system", "\ud800", ""]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def rewritten(draw: st.DrawFn, value: Any) -> Any:
+    """A value of JSON or YAML with one of its parts replaced, or taken out."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 9)):
+        key = draw(st.sampled_from(sorted(value)))
+        if draw(st.integers(0, 9)) == 0:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: draw(rewritten(value[key]))}
+    if isinstance(value, list) and value and draw(st.integers(0, 3)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], draw(rewritten(value[at])), *value[at + 1 :]]
+    return draw(values)
+
+
+def hostile_data(target: Target) -> st.SearchStrategy[bytes]:
+    """What takes the place of a target's file: mostly the file itself, changed."""
+    data = target.file.read_bytes()
+    kinds = [mutated(data), mutated(data), st.binary(max_size=200)]
+    if target.file.suffix in (".json", ".jsonl"):
+        lines = data.splitlines() if target.file.suffix == ".jsonl" else [data]
+        first, rest = json.loads(lines[0]), b"\n".join(lines[1:])
+        kinds += [rewritten(first).map(lambda value: json.dumps(value).encode() + b"\n" + rest)] * 4
+    if target.file.suffix == ".yaml":
+        import yaml
+
+        parsed = yaml.safe_load(data)
+        kinds += [rewritten(parsed).map(lambda value: yaml.safe_dump(_plain(value)).encode())] * 4
+    return st.one_of(kinds)
+
+
+def _plain(value: Any) -> Any:
+    """Without lone surrogates, which YAML can't write."""
+    return json.loads(json.dumps(value).encode().replace(b"\\ud800", b"?"))

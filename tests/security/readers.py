@@ -1,0 +1,324 @@
+"""Every reader of JSON of the library, each with a valid file of its kind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from safetensors.torch import save_file
+
+from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.data.store import decode_all
+from dia_diffusion.data.undecoded import undecoded_array
+from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
+from dia_diffusion.evaluation.features import FEATURES
+from dia_diffusion.evaluation.features.extractor import load_weights
+from dia_diffusion.evaluation.record import append_record, read_records
+from dia_diffusion.files import sha256_of_file, write_json
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import build_classifier
+from dia_diffusion.models.saved_classifier import load_classifier, save_classifier
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.card import read_training, write_card
+from dia_diffusion.pipelines.contents import check_pipeline
+from dia_diffusion.pipelines.export import export_pipeline
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.report.run import run_page
+from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.writers import open_folder
+from dia_diffusion.studies.accuracies import read_result
+from dia_diffusion.studies.plan import Group, Plan, read_plan
+from dia_diffusion.studies.results import _known_floors
+from dia_diffusion.studies.study import read_study
+from dia_diffusion.studies.trials import finished, make_trial
+from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_state, save_checkpoint
+from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.run_folder import logged_step, read_metrics
+from tests.evaluation.conftest import _record
+from tests.pipelines.conftest import SMALL, add_training
+from tests.report.conftest import write_run_of
+from tests.training.conftest import TINY
+
+DATA = Path(__file__).parent
+
+
+@dataclass
+class Reader:
+    """A file, and the call that reads it."""
+
+    file: Path
+    read: Callable[[], Any]
+
+
+def pipeline(folder: Path) -> Path:
+    """A whole pipeline folder as a run leaves it; made once, and copied."""
+    made = folder.parent / "made"
+    if not made.is_dir():
+        torch.manual_seed(0)
+        scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config())
+        UViTPipeline(UViT(attention="dia-lstm", **SMALL).eval(), scheduler).save_pretrained(made)
+        add_training(made)
+    return Path(shutil.copytree(made, folder / "pipeline"))
+
+
+def experiment(folder: Path) -> Any:
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY)
+    return read_experiment(str(recipe), ["--output", str(folder / "run")])
+
+
+def run(folder: Path) -> Path:
+    return write_run_of(experiment(folder), [_record(2.5)])
+
+
+def index(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "model_index.json", lambda: load_pipeline(place))
+
+
+def index_to_export(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "model_index.json", lambda: check_pipeline(place))
+
+
+def network_config(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "unet" / "config.json", lambda: load_pipeline(place))
+
+
+def network_config_to_export(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "unet" / "config.json", lambda: check_pipeline(place))
+
+
+def scheduler_config(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "scheduler" / "scheduler_config.json", lambda: load_pipeline(place))
+
+
+def hashed_config(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "unet" / "config.json", lambda: model_hash(place))
+
+
+def shards(folder: Path) -> Reader:
+    place = pipeline(folder)
+    file = place / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    write_json(file, {"weight_map": {"a": "diffusion_pytorch_model.safetensors"}})
+    return Reader(file, lambda: weights_hash(place))
+
+
+def training(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "training.json", lambda: read_training(place))
+
+
+def carded_training(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "training.json", lambda: write_card(place))
+
+
+def converted(folder: Path) -> Reader:
+    place = pipeline(folder)
+    write_json(place / "converted.json", {"source": "x.pth", "sha256": "0" * 64})
+    return Reader(place / "converted.json", lambda: write_card(place))
+
+
+def exported_training(folder: Path) -> Reader:
+    place = pipeline(folder)
+    return Reader(place / "training.json", lambda: export_pipeline(place, folder / "out", with_code=False))
+
+
+def records(folder: Path) -> Reader:
+    file = folder / "evaluations.jsonl"
+    append_record(file, _record(2.5))
+    return Reader(file, lambda: read_records(file))
+
+
+def exported_records(folder: Path) -> Reader:
+    place = pipeline(folder)
+    file = place / "evaluations.jsonl"
+    append_record(file, _record(2.5))
+    return Reader(file, lambda: export_pipeline(place, folder / "out", with_code=False))
+
+
+def reported_records(folder: Path) -> Reader:
+    place = run(folder)
+    return Reader(place / "evaluations.jsonl", lambda: run_page(place))
+
+
+def metrics(folder: Path) -> Reader:
+    place = run(folder)
+    return Reader(place / "metrics.jsonl", lambda: read_metrics(place / "metrics.jsonl"))
+
+
+def reported_metrics(folder: Path) -> Reader:
+    place = run(folder)
+    return Reader(place / "metrics.jsonl", lambda: run_page(place))
+
+
+def last_metrics(folder: Path) -> Reader:
+    place = run(folder)
+    return Reader(place / "metrics.jsonl", lambda: logged_step(place / "metrics.jsonl"))
+
+
+def reported_environment(folder: Path) -> Reader:
+    place = run(folder)
+    write_json(place / "environment.json", {"python": "3.11"})
+    return Reader(place / "environment.json", lambda: run_page(place))
+
+
+def checkpoint(folder: Path) -> Path:
+    tensors = {"model": {"weight": torch.ones(2)}, "optimizer": {"weight/step": torch.ones(1)}}
+    state = {"recipe": experiment(folder).to_dict(), "data": {"name": "digits"}}
+    return save_checkpoint(folder / "checkpoints", 3, Checkpoint(tensors, state), 1)
+
+
+def state(folder: Path) -> Reader:
+    place = checkpoint(folder)
+    return Reader(place / "state.json", lambda: read_state(place))
+
+
+def loaded_state(folder: Path) -> Reader:
+    place = checkpoint(folder)
+    return Reader(place / "state.json", lambda: load_checkpoint(place))
+
+
+def classifier(folder: Path) -> Path:
+    config = BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=2)
+    weights = build_classifier(config).state_dict()
+    recipe = {"run": "a", "step": 1}
+    save_classifier(folder / "classifier", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)
+    return folder / "classifier"
+
+
+def classifier_config(folder: Path) -> Reader:
+    place = classifier(folder)
+    return Reader(place / "config.json", lambda: load_classifier(place))
+
+
+def classifier_training(folder: Path) -> Reader:
+    place = classifier(folder)
+    return Reader(place / "training.json", lambda: load_classifier(place))
+
+
+def result(folder: Path) -> Reader:
+    place = folder / "classified"
+    recipe = {**ClassifyExperiment().to_dict(), "seed": 1}
+    data = {"fingerprint": "f"}
+    about = {"test_accuracy": 0.5, "diverged_at": None, "parameters": 10, "train_data": data, "test_data": data}
+    write_json(place / "result.json", {"step": 6, "recipe": recipe, **about})
+    return Reader(place / "result.json", lambda: read_result(place))
+
+
+def trial(folder: Path) -> Reader:
+    recipe = experiment(folder)
+    one = make_trial("trial", {}, folder, recipe, 0)
+    write_json(one.folder / "trial.json", {"recipe": one.experiment.to_dict(), "held_out": {}})
+    return Reader(one.folder / "trial.json", lambda: finished(one))
+
+
+def study(folder: Path) -> Any:
+    (folder / "tiny.yaml").write_text(TINY)
+    text = "runs: [{units: [none], batch_sizes: [8], seeds: [0]}]\nprotocol: fd-digits\nsteps: 6\npoints: 2\n"
+    (folder / "s.yaml").write_text(f"output: {folder / 'study'}\nrecipe: {folder / 'tiny.yaml'}\n{text}")
+    return read_study(str(folder / "s.yaml"))
+
+
+def plan(folder: Path) -> Reader:
+    read = study(folder)
+    group = Group("none", 8, 1, 0, 6, 1.0, 1.0, 1.0, 1.0, 2, 1.0, 1.0, 1.0, 1.0)
+    write_json(read.folder / "plan.json", asdict(Plan("s", "now", "a CPU", 1.0, 1, [group], 1.0, 1.0, 1, 1)))
+    assert read_plan(read) is not None
+    return Reader(read.folder / "plan.json", lambda: read_plan(read))
+
+
+def known_floors(folder: Path) -> Reader:
+    read = study(folder)
+    floor = {"settings_hash": "a", "floor": {"distance": 1.0, "images": "some"}}
+    write_json(read.folder / "results.json", {"protocol": floor, "final_protocol": None})
+    assert _known_floors(read)
+    return Reader(read.folder / "results.json", lambda: _known_floors(read))
+
+
+def samples(folder: Path) -> Reader:
+    write_json(folder / "samples" / "samples.json", {"sampler": "ddim"})
+    return Reader(folder / "samples" / "samples.json", lambda: open_folder(folder / "samples", {"sampler": "ddim"}))
+
+
+def features_finished(folder: Path) -> Reader:
+    place = folder / "features"
+
+    def read() -> Any:
+        with open_feature_file(place, {"features": 4}, 10) as file:
+            return file.missing, file.seconds
+
+    read()
+    with open_feature_file(place, {"features": 4}, 10) as file:
+        file.write(range(10), {"features": torch.ones(10, 4)}, 1.0)
+    return Reader(place / FINISHED, read)
+
+
+def weights_card(folder: Path) -> Reader:
+    network = FEATURES["digits"].network
+    save_file(network().state_dict(), folder / "weights.safetensors")
+    write_json(folder / "weights.json", {"sha256": sha256_of_file(folder / "weights.safetensors")})
+    return Reader(folder / "weights.json", lambda: load_weights(network(), folder / "weights.safetensors"))
+
+
+def kept_images(folder: Path) -> Reader:
+    import numpy as np
+
+    array = np.zeros((3, 8, 8, 3), dtype=np.uint8)
+
+    def read() -> Any:
+        source = undecoded_array("x", array)
+        return decode_all(source, size=4, channels=3, cache=folder / "kept", memory_limit=0, progress=None)
+
+    read()
+    (file,) = (folder / "kept").glob("*.json")
+    assert json.loads(file.read_text())["pixels_sha256"]
+    return Reader(file, read)
+
+
+# What is refused whatever is wrong with it.
+STRICT: dict[str, Callable[[Path], Reader]] = {
+    "pipeline's index": index,
+    "pipeline's index, to be exported": index_to_export,
+    "network's config": network_config,
+    "network's config, to be exported": network_config_to_export,
+    "index of shards": shards,
+    "training of a pipeline": training,
+    "training on a card": carded_training,
+    "training that is exported": exported_training,
+    "conversion on a card": converted,
+    "records": records,
+    "records on a page": reported_records,
+    "checkpoint's state": state,
+    "checkpoint's state, to be loaded": loaded_state,
+    "classifier's config": classifier_config,
+    "result of a classifier": result,
+    "result of a trial": trial,
+    "samples' protocol": samples,
+    "card of weights": weights_card,
+}
+# What is made anew or left out where it can't be read, or has no key that must be there.
+LENIENT: dict[str, Callable[[Path], Reader]] = {
+    "scheduler's config": scheduler_config,
+    "config that is hashed": hashed_config,
+    "records that are exported": exported_records,
+    "metrics": metrics,
+    "metrics on a page": reported_metrics,
+    "last line of metrics": last_metrics,
+    "environment on a page": reported_environment,
+    "training of a classifier": classifier_training,
+    "plan of a study": plan,
+    "floors of a study": known_floors,
+    "features that are finished": features_finished,
+    "images that are kept": kept_images,
+}

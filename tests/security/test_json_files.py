@@ -1,0 +1,108 @@
+"""Every JSON file that the library reads, replaced by hostile ones: refused in one line, or left out, never obeyed."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dia_diffusion.errors import InputError
+from tests.security.hostile import JSON_FILES, put_json, wrong_values
+from tests.security.readers import LENIENT, STRICT, Reader
+from tests.security.watch import Sandbox, check_line
+
+# A file of lines without any is a run that has not been measured yet.
+EMPTY_LINES = ("records", "records on a page")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Sandbox], Reader]:
+    """Makes a reader's files in the sandbox."""
+    kept = tmp_path_factory.mktemp("kept")
+
+    def make(name: str, sandbox: Sandbox) -> Reader:
+        made = sandbox.folder.parent / "made"
+        if (kept / "made").is_dir():
+            shutil.copytree(kept / "made", made)
+        reader = {**STRICT, **LENIENT}[name](sandbox.folder)
+        if made.is_dir() and not (kept / "made").is_dir():
+            shutil.copytree(made, kept / "made")
+        return reader
+
+    return make
+
+
+@pytest.mark.parametrize("name", [*STRICT, *LENIENT])
+def test_the_files_are_accepted_as_they_were_written(name: str, prepared: Callable, sandbox: Sandbox) -> None:
+    reader = prepared(name, sandbox)
+    assert reader.file.is_file()
+    assert not isinstance(sandbox.watch(reader.read), InputError)
+
+
+@pytest.mark.parametrize("kind", JSON_FILES)
+@pytest.mark.parametrize("name", STRICT)
+def test_hostile_json_is_refused(name: str, kind: str, prepared: Callable, sandbox: Sandbox) -> None:
+    reader = prepared(name, sandbox)
+    put_json(reader.file, kind)
+    if (kind == "empty" and name in EMPTY_LINES) or (kind in ("pipe", "folder", "device") and name in NOT_THERE):
+        sandbox.survived(reader.read)
+    else:
+        sandbox.refused(reader.read, sandbox.folder)
+
+
+# What is no regular file counts as none, which these readers do without.
+NOT_THERE = (
+    "index of shards",
+    "training of a pipeline",
+    "training on a card",
+    "training that is exported",
+    "conversion on a card",
+    "records on a page",
+    "result of a trial",
+)
+
+
+@pytest.mark.parametrize("kind", JSON_FILES)
+@pytest.mark.parametrize("name", LENIENT)
+def test_hostile_json_does_no_harm(name: str, kind: str, prepared: Callable, sandbox: Sandbox) -> None:
+    reader = prepared(name, sandbox)
+    put_json(reader.file, kind)
+    sandbox.survived(reader.read)
+
+
+@pytest.mark.parametrize("name", [*STRICT, *LENIENT])
+def test_values_of_other_types_are_refused_or_do_nothing(name: str, prepared: Callable, sandbox: Sandbox) -> None:
+    """Each value of the file in turn is of each other type, or missing; what is read then can't raise anything else."""
+    reader = prepared(name, sandbox)
+    original = reader.file.read_text()
+    first, *rest = original.splitlines(keepends=True) if reader.file.suffix == ".jsonl" else [original]
+    changed = wrong_values(json.loads(first))
+    assert len(changed) > 20
+    most = 5 if "on a page" in name or "exported" in name else 60  # drawn by chance: all of them take minutes
+    for told, value in random.Random(name).sample([*changed.items()], min(most, len(changed))):
+        reader.file.write_text("".join([json.dumps(value) + "\n", *rest]))
+        try:
+            reader.read()
+        except InputError as error:
+            check_line(str(error))
+        except Exception as error:
+            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(sandbox.folder / "out", ignore_errors=True)
+
+
+def test_the_readers_are_all_of_the_library() -> None:
+    """A module that reads JSON by another way than `dia_diffusion.reading` is one that these tests don't see."""
+    package = Path(__file__).parents[2] / "dia_diffusion"
+    texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
+    parsing = {name for name, text in texts.items() if "json.load" in text or "yaml.safe_load" in text}
+    # Of what they have written themselves a moment before, or of the command line.
+    assert parsing == {
+        "reading/text.py",
+        "reading/sealed.py",
+        "distributed.py",
+        "sampling/samplers.py",
+        "sampling/writers.py",
+        "cli/params.py",
+    }
