@@ -26,6 +26,7 @@ from PIL import Image
 from results import Found, console, show
 
 from dia_diffusion.environment import environment
+from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.files import write_json
 from dia_diffusion.training.run_folder import read_metrics
 
@@ -104,7 +105,6 @@ def train(work: Path, minutes: float) -> tuple[Found, dict[str, Any]]:
     seen: dict[int, Seen] = {}
     disk: dict[str, list[float]] = {"seconds": [], "checkpoints": [], "a pipeline": []}
     evaluation: subprocess.Popen[bytes] | None = None
-    evaluations = 0
     while time.monotonic() - start < 60 * minutes and running.poll() is None:
         now = time.monotonic() - start
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -115,10 +115,9 @@ def train(work: Path, minutes: float) -> tuple[Found, dict[str, Any]]:
             disk["checkpoints"].append(size_of(run / "checkpoints") / 2**20)
             disk["a pipeline"].append(size_of(pipelines[-1]) / 2**20)
             if evaluation is None or evaluation.poll() is not None:
-                evaluations += evaluation is not None and evaluation.returncode == 0
                 measured = ["fid", str(run), "--reference", "digits", "--num", "100", "--steps", "5"]
                 evaluation = subprocess.Popen(
-                    [sys.executable, "-m", "dia_diffusion.cli.main", *measured], env=own, stdout=log, stderr=log
+                    [sys.executable, "-m", "dia_diffusion", *measured], env=own, stdout=log, stderr=log
                 )
         time.sleep(1)
     if running.poll() is not None:
@@ -127,7 +126,7 @@ def train(work: Path, minutes: float) -> tuple[Found, dict[str, Any]]:
     code = running.wait(60)
     if evaluation is not None:
         evaluation.wait(120)
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics, evaluations = read_metrics(run / "metrics.jsonl"), len(read_records(run / "evaluations.jsonl"))
     ranks = [one for one in seen.values() if one.seconds and one.seconds[-1] > 30 * minutes]
     rates = [line["images_per_second"] for line in metrics if "images_per_second" in line]
     rows = []
@@ -176,9 +175,10 @@ def fid(work: Path, counts: list[int]) -> tuple[Found, dict[str, Any]]:
                 archive.writestr(f"{index:06d}.png", png(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
     for count in counts:
         measured = ["fid", str(work / f"{count}.zip"), "--reference", str(work / "2000.zip"), "--features", "cifar10"]
-        command = [sys.executable, "-m", "dia_diffusion.cli.main", *measured, "--record", str(work / f"{count}.jsonl")]
+        command = [sys.executable, "-m", "dia_diffusion", *measured, "--record", str(work / f"{count}.jsonl")]
         cache = {"DIA_DIFFUSION_CACHE": str(work / f"cache-{count}")}
         seconds, seen, highest = watched(command, cache)
+        assert read_records(work / f"{count}.jsonl")[0].protocol.num_samples == count
         rows.append(_per_image(f"{count:,} images", count, seconds, highest, rows))
         raw[count] = vars(seen)
         console.print(f"  fid, {count:,}: {seconds:.1f} s, {highest} MiB", style="dim")
