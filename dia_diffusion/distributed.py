@@ -20,6 +20,9 @@ from dia_diffusion.errors import InputError, RunError
 
 T = TypeVar("T")
 
+# How gloo, NCCL and torch's store say that another process is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
+
 
 def start_accelerator(mixed_precision: str = "none", patience: timedelta | None = None, **kwargs: Any) -> Accelerator:
     """Accelerate's engine for this process.
@@ -192,9 +195,9 @@ class StopSignal:
         return int(received)
 
 
-def lost_a_process(error: RuntimeError) -> bool:
-    """Whether this is what a process meets where another one of its launch has ended, or its machine is gone."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+def lost_a_process(error: RuntimeError) -> str | None:
+    """What a process meets where another one of its launch has ended or its machine is gone; None for another error."""
+    return next((told for told in LOST if told in str(error)), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ import signal
 
 LONGEST = 2000
 # What an address may carry besides its place: a name with a password, or a token among its parameters.
-USER = re.compile(r"(:/{1,2})[^/@\s]+@")  # a path has but one stroke
+USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^/@\s]+@", re.IGNORECASE)  # a path has but one stroke
 PARAMETER = re.compile(r"([?&][\w-]*(?:token|key|password|secret|signature)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
 
 

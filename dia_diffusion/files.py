@@ -85,11 +85,15 @@ def refuse_existing(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left in a folder that nobody writes to now.
+    """Removes what processes that were killed while writing have left in a folder.
 
-    A folder that one of them had set aside, and put no other in its place, is put back.
+    A folder that one of them had set aside, and put no other in its place, is put back. What a process of this machine
+    writes that is still there is left alone.
     """
     for path in folder.glob(f".*{PARTIAL}"):
+        written, _, process = path.name.removesuffix(PARTIAL).rpartition(".")  # as `_beside` names them
+        if not process.isdecimal() or (written.endswith(f".{socket.gethostname()}") and _runs(int(process))):
+            continue
         replaced = REPLACED.match(path.name)
         if replaced and not (folder / replaced[1]).exists():
             os.rename(path, folder / replaced[1])
@@ -97,6 +101,17 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this machine has this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return process != os.getpid()
 
 
 def step_name(step: int) -> str:

@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from dia_diffusion.distributed import lost_a_process
 
-        if lost_a_process(error):
-            line = "another process of this launch has ended or can't be reached; the same command goes on"
-            return _end(name, f"failed: {line} from what is written", 1)
+        if (lost := lost_a_process(error)) is not None:
+            line = f"another process of this launch has ended or can't be reached ({lost})"
+            return _end(name, f"failed: {line}; the same command goes on from what is written", 1)
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)

@@ -1,5 +1,6 @@
 """Whether stored weights can be a model's, before memory is taken for it: what a config says may be made up."""
 
+import os
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -42,6 +43,15 @@ def check_size(build: Callable[[], nn.Module], stored: Shapes) -> nn.Module:
     if wanted > held:
         raise InputError(f"its network has {wanted:,} numbers, and the weights {held:,}")
     return model
+
+
+def check_memory(model: nn.Module) -> None:
+    """Raises InputError for a model whose weights this machine can't hold."""
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise InputError(
+            f"the model's weights take {needed >> 30:,} GiB; accepted: the {memory >> 30:,} of this machine"
+        )
 
 
 def unusable(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:

@@ -42,10 +42,10 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
             or weights that are cut short or of another model.
     """
     folder = Path(folder)
-    index = read_json(folder / INDEX)
+    index = read_part(folder / INDEX)
     if class_name(index) != "UViTPipeline":
         raise InputError(f"{folder} holds a {class_name(index)}; accepted: a UViTPipeline")
-    config = read_json(folder / "unet" / "config.json")
+    config = read_part(folder / "unet" / "config.json")
     kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
     stored = _weights_shapes(folder / "unet")
     try:
@@ -62,7 +62,7 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
     return index
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_part(path: Path) -> dict[str, Any]:
     """A JSON object from a file that a pipeline folder needs.
 
     Raises:

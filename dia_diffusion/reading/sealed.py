@@ -9,7 +9,7 @@ KEY = "crc32"
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """The object with its checksum, which is its last item."""
-    return {**value, KEY: _checksum(value)}
+    return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read: tuples are lists then
 
 
 def unsealed(value: Any) -> dict[str, Any]:
@@ -30,5 +30,4 @@ def unsealed(value: Any) -> dict[str, Any]:
 
 
 def _checksum(value: dict[str, Any]) -> str:
-    read_again = json.loads(json.dumps(value))  # tuples are lists then, and all keys texts
-    return f"{zlib.crc32(json.dumps(read_again, sort_keys=True).encode()):08x}"
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"

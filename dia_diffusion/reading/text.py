@@ -5,6 +5,7 @@ each other than Python admits: all of that is refused here, in one place, for ev
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from dia_diffusion.errors import InputError
 TEXT_LIMIT = 1 << 24
 """A file that is read as one value may hold this many bytes; a recipe or a card holds a few thousand."""
 LINES_LIMIT = 1 << 28
-"""A file of lines may hold this many bytes: a run's metrics of a million steps."""
+"""A file of records may hold this many bytes: 100,000 evaluations."""
+LINE_LIMIT = 1 << 20
+"""A line of a file that is read line by line may hold this many."""
 DEPTH_LIMIT = 64
 """Lists and mappings may lie within each other so deep, as what walks through them calls itself; a recipe has four."""
 YAML_LIMIT = 1 << 20
@@ -35,13 +38,37 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         Unreadable: a pipe, a device, a folder, more bytes than the limit, or another encoding.
         OSError: there is none, or it may not be read.
     """
-    status = path.stat()
+    _refuse_irregular(path)
+    if (size := path.stat().st_size) > limit:
+        raise Unreadable(f"{size:,} bytes; accepted: {limit:,} or fewer")
+    return _decoded(path.read_bytes()).replace("\r\n", "\n")
+
+
+def whole_lines(path: Path) -> Iterator[str]:
+    """A regular file's lines, one at a time; a last one without its end, as a crash leaves it, is left out.
+
+    Raises:
+        Unreadable: a pipe, a device, a folder, or a line of more bytes than LINE_LIMIT.
+        OSError: there is none, or it may not be read.
+    """
+    _refuse_irregular(path)
+    with path.open("rb") as file:
+        while (line := file.readline(LINE_LIMIT)).endswith(b"\n"):
+            yield line[:-1].decode(errors="replace")  # so that whoever reads it can tell which line it is
+    if len(line) == LINE_LIMIT:
+        raise Unreadable(f"a line of more than {LINE_LIMIT:,} bytes")
+
+
+def _refuse_irregular(path: Path) -> None:
+    """Raises OSError where there is nothing, and Unreadable for what is no file."""
+    path.stat()
     if not path.is_file():  # opening a pipe would wait for ever
         raise Unreadable("not a regular file")
-    if status.st_size > limit:
-        raise Unreadable(f"{status.st_size:,} bytes; accepted: {limit:,} or fewer")
+
+
+def _decoded(data: bytes) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise Unreadable(f"not UTF-8: {error.reason} at byte {error.start}") from None
 

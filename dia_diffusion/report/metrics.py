@@ -19,10 +19,9 @@ Metrics = Sequence[dict[str, Any]]
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run that tell their images; none where it has not begun."""
+    """The lines of a run; none where it has not begun."""
     file = RunFolder(run).metrics
-    lines = read_metrics(file) if file.is_file() else []
-    return [line for line in lines if _is_number(line["step"]) and _is_number(line.get("images"))]
+    return read_metrics(file) if file.is_file() else []
 
 
 def thin(metrics: Metrics, key: str, most: int = MOST_POINTS) -> list[dict[str, Any]]:

@@ -140,7 +140,8 @@ def read_result(path: str | Path) -> ClassifierResult:
     try:
         record = unsealed(read_json_object(file))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-        if lines and lines[-1]["step"] > record["step"]:
+        # Of one that diverged the step is the first that was skipped; lines of those after it are no news.
+        if record["diverged_at"] is None and lines and lines[-1]["step"] > record["step"]:
             raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")
         return ClassifierResult(
             folder.path,

@@ -15,6 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, step_name, write_json
 from dia_diffusion.models.classifiers import build_classifier
 from dia_diffusion.models.saved_classifier import normalized, save_classifier
+from dia_diffusion.models.stored import build_on_meta, check_memory
 from dia_diffusion.reading.sealed import sealed
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
@@ -46,8 +47,7 @@ class ClassificationTask(Task):
         self.guidance: Guidance | None = None
 
     def check(self) -> None:
-        with torch.device("meta"):  # no memory or time for its weights
-            build_classifier(self.experiment.model)
+        check_memory(build_on_meta(lambda: build_classifier(self.experiment.model)))
         if self.experiment.train.sync_batchnorm and not torch.cuda.is_available():
             raise InputError("train.sync_batchnorm is true, which needs CUDA GPUs; accepted here: false")
 

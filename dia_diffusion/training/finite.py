@@ -64,7 +64,7 @@ class FiniteWatch:
         over = self._in_a_row >= self.most_in_a_row  # which stays so until somebody asks
         self._in_a_row = torch.where(over, self._in_a_row, (self._in_a_row + 1) * bad)
         self.skipped = self.skipped + skip
-        return skip
+        return skip | (self._in_a_row >= self.most_in_a_row)
 
     def streak(self) -> Streak | None:
         """The skipped steps that end the training, if they do; waits for the device."""
@@ -72,6 +72,30 @@ class FiniteWatch:
             return None
         loss, gradient_norm = self._first_values.tolist()
         return Streak(self.most_in_a_row, int(self._first_step), loss, gradient_norm)
+
+
+class KeptBuffers:
+    """A model's buffers, such as BatchNorms' statistics, as they were before a step; few launches for many of them."""
+
+    def __init__(self, model: nn.Module):
+        buffers = list(model.buffers())
+        kinds = {buffer.dtype for buffer in buffers}
+        self._groups = [[buffer for buffer in buffers if buffer.dtype == kind] for kind in kinds]
+        self._kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Notes them as they are."""
+        self._kept = [_flat(group) for group in self._groups]
+
+    def put_back(self, skip: Tensor) -> None:
+        """Makes them what was noted, where `skip`, a bool on their device, says so."""
+        for group, kept in zip(self._groups, self._kept, strict=True):
+            parts = torch.where(skip, kept, _flat(group)).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
+
+
+def _flat(group: list[Tensor]) -> Tensor:
+    return torch.cat([buffer.flatten() for buffer in group])
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:

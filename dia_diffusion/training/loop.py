@@ -37,7 +37,7 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.compilation import compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.finite import FiniteWatch, first_not_finite
+from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, first_not_finite
 from dia_diffusion.training.randomness import MODEL, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
@@ -113,6 +113,7 @@ class Trainer:
         network = compiled(self.model, config.compile, config.max_steps, pays_after, device)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network.train()
+        self.buffers = KeptBuffers(self.model)
         skipped = 0 if checkpoint is None else checkpoint.state.get("skipped_steps", 0)
         self.finite = FiniteWatch(device, config.max_skipped_steps, skipped, self.accelerator.scaler is not None)
         self.ema = None if self.task.ema is None else MovingAverage(self.parameters, self.task.ema)
@@ -179,10 +180,11 @@ class Trainer:
                 self.reporter.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")
-        self.logged: dict[str, Any] = {}
+        self.logged: dict[str, Any] = {"skipped_steps": int(self.finite.skipped)}
         self.clock = time.perf_counter(), self.step
 
     def _open_folder(self) -> None:
+        self.folder.truncate_metrics(self.step)  # first, for it may refuse them
         for place, why in self.damaged.items():
             self.reporter.message(
                 f"warning: {why}; it is kept as {set_aside(place).name}, and the one before it is used"
@@ -190,7 +192,6 @@ class Trainer:
         self.folder.write_config(self.experiment)
         if self.step < self.config.max_steps:  # else what trained it stays on record
             write_json(self.folder.environment, environment(self.accelerator.num_processes))
-        self.folder.truncate_metrics(self.step)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -207,8 +208,7 @@ class Trainer:
             self.optimizer.optimizer.found_inf = skip.float()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
-            torch.where(skip, before, buffer, out=buffer)
+        self.buffers.put_back(skip)
         if self.ema is not None:
             self.ema.step(self.parameters, skip)
         if skip.device.type == "cpu":  # where asking costs nothing; a GPU is asked where a number is logged
@@ -221,7 +221,7 @@ class Trainer:
         draws = self._draw(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.task.learning_rate(step, group["peak_rate"])
-        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+        self.buffers.keep()
         total = torch.zeros((), device=self.accelerator.device)
         for part, mine in enumerate(draws):
             last = part == self.config.accumulation - 1
@@ -257,7 +257,10 @@ class Trainer:
                 for mine in self._draw(streak.step):
                     self.task.loss(self.model, mine, device, self.dtype)
 
-        where = first_not_finite(self.model, forward)
+        try:
+            where = first_not_finite(self.model, forward)
+        except Exception:  # as too little memory without compilation: what is to be told is the divergence
+            where = None
         modules = [name for name, _ in self.model.named_modules()]
         found = torch.tensor([-1 if where is None else modules.index(where)], device=device)
         numbers = [number for number in self.accelerator.gather(found).tolist() if number >= 0]
@@ -269,7 +272,7 @@ class Trainer:
         """This step's own loss over the global batch, and the rate since the last line."""
         self._check_finite()
         skipped = int(self.finite.skipped)
-        if skipped > self.logged.get("skipped_steps", 0) and self.accelerator.is_main_process:
+        if skipped > self.logged["skipped_steps"] and self.accelerator.is_main_process:
             self.reporter.message(
                 f"step {self.step:,}: steps skipped so far, whose loss or gradient was not finite: {skipped:,}"
             )

@@ -1,8 +1,9 @@
 """A run's folder: its paths, its lock, its recipe and its metrics."""
 
 import hashlib
-import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ from dia_diffusion.files import append_json_line, remove_partial, step_folders, 
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.reading.sealed import sealed, unsealed
-from dia_diffusion.reading.text import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text
-from dia_diffusion.reading.typed import fits
+from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.reading.text import Unreadable, parse_json, read_json_object, whole_lines
+from dia_diffusion.training.recipe_keys import differing_keys
 
 if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
     from accelerate import Accelerator
@@ -67,8 +68,8 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again."""
         if self.metrics.is_file():
-            kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-            write_text(self.metrics, "".join(json.dumps(sealed(line)) + "\n" for line in kept))
+            kept = [text for text, line in _metric_lines(self.metrics) if line["step"] <= step]
+            write_text(self.metrics, "".join(f"{text}\n" for text in kept))
 
     def log_metrics(self, values: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -81,20 +82,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: another kind of file, or another line was altered or doesn't tell numbers at a step.
     """
+    return [line for _, line in _metric_lines(path)]
+
+
+def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line as it is, and what it says."""
     try:
-        *whole, _ = read_text(path, LINES_LIMIT).split("\n")
+        for number, text in enumerate(whole_lines(path), start=1):
+            if (line := _metrics_in(text)) is None:
+                raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
+            yield text, line
     except (OSError, Unreadable) as error:
         raise InputError(f"{path} can't be read as a run's metrics ({error})") from None
-    lines = []
-    for number, text in enumerate(whole, start=1):
-        try:
-            line = unsealed(parse_json(text))
-        except ValueError:
-            line = {}
-        if not fits(line, dict[str, float | None]) or not all(fits(line.get(key), int) for key in ("step", "images")):
-            raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
-        lines.append(line)
-    return lines
+
+
+def _metrics_in(text: str) -> dict[str, Any] | None:
+    """The numbers at a step that a line tells; None where it doesn't, or was altered."""
+    try:
+        line = unsealed(parse_json(text))
+    except ValueError:
+        return None
+    has_step = type(line.get("step")) is type(line.get("images")) is int
+    return line if has_step and all(map(_is_number, line.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is none, or a number that is finite and of 64 bits."""
+    if type(value) is int:  # and no truth value, which isinstance takes for one
+        return abs(value) < 1 << 63
+    return value is None or (type(value) is float and math.isfinite(value))
 
 
 def logged_step(path: Path) -> int:
@@ -157,16 +173,17 @@ def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
     first = min(experiment.train.checkpoint_every, experiment.train.max_steps)
     for made in (folder.pipelines, folder.classifiers):
         places = step_folders(made)
-        if places and not (places.keys() == {first} and _recipe_of(places[first]) == experiment.to_dict()):
+        if places and not (places.keys() == {first} and _is_recipe_of(experiment, places[first])):
             raise InputError(
                 f"{folder.path} has {made.name} and no checkpoint to go on from, and a new run would write over them; "
                 "choose another output"
             )
 
 
-def _recipe_of(place: Path) -> Any:
-    """The recipe that a pipeline or classifier was trained by; None where nothing says."""
+def _is_recipe_of(experiment: Any, place: Path) -> bool:
+    """Whether a pipeline or classifier was trained by this recipe; an older one lacks newer keys."""
     try:
-        return read_json_object(place / TRAINING_FILE)["recipe"]
-    except (OSError, ValueError, KeyError):
-        return None
+        written = read_json_object(place / TRAINING_FILE)["recipe"]
+        return not differing_keys(written, experiment.to_dict(), type(experiment)().to_dict(), may_differ=set())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False

@@ -1,6 +1,5 @@
 """What a run shows of itself along the way: a pipeline folder of the averaged weights, a grid of its samples."""
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,9 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.errors import InputError
 from dia_diffusion.files import whole_folder, write_json
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import build_on_meta, check_layers
+from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
@@ -51,11 +49,7 @@ def check_samples(experiment: Experiment) -> None:
     """Raises InputError where the recipe's grids couldn't be drawn, hours before the first is due."""
     check_layers(asdict(experiment.model), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
-    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
-    if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise InputError(
-            f"the model's weights take {needed >> 30:,} GiB; accepted: the {memory >> 30:,} of this machine"
-        )
+    check_memory(model)
     _settings(experiment).use(adapt_pipeline(UViTPipeline(model, build_scheduler_of(experiment))))
 
 

@@ -94,7 +94,7 @@ class Task(ABC):
 
     @abstractmethod
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer of these groups."""
+        """The optimizer of these groups: a fused one, which can leave out a step without asking the device."""
 
     @abstractmethod
     def learning_rate(self, step: int, peak: float) -> float:

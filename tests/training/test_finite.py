@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from dia_diffusion.errors import DivergedError
+from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.training.checkpoint import optimizer_tensors
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.finite import FiniteWatch
 from dia_diffusion.training.loop import Trainer
 from tests.training import classify
 from tests.training.conftest import Recorder
@@ -146,6 +148,7 @@ def test_the_count_goes_on_with_the_run(tiny, monkeypatch: pytest.MonkeyPatch, t
 ON_ONE_RANK = """
 import os
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.finite import FiniteWatch
 loss, draw = DiffusionTask.loss, DiffusionTask.draw
 def noting(task, step):
     task.at = step
@@ -162,3 +165,21 @@ def test_all_processes_skip_what_is_not_finite_on_one(tmp_path: Path) -> None:
     assert [line["skipped_steps"] for line in metrics(two)] == [0, 0, 1, 1, 1, 1]
     alone, shared = weights(one, 6), weights(two, 6)
     assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-5
+
+
+def test_a_streak_that_nobody_has_asked_about_goes_on(tmp_path: Path) -> None:
+    """As on a GPU between two lines: what comes after it is not applied either."""
+    watch = FiniteWatch(torch.device("cpu"), 2, 0, scaled=False)
+    losses = [1.0, float("nan"), float("inf"), 1.0, 1.0]
+    skipped = [bool(watch.note(step, torch.tensor(loss), torch.tensor(1.0))) for step, loss in enumerate(losses)]
+    assert skipped == [False, True, True, True, True] and int(watch.skipped) == 2
+    streak = watch.streak()
+    assert streak is not None and streak.step == 1
+
+
+def test_a_diverged_run_with_lines_in_its_streak_is_read(tmp_path: Path) -> None:
+    options = ("--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.max_skipped_steps", "4")
+    with pytest.raises(DivergedError):
+        classify.train(classify.tiny(tmp_path, "run", *options))
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+    assert read_result(tmp_path / "run").diverged_at == 2
