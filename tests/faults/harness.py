@@ -80,7 +80,7 @@ def _command(arguments: list[str], log: Path, prepare: Callable[[], None] | None
 
 def connected(rank: int, port: int) -> dict[str, str]:
     """The environment of one of two processes that are started by hand."""
-    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    names = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     return {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
 
 

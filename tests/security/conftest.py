@@ -1,7 +1,7 @@
 """Hostile files and what watches their readers.
 
 Every reader is tried with every kind of file, which are two thousand cases: of each test's many, the default run takes
-one in five, and `pytest -m "long or not long" tests/security` all.
+one in eight, and `pytest -m "long or not long" tests/security` all.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from tests.security.watch import sandbox
 
 __all__ = ["extractor", "sandbox", "save"]
 
-MANY, ONE_IN = 12, 5
+MANY, ONE_IN = 12, 8
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks

@@ -231,6 +231,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     refused("unknown model.backbone", "--model.backbone", "resnet99")
     refused("optimizer.nesterov is true", "--optimizer.momentum", "0")
     refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
+    refused(r"the model's weights take \d+ GiB", "--model.backbone", "cifar-wrn16-999")
     refused("train.sync_batchnorm is true, which needs CUDA", "--train.sync_batchnorm", "true")
     refused("three numbers each", "--data.mean", "[0.5]")
     refused("data.border is reflected", "--data.border", "reflected", "--data.augmentation", "none")
