@@ -50,7 +50,9 @@ def test_nothing_grows(tmp_path: Path) -> None:
         for process in (0, 1):
             assert abs(changes[f"process {process}: {what}"]) < (5 if "memory" in what else 1), changes
     assert abs(changes["checkpoints on disk, MiB"]) < 1 and abs(changes["a pipeline on disk, MiB"]) < 1
-    for rows, most in ((fid, 10_000), (folders, 1500), (zips, 1500)):
-        assert rows[-1]["bytes an image more"] < most
-        if rows is not fid:  # whose first steps are within the noise of its start
-            assert rows[-1]["µs an image more"] < 2 * rows[-2]["µs an image more"]
+    for rows in (folders, zips):
+        assert rows[-1]["bytes an image more"] < 1500
+        assert rows[-1]["µs an image more"] < 2 * rows[-2]["µs an image more"]
+    # 18,000 images more: 53 MiB of pixels, a chunk of 1,000 in place of 500, and what the allocator keeps; as float32
+    # the images alone would be 211 MiB.
+    assert fid[-1]["MiB"] - fid[0]["MiB"] < 200
