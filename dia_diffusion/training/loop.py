@@ -96,7 +96,7 @@ class Trainer:
             refuse_rewriting(self.folder, self.experiment)
             return None
         place = self.folder.checkpoints / name
-        checkpoint = load_checkpoint(place)
+        checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # by whole_checkpoint
         refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
         self.started_from = self.task.same_start(checkpoint.state.get("init_from"))
         if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:

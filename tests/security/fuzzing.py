@@ -35,7 +35,8 @@ from tests.data.test_cifar import binary, python, write_tar
 from tests.evaluation.conftest import _record
 from tests.pipelines.test_convert import official_weights
 from tests.security import readers
-from tests.security.hostile import encoded, npy, write_zip
+from tests.security.hostile import npy, write_zip
+from tests.security.hostile_images import encoded
 
 
 @dataclass

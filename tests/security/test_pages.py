@@ -15,7 +15,7 @@ from dia_diffusion.report.study import study_page
 from dia_diffusion.studies.grids import draw_grids
 from tests.evaluation.conftest import _record
 from tests.report.conftest import parse
-from tests.security import hostile, readers
+from tests.security import hostile, hostile_images, readers
 from tests.security.watch import Sandbox
 
 TEXTS = {
@@ -135,7 +135,7 @@ def test_grids_that_are_no_pictures(kind: str, sandbox: Sandbox) -> None:
     if kind in NO_FILES:
         hostile.put_json(grid, kind)
     else:
-        grid.write_bytes(hostile.images()[kind])
+        grid.write_bytes(hostile_images.images()[kind])
     page = sandbox.watch(lambda: run_page(run))
     assert len(page.sections) == 5
     sandbox.survived(lambda: draw_grids({"a": grid}, sandbox.folder / "grids.png"))
