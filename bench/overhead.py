@@ -82,7 +82,7 @@ def _feeding(
 
         def feed(task: DiffusionTask = task, numbers: object = numbers) -> None:
             for _ in range(10):
-                draws = task.draw(next(numbers))  # type: ignore[call-overload]
+                draws = task.draw(next(numbers), 0, setting.batch_size)  # type: ignore[call-overload]
                 training_batch(task.images, task.experiment, draws, device, torch.float32)
 
         contenders.append(Contender(name, feed, 10 * setting.batch_size))

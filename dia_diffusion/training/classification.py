@@ -20,7 +20,7 @@ from dia_diffusion.reading.sealed import sealed
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels
-from dia_diffusion.training.randomness import WEIGHTS, derive
+from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.ssia import Guidance, without_heads
@@ -88,8 +88,9 @@ class ClassificationTask(Task):
         self.batches = Batches(self.train_images, self.experiment, self.draw)
         return self.train_images
 
-    def draw(self, step: int) -> ImageDraws:
-        return draw_images(self.experiment.seed, step, self.experiment.train.batch_size, len(self.train_images))
+    def draw(self, step: int, start: int, stop: int) -> ImageDraws:
+        seed, batch_size = self.experiment.seed, self.experiment.train.batch_size
+        return draw_images(seed, step, batch_size, len(self.train_images), start, stop)
 
     def loss(self, network: nn.Module, draws: ImageDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         pixels, labels = self.batches.take(draws, device)
@@ -173,6 +174,7 @@ class ClassificationTask(Task):
             "diverged_at": diverged_at,
             **tested,
             "parameters": self.num_parameters,
+            "randomness": RANDOMNESS,
             "train_data": {"name": train.name, "count": len(train), "fingerprint": train.fingerprint},
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),

@@ -72,10 +72,11 @@ class Batches:
     Args:
         images: the set.
         experiment: the recipe.
-        draws_of: a step's draws; of files, those of the next step are decoded while the device computes.
+        draws_of: the draws of a step's images start..stop; of files, those of the next step are decoded while the
+            device computes.
     """
 
-    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int], ImageDraws]):
+    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]):
         self.images, self.draws_of = images, draws_of
         self.data, self.size = experiment.data, experiment.model.sample_size
         self.max_steps = experiment.train.max_steps
@@ -97,7 +98,7 @@ class Batches:
     def _decoded(self, images: EncodedSet, draws: ImageDraws) -> np.ndarray:
         futures = self.ahead.pop((draws.step, draws.first), None) or self._start(images, draws)
         if draws.step + 1 < self.max_steps:
-            following = self.draws_of(draws.step + 1).slice(draws.first, draws.first + len(draws.indices))
+            following = self.draws_of(draws.step + 1, draws.first, draws.first + len(draws.indices))
             self.ahead[following.step, following.first] = self._start(images, following)
         return gather(futures)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.config import OptimizerConfig
+from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.objective import learning_rate
-from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
+from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from tests.training.conftest import Recorder
 from tests.training.run_files import metrics, weights
 
@@ -143,6 +145,26 @@ def labels_seen(experiment, stop_at: int = 0) -> list[list[int]]:
     with pytest.raises(Stopped) if stop_at else nullcontext():
         trainer.run()
     return seen
+
+
+def test_each_step_draws_its_own_share_once_and_the_next_one_ahead(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, real = [], DiffusionTask.draw
+
+    def draw(self: DiffusionTask, step: int, start: int, stop: int) -> StepDraws:
+        drawn.append((step, start, stop, threading.current_thread() is threading.main_thread()))
+        return real(self, step, start, stop)
+
+    monkeypatch.setattr(DiffusionTask, "draw", draw)
+    trainer = Trainer(tiny("run", "--train.accumulation", "2"), Recorder())
+    # As of the second of several processes.
+    trainer.ahead.start, trainer.ahead.stop, trainer.micro_batch = 2, 6, 2
+    for step in range(6):
+        parts = trainer._draw(step)
+        whole = draw_step(0, step, 8, len(trainer.images), (1, 8, 8))
+        for part, expected in zip(parts, (whole.slice(2, 4), whole.slice(4, 6)), strict=True):
+            assert torch.equal(part.noise, expected.noise) and np.array_equal(part.indices, expected.indices)
+    assert drawn == [(step, 2, 6, step == 0) for step in range(6)]
+    trainer.folder.unlock()
 
 
 def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:
