@@ -56,8 +56,8 @@ def start_accelerator(mixed_precision: str = "none", patience: timedelta | None 
     numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
     if not bool((numbers == numbers[0]).all()):
         raise InputError(
-            "`train.mixed_precision` must be none, bf16 or fp16 in a launch on unlike machines, got auto, which is bf16 "
-            "on some of them only"
+            "`train.mixed_precision` must be none, bf16 or fp16 in a launch on unlike machines, got auto, which is "
+            "bf16 on some of them only"
         )
     return accelerator
 
