@@ -118,8 +118,9 @@ class ClassificationTask(Task):
         accelerator, model = moment.accelerator, moment.model
         classes, device = self.experiment.model.num_classes, accelerator.device
         mine = np.arange(accelerator.process_index, len(self.test_images), accelerator.num_processes)
-        counts = torch.zeros(2, classes, dtype=torch.float64, device=device)  # right, all
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        counts = torch.zeros(2, classes, dtype=wide, device=device)  # right, all
+        loss = torch.zeros((), dtype=wide, device=device)
         assert self.test_images.labels is not None
         dtype = next(model.parameters()).dtype
         model.eval()
@@ -130,8 +131,8 @@ class ClassificationTask(Task):
                 labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
                 with accelerator.autocast():
                     logits = model(self._prepared(pixels, dtype))
-                loss += F.cross_entropy(logits.to(dtype), labels, reduction="sum").double()
-                right = (logits.argmax(1) == labels).double()
+                loss += F.cross_entropy(logits.to(dtype), labels, reduction="sum").to(wide)
+                right = (logits.argmax(1) == labels).to(wide)
                 counts += torch.stack([torch.zeros_like(counts[0]).index_add(0, labels, w) for w in (right, right**0)])
         model.train()
         counts, loss = accelerator.reduce(counts, "sum"), accelerator.reduce(loss, "sum")
