@@ -12,7 +12,7 @@ NEW_SETTINGS = hasattr(torch.backends, "fp32_precision")
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32 and no bfloat16 in place of float32, and cuDNN's deterministic kernels; afterwards everything is as before.
+    """No TF32 or bfloat16 in place of float32, and cuDNN's deterministic kernels; afterwards everything is as before.
 
     Inside, `allow_tf32` may raise when read, as torch has it after `fp32_precision` was set.
     """
