@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -30,10 +29,9 @@ def start_accelerator(mixed_precision: str = "none", patience: timedelta | None 
     patience: how long processes wait for each other; None: as long as their backend likes, 10 minutes for GPUs.
 
     Raises:
-        InputError: the launcher asked for more processes than are connected, or fp16 without a GPU.
+        InputError: the launcher asked for more processes than are connected, or the processes chose different
+            precisions.
     """
-    if mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("train.mixed_precision fp16 needs a CUDA GPU; accepted here: none, bf16")
     accelerator = Accelerator(
         mixed_precision="no" if mixed_precision == "none" else mixed_precision,
         # Every parameter gets a gradient at every step, so DDP needn't look for unused ones.
@@ -52,6 +50,13 @@ def start_accelerator(mixed_precision: str = "none", patience: timedelta | None 
             f"the launcher asked for {'several' if launched_alone else launched} processes and "
             f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
             "N (or unset MASTER_ADDR where one process is meant)"
+        )
+    number = {"no": 0, "bf16": 1, "fp16": 2}[accelerator.mixed_precision]
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    if not bool((numbers == numbers[0]).all()):
+        raise InputError(
+            "`train.mixed_precision` must be none, bf16 or fp16 in a launch on unlike machines, got auto, which is "
+            "bf16 on some of them only"
         )
     return accelerator
 
@@ -204,5 +209,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held so far: of the GPU's memory on a GPU, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows doesn't have
+
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

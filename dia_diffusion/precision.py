@@ -1,17 +1,21 @@
 """Which precision a device multiplies matrices in natively, and how fast it multiplies.
 
-bfloat16 halves memory and multiplies speed on hardware that has instructions for it. Elsewhere torch emulates it: on a CPU
-with AVX2 alone, a bfloat16 matrix product takes 40 times as long as the float32 one.
+bfloat16 saves memory and time on hardware that has instructions for it. Elsewhere torch emulates it: on a CPU with AVX2
+alone, a bfloat16 matrix product takes 40 times as long as the float32 one.
 """
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-DTYPES = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
+from dia_diffusion.errors import InputError
+
+Name = Literal["none", "bf16", "fp16"]
+DTYPES: dict[Name, str] = {"none": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """train.mixed_precision -> torch's name of the dtype."""
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -27,7 +31,7 @@ LIMITS_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "
 class Precision:
     """A precision and why it was chosen."""
 
-    name: str
+    name: Name
     """none, bf16 or fp16, as in train.mixed_precision."""
     reason: str
     """Such as "this CPU has no bfloat16 arithmetic"."""
@@ -60,7 +64,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def _bf16_instructions() -> str | None:
-    """The instructions that multiply bfloat16 on this CPU; None where it has none or, outside Linux, nothing says so."""
+    """The instructions that multiply bfloat16 on this CPU; None where there are none or this isn't Linux."""
     try:
         lines = CPU_INFO.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -87,3 +91,63 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 512, secon
     one = elapsed(1) if one < seconds else one
     products = max(1, round(seconds / one))
     return 2 * size**3 * products / elapsed(products)
+
+
+def training_device() -> torch.device:
+    """The device that Accelerate gives this process, known before it is started."""
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on"):
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def training_precision(recipe: Literal["auto"] | Name, device: torch.device, began_in: Name | None = None) -> Precision:
+    """The precision a run trains in.
+
+    Args:
+        recipe: train.mixed_precision: auto, none, bf16 or fp16.
+        device: that it trains on.
+        began_in: what the run that is resumed began in; None for a new run.
+
+    The recipe decides; where it says auto, what `accelerate launch --mixed_precision` asks for, else what the run began
+    in, else the best precision of the device. The launcher's `no` is its default and asks for nothing.
+
+    Raises:
+        InputError: fp16 without a CUDA GPU, or a precision of the launcher that isn't supported.
+    """
+    launcher: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launcher not in ("no", "bf16", "fp16"):
+        raise InputError(f"`--mixed_precision` of accelerate launch must be no, bf16 or fp16, got {launcher}")
+    if recipe != "auto":
+        unused = f", not {launcher} as accelerate launch says" if launcher not in ("no", recipe) else ""
+        chosen = Precision(recipe, f"as train.mixed_precision says{unused}")
+    elif launcher != "no":
+        chosen = Precision(launcher, "as accelerate launch says")
+    elif began_in is not None:
+        chosen = Precision(began_in, "as this run began")
+    else:
+        chosen = best_precision(device)
+    if chosen.name == "fp16" and device.type != "cuda":
+        raise InputError(
+            f"`train.mixed_precision` must be auto, none or bf16 on a {device.type.upper()}, got fp16 "
+            f"({chosen.reason}), which needs a CUDA GPU"
+        )
+    return chosen
+
+
+def in_precision(experiment: Any, precision: Precision) -> Any:
+    """A recipe, of train or classify, with the precision that its train.mixed_precision was resolved to."""
+    return replace(experiment, train=replace(experiment.train, mixed_precision=precision.name))
+
+
+def slow_warning(precision: Precision, device: torch.device) -> str | None:
+    """One line on how slow bf16 is on a device without bfloat16 arithmetic; None for what isn't slow."""
+    if precision.name != "bf16" or best_precision(device).name == "bf16":
+        return None
+    rates = [matmul_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
+    float32, bfloat16 = (f"{rate / 1e9:.3g} GFLOP/s" for rate in rates)
+    return (
+        f"warning: {precision}: this device multiplies matrices {rates[0] / rates[1]:.0f} times slower in it than in "
+        f"float32 ({bfloat16} against {float32})"
+    )

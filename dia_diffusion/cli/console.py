@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,7 +12,13 @@ from rich.text import Text
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError, which `cli.main` handles as it does that of a print
+
+
+console = _Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
 SECONDS_BETWEEN_LINES = 20.0
@@ -46,6 +53,31 @@ def progress_bars(unit: str) -> Progress:
     )
 
 
+class RecentRate:
+    """Progress per second over the last minute; the time before the first progress, as of imports, doesn't count."""
+
+    SECONDS = 60.0
+    ENOUGH_SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self.points: deque[tuple[float, int]] = deque()
+
+    def note(self, seconds: float, done: int) -> None:
+        """Keeps the time of a progress; where nothing was done since the last call, nothing is to be kept."""
+        if self.points and done == self.points[-1][1]:
+            return
+        self.points.append((seconds, done))
+        while len(self.points) > 2 and self.points[1][0] < seconds - self.SECONDS:
+            self.points.popleft()
+
+    def rate(self) -> float | None:
+        """Per second; None as long as it can't be told."""
+        if not self.points:
+            return None
+        (first, before), (last, done) = self.points[0], self.points[-1]
+        return (done - before) / (last - first) if last - first >= self.ENOUGH_SECONDS else None
+
+
 class Counter:
     """One bar, or lines now and then where there is no terminal; call it with (done, total)."""
 
@@ -54,7 +86,7 @@ class Counter:
         self.bars = progress_bars(unit)
         self.task = self.bars.add_task(description, total=None, note="")
         self.started = self.last_line = time.monotonic()
-        self.first, self.finished = 0, False
+        self.first, self.finished, self.recent = 0, False, RecentRate()
 
     def __enter__(self) -> "Counter":
         self.bars.start()
@@ -65,21 +97,23 @@ class Counter:
 
     def start_at(self, done: int, total: int) -> None:
         """Begins with `done` of `total` done earlier, which the rate leaves out."""
-        self.first, self.started = done, time.monotonic()
+        self.first, self.started, self.recent = done, time.monotonic(), RecentRate()
         self.bars.reset(self.task, total=total, completed=done, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         self.bars.update(self.task, completed=done, total=total, note=note)
         now = time.monotonic()
+        if done > self.first:
+            self.recent.note(now, done)
         finished = done == total and not self.finished
         if not console.is_terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or finished):
             self.last_line, self.finished = now, finished
-            rate = (done - self.first) / max(now - self.started, 1e-9)
-            left = (total - done) / rate if rate else 0
-            console.print(
-                f"{self.description}: {done:,}/{total:,} {self.unit}, "
-                f"{rate:.1f} {self.unit}/s, {left:.0f} s left {note}".rstrip()
-            )
+            speed = "estimating"
+            if finished:
+                speed = f"{(done - self.first) / max(now - self.started, 1e-9):.1f} {self.unit}/s"
+            elif rate := self.recent.rate():
+                speed = f"{rate:.1f} {self.unit}/s, {(total - done) / rate:.0f} s left"
+            console.print(f"{self.description}: {done:,}/{total:,} {self.unit}, {speed} {note}".rstrip())
 
 
 class SharedProgress:

@@ -4,6 +4,7 @@ Twins of one seed, without attention unit and with DIA-LSTM, are trained side by
 way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
 LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
 SAMPLER_STEPS = 25
 CHECKPOINTS = 6
+STEPS = 4200
+"""In four minutes on two cores without bfloat16 arithmetic."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -31,11 +34,11 @@ def run(arguments: Sequence[str]) -> None:
     parser = CommandParser("quickstart", __doc__.splitlines()[0].split(": ", 1)[1])
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="the folder to work in")
     parser.add_argument("--seed", type=int, default=0, help="of the twins")
-    parser.add_argument("--steps", type=int, default=6000, help="of each twin's training")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each twin's training")
     options = parser.parse_args(arguments)
     started = time.monotonic()
     runs = {unit: options.out / unit for unit in TWINS}
-    every = str(max(1, options.steps // CHECKPOINTS))
+    every = str(max(1, math.ceil(options.steps / CHECKPOINTS)))
     overrides = ["--seed", str(options.seed), "--train.max_steps", str(options.steps)]
     overrides += ["--train.checkpoint_every", every, "--train.sample_every", every]
     for recipe in TWINS.values():

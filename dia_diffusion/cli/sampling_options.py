@@ -1,10 +1,12 @@
 """The options that `sample` and `fid` share, and the pipeline they lead to."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, SAMPLERS
@@ -27,7 +29,8 @@ def add_sampling_options(parser: CommandParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="images a process samples at once")
     parser.add_argument("--classes", help="such as 3 or 0,1,2, in turn by seed; all classes of a model if none")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance; 1 is none")
-    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the network")
+    precision = "of the network; auto is bfloat16 where the device multiplies it natively, else float32"
+    parser.add_argument("--precision", default="float32", choices=(*PRECISIONS, "auto"), help=precision)
 
 
 def check_batch_size(options: argparse.Namespace) -> None:
@@ -51,9 +54,15 @@ def load_for_sampling(
     """The pipeline of a folder on the device with the options' sampler in use, and the settings that apply to it."""
     import torch
 
+    from dia_diffusion.precision import best_precision
     from dia_diffusion.sampling.image_pipeline import adapt_pipeline
     from dia_diffusion.sampling.load import load_pipeline
 
+    if options.precision == "auto":
+        chosen = best_precision(device)
+        options.precision = chosen.dtype  # which manifests and records keep
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"sampling in {chosen}")
     pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, options.precision)))
     settings = sampling_settings(options).use(pipeline)
     training = read_training(folder)

@@ -10,9 +10,10 @@ from dia_diffusion.cli.study_tables import print_results
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.files import remove_partial
 from dia_diffusion.lock import FolderLock
+from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.grids import draw_grids_of_study
-from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, inventory
+from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, in_one_precision, inventory
 from dia_diffusion.studies.plan import Plan, make_plan, read_plan, set_against, write_plan
 from dia_diffusion.studies.results import results_of, write_results
 from dia_diffusion.studies.runner import Progress, run_study
@@ -29,7 +30,7 @@ def run_study_command(options: argparse.Namespace) -> None:
         raise InputError(f"--jobs is {options.jobs}; accepted: 1 or more")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a study starts processes of its own; run it without a launcher, with --jobs N")
-    study = _read(options)
+    study, precision = in_one_precision(_read(options))
     check_study(study)
     if not options.only_plot:
         check_randomness(study)
@@ -43,7 +44,7 @@ def run_study_command(options: argparse.Namespace) -> None:
         with FolderLock(study.folder):
             remove_partial(study.folder)
             try:
-                _run(study, options.jobs)
+                _run(study, options.jobs, precision)
                 _draw(study)
             except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
                 text = "ended at once; the same command goes on from what is written"
@@ -59,14 +60,17 @@ def _read(options: argparse.Namespace) -> Study:
     return read_study(options.subjects[0], options.output, overrides, changes)
 
 
-def _run(study: Study, jobs: int) -> None:
+def _run(study: Study, jobs: int, precision: Precision | None) -> None:
     missing = sum(not state.complete for state in inventory(study))
     if not missing:
         return
     at_once = f", {jobs} at a time" if jobs > 1 else ""
     console.print(
         f"{study.name}: {missing} of {len(study.runs)} runs to train or to measure{at_once}, in {study.folder}"
+        + ("" if precision is None else f"; training in {precision}")
     )
+    if precision is not None and (warning := slow_warning(precision, training_device())):
+        console.print(warning)
     with Counter(study.name, "passes") as counter:
         begun = False
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention, (B, heads, L, D) each, in the precision of the inputs."""
-    if q.device.type != "cpu":
+    trains_in_half = q.requires_grad and torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cpu" or not trains_in_half:
         return F.scaled_dot_product_attention(q, k, v)
-    # torch's fused CPU kernel is 2 to 5 times slower backward than this at a few hundred tokens.
+    # Backward in bfloat16, torch's CPU kernel takes up to 11 times as long as this (table in docs/results/speed.md).
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
     with torch.autocast("cpu", enabled=False):  # which would keep the weights in float32; the kernel sums in it anyway
         weights = weights.softmax(dim=-1)

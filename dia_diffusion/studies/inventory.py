@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,11 +13,13 @@ from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, ref
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.files import step_folders
 from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
 from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.recipe_keys import AUTO
 from dia_diffusion.training.run_folder import (
     RunFolder,
     refuse_changes,
@@ -124,6 +126,24 @@ def _refuse_other_images(study: Study, images: ImageSet, source: str) -> None:
         origin = _origin(run)
         if origin and origin["data"]["fingerprint"] != images.fingerprint:
             raise InputError(f"{run.folder} was trained on other images than data.source {source} has")
+
+
+def in_one_precision(study: Study) -> tuple[Study, Precision | None]:
+    """The study with the recipes' precision auto resolved, once for all runs, and what it was resolved to.
+
+    It is what the study's runs began in where there are some, else the best of this machine. None: no recipe says auto.
+    """
+    auto = [run for run in study.runs if run.experiment.train.mixed_precision == AUTO]
+    if not auto:
+        return study, None
+    origins = filter(None, map(_origin, auto))
+    began_in = next((origin["recipe"]["train"]["mixed_precision"] for origin in origins), None)
+    precision = training_precision("auto", training_device(), began_in)
+
+    def resolved(run: StudyRun) -> StudyRun:
+        return replace(run, experiment=in_precision(run.experiment, precision)) if run in auto else run
+
+    return replace(study, runs=[resolved(run) for run in study.runs]), precision
 
 
 def inventory(study: Study) -> list[RunState]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.files import write_json
+from dia_diffusion.precision import in_precision, training_device, training_precision
 from dia_diffusion.reading.sealed import sealed, unsealed
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
@@ -149,6 +150,7 @@ def run_trials(trials: Sequence[Trial], held_out: HeldOut, watch: Watch) -> list
             origin = result or newest_state(RunFolder(trial.folder).checkpoints)
             if origin is not None:
                 refuse_other_randomness(origin, trial.folder)
+    trials = _in_one_precision(trials, results)
     total = sum(trial.experiment.train.max_steps for trial in trials)
     done = sum(t.experiment.train.max_steps for t, result in zip(trials, results, strict=True) if result is not None)
     for index, trial in enumerate(trials):
@@ -157,6 +159,17 @@ def run_trials(trials: Sequence[Trial], held_out: HeldOut, watch: Watch) -> list
             done += trial.experiment.train.max_steps
             watch(done, total, trial.name)
     return [result for result in results if result is not None]
+
+
+def _in_one_precision(trials: Sequence[Trial], results: Sequence[dict[str, Any] | None]) -> list[Trial]:
+    """The trials with the precision auto resolved: to that of the results there are, else to the best one here."""
+    began_in = next((result["recipe"]["train"]["mixed_precision"] for result in results if result is not None), None)
+
+    def resolved(trial: Trial) -> Trial:
+        precision = training_precision(trial.experiment.train.mixed_precision, training_device(), began_in)
+        return replace(trial, experiment=in_precision(trial.experiment, precision))
+
+    return [resolved(trial) for trial in trials]
 
 
 class _Steps:

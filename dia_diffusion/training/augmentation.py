@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dia_diffusion.training.randomness import AUGMENT, image_order, uniforms
+from dia_diffusion.transfer import sent
 
 BORDER = 4
 """Pixels that "pad-crop" puts around an image."""
@@ -56,14 +57,14 @@ def draw_images(
 
 def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
     """Images (B, C, H, W), mirrored where the draws say so."""
-    return torch.where((uniform[:, MIRROR] < 0.5).to(images.device)[:, None, None, None], images.flip(-1), images)
+    return torch.where(sent(uniform[:, MIRROR] < 0.5, images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def pad_cropped(images: Tensor, uniform: Tensor, reflected: bool = False) -> Tensor:
     """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black, or reflects them."""
     height, width = images.shape[2:]
     padded = F.pad(images.float(), [BORDER] * 4, mode="reflect" if reflected else "constant").to(images.dtype)
-    shifts = (uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long().to(images.device)  # (B, 2)
+    shifts = sent((uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long(), images.device)  # (B, 2)
     rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (B, H)
     columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
     batch = torch.arange(len(images), device=images.device)
@@ -78,7 +79,8 @@ def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
         first = (uniform[:, column, None] * extent).long() - size // 2
         place = torch.arange(extent)
         hidden.append((first <= place) & (place < first + size))
-    return images.masked_fill((hidden[0][:, None, :, None] & hidden[1][:, None, None, :]).to(images.device), GREY)
+    square = hidden[0][:, None, :, None] & hidden[1][:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(sent(square, images.device), GREY)
 
 
 def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:

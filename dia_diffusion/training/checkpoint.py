@@ -147,6 +147,15 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def began_in(folder: Path) -> Any:
+    """The precision that the run with these checkpoints trains in; None where there is none that says so."""
+    try:
+        state = newest_state(folder)
+    except InputError:  # which whoever loads a checkpoint reports
+        return None
+    return None if state is None else state["recipe"].get("train", {}).get("mixed_precision")
+
+
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
     """Puts tensors into a module in place.
 

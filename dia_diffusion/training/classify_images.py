@@ -18,6 +18,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
 from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.transfer import sent
 
 TEST_CROP = 0.875
 """The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
@@ -85,11 +86,11 @@ class Batches:
     def take(self, draws: ImageDraws, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images (B, 3, H, W), uint8, and labels (B,) of a slice of a step's draws."""
         assert self.images.labels is not None
-        labels = torch.from_numpy(self.images.labels[draws.indices]).to(device)
+        labels = sent(torch.from_numpy(self.images.labels[draws.indices]), device)
         if isinstance(self.images, EncodedSet):
-            pixels = mirrored(torch.from_numpy(self._decoded(self.images, draws)).to(device), draws.uniform)
+            pixels = mirrored(sent(torch.from_numpy(self._decoded(self.images, draws)), device), draws.uniform)
         else:
-            pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)
+            pixels = sent(torch.from_numpy(self.images.images[draws.indices]), device)
             if self.data.augmentation == "pad-crop":
                 reflected = self.data.border == "reflected"
                 pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)

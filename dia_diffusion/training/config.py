@@ -121,8 +121,9 @@ class TrainConfig:
     """Optimizer steps."""
     accumulation: int = 1
     """Micro-batches a process adds up for one optimizer step."""
-    mixed_precision: Literal["none", "bf16", "fp16"] = "bf16"
-    """Autocast precision; weights, norms, attention state and loss stay float32."""
+    mixed_precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
+    """Autocast precision; "auto" is bf16 where the device multiplies it natively, else none, which is float32.
+    Weights, norms, attention state and loss stay float32."""
     compile: Literal["auto", "cuda-graphs"] | bool = "auto"
     """torch.compile; "auto" is on where there is a CUDA GPU, and on a CPU for UViTs of 5,000 steps or more;
     "cuda-graphs" also launches few graphs in place of many kernels, which is for small batches."""

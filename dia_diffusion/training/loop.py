@@ -23,9 +23,11 @@ from dia_diffusion.distributed import (
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.files import write_json
+from dia_diffusion.precision import Precision, in_precision, slow_warning, training_device, training_precision
 from dia_diffusion.training.average import MovingAverage
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
+    began_in,
     load_checkpoint,
     load_optimizer,
     load_weights,
@@ -59,9 +61,11 @@ class Trainer:
 
     def __init__(self, trained: Experiment | Task, reporter: Reporter):
         self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
-        experiment = self.task.experiment
-        config = experiment.train
-        self.experiment, self.config, self.reporter = experiment, config, reporter
+        self.folder = RunFolder(self.task.experiment.output)
+        self.precision = self._choose_precision()
+        experiment, self.reporter = self.task.experiment, reporter
+        self.experiment, self.config = experiment, experiment.train
+        config = self.config
         check_trackers(experiment.trackers)
         self.task.check()
         self.accelerator = start_accelerator(
@@ -78,7 +82,6 @@ class Trainer:
         self.dtype = self.parameters[0].dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-        self.folder = RunFolder(experiment.output)
         self.started_from = together(self.accelerator, self._first_weights)
         self.images = self.task.open_images(self.accelerator, reporter)
         on_main(self.accelerator, self.folder.lock)
@@ -89,6 +92,13 @@ class Trainer:
         except BaseException:
             self.folder.unlock()
             raise
+
+    def _choose_precision(self) -> Precision:
+        """Resolves the recipe's precision, so that configs, checkpoints and cards say what was chosen."""
+        asked, begun = self.task.experiment.train.mixed_precision, began_in(self.folder.checkpoints)
+        precision = training_precision(asked, training_device(), begun)
+        self.task.experiment = in_precision(self.task.experiment, precision)
+        return precision
 
     def _first_weights(self) -> dict[str, Any] | None:
         """Where those of a new run are from; the model's own where from nowhere."""
@@ -182,8 +192,10 @@ class Trainer:
                 f"{self.images.name}: {len(self.images):,} images; {self.task.about()}, "
                 f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = "
                 f"{self.accelerator.num_processes} processes x {self.micro_batch} images x {config.accumulation} "
-                f"accumulations on {self.accelerator.device}, {config.mixed_precision}"
+                f"accumulations on {self.accelerator.device}, {self.precision}"
             )
+            if warning := slow_warning(self.precision, self.accelerator.device):
+                self.reporter.message(warning)
             if self.step:
                 self.reporter.message(f"going on from step {self.step:,}")
             elif self.started_from is not None:

@@ -5,6 +5,10 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 
+PRECISION = "train.mixed_precision"
+AUTO = "auto"
+"""A precision that each new run chooses for its device; it agrees with the one that a run began in."""
+
 
 def flatten(recipe: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, a key a line of a recipe."""
@@ -33,12 +37,15 @@ def differing_keys(
 ) -> list[str]:
     """Keys of two recipes that differ: "train.batch_size: 32 -> 64".
 
-    A key that an older version didn't know yet has its default, which is how that version trained.
+    A key that an older version didn't know yet has its default, which is how that version trained. A new precision of
+    "auto" differs from none.
     """
     known = flatten(defaults)
     before, after = known | flatten(old), known | flatten(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if key not in may_differ and before.get(key) != after.get(key)
+        if key not in may_differ
+        and before.get(key) != after.get(key)
+        and not (key == PRECISION and after.get(key) == AUTO)
     ]

@@ -73,7 +73,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
             [*config[:3], "--output", run, "--init-from", run],
             f"started with init_from: None, and is given init_from: {run}",
         ),
-        "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "needs a CUDA GPU"),
+        "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "on a CPU, got fp16"),
         "even layers": ([*config, "--model.num_layers", "4"], "num_layers is 4"),
         "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
         "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
