@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.evaluation.features import build_features
@@ -20,8 +21,8 @@ def pipeline(sampler: str = "dpmsolver++", device: torch.device = DEVICE, **chan
     torch.manual_seed(0)
     unet = UViT(**{"attention": "dia-lstm", **SMALL, **changes}).eval()
     torch.nn.init.normal_(unet.decoder.weight, std=0.5)  # so that images differ from noise, and from each other
-    made = UViTPipeline(unet, build_scheduler("ddpm", NoiseProcess().scheduler_config()))
-    made.scheduler = build_scheduler(sampler, made.scheduler)
+    trained = DDPMScheduler(**NoiseProcess().scheduler_config())
+    made = UViTPipeline(unet, build_scheduler(sampler, trained))
     made.set_progress_bar_config(disable=True)
     return made.to(device)
 
@@ -40,12 +41,15 @@ def test_an_image_belongs_to_its_seed(sampler: str) -> None:
         assert (images(drawn, seeds, batch_size) - whole).abs().max() <= 1
     assert (images(drawn, seeds[::-1], 16).flip(0) - whole).abs().max() <= 1
     on_cpu = images(pipeline(sampler, torch.device("cpu")), seeds, 16)
-    assert (on_cpu - whole).float().abs().mean() < 0.1, "in grey levels: the noise is drawn on the CPU"
+    assert (on_cpu - whole).float().abs().mean() < 1, "grey levels, from the same noise; others differ by dozens"
 
 
 @pytest.mark.parametrize("way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 @pytest.mark.parametrize("attention", ["dia-lstm", "se"])
 def test_an_offloaded_pipeline_draws_the_same(way: str, attention: str) -> None:
+    if ON_CPU and way == "enable_sequential_cpu_offload":
+        pytest.skip("Accelerate fails where the device is the CPU itself, with diffusers' own pipelines too")
+
     def call(drawn: UViTPipeline) -> torch.Tensor:
         generator = torch.Generator().manual_seed(3)
         return drawn(batch_size=2, generator=generator, num_inference_steps=5, output_type="pt").images.cpu()
