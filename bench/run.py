@@ -103,7 +103,7 @@ def _device(name: str | None) -> torch.device:
 def _precision(name: str, device: torch.device) -> Precision:
     """The precision of this name; of "auto", what the device multiplies natively."""
     if name == "fp16" and device.type != "cuda":
-        raise InputError("--precision must be auto, bf16 or none without a CUDA GPU, got fp16")
+        raise InputError("`--precision` must be auto, bf16 or none without a CUDA GPU, got fp16")
     return best_precision(device) if name == "auto" else Precision(name, "by --precision")
 
 

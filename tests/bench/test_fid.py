@@ -20,8 +20,6 @@ backends: Any = torch.backends
 @pytest.fixture
 def coarse() -> Iterator[None]:
     """Convolutions in bfloat16 where a CPU has it: what TF32 is on a GPU."""
-    if not hasattr(backends, "fp32_precision"):
-        pytest.skip("torch has no fp32_precision before 2.9")
     backends.mkldnn.conv.fp32_precision = "bf16"
     yield
     backends.mkldnn.conv.fp32_precision = "none"

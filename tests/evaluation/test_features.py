@@ -61,7 +61,6 @@ def test_features_do_not_depend_on_an_autocast_around_them(extractor, digits):
     assert torch.equal(features, extractor(images))
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has no fp32_precision before 2.9")
 def test_features_do_not_depend_on_a_coarser_float32_around_them(extractor, digits):
     """A CPU with bfloat16 products computes convolutions in it then; a GPU does in TF32."""
     images = torch.from_numpy(digits.images[:8])

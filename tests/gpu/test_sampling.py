@@ -63,8 +63,6 @@ def test_an_offloaded_pipeline_draws_the_same(way: str, attention: str) -> None:
 
 @pytest.mark.parametrize("new", [False, True], ids=["allow_tf32", "fp32_precision"])
 def test_features_know_no_tf32(new: bool) -> None:
-    if new and not hasattr(torch.backends, "fp32_precision"):
-        pytest.skip("torch has no fp32_precision before 2.9")
     drawn = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=drawn)
     extractor, on_cpu = build_features("cifar10", str(DEVICE)), build_features("cifar10", "cpu")

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
-NEW_SETTINGS = hasattr(torch.backends, "fp32_precision")
-"""Whether torch (2.9 and newer) has `fp32_precision`, beside which reading `allow_tf32` can raise."""
-
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """No TF32 or bfloat16 in place of float32, and cuDNN's deterministic kernels; afterwards everything is as before.
 
-    Inside, `allow_tf32` may raise when read, as torch has it after `fp32_precision` was set.
+    Settings are read and written by their new names, `fp32_precision`: after a mix of both kinds, reading the old
+    `allow_tf32` raises, and it may raise inside.
     """
     changed: list[tuple[Any, str, Any]] = []
     try:
@@ -32,14 +30,12 @@ def exact_float32() -> Iterator[None]:
 def _settings() -> list[tuple[Any, str, Any]]:
     """Where, which and what, in this order: an operator without a precision of its own reads as its backend's, and that
     as the one for all, so each is read only once what it falls back on is set."""
-    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
-    kernels = [(cudnn, "enabled", True), (cudnn, "deterministic", True), (cudnn, "benchmark", False)]
-    if not NEW_SETTINGS:
-        return [*kernels, (cudnn, "allow_tf32", False), (cuda.matmul, "allow_tf32", False)]
-    mkldnn = torch.backends.mkldnn
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     operators = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]  # type: ignore[attr-defined]
     return [
-        *kernels,
+        (cudnn, "enabled", True),
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
         (torch.backends, "fp32_precision", "none"),
         *((place, "fp32_precision", "ieee") for place in (cudnn, mkldnn, *operators)),
     ]
