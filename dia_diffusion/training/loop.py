@@ -261,7 +261,8 @@ class Trainer:
 
     def _draw(self, step: int) -> list[Draws]:
         """What is random in this process's micro-batches of a step, and in its network."""
-        draws = self.ahead.draw(step, more=step + 1 < self.config.max_steps)
+        on_gpu = self.accelerator.device.type != "cpu"
+        draws = self.ahead.draw(step, then_next=on_gpu and step + 1 < self.config.max_steps)
         if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
             torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
         starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
