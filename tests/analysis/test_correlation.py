@@ -102,7 +102,7 @@ def test_the_command_writes_a_figure_and_numbers(
     few = ["--out", str(tmp_path), "--images", "3", "--times", "2", "--steps", "0,6"]
     assert main(["analyze", "correlation", *runs, *few]) == 0
     record = json.loads((tmp_path / "correlation.json").read_text())
-    assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 0}
+    assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 0, "randomness": 2}
     assert [step["step"] for step in record["runs"][0]["steps"]] == [0, 6]
     assert Image.open(tmp_path / "correlation.png").size[0] > 500
     assert "mean correlation undefined" in capsys.readouterr().out

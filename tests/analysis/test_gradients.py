@@ -73,6 +73,7 @@ def test_the_command_writes_a_figure_and_numbers(tiny_run: Callable[[str], Path]
     runs = [str(tiny_run(name)) for name in ("dia-lstm", "none")]
     assert main(["analyze", "gradients", *runs, "--out", str(tmp_path), "--batches", "2", "--steps", "0,6"]) == 0
     record = json.loads((tmp_path / "gradients.json").read_text())
-    assert record["protocol"] == {"batches": 2, "weights": "ema", "seed": 0} and len(record["runs"]) == 2
+    assert record["protocol"] == {"batches": 2, "weights": "ema", "seed": 0, "randomness": 2}
+    assert len(record["runs"]) == 2
     assert [len(step["blocks"]) for step in record["runs"][1]["steps"]] == [3, 3]
     assert Image.open(tmp_path / "gradients.png").size[0] > 500

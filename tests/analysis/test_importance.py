@@ -76,7 +76,7 @@ def test_the_command_writes_a_figure_and_numbers(tiny_run: Callable[[str], Path]
     few = ["--out", str(tmp_path), "--images", "4", "--times", "2", "--samples", "100"]
     assert main(["analyze", "importance", str(tiny_run("dia-lstm")), *few]) == 0
     record = json.loads((tmp_path / "importance.json").read_text())
-    assert record["protocol"] == {"images": 4, "times": 2, "samples": 100, "weights": "ema", "seed": 0}
+    assert record["protocol"] == {"images": 4, "times": 2, "samples": 100, "weights": "ema", "seed": 0, "randomness": 2}
     (step,) = record["runs"][0]["steps"]
     assert step["step"] == 6 and [len(row["importance"]) for row in step["stages"][0]["maps"]] == [1, 2]
     assert Image.open(tmp_path / "importance.png").size[0] > 500

@@ -140,7 +140,7 @@ def test_the_commands_write_figures_and_numbers(
         assert main(["analyze", *arguments, *few]) == 0
         record = json.loads((tmp_path / "out" / f"{arguments[0]}.json").read_text())
         assert record["analysis"] == arguments[0] and len(record["runs"]) == count
-        assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 1}
+        assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 1, "randomness": 2}
         assert Image.open(tmp_path / "out" / f"{arguments[0]}.png").size[0] > 500
     capsys.readouterr()
     # The last run has no unit, which is told before the first is measured.

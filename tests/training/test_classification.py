@@ -42,7 +42,14 @@ def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / "step-00000006" / f"{name}.safetensors")
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path) -> None:
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path) -> None:
     """Six steps with torchvision's crops, one image at a time, and torch's SGD and MultiStepLR."""
     train(tiny(tmp_path, "run", "--train.label_smoothing", "0.1"))
     torch.manual_seed(derive(0, WEIGHTS))
@@ -58,7 +65,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path) -> None:
             image = torch.from_numpy(digits.images[index])
             image = transforms.hflip(image) if row[MIRROR] < 0.5 else image
             image = transforms.crop(transforms.pad(image, [4]), int(row[DOWN] * 9), int(row[RIGHT] * 9), 8, 8)
-            image = transforms.to_dtype(image, torch.float32, scale=True)
+            image = transforms.to_dtype(image, torch.float64, scale=True)
             batch.append(transforms.normalize(image, [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]))
         logits = model(torch.stack(batch))
         loss = F.cross_entropy(logits, torch.from_numpy(digits.labels[draws.indices]), label_smoothing=0.1)
@@ -71,9 +78,11 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tmp_path: Path) -> None:
         schedule.step()
         losses.append(loss.item())
     found = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
-    assert found == pytest.approx(losses, rel=1e-4)
+    assert found == pytest.approx(losses, rel=1e-9)
     trained = tensors(tmp_path / "run", "model")
-    assert all(torch.allclose(trained[name], tensor, atol=1e-4) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.allclose(trained[name], tensor, rtol=1e-9, atol=1e-9) for name, tensor in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
