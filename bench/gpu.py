@@ -61,6 +61,7 @@ class State:
 def main() -> int:
     """Works for one piece."""
     options = _parser().parse_args()
+    options.out = options.out.resolve()  # the tasks run in the checkout
     deadline = time.monotonic() + 60 * options.minutes - SECONDS_TO_STOP
     try:
         if options.minutes * 60 <= 2 * SECONDS_TO_STOP:

@@ -49,7 +49,8 @@ def _tasks(out: Path, done: dict[str, dict[str, Any]]) -> str:
         log = out / f"{name}.log"
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.is_file() else []
         ended = ENDS.get(task["code"], f"exit code {task['code']}")
-        rows.append({"task": name, "seconds": task["seconds"], "ended": ended, "last line": "".join(last)})
+        said = "".join(last).replace(f"{out.resolve()}/", "")  # paths are this machine's own
+        rows.append({"task": name, "seconds": task["seconds"], "ended": ended, "last line": said})
     return _rows(rows) if rows else "No task has been done."
 
 

@@ -93,9 +93,9 @@ def waits_of_steps(experiment: Experiment | Task, monkeypatch: pytest.MonkeyPatc
     trainer.folder.unlock()
     draw = trainer.task.draw
 
-    def real_draws(step: int) -> Any:
+    def real_draws(*args: Any) -> Any:
         with _disable_current_modes():
-            return draw(step)
+            return draw(*args)
 
     def backward(loss: Tensor) -> None:
         for parameter in trainer.parameters:
