@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
         "env", "Prints versions, devices, precision and speed of this machine. Paste it into a bug report."
     ).parse_args(arguments)
     with imports():
-        import accelerate  # noqa: F401
+        import dia_diffusion.precision  # noqa: F401
     for key, value in describe():
         print(f"{key}: {value}")
 
@@ -47,9 +47,8 @@ def run(arguments: Sequence[str]) -> None:
 def describe() -> Iterator[tuple[str, str]]:
     """Pairs of key and value, one line each. No value holds a path, or the name of the user or host."""
     import torch
-    from accelerate import PartialState
 
-    from dia_diffusion.precision import best_precision
+    from dia_diffusion.precision import best_precision, training_device
     from dia_diffusion.training.compilation import find_compiler
 
     yield from installed_versions().items()
@@ -62,7 +61,7 @@ def describe() -> Iterator[tuple[str, str]]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield f"GPU {index}", f"{gpu.name}, {gib(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
-    device = PartialState().device  # what training and sampling run on
+    device = training_device()
     precision = best_precision(device)
     yield "device", device.type
     yield "mixed_precision auto", str(precision)
