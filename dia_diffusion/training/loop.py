@@ -87,7 +87,7 @@ class Trainer:
         self.images = self.task.open_images(self.accelerator, reporter)
         on_main(self.accelerator, self.folder.lock)
         try:
-            check_shared(self.folder, self.accelerator)
+            check_shared(self.folder, self.accelerator, reporter.message)
             place = from_main(self.accelerator, self._whole_checkpoint)
             self._build(together(self.accelerator, lambda: self._load(place)))
         except BaseException:
