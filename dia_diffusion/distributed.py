@@ -8,37 +8,39 @@ from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
 
 from dia_diffusion.allocation import keep_freed_memory
 from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.launch import check_launch, choose_gloo_interface
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=1)
+"""How long processes wait for one that decodes a data set, writes files or computes metrics."""
 
 # How gloo, NCCL and torch's store say that another process is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
 
 
-def start_accelerator(mixed_precision: str = "none", patience: timedelta | None = None, **kwargs: Any) -> Accelerator:
+def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerator:
     """Accelerate's engine for this process.
 
-    patience: how long processes wait for each other; None: as long as their backend likes, 10 minutes for GPUs.
-
     Raises:
-        InputError: the launcher asked for more processes than are connected, or the processes chose different
-            precisions.
+        InputError: the launcher asked for something that isn't supported or for more processes than are connected, or
+            the processes chose different precisions.
     """
+    check_launch()
+    choose_gloo_interface()
     accelerator = Accelerator(
         mixed_precision="no" if mixed_precision == "none" else mixed_precision,
         # Every parameter gets a gradient at every step, so DDP needn't look for unused ones.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            *([] if patience is None else [InitProcessGroupKwargs(timeout=patience)]),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **kwargs,
     )
     if accelerator.device.type == "cpu":
@@ -51,6 +53,8 @@ def start_accelerator(mixed_precision: str = "none", patience: timedelta | None 
             f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
             "N (or unset MASTER_ADDR where one process is meant)"
         )
+    if accelerator.num_processes > 1:
+        gloo_group()  # connected here, where no process is busy or has failed yet
     number = {"no": 0, "bf16": 1, "fp16": 2}[accelerator.mixed_precision]
     numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
     if not bool((numbers == numbers[0]).all()):
@@ -78,9 +82,33 @@ def _started_alone() -> bool:
     return peers and "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
 
 
+_gloo_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # world's group -> the same processes' over gloo
+
+
+def gloo_group() -> Any:
+    """All processes of a launch of several, connected by gloo; the first call connects them, so all must make it.
+
+    Whatever may take long on one process is waited for in this group. NCCL kills a process that has waited for another
+    for 10 minutes. Gloo waits for `PATIENCE` but ends at once where a process has died, and doesn't synchronize a GPU.
+    """
+    world = torch.distributed.group.WORLD
+    if world not in _gloo_groups:
+        _gloo_groups[world] = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _gloo_groups[world]
+
+
 def all_agree(accelerator: Accelerator, value: bool) -> bool:
     """Whether the value is true on every process."""
-    return bool(accelerator.gather(torch.tensor([value], device=accelerator.device)).all())
+    return all(_gather(accelerator, value))
+
+
+def _gather(accelerator: Accelerator, number: int) -> list[int]:
+    """The number on each process, in order of rank."""
+    if accelerator.num_processes == 1:
+        return [number]
+    numbers = torch.empty(accelerator.num_processes, dtype=torch.int64)
+    torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], dtype=torch.int64), group=gloo_group())
+    return numbers.tolist()
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -127,7 +155,7 @@ def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Exception | None:
     """This process's failure, else that of the first process that has one."""
     kind = 0 if failure is None else 1 if isinstance(failure, InputError) else 2
-    kinds = accelerator.gather(torch.tensor([kind], device=accelerator.device)).tolist()
+    kinds = _gather(accelerator, kind)
     if not any(kinds):
         return None
     source = next(rank for rank, kind in enumerate(kinds) if kind)
@@ -144,13 +172,13 @@ def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Ex
 def _broadcast(accelerator: Accelerator, text: str, source: int) -> str:
     """The text that process `source` gives, on all of them."""
     encoded = bytearray(text.encode())
-    length = torch.tensor([len(encoded)], device=accelerator.device)
-    torch.distributed.broadcast(length, src=source)
-    content = torch.zeros(int(length), dtype=torch.uint8, device=accelerator.device)
+    length = torch.tensor(len(encoded))
+    torch.distributed.broadcast(length, src=source, group=gloo_group())
+    content = torch.zeros(int(length), dtype=torch.uint8)
     if accelerator.process_index == source:
-        content = torch.frombuffer(encoded, dtype=torch.uint8).to(accelerator.device)
-    torch.distributed.broadcast(content, src=source)
-    return content.cpu().numpy().tobytes().decode()
+        content = torch.frombuffer(encoded, dtype=torch.uint8)
+    torch.distributed.broadcast(content, src=source, group=gloo_group())
+    return content.numpy().tobytes().decode()
 
 
 def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:
@@ -173,10 +201,7 @@ class StopSignal:
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.received = 0
-        # Over gloo, so that asking the others in every step doesn't wait for a GPU.
-        self._group: Any = None
-        if accelerator is not None and accelerator.num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
+        self._several = accelerator is not None and accelerator.num_processes > 1
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -193,10 +218,10 @@ class StopSignal:
 
     def agreed(self) -> int:
         """The highest signal number that any process has received, 0 for none."""
-        if self._group is None:
+        if not self._several:
             return self.received
         received = torch.tensor(self.received)
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX, group=gloo_group())
         return int(received)
 
 

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,23 +13,20 @@ from torch import Tensor
 
 from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import load_for_sampling
-from dia_diffusion.distributed import on_main, start_accelerator
+from dia_diffusion.distributed import from_main, on_main, start_accelerator, together
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.sampling.image_pipeline import ImagePipeline
 from dia_diffusion.sampling.seeds import my_share
-from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
+from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.writers import missing_seeds, open_folder, save_grid, save_npz, save_png
 
 
 def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> None:
     """Draws the images of seeds by the command's options and writes them where these say."""
     accelerator = start_accelerator()
-    pipeline, settings = load_for_sampling(folder, options, accelerator.device)
     as_npz = options.out is not None and options.out.suffix == ".npz"
-    if as_npz and options.out.exists():
-        raise InputError(f"--out {options.out} exists; choose another name, or remove it")
-    for path in (options.grid, options.out):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)  # fails here rather than after the sampling
+    pipeline, settings = together(accelerator, partial(_prepare, folder, options, accelerator.device))
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
         model = {"weights": weights_hash(folder), "model": model_hash(folder)}
@@ -35,19 +34,26 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
         on_main(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = as_npz or options.grid is not None
-    mine = list(my_share(seeds, accelerator.process_index, accelerator.num_processes))
+    missing = seeds
     if pngs is not None and not keep:
         # Images that the folder holds already are those that would be drawn again.
-        mine = [seed for seed in mine if not png_path(pngs, seed).is_file()]
+        missing = from_main(accelerator, lambda: missing_seeds(pngs, seeds))
+    mine = list(my_share(missing, accelerator.process_index, accelerator.num_processes))
     kept: list[Tensor] = []
     with Counter("sampling", "images") as counter, _going_on(keep):
-        progress = SharedProgress(counter, len(mine) * accelerator.num_processes, accelerator)
-        for batch, images in settings.generate(pipeline, mine, options.batch_size, progress):
-            if pngs is not None:
-                for seed, image in zip(batch, images, strict=True):
-                    save_png(pngs, seed, image)
-            if keep:
-                kept.append(images)
+        progress = SharedProgress(counter, len(missing), accelerator)
+        batches = settings.generate(pipeline, mine, options.batch_size, progress)
+
+        def draw_next_batch() -> None:
+            for batch, images in islice(batches, 1):  # a process may have one batch less than the others
+                if pngs is not None:
+                    for seed, image in zip(batch, images, strict=True):
+                        save_png(pngs, seed, image)
+                if keep:
+                    kept.append(images)
+
+        for _ in range(0, -(-len(missing) // accelerator.num_processes), options.batch_size):
+            together(accelerator, draw_next_batch)  # where one process fails, the others don't draw on for hours
 
     if keep:
         images = _gather(kept, len(seeds), pipeline.image_shape, accelerator)
@@ -55,12 +61,21 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
             on_main(accelerator, lambda: save_npz(options.out, seeds, images))
         if options.grid is not None:
             on_main(accelerator, lambda: save_grid(images, options.grid, settings.grid_columns(seeds)))
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in (options.grid, options.out):
             if path is not None:
                 console.print(f"{len(seeds):,} images of {folder}: {path}")
     accelerator.end_training()
+
+
+def _prepare(folder: Path, options: argparse.Namespace, device: torch.device) -> tuple[ImagePipeline, SamplingSettings]:
+    """The pipeline and its settings; raises here rather than after the sampling where the files can't be written."""
+    if options.out is not None and options.out.suffix == ".npz" and options.out.exists():
+        raise InputError(f"--out {options.out} exists; choose another name, or remove it")
+    for path in (options.grid, options.out):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    return load_for_sampling(folder, options, device)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +33,10 @@ from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_p
 from dia_diffusion.evaluation.protocols import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 
-PATIENCE = timedelta(days=1)  # one process computes the metrics, which can take an hour, while the others wait
-
 
 def measure(folders: list[Path], options: argparse.Namespace, extras: Extras, count: int) -> None:
     """Measures pipelines by so many images of each or, where there are none, the images that the options name."""
-    accelerator = start_accelerator(patience=PATIENCE)
+    accelerator = start_accelerator()
     extractor = first_on_each_machine(
         accelerator, lambda: load_features(options, options.reference, accelerator.device)
     )

@@ -53,6 +53,12 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
         raise InputError(f"{folder} holds images of another {', '.join(different)} ({MANIFEST}); choose another folder")
 
 
+def missing_seeds(folder: str | Path, seeds: Sequence[int]) -> list[int]:
+    """The seeds whose images the folder doesn't hold, in their order."""
+    present = {path.name for path in Path(folder).iterdir()}
+    return [seed for seed in seeds if png_path(folder, seed).name not in present]
+
+
 def save_png(folder: str | Path, seed: int, image: Tensor) -> None:
     """Writes the image of a seed, uint8 (C, H, W) with 1 or 3 channels, as a whole PNG file."""
     with whole_file(png_path(folder, seed)) as temporary:

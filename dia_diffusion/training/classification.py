@@ -2,15 +2,17 @@
 
 import math
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from dia_diffusion.distributed import on_main
+from dia_diffusion.distributed import on_main, together
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import step_folders, step_name, write_json
 from dia_diffusion.models.classifiers import build_classifier
@@ -115,32 +117,39 @@ class ClassificationTask(Task):
         return tested
 
     def _test(self, moment: Moment) -> dict[str, float]:
-        """Accuracy and loss on the test images, which the processes share out."""
+        """Accuracy and loss on the test images, which the processes share out, of the classifier that rank 0 saves."""
         accelerator, model = moment.accelerator, moment.model
+        # Each process has added its own images to BatchNorm's statistics. DDP would replace them by rank 0's at the
+        # next step's forward.
+        broadcast(list(model.buffers()))
+        model.eval()
+        with torch.no_grad():
+            counts, loss = together(accelerator, partial(self._count, model, accelerator))
+        model.train()
+        if accelerator.num_processes > 1:
+            counts, loss = (accelerator.reduce(total.to(accelerator.device), "sum") for total in (counts, loss))
+        return self._summary(counts, float(loss))
+
+    def _count(self, model: nn.Module, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
+        """Of this process's share: images (2, num_classes) classified correctly, images in all; the summed loss ()."""
         classes, device = self.experiment.model.num_classes, accelerator.device
         mine = np.arange(accelerator.process_index, len(self.test_images), accelerator.num_processes)
         assert self.test_images.labels is not None
         dtype = next(model.parameters()).dtype
         losses = [torch.zeros((), dtype=dtype, device=device)]
         hits = [torch.zeros(0, dtype=torch.bool, device=device)]
-        model.eval()
-        with torch.no_grad():
-            for start in range(0, len(mine), TEST_BATCH):
-                chosen = mine[start : start + TEST_BATCH]
-                pixels = test_pixels(self.test_images, chosen, self.experiment.model.sample_size).to(device)
-                labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
-                with accelerator.autocast():
-                    logits = model(self._prepared(pixels, dtype))
-                losses.append(F.cross_entropy(logits.to(dtype), labels, reduction="sum"))
-                hits.append(logits.argmax(1) == labels)
-        model.train()
+        for start in range(0, len(mine), TEST_BATCH):
+            chosen = mine[start : start + TEST_BATCH]
+            pixels = test_pixels(self.test_images, chosen, self.experiment.model.sample_size).to(device)
+            labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
+            with accelerator.autocast():
+                logits = model(self._prepared(pixels, dtype))
+            losses.append(F.cross_entropy(logits.to(dtype), labels, reduction="sum"))
+            hits.append(logits.argmax(1) == labels)
         # Summed on the CPU, since not every device has float64.
         shown, right = self.test_images.labels[mine], torch.cat(hits).cpu().numpy()
         counts = torch.from_numpy(np.stack([np.bincount(of, minlength=classes) for of in (shown[right], shown)]))
-        loss = torch.stack(losses).cpu().double().sum()
-        if accelerator.num_processes > 1:
-            counts, loss = (accelerator.reduce(total.to(device), "sum") for total in (counts, loss))
-        return self._summary(counts, float(loss))
+        return counts, torch.stack(losses).cpu().double().sum()
 
     def _summary(self, counts: Tensor, loss: float) -> dict[str, float]:
         right, every = counts.tolist()

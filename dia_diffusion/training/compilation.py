@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -12,7 +14,27 @@ from dia_diffusion.errors import InputError
 CUDA_GRAPHS = "cuda-graphs"
 
 
-def compiled(model: nn.Module, setting: Any, max_steps: int, pays_after: int | None, device: torch.device) -> nn.Module:
+def check_compile(setting: Any, accumulation: int, device: torch.device) -> None:
+    """Raises InputError for a train.compile that can't be had with this accumulation or on this device."""
+    if setting != CUDA_GRAPHS:
+        return
+    if accumulation > 1:
+        # Gradients lie in the graphs' own memory, which the next micro-batch writes over.
+        raise InputError(
+            f"`train.compile` must be true, false or auto with `train.accumulation` above 1, got {CUDA_GRAPHS}"
+        )
+    if device.type != "cuda":
+        raise InputError(f"`train.compile` must be true, false or auto without a CUDA GPU, got {CUDA_GRAPHS}")
+
+
+def compiled(
+    model: nn.Module,
+    setting: Any,
+    max_steps: int,
+    pays_after: int | None,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda line: None,
+) -> nn.Module:
     """The network that a run trains, with the same parameters.
 
     Args:
@@ -23,20 +45,34 @@ def compiled(model: nn.Module, setting: Any, max_steps: int, pays_after: int | N
         max_steps: of the run.
         pays_after: optimizer steps on a CPU after which compiling such a model has paid for itself; None: not known.
         device: that it trains on.
-
-    Raises:
-        InputError: "cuda-graphs" without a CUDA GPU.
+        tell: called with a line that says why "auto" doesn't compile a model for which that would pay.
     """
     if setting == CUDA_GRAPHS:
-        if device.type != "cuda":
-            raise InputError(f"train.compile {CUDA_GRAPHS} needs a CUDA GPU; accepted here: auto, true, false")
         return cast(nn.Module, torch.compile(model, mode="reduce-overhead"))  # which launches few graphs, not kernels
     if setting == "auto":
-        long_enough = pays_after is not None and max_steps >= pays_after
-        setting = device.type == "cuda" or (long_enough and find_compiler() is not None)
+        setting = device.type == "cuda" or (pays_after is not None and max_steps >= pays_after)
+        if setting and (missing := _missing_for_compilation(device)) is not None:
+            tell(f"training without torch.compile, which needs {missing}")
+            setting = False
     return cast(nn.Module, torch.compile(model)) if setting else model
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler that torch.compile uses on a CPU, None if there is none."""
-    return next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if name and shutil.which(name)), None)
+def _missing_for_compilation(device: torch.device) -> str | None:
+    """What torch.compile needs on this device and doesn't have; None if nothing. Else its first step would fail."""
+    if device.type != "cuda":
+        return None if find_compiler() else "a C++ compiler such as g++"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 0):
+        return f"a GPU of compute capability 7.0 or higher, and this one has {capability[0]}.{capability[1]}"
+    if find_spec("triton") is None:
+        return "the package triton"
+    # Triton compiles a module of its own at its first kernel.
+    return None if find_compiler("CC", ("gcc", "clang")) else "a C compiler such as gcc"
+
+
+def find_compiler(variable: str = "CXX", names: tuple[str, ...] = ("g++", "clang++")) -> str | None:
+    """The compiler that an environment variable or else one of these names stands for, None if there is none.
+
+    By default the C++ compiler, which torch.compile uses on a CPU.
+    """
+    return next((name for name in (os.environ.get(variable, ""), *names) if name and shutil.which(name)), None)

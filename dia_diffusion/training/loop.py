@@ -36,7 +36,7 @@ from dia_diffusion.training.checkpoint import (
     set_aside,
     whole_checkpoint,
 )
-from dia_diffusion.training.compilation import compiled
+from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, first_not_finite
@@ -71,6 +71,7 @@ class Trainer:
         self.accelerator = start_accelerator(
             config.mixed_precision, log_with=experiment.trackers or None, project_dir=experiment.output
         )
+        check_compile(config.compile, config.accumulation, self.accelerator.device)
         self.micro_batch = micro_batch_size(config.batch_size, self.accelerator.num_processes, config.accumulation)
         share = self.micro_batch * config.accumulation
         first = self.accelerator.process_index * share
@@ -86,7 +87,7 @@ class Trainer:
         self.images = self.task.open_images(self.accelerator, reporter)
         on_main(self.accelerator, self.folder.lock)
         try:
-            check_shared(self.folder, self.accelerator)
+            check_shared(self.folder, self.accelerator, reporter.message)
             place = from_main(self.accelerator, self._whole_checkpoint)
             self._build(together(self.accelerator, lambda: self._load(place)))
         except BaseException:
@@ -99,6 +100,10 @@ class Trainer:
         precision = training_precision(asked, training_device(), begun)
         self.task.experiment = in_precision(self.task.experiment, precision)
         return precision
+
+    def _tell(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            self.reporter.message(line)
 
     def _first_weights(self) -> dict[str, Any] | None:
         """Where those of a new run are from; the model's own where from nowhere."""
@@ -131,7 +136,7 @@ class Trainer:
         self.step = 0 if checkpoint is None else checkpoint.state["step"]
         optimizer = self.task.build_optimizer(self.groups)
         pays_after, device = self.task.compiling_pays_after, self.accelerator.device
-        network = compiled(self.model, config.compile, config.max_steps, pays_after, device)
+        network = compiled(self.model, config.compile, config.max_steps, pays_after, device, self._tell)
         self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.network.train()
         self.buffers = KeptBuffers(self.model)

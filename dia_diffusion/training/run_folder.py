@@ -1,9 +1,9 @@
 """A run's folder: its paths, its lock, its recipe and its metrics."""
 
-import hashlib
 import math
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ from dia_diffusion.training.recipe_keys import differing_keys
 if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
     from accelerate import Accelerator
 
-SECONDS_TO_SEE_A_FILE = 10.0  # that another machine has written to a shared disk
+SECONDS_TO_SEE_A_FILE = 90.0
+"""Until one machine sees what another has written to a shared disk. NFS remembers for 30 to 60 s (acdirmax) that a
+folder or file doesn't exist."""
+SECONDS_UNTIL_TOLD = 10.0
 
 
 class RunFolder:
@@ -128,25 +131,27 @@ def logged_step(path: Path) -> int:
     return 0
 
 
-def check_shared(folder: RunFolder, accelerator: "Accelerator") -> None:
+def check_shared(folder: RunFolder, accelerator: "Accelerator", tell: Callable[[str], None]) -> None:
     """Refuses processes that see another folder than the main one, which would train something else.
 
     Called while the main process holds the lock. Raises InputError on all processes.
+
+    tell: called with a line on a process that has to wait for a slow shared disk.
     """
-    import torch
+    from dia_diffusion.distributed import from_main, together
 
-    from dia_diffusion.distributed import together
-
-    def fingerprint() -> int:
-        return int.from_bytes(hashlib.sha256(folder.lock_text().encode()).digest()[:8], "big", signed=True)
-
-    of_main = int(accelerator.gather(torch.tensor([fingerprint()], device=accelerator.device))[0])
+    lock = from_main(accelerator, folder.lock_text)
 
     def check() -> None:
-        deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
-        while fingerprint() != of_main:
-            if time.monotonic() > deadline:
+        started, told = time.monotonic(), False
+        while folder.lock_text() != lock:
+            waited = time.monotonic() - started
+            if waited > SECONDS_TO_SEE_A_FILE:
                 raise InputError(f"output {folder.path} is not one folder; all machines must share it")
+            if waited > SECONDS_UNTIL_TOLD and not told:
+                seconds = round(SECONDS_TO_SEE_A_FILE)
+                tell(f"waiting up to {seconds} s for {folder.path} to appear on {socket.gethostname()}")
+                told = True
             time.sleep(0.5)
 
     together(accelerator, check)

@@ -110,6 +110,7 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
     launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
     # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
     elsewhere = "import os; os.chdir(sys.argv[-1]) if os.environ['RANK'] == '1' else None; sys.argv.pop()"
+    elsewhere += "; from dia_diffusion.training import run_folder; run_folder.SECONDS_TO_SEE_A_FILE = 2"
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.chdir(tmp_path)
