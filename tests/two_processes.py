@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.faults.harness import FORKED, connected
-from tests.training.test_processes import free_port
+from tests.processes import FORKED, connected, free_port
 
 
 def on_two_processes(work: Callable[..., Any], *args: object) -> list[Any]:

@@ -116,7 +116,6 @@ def test_a_checkpoint_around_the_whole_model_starts_anew() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_models_give_the_same_gradients(checkpointed: bool) -> None:
     torch.manual_seed(0)

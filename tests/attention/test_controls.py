@@ -82,7 +82,10 @@ def test_precision_is_that_of_the_features(name: str) -> None:
     assert unit(torch.randn(2, 4, 32).bfloat16())[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+LONG_BUT_LAST = [*(pytest.param(name, marks=pytest.mark.long) for name in CONTROLS[:-1]), CONTROLS[-1]]
+
+
+@pytest.mark.parametrize("name", LONG_BUT_LAST)
 def test_compiled_it_is_the_same_function_with_the_same_gradients(name: str) -> None:
     model = scrambled(name)
     # The graph of the whole network in one piece, without an optimizing backend, which would need a C compiler.

@@ -9,9 +9,10 @@ import pytest
 from dia_diffusion.cli.main import main
 from dia_diffusion.sampling.settings import SamplingSettings
 from tests.pipelines.conftest import hub, save
+from tests.processes import children
 from tests.training.conftest import TINY
 
-__all__ = ["hub", "save"]
+__all__ = ["children", "hub", "save"]
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,15 @@
 """Ends that are nobody's bad input: a full disk, too little memory, a signal."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from tests.cli.one_line import error_of
+from tests.processes import Forked, hold_steps
 from tests.training.conftest import TINY
 
 
@@ -41,22 +39,12 @@ def test_too_much_for_the_memory_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_training_with_a_checkpoint(number: int, code: int, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    arguments = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]
-    arguments += ["--train.max_steps", "100000", "--train.checkpoint_every", "90000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dia_diffusion", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code, error
-    stopped = re.search(r"stopped after step ([\d,]+); the same command goes on", error)
-    assert stopped is not None, error
-    step = int(stopped[1].replace(",", ""))
-    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    command = ["train", "--config", tmp_path / "tiny.yaml", "--output", run, "--train.checkpoint_every", 100]
+    process = Forked(*command, log=tmp_path / "log", prepare=partial(hold_steps, 3, gate))
+    process.until(gate.exists)
+    process.send(number)
+    gate.unlink()
+    assert process.wait() == code
+    assert process.last_line().endswith("stopped after step 3; the same command goes on from there")
+    assert [place.name for place in (run / "checkpoints").iterdir()] == ["step-00000003"]

@@ -1,11 +1,7 @@
 """`fid` killed in mid-run, and what it computes beside the distance."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from PIL import Image
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.pipelines.folder import records_file
+from tests.processes import Forked, hold_evaluation
 
 
 def finished(run: Path) -> int:
@@ -22,39 +19,18 @@ def finished(run: Path) -> int:
     return len(json.loads(files[0].read_text())) if files else 0
 
 
-def end_at(run: Path, arguments: list[str], chunks: int, number: int) -> subprocess.CompletedProcess[str]:
-    """Runs fid in a process that gets a signal once so many chunks are finished."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dia_diffusion", "fid", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 150
-    while finished(run) < chunks and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    output, error = process.communicate(timeout=60)
-    return subprocess.CompletedProcess([], process.returncode, output, error)
-
-
 def test_killed_it_goes_on_to_the_same_number(
     run: Path, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fid = [str(run), "--reference", "digits", "--num", "8000", "--steps", "25"]
-    stopped = end_at(run, fid, 1, signal.SIGINT)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "the same command goes on" in stopped.stderr and stopped.stderr.count("\n") == 1
-    killed = end_at(run, fid, 2, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL and "going on after" in killed.stdout
+    fid = [str(run), "--reference", "digits", "--num", "2000", "--steps", "5"]
+    process = Forked("fid", *fid, log=tmp_path / "log", prepare=partial(hold_evaluation, 2))
+    process.until(lambda: finished(run) == 2)
+    process.kill()
     assert not (run / "evaluations.jsonl").exists()
-    done = finished(run)
-    assert 2 <= done < 16
 
     assert main(["fid", *fid]) == 0
-    assert sampled == list(range(500 * done, 8000))
-    assert f"going on after {500 * done:,} of 8,000 images" in capsys.readouterr().out
+    assert sampled == list(range(1000, 2000))
+    assert "going on after 1,000 of 2,000 images" in capsys.readouterr().out
     assert not (run / "evaluations.unfinished").exists()
     assert main(["fid", *fid, "--record", str(tmp_path / "whole.jsonl")]) == 0
     assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance

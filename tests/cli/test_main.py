@@ -1,6 +1,7 @@
 """The command line as a person meets it: every way it can end is a line and an exit code."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from dia_diffusion.cli.curves import floor_of
 from dia_diffusion.cli.main import COMMANDS, main
 from dia_diffusion.evaluation.record import read_records
 from tests.cli.one_line import error_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +38,18 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         main([name, "--help"])
     assert ended.value.code == 0
     assert f"dia-diffusion {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["train/train.py", "sample/sample.py", "eval/fid.py"])
+def test_scripts_are_the_commands(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As launchers run them."""
+    monkeypatch.setattr("sys.argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert f"dia-diffusion {Path(script).stem}" in capsys.readouterr().out
 
 
 def test_train_sample_fid_curves(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,18 +1,23 @@
 """The quickstart, a few steps long: what it leaves, going on, and being stopped."""
 
-import signal
-import subprocess
-import sys
-import time
+import os
+import threading
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 
 import pytest
 from PIL import Image
 
 from dia_diffusion.cli.main import main
+from tests.processes import Child, wait_for
 
 
-def test_quickstart_leaves_what_it_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_quickstart_leaves_what_it_says(
+    children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dia_diffusion.cli.quickstart.SAMPLER_STEPS", 3)
+    children.not_forked = ("train",)
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0
     shown = capfd.readouterr().out
@@ -20,26 +25,30 @@ def test_quickstart_leaves_what_it_says(tmp_path: Path, capfd: pytest.CaptureFix
         assert str(out / path) in shown and (out / path).exists()
     assert Image.open(out / "samples.png").size[0] > 800
     assert "UViT + DIA-LSTM" in shown and "real digits" in shown
-    record = (out / "none" / "evaluations.jsonl").read_text()
 
+    children.not_forked = ()
+    record = (out / "none" / "evaluations.jsonl").read_text()
     assert main(["fid", str(out / "none"), "--reference", "digits", "--num", "70", "--steps", "2"]) == 0
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0, "a second call only draws again"
     assert (out / "none" / "evaluations.jsonl").read_text().startswith(record)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_quickstart_stops_its_trainings(number: int, tmp_path: Path) -> None:
-    call = [sys.executable, "-m", "dia_diffusion", "quickstart", "--out", str(tmp_path / "q")]
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started = [tmp_path / "q" / unit / "metrics.jsonl" for unit in ("none", "dia-lstm")]
-    deadline = time.monotonic() + 100
-    while not all(path.is_file() for path in started) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "the same command goes on" in error
-    for path in started:
-        assert list((path.parent / "checkpoints").glob("step-*")), "each training wrote a checkpoint"
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM])
+def test_a_stopped_quickstart_stops_its_trainings(
+    number: int, children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    runs = [tmp_path / "q" / unit for unit in ("none", "dia-lstm")]
+    children.held_step = 3
+
+    def stop() -> None:
+        wait_for(lambda: all((run / "train.gate").exists() for run in runs))
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert main(["quickstart", "--out", str(tmp_path / "q")]) == 128 + number
+    assert "the same command goes on" in capfd.readouterr().err
+    for run in runs:
+        assert [place.name for place in (run / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,18 +16,19 @@ from dia_diffusion.lock import FolderLock
 from dia_diffusion.studies.study import read_study
 from dia_diffusion.studies.timing import threads
 from dia_diffusion.training.loop import Trainer
+from tests.processes import Child, wait_for
 from tests.training.conftest import TINY, Recorder
 
 STUDY = """
 output: {folder}/out
 recipe: {folder}/tiny.yaml
 runs: [{{units: [none, dia-lstm], batch_sizes: [8], seeds: [0]}}]
-steps: 400
+steps: 100
 points: 2
 protocol: {folder}/quick.yaml
 """
 PROTOCOL = "{features: digits, num_samples: 70, sampler: ddim, steps: 2, reference_split: test}"
-WEIGHTS = "pipelines/step-00000400/unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "pipelines/step-00000100/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -43,37 +43,42 @@ def study(tmp_path: Path) -> str:
 
 
 def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
-    study: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    study: str,
+    children: type[Child],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One thread a job however many cores and jobs: with other numbers of threads sums have other last bits.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     first = tmp_path / "out" / "none-b8-s0"
 
     def interrupt() -> None:
-        while not (first / "metrics.jsonl").is_file():
-            time.sleep(0.02)
+        wait_for((first / "train.gate").exists)
         os.kill(os.getpid(), signal.SIGINT)
 
+    children.held_step = 7
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["curves", study]) == 130
     assert "the same command goes on" in capfd.readouterr().err
-    stopped_at = max(int(path.name[5:]) for path in (first / "checkpoints").glob("step-*"))
-    assert 0 < stopped_at < 400 and not (tmp_path / "out" / "dia-lstm-b8-s0" / "metrics.jsonl").exists()
+    assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000007"]
+    assert not (tmp_path / "out" / "dia-lstm-b8-s0" / "metrics.jsonl").exists()
 
+    children.held_step = None
     assert main(["curves", study, "--jobs", "2"]) == 0
     shown = capfd.readouterr().out
     assert "2 of 2 runs to train or to measure, 2 at a time" in shown and "FD(digits)" in shown
-    assert f"going on from step {stopped_at:,}" in (first / "train.log").read_text()
+    assert "going on from step 7" in (first / "train.log").read_text()
     with threads(1):
         for run in read_study(study, output=str(tmp_path / "unstopped")).runs:
             Trainer(run.experiment, Recorder()).run()
             assert sha256_of_file(tmp_path / "out" / run.name / WEIGHTS) == sha256_of_file(run.folder / WEIGHTS)
         records = read_records(tmp_path / "out" / run.name / "evaluations.jsonl")
-        assert [(record.step, record.protocol_name) for record in records] == [(200, "quick"), (400, "quick")]
+        assert [(record.step, record.protocol_name) for record in records] == [(50, "quick"), (100, "quick")]
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"study.yaml", "curves.png", "results.json", "grids-b8.png"} <= made
     points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
-    assert [(p["unit"], p["step"]) for p in points] == [(u, s) for u in ("none", "dia-lstm") for s in (200, 400)]
+    assert [(p["unit"], p["step"]) for p in points] == [(u, s) for u in ("none", "dia-lstm") for s in (50, 100)]
 
     logs = {path: path.read_text() for path in (tmp_path / "out").glob("*/*.log")}
     (tmp_path / "out" / "curves.png").unlink()
@@ -91,7 +96,7 @@ def test_plan_trains_nothing_and_is_kept(study: str, tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().out
     assert "2 runs, 0 complete" in shown and "Measured on CPU" in shown and "1,200" not in shown
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert [(group["unit"], group["steps_left"]) for group in plan["groups"]] == [("none", 400), ("dia-lstm", 400)]
+    assert [(group["unit"], group["steps_left"]) for group in plan["groups"]] == [("none", 100), ("dia-lstm", 100)]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
 
 

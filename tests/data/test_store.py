@@ -8,6 +8,7 @@ import pytest
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
 from tests.data.image_writing import png, write_folder, write_zip
+from tests.processes import PATIENCE
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_an_interruption_stops_the_decoding(folder, tmp_path, monkeypatch):
 def test_two_processes_at_once(folder, tmp_path):
     """Both begin before either has finished, and neither disturbs the other."""
     context = multiprocessing.get_context("fork")
-    begun, results = context.Barrier(2, timeout=30), context.Queue()
+    begun, results = context.Barrier(2, timeout=PATIENCE), context.Queue()
 
     def work() -> None:
         found = open_images(folder, cache=tmp_path / "cache", memory_limit=0, progress=lambda *_: begun.wait())
@@ -133,7 +134,7 @@ def test_two_processes_at_once(folder, tmp_path):
     for process in processes:
         process.start()
     expected = open_images(folder)
-    assert [results.get(timeout=30) for _ in processes] == [(expected.fingerprint, expected.images.tobytes())] * 2
+    assert [results.get(timeout=PATIENCE) for _ in processes] == [(expected.fingerprint, expected.images.tobytes())] * 2
     for process in processes:
         process.join()
     assert files_in(tmp_path / "cache") == [".json", ".npy"]

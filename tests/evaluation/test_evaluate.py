@@ -24,7 +24,7 @@ from dia_diffusion.evaluation.record import Origin
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.reference_features import reference_features
 from tests.evaluation.torch_images import Images
-from tests.training.test_processes import free_port
+from tests.processes import PATIENCE, free_port
 
 ORIGIN = Origin(source="runs/a", unit="none", step=7, images_seen=224)
 ORDERED = Extras(bootstrap=10)
@@ -229,7 +229,7 @@ def test_a_second_command_waits_for_the_references_features(extractor, digits, m
     accelerator = Accelerator(cpu=True)
     monkeypatch.setattr(module, "fill", slow_fill)
     features = reference_features(digits, extractor, accelerator)
-    second[0].join(timeout=30)
+    second[0].join(timeout=PATIENCE)
     assert torch.equal(found[0], features)
 
 
@@ -292,7 +292,7 @@ def test_two_processes_find_the_distance_of_one_and_go_on_with_its_work(
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=PATIENCE)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2))

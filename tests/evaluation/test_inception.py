@@ -78,7 +78,7 @@ def images(count, seed):
 
 
 @pytest.mark.parametrize(
-    ("layer", "count"), [("64", 24), pytest.param("2048", 12, marks=pytest.mark.slow)], ids=["early", "full"]
+    ("layer", "count"), [("64", 24), pytest.param("2048", 12, marks=pytest.mark.long)], ids=["early", "full"]
 )
 def test_distance_equals_torch_fidelitys(weights, layer, count):
     first, second = images(count, 1), images(count, 2)

@@ -20,10 +20,10 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
 from tests.faults.damage import cuts, flip_one, flips
-from tests.faults.harness import Forked, assert_same_runs, connected
+from tests.faults.harness import assert_same_runs
+from tests.processes import start_connected
 from tests.training import classify
 from tests.training.conftest import Recorder
-from tests.training.test_processes import free_port
 
 
 @pytest.fixture
@@ -72,9 +72,8 @@ def test_the_checkpoint_before_a_damaged_one_is_used(run: Path, trained: Path, r
 def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path, tmp_path: Path) -> None:
     """Of which only the main one renames and tells."""
     flip_one(run / "checkpoints" / "step-00000006" / "model.safetensors")
-    port = free_port()
     command = ["train", "--config", recipe, "--output", run, "--train.checkpoint_every", 2]
-    both = [Forked(*command, log=tmp_path / f"log{rank}", **connected(rank, port)) for rank in (0, 1)]
+    both = start_connected(*command, logs=tmp_path)
     assert [process.wait() for process in both] == [0, 0]
     assert "step-00000006.damaged" in both[0].text() and "going on from step 4" in both[0].text()
     assert both[1].text() == ""

@@ -11,20 +11,8 @@ import pytest
 from dia_diffusion.files import remove_partial, whole_folder
 from dia_diffusion.training.checkpoint import check_checkpoint
 from dia_diffusion.training.run_folder import logged_step as steps
-from tests.faults.harness import (
-    FORKED,
-    Forked,
-    Launched,
-    assert_same_runs,
-    being_written,
-    checkpoints,
-    connected,
-    leftovers,
-    slow_checkpoints,
-    slow_steps,
-    wait_for,
-)
-from tests.training.test_processes import free_port
+from tests.faults.harness import Launched, assert_same_runs, being_written, checkpoints, leftovers
+from tests.processes import FORKED, Forked, hold_checkpoints, hold_steps, start_connected, wait_for
 
 KILLS = 30
 LENGTH = 1500  # steps, more than so many kills leave time for
@@ -36,17 +24,18 @@ def test_killed_within_a_checkpoint_and_within_a_step(recipe: Path, tmp_path: Pa
     whole = Forked("train", "--config", recipe, *lasting, "--output", tmp_path / "whole", log=tmp_path / "log of whole")
     command = ["train", "--config", recipe, *lasting, "--output", run]
 
-    first = Forked(*command, log=log, prepare=partial(slow_checkpoints, 0.5))
+    first = Forked(*command, log=log, prepare=partial(hold_checkpoints, 5))
     first.until(lambda: checkpoints(run) == [10] and len(being_written(run)) == 2)
     first.kill()
     assert checkpoints(run) == [10] and leftovers(run)
 
-    second = Forked(*command, log=log, prepare=partial(slow_steps, 0.02))
+    second = Forked(*command, log=log, prepare=partial(hold_steps, 24))
     second.until(lambda: checkpoints(run) == [10, 20] and steps(run / "metrics.jsonl") > 22)
     second.kill()
 
-    assert Forked(*command, log=log).wait() == 0
-    assert "going on from step 20" in log.read_text()
+    third = Forked(*command, log=log)
+    assert third.wait() == 0
+    assert "going on from step 20" in third.text()
     assert whole.wait() == 0
     assert_same_runs(run, tmp_path / "whole", 40)
     assert not leftovers(run)
@@ -95,27 +84,19 @@ def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: 
     """Started by hand, so that no launcher ends it."""
     run = tmp_path / "run"
     command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 60, "--train.checkpoint_every", 20]
-
-    def start(prepare: partial | None = None) -> list[Forked]:
-        port = free_port()
-        return [
-            Forked(*command, log=tmp_path / f"log{rank}", prepare=prepare, **connected(rank, port)) for rank in (0, 1)
-        ]
-
-    running = start(partial(slow_steps, 0.03))
+    running = start_connected(*command, logs=tmp_path, prepare=partial(hold_steps, 24, rank=victim))
     running[0].until(lambda: checkpoints(run) and steps(run / "metrics.jsonl") > 22)
     running[victim].kill()
-    killed = time.monotonic()
     survivor = running[1 - victim]
-    assert survivor.wait(60) == 1
-    print(f"process {1 - victim} ended {time.monotonic() - killed:.1f} s after process {victim}")
+    assert survivor.wait() == 1
     told = "failed: another process of this launch has ended or can't be reached (Connection "
     assert told in survivor.last_line() and survivor.last_line().endswith("goes on from what is written")
     assert "Traceback" not in survivor.text()
     assert checkpoints(run) == [20], "nothing is written after"
 
-    assert [process.wait() for process in start()] == [0, 0]
-    assert "going on from step 20" in (tmp_path / "log0").read_text()
+    again = start_connected(*command, logs=tmp_path)
+    assert [process.wait() for process in again] == [0, 0]
+    assert "going on from step 20" in again[0].text()
     assert checkpoints(run) == [20, 40, 60]
 
 

@@ -13,13 +13,13 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.lock import FolderLock
 from tests.cli.one_line import error_of
 from tests.cli.test_study import PROTOCOL, STUDY
-from tests.faults.harness import FORKED, Forked, slow_steps, wait_for
+from tests.processes import FORKED, Forked, hold_steps, wait_for
 
 
 def test_a_run_is_trained_by_one_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     command = ["train", "--config", recipe, "--output", run]
-    first = Forked(*command, "--train.max_steps", 1000, log=tmp_path / "log", prepare=partial(slow_steps, 0.05))
+    first = Forked(*command, log=tmp_path / "log", prepare=partial(hold_steps, 2))
     first.until((run / "metrics.jsonl").is_file)
     before = (run / "config.yaml").read_bytes()
     error = error_of([*command, "--train.max_steps", 7], capsys)

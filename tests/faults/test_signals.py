@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.cli.test_study import PROTOCOL, STUDY
-from tests.faults.harness import Forked, being_written, checkpoints, leftovers, slow_checkpoints, slow_steps
+from tests.faults.harness import being_written, checkpoints, leftovers
+from tests.processes import Forked, hold, hold_checkpoints, hold_evaluation, hold_steps
 from tests.training.classify import TINY as CLASSIFY
 
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -21,73 +22,47 @@ def test_classify_leaves_a_checkpoint(number: int, code: int, tmp_path: Path) ->
     run, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "classify.yaml").write_text(CLASSIFY)
     command = ["classify", "--config", tmp_path / "classify.yaml", "--output", run]
-    running = Forked(*command, "--train.checkpoint_every", 100, log=log, prepare=partial(slow_steps, 0.2))
-    running.until((run / "metrics.jsonl").is_file)
+    gate = tmp_path / "gate"
+    running = Forked(*command, "--train.checkpoint_every", 100, log=log, prepare=partial(hold_steps, 2, gate))
+    running.until(gate.exists)
     running.send(number)
+    gate.unlink()
     assert running.wait() == code
-    (step,) = checkpoints(run)
-    line = f"dia-diffusion classify: stopped after step {step}; the same command goes on from there"
+    line = "dia-diffusion classify: stopped after step 2; the same command goes on from there"
     assert running.last_line() == line
-    assert step < 6
-    assert Forked(*command, log=log).wait() == 0
-    assert f"going on from step {step}" in log.read_text()
+    assert checkpoints(run) == [2]
+    again = Forked(*command, log=log)
+    assert again.wait() == 0
+    assert "going on from step 2" in again.text()
 
 
 def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 1000, "--train.checkpoint_every", 900]
-    running = Forked(*command, log=log, prepare=partial(slow_checkpoints, 5))
+    running = Forked(*command, log=log, prepare=partial(hold_checkpoints, 1))
     running.until((run / "metrics.jsonl").is_file)
     running.send(signal.SIGINT)
     running.until(lambda: being_written(run))
     running.send(signal.SIGINT)
-    sent = time.monotonic()
     assert running.wait() == 130
-    assert time.monotonic() - sent < 3
     line = "dia-diffusion train: ended at once; the same command goes on from the last checkpoint that was written"
     assert running.last_line() == line and "Traceback" not in running.text()
     assert not checkpoints(run) and not leftovers(run)
-
-
-def slow_images(seconds: float) -> None:
-    """Makes writing each image take so long."""
-    from dia_diffusion.cli import drawing
-
-    save_png = drawing.save_png
-
-    def slowly(*args: object) -> None:
-        save_png(*args)
-        time.sleep(seconds)
-
-    drawing.save_png = slowly
 
 
 @BOTH
 def test_sample_keeps_its_images(number: int, code: int, trained: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "images", tmp_path / "log"
     command = ["sample", trained / "run", "--seeds", "0-49", "--steps", 1, "--out", out]
-    running = Forked(*command, log=log, prepare=partial(slow_images, 0.05))
-    running.until(lambda: len(list(out.glob("*.png"))) > 3)
+    running = Forked(*command, log=log, prepare=partial(hold, "dia_diffusion.cli.drawing", "save_png", 5))
+    running.until(lambda: len(list(out.glob("*.png"))) == 5)
     running.send(number)
     assert running.wait() == code
     assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the images that are missing"
     made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
-    assert 3 < len(made) < 50 and not leftovers(out)
+    assert len(made) == 5 and not leftovers(out)
     assert Forked(*command, log=log).wait() == 0
     assert len(list(out.glob("*.png"))) == 50 and {file: file.stat().st_mtime_ns for file in made} == made
-
-
-def slow_features(seconds: float) -> None:
-    """Makes each finished chunk of an evaluation take so long."""
-    from dia_diffusion.evaluation.feature_file import FeatureFile
-
-    write = FeatureFile.write
-
-    def slowly(self: FeatureFile, *args: object) -> None:
-        write(self, *args)
-        time.sleep(seconds)
-
-    FeatureFile.write = slowly  # type: ignore[method-assign]
 
 
 @BOTH
@@ -95,7 +70,7 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
     log, record = tmp_path / "log", tmp_path / "records.jsonl"
     command = ["fid", trained / "run", "--reference", "digits", "--num", 1000, "--steps", 1, "--record", record]
     cache = {"DIA_DIFFUSION_CACHE": str(tmp_path / "cache")}
-    running = Forked(*command, log=log, prepare=partial(slow_features, 5), **cache)
+    running = Forked(*command, log=log, prepare=partial(hold_evaluation, 1), **cache)
     running.until(lambda: list(tmp_path.glob("records.unfinished/*/finished.json")))
     running.send(number)
     assert running.wait() == code
@@ -103,8 +78,9 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
         r"dia-diffusion fid: stopped; the same command goes on after the last finished chunk of images, kept in .*",
         running.last_line(),
     )
-    assert Forked(*command, log=log, **cache).wait() == 0
-    assert "going on after 500 of 1,000 images" in log.read_text()
+    again = Forked(*command, log=log, **cache)
+    assert again.wait() == 0
+    assert "going on after 500 of 1,000 images" in again.text()
 
 
 @pytest.mark.long
@@ -113,7 +89,7 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
 )
 def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text(PROTOCOL)
-    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path).replace("steps: 400", "steps: 20000"))
+    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path).replace("steps: 100", "steps: 20000"))
     first, log = tmp_path / "out" / "none-b8-s0", tmp_path / "log"
     running = Forked("curves", tmp_path / "mine.yaml", log=log)
     running.until((first / "metrics.jsonl").is_file)

@@ -177,7 +177,6 @@ def test_a_network_saved_as_a_moving_average_is_wrapped(tmp_path: Path) -> None:
     assert torch.equal(model(*inputs()).sample, network(*inputs()).sample)
 
 
-@pytest.mark.slow
 def test_an_exported_folder_draws_the_same_without_the_package(tmp_path: Path) -> None:
     jobs = []
     for backbone in ARGUMENTS:

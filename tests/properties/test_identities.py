@@ -123,7 +123,11 @@ CLASSIFICATION = st.fixed_dictionaries(
     ("recipe", "kind", "keys"),
     [("digits_uvit_cpu", Experiment, DIFFUSION), ("cifar10_resnet20_cpu", ClassifyExperiment, CLASSIFICATION)],
 )
-def test_a_recipe_is_its_own_config_yaml(recipe: str, kind: type, keys: st.SearchStrategy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [12, pytest.param(40, marks=pytest.mark.long)])
+def test_a_recipe_is_its_own_config_yaml(
+    recipe: str, kind: type, keys: st.SearchStrategy, examples: int, tmp_path: Path
+) -> None:
+    @settings(max_examples=examples)
     @given(keys)
     def holds(chosen: dict[str, Any]) -> None:
         experiment = read_experiment(recipe, keys={**chosen, "output": str(tmp_path)}, kind=kind)

@@ -17,7 +17,7 @@ from dia_diffusion.errors import InputError, RunError
 
 MEMORY_LIMIT = 400 << 20
 """Bytes that a reader may take beyond what is there; each bomb of the tests asks for gigabytes."""
-SECONDS_LIMIT = 20
+SECONDS_LIMIT = 100
 """Before the reader of a pipe or a device counts as hanging."""
 STARTED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn")
 CONNECTED = ("socket.connect", "socket.getaddrinfo", "urllib.Request")

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.studies.children import Job, environment_of, run_jobs, threads_of_each
+from tests.processes import wait_for
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,15 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def jobs(folder: Path, *texts: list[str]) -> list[Job]:
     return [Job(folder / f"run{i}", [["train", text] for text in each]) for i, each in enumerate(texts)]
+
+
+def waiting(ready: Path) -> str:
+    """Makes a file once it is ready to be asked to stop."""
+    return f"trap 'echo asked to stop; exit 143' TERM; touch {ready}; while true; do sleep 0.05; done"
+
+
+def until(file: Path) -> str:
+    return f"while [ ! -e {file} ]; do sleep 0.02; done"
 
 
 def test_so_many_at_a_time_in_their_order(tmp_path: Path) -> None:
@@ -43,12 +52,10 @@ def test_so_many_at_a_time_in_their_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("code", "kind"), [(2, InputError), (1, RunError), (137, RunError)])
 def test_one_that_fails_ends_the_others(code: int, kind: type[Exception], tmp_path: Path) -> None:
-    asked = "trap 'echo asked to stop; exit 143' TERM; while true; do sleep 0.05; done"
-    work = [["sleep 0.3; echo no such thing; exit " + str(code), "echo never"], [asked], ["echo never"]]
-    started = time.monotonic()
+    ready = tmp_path / "ready"
+    work = [[f"{until(ready)}; echo no such thing; exit {code}", "echo never"], [waiting(ready)], ["echo never"]]
     with pytest.raises(kind) as failed:
         run_jobs(jobs(tmp_path, *work), 2, lambda running: None)
-    assert time.monotonic() - started < 10
     log = tmp_path / "run0" / "train.log"
     assert str(failed.value) == f"training {tmp_path / 'run0'} ended with code {code}: no such thing ({log})"
     assert "asked to stop" in (tmp_path / "run1" / "train.log").read_text()
@@ -59,18 +66,23 @@ def test_one_that_is_found_wrong_when_it_ends_is_a_failure(tmp_path: Path) -> No
     def check(job: Job) -> None:
         raise InputError(f"{job.folder.name} is wrong")
 
-    asked = "trap 'echo asked to stop; exit 143' TERM; while true; do sleep 0.05; done"
+    ready = tmp_path / "ready"
     with pytest.raises(InputError, match="run0 is wrong"):
-        run_jobs(jobs(tmp_path, ["sleep 0.5"], [asked], ["echo never"]), 2, lambda running: None, check)
+        run_jobs(jobs(tmp_path, [until(ready)], [waiting(ready)], ["echo never"]), 2, lambda running: None, check)
     assert "asked to stop" in (tmp_path / "run1" / "train.log").read_text()
     assert not (tmp_path / "run2").exists()
 
 
 def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
-    asked = "trap 'echo asked to stop; exit 143' TERM; while true; do sleep 0.05; done"
-    threading.Timer(0.4, lambda: os.kill(os.getpid(), 2)).start()
+    ready = tmp_path / "ready"
+
+    def interrupt() -> None:
+        wait_for(ready.exists)
+        os.kill(os.getpid(), 2)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
-        run_jobs(jobs(tmp_path, [asked, "echo never"], ["echo never"]), 1, lambda running: None)
+        run_jobs(jobs(tmp_path, [waiting(ready), "echo never"], ["echo never"]), 1, lambda running: None)
     assert stopped.value.signal_number == 2 and "the same command goes on" in str(stopped.value)
     assert "asked to stop" in (tmp_path / "run0" / "train.log").read_text()
     assert not (tmp_path / "run1").exists()

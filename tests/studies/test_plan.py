@@ -25,12 +25,21 @@ def test_wall_time_is_that_of_a_queue(side_by_side: int) -> None:
 
 
 def test_a_step_takes_what_the_log_of_a_run_says(
-    tiny: Callable[..., Experiment], train: Callable[..., Trainer]
+    tiny: Callable[..., Experiment], train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = tiny("run", "--train.batch_size", "64", "--train.max_steps", "60", "--train.log_every", "20")
-    measured = seconds_of_step(experiment)
+    """By a clock that only steps move."""
+    now, advance = [0.0], Trainer.advance
+
+    def in_half_a_second(self: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+        now[0] += 0.5
+        return advance(self)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(Trainer, "advance", in_half_a_second)
+    experiment = tiny("run")
+    assert seconds_of_step(experiment) == pytest.approx(0.5)
     rates = [line["images_per_second"] for line in read_metrics(train(experiment).folder.metrics)]
-    assert 64 / max(rates) / 8 < measured < 8 * 64 / min(rates), "on a machine that is busy now and then"
+    assert rates == [8 / 0.5] * 6
 
 
 def test_classes_and_precision_are_measured_too(tiny: Callable[..., Experiment]) -> None:

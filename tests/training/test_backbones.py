@@ -21,7 +21,7 @@ from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.snapshot import build_model
 from tests.training.conftest import Recorder
-from tests.training.test_processes import launch
+from tests.training.test_processes import in_float64, launch
 from tests.training.test_processes import losses as losses_of
 
 KWARGS = {
@@ -88,15 +88,13 @@ def test_recomputation_trains_the_same(recipe: Recipe, train: Callable[..., Trai
     assert losses(again) == pytest.approx(losses(plain), rel=1e-6)
 
 
-@pytest.mark.slow
 @BOTH
 def test_two_processes_train_what_one_does(tmp_path: Path, backbone: str) -> None:
-    setup = "torch.set_default_dtype(torch.float64)"
     of_uvit = {"patch_size": 2, "hidden_size": 512, "num_layers": 13, "num_attention_heads": 8}  # the defaults
     options = [word for key, value in of_uvit.items() for word in (f"--model.{key}", str(value))]
     options += ["--model.backbone", backbone, "--model.backbone_kwargs", KWARGS[backbone]]
-    one = launch(tmp_path, "one", 1, *options, setup=setup)
-    two = launch(tmp_path, "two", 2, *options, "--train.gradient_checkpointing", "true", setup=setup)
+    one = launch(tmp_path, "one", 1, *options, prepare=in_float64)
+    two = launch(tmp_path, "two", 2, *options, "--train.gradient_checkpointing", "true", prepare=in_float64)
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-9)
 
 

@@ -1,8 +1,5 @@
 """Two connected processes (gloo) train the classifier that one does, and test the one that they save."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,34 +10,21 @@ from dia_diffusion.data import open_images
 from dia_diffusion.models.saved_classifier import load_classifier
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.run_folder import read_metrics
+from tests.processes import start_connected
 from tests.training.classify import tiny, train
 from tests.training.run_files import weights
-from tests.training.test_processes import free_port
 from tests.two_processes import on_two_processes
-
-MAIN = "import sys\nfrom dia_diffusion.cli.main import main\nsys.exit(main(['classify', *sys.argv[1:]]))\n"
 
 
 def metrics(tmp_path: Path, processes: int, *overrides: str) -> list[dict]:
-    script, output = tmp_path / "main.py", tmp_path / str(processes)
-    script.write_text(MAIN)
+    output = tmp_path / str(processes)
     tiny(tmp_path, "run")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(script)]
-    command += [
-        "--config",
-        str(tmp_path / "classify.yaml"),
-        "--model.norm",
-        "none",
-        "--output",
-        str(output),
-        *overrides,
-    ]
-    subprocess.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, check=True)
+    command = ["classify", "--config", tmp_path / "classify.yaml", "--model.norm", "none", "--output", output]
+    for process in start_connected(*command, *overrides, logs=tmp_path, processes=processes):
+        assert process.wait() == 0, process.text()
     return read_metrics(output / "metrics.jsonl")
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Without norms, which see a part of the batch each."""
     alone, together = metrics(tmp_path, 1), metrics(tmp_path, 2)

@@ -1,6 +1,7 @@
 """Steps without a finite loss or gradient change nothing, are counted, and end a run after too many in a row."""
 
 import json
+import os
 from collections.abc import Callable, Container
 from pathlib import Path
 
@@ -23,13 +24,13 @@ from tests.training.test_processes import launch
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[[Tensor], Tensor]) -> None:
     """Makes the loss of some steps, counted from 1, another."""
-    loss, draw = DiffusionTask.loss, DiffusionTask.draw
+    loss, gradients = DiffusionTask.loss, Trainer._gradients
 
-    def noting(task: DiffusionTask, step: int):
-        task.at = step + 1
-        return draw(task, step)
+    def noting(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
+        trainer.task.at = step + 1
+        return gradients(trainer, step)
 
-    monkeypatch.setattr(DiffusionTask, "draw", noting)
+    monkeypatch.setattr(Trainer, "_gradients", noting)
     monkeypatch.setattr(
         DiffusionTask,
         "loss",
@@ -145,23 +146,13 @@ def test_the_count_goes_on_with_the_run(tiny, monkeypatch: pytest.MonkeyPatch, t
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [0, 1, 1, 1, 2, 2]
 
 
-ON_ONE_RANK = """
-import os
-from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.finite import FiniteWatch
-loss, draw = DiffusionTask.loss, DiffusionTask.draw
-def noting(task, step):
-    task.at = step
-    return draw(task, step)
-def spoiled(task, *of_step):
-    bad = task.at == 2 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    return loss(task, *of_step) + (float("inf") if bad else 0)
-DiffusionTask.draw, DiffusionTask.loss = noting, spoiled
-"""
+def spoil_the_last_process() -> None:
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        spoil(pytest.MonkeyPatch(), [3], lambda loss: loss + float("inf"))
 
 
 def test_all_processes_skip_what_is_not_finite_on_one(tmp_path: Path) -> None:
-    one, two = (launch(tmp_path, str(count), count, setup=ON_ONE_RANK) for count in (1, 2))
+    one, two = (launch(tmp_path, str(count), count, prepare=spoil_the_last_process) for count in (1, 2))
     assert [line["skipped_steps"] for line in metrics(two)] == [0, 0, 1, 1, 1, 1]
     alone, shared = weights(one, 6), weights(two, 6)
     assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-5

@@ -2,18 +2,22 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands import launch as accelerate_launch
 from safetensors.torch import load_file
 
+from dia_diffusion.training import run_folder
 from dia_diffusion.training.run_folder import read_metrics
+from tests.processes import Forked, connected, free_port, start_connected, wait_for
 from tests.training.conftest import TINY
 
 MAIN = """
@@ -25,22 +29,16 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def torchrun(
-    tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = "", nodes: int = 1
+    tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = ""
 ) -> tuple[list[str], dict[str, str]]:
-    """The command, but for the node's rank, and the environment that train the tiny recipe on so many processes."""
+    """The command and the environment that train the tiny recipe on so many processes of their own, none forked."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
     script = tmp_path / "main.py"
     script.write_text(MAIN.format(setup=setup))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes // nodes}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--nnodes={nodes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     command += [str(script), "train", "--config", str(recipe), "--output", str(tmp_path / name), *overrides]
     return command, {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
@@ -50,25 +48,26 @@ def launch(
     name: str,
     processes: int,
     *overrides: str,
-    setup: str = "",
+    prepare: Callable[[], object] | None = None,
     nodes: int = 1,
     refused: str | None = None,
 ) -> Path:
     """Trains the tiny recipe on so many connected processes, or sees it refused with this text; the run's folder."""
-    command, environment = torchrun(tmp_path, name, processes, *overrides, setup=setup, nodes=nodes)
-    running = [
-        subprocess.Popen(
-            [*command[:3], f"--node_rank={node}", *command[3:]], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for node in range(nodes)
-    ]
-    errors = "".join(process.communicate(timeout=200)[1] for process in running)
-    if refused is not None:
-        assert all(process.returncode for process in running) and errors.count(refused) == 1, errors
-        assert "dia_diffusion/cli/main.py" not in errors, "no traceback of ours beside the launcher's own"
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / name, *overrides]
+    running = start_connected(*command, logs=tmp_path, processes=processes, nodes=nodes, prepare=prepare)
+    codes = [process.wait() for process in running]
+    output = "".join(process.text() for process in running)
+    if refused is None:
+        assert codes == [0] * processes, output
     else:
-        assert [process.returncode for process in running] == [0] * nodes, errors
+        assert codes == [2] * processes and output.count(refused) == 1, output
+        assert "Traceback" not in output
     return tmp_path / name
+
+
+def in_float64() -> None:
+    torch.set_default_dtype(torch.float64)
 
 
 def losses(run: Path) -> list[float]:
@@ -83,11 +82,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 
 
 def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_path: Path) -> None:
-    setup = "torch.set_default_dtype(torch.float64)"
-    one = launch(tmp_path, "one", 1, setup=setup)
-    four = launch(tmp_path, "four", 4, "--train.accumulation", "2", setup=setup)
-    checkpointed = launch(tmp_path, "three", 2, "--train.gradient_checkpointing", "true", setup=setup)
-    nodes = launch(tmp_path, "nodes", 2, setup=setup, nodes=2)
+    one = launch(tmp_path, "one", 1, prepare=in_float64)
+    four = launch(tmp_path, "four", 4, "--train.accumulation", "2", prepare=in_float64)
+    checkpointed = launch(tmp_path, "three", 2, "--train.gradient_checkpointing", "true", prepare=in_float64)
+    nodes = launch(tmp_path, "nodes", 2, prepare=in_float64, nodes=2)
     expected = load_file(one / "checkpoints" / "step-00000006" / "model.safetensors")
     for run in (four, checkpointed, nodes):
         weights = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
@@ -96,11 +94,10 @@ def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_pat
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    setup = "torch.set_default_dtype(torch.float64)"
     unit = ["--model.attention", "block-channels", "--optimizer.unit_learning_rate", "1e-2"]
-    whole = launch(tmp_path, "whole", 1, *unit, setup=setup)
-    launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", setup=setup)
-    part = launch(tmp_path, "part", 1, *unit, setup=setup)
+    whole = launch(tmp_path, "whole", 1, *unit, prepare=in_float64)
+    launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", prepare=in_float64)
+    part = launch(tmp_path, "part", 1, *unit, prepare=in_float64)
     assert losses(part) == pytest.approx(losses(whole), rel=1e-9)
 
 
@@ -109,64 +106,65 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
     launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
     # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
-    elsewhere = "import os; os.chdir(sys.argv[-1]) if os.environ['RANK'] == '1' else None; sys.argv.pop()"
-    elsewhere += "; from dia_diffusion.training import run_folder; run_folder.SECONDS_TO_SEE_A_FILE = 2"
-    other = tmp_path / "other"
-    other.mkdir()
+    (tmp_path / "other").mkdir()
+    elsewhere = partial(second_process_in, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
-    launch(tmp_path, "apart", 2, "--output", "apart", str(other), setup=elsewhere, refused="must share it")
+    launch(tmp_path, "apart", 2, "--output", "apart", prepare=elsewhere, refused="must share it")
     np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
-    launch(
-        tmp_path, "one", 2, "--data.source", "images.npy", str(other), setup=elsewhere, refused="is no file or folder"
-    )
+    source = ["--data.source", "images.npy"]
+    launch(tmp_path, "one", 2, *source, prepare=elsewhere, refused="is no file or folder")
 
 
-def test_a_signal_stops_all_processes_at_one_step(tmp_path: Path) -> None:
-    command, environment = torchrun(
-        tmp_path, "run", 2, "--train.max_steps", "100000", "--train.checkpoint_every", "90000"
-    )
+def second_process_in(folder: Path) -> None:
+    run_folder.SECONDS_TO_SEE_A_FILE = 2
+    if os.environ["RANK"] == "1":
+        os.chdir(folder)
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) -> None:
+    """The one launch here by torchrun itself, as people start it."""
+    options = ["--train.max_steps", "100000", "--train.checkpoint_every", "90000"]
+    command, environment = torchrun(tmp_path, "run", 2, *options)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
     (place,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(place.name.removeprefix("step-"))
     assert f"stopped after step {step:,}" in errors
+    assert "dia_diffusion/cli/main.py" not in errors, "no traceback of ours beside the launcher's own"
     launch(tmp_path, "run", 2, "--train.max_steps", str(step + 1))
     assert len(losses(tmp_path / "run")) == step + 1
 
 
 @pytest.mark.parametrize(
-    "command",
+    "options",
     [
-        ["accelerate.commands.launch", "--cpu", "--num_processes", "2"],
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
-        [
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_machines",
-            "2",
-            "--num_processes",
-            "2",
-            "--machine_rank",
-            "0",
-            "--main_process_ip",
-            "localhost",
-            "--main_process_port",
-            "29511",
-        ],
+        "--cpu --num_processes 2",
+        "--multi_gpu --num_processes 2",
+        "--cpu --num_processes 2 --num_machines 2 --main_process_ip localhost --main_process_port 29511",
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU these launches connect their processes")
-def test_processes_that_are_not_connected_are_refused(command: list[str], tmp_path: Path) -> None:
-    script = tmp_path / "main.py"
-    script.write_text(MAIN.format(setup=""))
-    arguments = [str(script), "train", "--config", "digits_uvit_cpu", "--output", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *command, *arguments], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode != 0 and "processes and 1 is connected" in done.stderr
+def test_processes_that_are_not_connected_are_refused(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes started with the environment that `accelerate launch` gives them."""
+    given: list[dict[str, str]] = []
+    started = SimpleNamespace(wait=lambda: None, returncode=0)
+    port = free_port()
+    ranks = [connected(rank, port) for rank in range(2)]
+    for rank in ranks:
+        del rank["ACCELERATE_USE_CPU"]  # which people set for torchrun
+    arguments = accelerate_launch.launch_command_parser().parse_args([*options.split(), "train.py"])
+    with monkeypatch.context() as patch:
+        popen = SimpleNamespace(Popen=lambda _, env: given.append(env) or started)
+        patch.setattr(accelerate_launch, "subprocess", popen)
+        patch.setattr("torch.distributed.run.run", lambda _: given.extend({**os.environ, **rank} for rank in ranks))
+        accelerate_launch.launch_command(arguments)
+    command = ["train", "--config", "digits_uvit_cpu", "--output", tmp_path / "run"]
+    processes = [Forked(*command, log=tmp_path / "log", **environment) for environment in given]
+    assert processes and all(process.wait() == 2 for process in processes)
+    assert (tmp_path / "log").read_text().count("processes and 1 is connected") == 1
     assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, Guidance
 from tests.training.conftest import Recorder
 from tests.training.test_backbones import KWARGS
-from tests.training.test_processes import launch, losses
+from tests.training.test_processes import in_float64, launch, losses
 
 SMALL = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 16, "num_layers": 5}
 SIZES = {**SMALL, "num_attention_heads": 2}
@@ -134,13 +134,12 @@ def test_weight_zero_is_the_same_training(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["uvit", "unet2d"])
 def test_two_processes_train_what_one_does(tmp_path: Path, backbone: str) -> None:
-    setup, options = "torch.set_default_dtype(torch.float64)", ("--ssia.weight", "0.5", *BACKBONES[backbone])
+    options = ("--ssia.weight", "0.5", *BACKBONES[backbone])
     parts = ("--train.accumulation", "2", "--train.gradient_checkpointing", "true")
-    one = launch(tmp_path, "one", 1, *options, setup=setup)
-    two = launch(tmp_path, "two", 2, *options, *parts, setup=setup)
+    one = launch(tmp_path, "one", 1, *options, prepare=in_float64)
+    two = launch(tmp_path, "two", 2, *options, *parts, prepare=in_float64)
     assert losses(two) == pytest.approx(losses(one), rel=1e-9)
     expected, found = load_file(_checkpoint(one)), load_file(_checkpoint(two))
     assert any(name.startswith(HEADS) for name in expected)

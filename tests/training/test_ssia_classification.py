@@ -77,7 +77,6 @@ def test_first_weights_are_the_twins(tmp_path: Path) -> None:
     torch.testing.assert_close(without_heads(first("a", *GUIDED)), dict(first("b", *DEEPER)), rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     alone, together = (metrics(tmp_path, processes, *GUIDED) for processes in (1, 2))
     for one, two in zip(alone, together, strict=True):
