@@ -21,6 +21,7 @@ from dia_diffusion.cli import fid
 from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.feature_pass import BATCH
 from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.features.exact_float32 import exact_float32
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.evaluation.statistics import GivenMoments
@@ -30,7 +31,7 @@ SMALL_NETWORK = 20
 """The small network is given so many times the images that Inception is."""
 DIMENSIONS, SAMPLES = 2048, 5000
 AGREEMENT = 1e-4
-"""How far the distances of contenders may be apart, of themselves."""
+"""How far the distances of contenders may be apart in exact float32, of themselves."""
 
 Run = Callable[[], float]
 """Does the work once and returns the distance; NaN where it measures none."""
@@ -73,19 +74,11 @@ def side_by_side(
     title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device, told: Callable[[str], None]
 ) -> Found:
     """The seconds of contenders that take turns, and how they compare to ours."""
-    distances: dict[str, float] = {}
-
-    def noting(name: str, run: Run) -> Callable[[], None]:
-        def noted() -> None:
-            distances[name] = run()
-
-        return noted
-
-    timings = interleave(
-        [Contender(name, noting(name, run), images) for name, run in runs.items()], rounds, device, told
-    )
+    with exact_float32():  # torch-fidelity by itself lets a GPU compute in TF32, and is timed so
+        distances = {name: run() for name, run in runs.items()}
     found = [distance for distance in distances.values() if not np.isnan(distance)]
     assert max(found) - min(found) <= AGREEMENT * max(found), f"they disagree: {distances}"
+    timings = interleave([Contender(name, run, images) for name, run in runs.items()], rounds, device, told)
     return Found(title, rows_of(timings, timings[0]), timings)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from interleave import Contender, Timing, interleave
+from interleave import STEPS, Contender, Timing, interleave
 from PIL import Image
 from results import Found, rows_of
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
@@ -41,7 +41,7 @@ def measure(
 
 def _training(setting: Setting, rounds: int, device: torch.device, told: Callable[[str], None]) -> Found:
     contenders = [Contender(name, own_step(experiment_of(name, setting)), setting.batch_size) for name in ATTENTIONS]
-    timings = interleave(contenders, rounds, device, told)
+    timings = interleave(contenders, rounds, device, told, STEPS)
     title = f"The unit in a training step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}, not compiled"
     return Found(title, rows_of(timings, timings[0]), timings)
 
@@ -58,7 +58,7 @@ def _calls(setting: Setting, rounds: int, device: torch.device, told: Callable[[
                 network(noisy, 500)
 
         contenders.append(Contender(name, call, setting.batch_size))
-    timings = interleave(contenders, 2 * rounds, device, told)
+    timings = interleave(contenders, 2 * rounds, device, told, STEPS)
     title = f"The unit in a sampling step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}"
     return Found(title, rows_of(timings, timings[0]), timings)
 
@@ -82,7 +82,7 @@ def _feeding(
 
         def feed(task: DiffusionTask = task, numbers: object = numbers) -> None:
             for _ in range(10):
-                draws = task.draw(next(numbers))  # type: ignore[call-overload]
+                draws = task.draw(next(numbers), 0, setting.batch_size)  # type: ignore[call-overload]
                 training_batch(task.images, task.experiment, draws, device, torch.float32)
 
         contenders.append(Contender(name, feed, 10 * setting.batch_size))

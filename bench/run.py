@@ -13,8 +13,9 @@ from results import Found, console, save, show
 from dia_diffusion.allocation import keep_freed_memory
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError
+from dia_diffusion.precision import DTYPES, Precision, best_precision
 
-SUITES = ("train", "sample", "fid", "scale", "overhead")
+SUITES = ("train", "memory", "sample", "fid", "scale", "overhead")
 
 
 def main() -> int:
@@ -22,13 +23,16 @@ def main() -> int:
     options = _parser().parse_args()
     try:
         device = _device(options.device)
+        precision = _precision(options.precision, device)
+        options.precision = precision.name
+        console.print(f"  {precision}", style="dim")
         if device.type == "cpu":
             keep_freed_memory()  # as every command does
         for suite in [options.suite] if options.suite else SUITES:
             tables = _measure(suite, options, device)
             for found in tables:
                 show(found)
-            about = {"suite": suite, **_about(options, device)}
+            about = {"suite": suite, "precision": str(precision), **_about(options, device)}
             path = options.out / (options.name or f"{suite}-{device.type}")
             save(tables, about, path)
             console.print(f"{path}.json")
@@ -47,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
     parser.add_argument("--sampler-steps", type=int, default=5, help="of the suite sample")
     parser.add_argument("--images", type=int, default=256, help="of the suite fid")
-    parser.add_argument("--precision", choices=("bf16", "none"), default="bf16", help="of autocast")
-    parser.add_argument("--recipe", default="cifar10_uvit_s2", help="of the suite train; others have no peers")
+    parser.add_argument(
+        "--precision", choices=("auto", *DTYPES), default="auto", help="of autocast; auto: what the device has"
+    )
+    parser.add_argument("--recipe", default="cifar10_uvit_s2", help="of train and memory; others have no peers")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes of the steps")
     parser.add_argument("--name", help="of the files in it; the suite and the device if none")
     parser.add_argument("--out", type=Path, default=Path("docs/results/speed"), help="folder of the JSON and figures")
@@ -59,11 +65,15 @@ def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> l
     """Each suite is imported where it is run: some need what others don't."""
     told: Callable[[str], None] = lambda text: console.print(f"  {text}", style="dim")  # noqa: E731
     batch, rounds, precision = options.batch_size, options.rounds, options.precision
+    compiled = not options.no_compile
     if suite == "train":
         import train
 
-        compiled = not options.no_compile
         return train.measure(batch, rounds, precision, device, options.uvit_repo, options.recipe, compiled, told)
+    if suite == "memory":
+        import train
+
+        return train.measure_memory(batch, precision, options.uvit_repo, options.recipe, compiled, told)
     if suite == "sample":
         import sample
 
@@ -88,6 +98,13 @@ def _device(name: str | None) -> torch.device:
     if name == "cpu" and there:
         raise InputError("--device cpu: there is a CUDA GPU, which would be used; hide it with CUDA_VISIBLE_DEVICES=")
     return torch.device("cuda" if there else "cpu")
+
+
+def _precision(name: str, device: torch.device) -> Precision:
+    """The precision of this name; of "auto", what the device multiplies natively."""
+    if name == "fp16" and device.type != "cuda":
+        raise InputError("`--precision` must be auto, bf16 or none without a CUDA GPU, got fp16")
+    return best_precision(device) if name == "auto" else Precision(name, "by --precision")
 
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from interleave import exponent, seconds_of
+from interleave import STEPS, block_size, exponent, seconds_of
 from limits import memory_now, memory_peak
 from results import Found
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
@@ -70,4 +70,5 @@ def step_of(shape: dict[str, int], rounds: int, precision: str, folder: Path) ->
     before = memory_now(device)
     step = own_step(replace(recipe, model=model, data=replace(recipe.data, source=source), output=output))
     step()
-    return median(seconds_of(step, device) for _ in range(rounds)), memory_peak(device) - before
+    block = block_size(seconds_of(step, device), device, STEPS)
+    return median(seconds_of(step, device, block) for _ in range(rounds)), memory_peak(device) - before

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from interleave import Contender, interleave
+from interleave import STEPS, Contender, interleave
 from limits import flops_of, matmul_peak, memory_now, memory_peak
 from official import Official
 from results import Found, rows_of
@@ -24,7 +24,7 @@ def measure(
     with_compiled: bool,
     told: Callable[[str], None],
 ) -> list[Found]:
-    """Tables of seconds, of what compilation costs and gives, and of memory."""
+    """Tables of seconds, and of what compilation costs and gives."""
     with tempfile.TemporaryDirectory() as folder:
         official = None if checkout is None else Official(checkout)
         setting = Setting(batch_size, precision, Path(folder), official, recipe)
@@ -39,17 +39,30 @@ def measure(
             if eager(name) == name:
                 flops[name] = flops_of(build_step(name, few)) * batch_size / 2
             contenders.append(Contender(name, run, batch_size, flops[eager(name)]))
-        timings = interleave(contenders, rounds, device, told)
+        timings = interleave(contenders, rounds, device, told, STEPS)
         peak = matmul_peak(precision, device)
         by_name = {timing.name: timing for timing in timings}
-        memory = _memory(setting, checkout, with_compiled, told)
         title = f"Training step, {recipe} and networks of its size, batch {batch_size}, {precision}"
         note = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
         return [
             Found(title, rows_of(timings, by_name[OURS], peak), timings, note),
             *([Found("torch.compile: what it costs and gives", _compilation(by_name))] if with_compiled else []),
-            Found("Peak memory of a training step, over what was held before", memory),
         ]
+
+
+def measure_memory(
+    batch_size: int,
+    precision: str,
+    checkout: Path | None,
+    recipe: str,
+    with_compiled: bool,
+    told: Callable[[str], None],
+) -> list[Found]:
+    """A table of the memory that a step takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(batch_size, precision, Path(folder), None if checkout is None else Official(checkout), recipe)
+        title = f"Peak memory of a training step over what was held before, {recipe}, batch {batch_size}, {precision}"
+        return [Found(title, _memory(setting, checkout, with_compiled, told))]
 
 
 def _compilation(timings: dict) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -210,5 +209,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes this process has held so far: of the GPU's memory on a GPU, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # which Windows doesn't have
+
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

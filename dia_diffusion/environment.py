@@ -1,5 +1,6 @@
 """What a number was made with: versions, device and system."""
 
+import os
 import platform
 from importlib import metadata
 
@@ -31,3 +32,8 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may run on; outside Linux, all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 import re
 import signal
 
+NOT_ON_WINDOWS = "dia-diffusion needs Linux or macOS; on Windows, run it in WSL (the Windows Subsystem for Linux)"
 LONGEST = 2000
 # What an address may carry besides its place: a name with a password, or a token among its parameters.
 USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^/@\s]+@", re.IGNORECASE)  # a path has but one stroke

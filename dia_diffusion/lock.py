@@ -1,13 +1,27 @@
 """A folder that one process at a time works in."""
 
-import fcntl
 import os
 import secrets
 import socket
 from pathlib import Path
 from typing import IO
 
-from dia_diffusion.errors import InputError
+from dia_diffusion.errors import NOT_ON_WINDOWS, InputError
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    raise ImportError(NOT_ON_WINDOWS) from None
+
+
+def lock(file: IO[str] | int, *, wait: bool = False) -> None:
+    """Locks an open file or folder for this process, until it is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process has locked it, and `wait` is False.
+        OSError: a file system without locks.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class FolderLock:
@@ -29,7 +43,7 @@ class FolderLock:
         except OSError as error:
             raise InputError(f"output {self.folder} can't be written: {error.strerror}") from None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except BlockingIOError:
             file.seek(0)
             owner = file.readline().strip() or "another process"

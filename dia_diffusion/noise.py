@@ -4,6 +4,9 @@
 
 Training draws t and mixes with it here; samplers get the same process as diffusers' `trained_betas`. Time is what the
 network sees: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the discrete ones.
+
+Everything that depends on time alone is computed in float64 on the CPU and sent to the device in the sample's dtype:
+some devices, such as Apple's MPS, have no float64, and a CUDA GPU is not waited for.
 """
 
 import math
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise_names import LOSS_WEIGHTINGS, PREDICTION_TYPES, SCHEDULES
+from dia_diffusion.transfer import sent
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
@@ -59,19 +63,24 @@ class NoiseProcess:
         return (uniform * NUM_TIMESTEPS).long()
 
     def log_alpha_bar(self, timestep: Tensor) -> Tensor:
-        """log alpha^2 (B,) in float64 at network times (B,)."""
+        """log alpha^2 (B,), float64 on the CPU, at network times (B,); the device is waited for if they are on one."""
+        timestep = timestep.cpu()
         if self.schedule == "vp-continuous":
             return vp_log_alpha_bar(timestep.double() / (NUM_TIMESTEPS - 1))
-        return torch.log1p(-self._betas).cumsum(0).to(timestep.device)[timestep]
+        return torch.log1p(-self._betas).cumsum(0)[timestep]
 
     def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B,) in float64 at network times (B,)."""
+        """alpha and sigma (B,), float64 on the CPU, at network times (B,)."""
         log_alpha_bar = self.log_alpha_bar(timestep)
         return (0.5 * log_alpha_bar).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
 
     def mix(self, sample: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy sample x_t and the network's target, both like sample (B, C, H, W)."""
-        alpha, sigma = (factor.to(sample)[:, None, None, None] for factor in self.alpha_sigma(timestep))
+        """The noisy sample x_t and the network's target, both like sample (B, C, H, W).
+
+        timestep: (B,), on the CPU, so that no device is waited for.
+        """
+        factors = torch.stack(self.alpha_sigma(timestep)).to(sample.dtype)  # (2, B)
+        alpha, sigma = sent(factors, sample.device)[..., None, None, None]
         noisy = alpha * sample + sigma * noise
         if self.prediction_type == "epsilon":
             return noisy, noise
@@ -80,9 +89,9 @@ class NoiseProcess:
         return noisy, alpha * noise - sigma * sample
 
     def loss_weight(self, timestep: Tensor) -> Tensor:
-        """Weights (B,), float32, of the squared errors at these times."""
+        """Weights (B,), float32 on the CPU, of the squared errors at network times (B,)."""
         if self.loss_weighting == "uniform":
-            return torch.ones_like(timestep, dtype=torch.float32)
+            return torch.ones(timestep.shape, dtype=torch.float32)
         log_alpha_bar = self.log_alpha_bar(timestep)
         snr = 1 / torch.expm1(-log_alpha_bar)
         clipped = snr.clamp(max=MIN_SNR_GAMMA)

@@ -42,7 +42,7 @@ def measure_maps(
     sums = [np.zeros((2, len(stage.attended), num_times, stage.channels)) for stage in stages]
     for batch in run.batches(draws, num_times, coverage.batch_size):
         maps = maps_during(stages, partial(batch.losses, model))
-        for index, h in enumerate(h.double().cpu().numpy() for h in maps):  # (L, B, N)
+        for index, h in enumerate(h.cpu().double().numpy() for h in maps):  # (L, B, N)
             sums[index][0, :, batch.time] += h.sum(axis=1)
             sums[index][1, :, batch.time] += np.square(h).sum(axis=1)
             if classes is not None and labels is not None:

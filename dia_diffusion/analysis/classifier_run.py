@@ -80,7 +80,7 @@ class ClassifierRun(TrainedRun):
             yield Batch(0, slice(start, start + len(part.indices)), partial(self.training_losses, draws=part))
 
     def training_losses(self, model: nn.Module, draws: ImageDraws) -> Tensor:
-        batches = Batches(self.images, self.experiment, lambda step: draws)
+        batches = Batches(self.images, self.experiment, lambda step, start, stop: draws)
         # The last step of a run is followed by none whose images would be decoded ahead.
         pixels, labels = batches.take(replace(draws, step=self.experiment.train.max_steps), self.device)
         images = normalized(pixels, self.experiment.data.mean, self.experiment.data.std)

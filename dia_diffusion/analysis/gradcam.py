@@ -48,7 +48,7 @@ def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: S
     device = next(classifier.model.parameters()).device
     inputs = classifier.prepare(images.to(device))
     with torch.no_grad():
-        probabilities = classifier.model(inputs).double().softmax(dim=1).cpu().numpy()
+        probabilities = classifier.model(inputs).cpu().double().softmax(dim=1).numpy()
     predicted = probabilities.argmax(axis=1)
     asked = predicted if classes is None else np.array(classes)
     layer, is_tokens = last_block(classifier.model)

@@ -28,7 +28,7 @@ def losses(
     found = torch.empty(num_times, len(draws.indices), dtype=torch.float64)
     for batch in run.batches(draws, num_times, coverage.batch_size):
         with during(batch.time):
-            found[batch.time, batch.images] = batch.losses(model).double().cpu()
+            found[batch.time, batch.images] = batch.losses(model).cpu().double()
         coverage.progress(batch.images.stop - batch.images.start)
     return found
 

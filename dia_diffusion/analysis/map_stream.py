@@ -26,7 +26,7 @@ def map_stream(
     draws = run.draw(coverage.seed, number, coverage.num_images)
     for batch in run.batches(draws, run.num_times(coverage.num_times), coverage.batch_size):
         maps = maps_during(stages, partial(batch.losses, model))
-        yield batch.time, [h.double().cpu().numpy() for h in maps]
+        yield batch.time, [h.cpu().double().numpy() for h in maps]
         coverage.progress(batch.images.stop - batch.images.start)
 
 

@@ -12,7 +12,13 @@ from rich.text import Text
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-console = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError, which `cli.main` handles as it does that of a print
+
+
+console = _Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
 SECONDS_BETWEEN_LINES = 20.0

@@ -2,16 +2,17 @@
 
 import importlib
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dia_diffusion import __version__
 from dia_diffusion.cli.imports import imports
-from dia_diffusion.errors import InputError, RunError, Stopped, Terminated, number_of, one_line
+from dia_diffusion.errors import NOT_ON_WINDOWS, InputError, RunError, Stopped, Terminated, number_of, one_line
 
 # name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
 COMMANDS = {
@@ -32,13 +33,33 @@ COMMANDS = {
     "push": "send a pipeline folder to the Hugging Face Hub, after showing what will be sent",
     "distortions": "measure real images spoilt in known ways, to learn what a distance means",
     "train-features": "train the classifier whose features a distance is measured in",
+    "env": "print versions, devices and speed of this machine, for a bug report",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit codes: 0 done, 2 input or usage, 1 failure while running, 128 + n after signal n."""
+    """Runs a command. Exit codes: 0 done, 2 input or usage, 1 failure while running, 128 + n after signal n.
+
+    A pipe whose reader has ended, such as `| head`, ends a command quietly with the code of SIGPIPE.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
+    try:
+        try:
+            return _run(name, arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # an error in the interpreter's own flush at exit could not be handled
+    except BrokenPipeError:
+        _discard_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _discard_output()
+        return _end(name, f"failed: {error.strerror or error}: while writing", 1)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit code. Raises BrokenPipeError where nothing reads what it prints."""
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -46,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dia-diffusion {__version__}")
         return 0
     try:
+        if sys.platform == "win32":
+            raise InputError(NOT_ON_WINDOWS)
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
         with _termination_as_interrupt():
@@ -75,8 +98,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _end(name, f"failed: {one_line(str(error)) or 'not enough memory'}", 1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            raise
         return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
     return 0
+
+
+def _output_is_closed() -> bool:
+    """Whether stdout or stderr is a pipe that nothing reads any more; other pipes and sockets can break too."""
+    closed = select.POLLERR | select.POLLHUP  # Linux reports the first, macOS the second
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # no stream, or one that isn't a file
+            poll.register(stream.fileno(), 0)
+    return any(event & closed for _, event in poll.poll(0))
+
+
+def _discard_output() -> None:
+    """Sends what is still to be written to stdout to nowhere, so that the interpreter's flush at exit succeeds."""
+    with suppress(AttributeError, OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dia_diffusion.lock import FolderLock
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.grids import draw_grids_of_study
-from dia_diffusion.studies.inventory import check_images, check_study, in_one_precision, inventory
+from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, in_one_precision, inventory
 from dia_diffusion.studies.plan import Plan, make_plan, read_plan, set_against, write_plan
 from dia_diffusion.studies.results import results_of, write_results
 from dia_diffusion.studies.runner import Progress, run_study
@@ -32,6 +32,8 @@ def run_study_command(options: argparse.Namespace) -> None:
         raise InputError("a study starts processes of its own; run it without a launcher, with --jobs N")
     study, precision = in_one_precision(_read(options))
     check_study(study)
+    if not options.only_plot:
+        check_randomness(study)
     if options.plan:
         _plan(study, options.jobs)
     elif options.only_plot:

@@ -1,7 +1,6 @@
 """Images that stay files until they are needed: sets too large to be decoded once, or cropped anew at each sight."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dia_diffusion.data.decode import reason
 from dia_diffusion.data.image_set import Labels, Pixels, fingerprint, sha256_of_pixels
 from dia_diffusion.data.sources import find_images
 from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, one_line
 
 
@@ -68,5 +68,4 @@ def open_encoded(source: str | Path, split: str = "train") -> EncodedSet:
 
 
 def _threads() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(32, available)
+    return min(32, usable_cores())

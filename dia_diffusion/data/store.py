@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,6 +14,7 @@ import PIL
 from dia_diffusion.data.decode import reason, to_pixels
 from dia_diffusion.data.image_set import Pixels, sha256_of_blocks, sha256_of_pixels
 from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, one_line
 from dia_diffusion.files import whole_file, write_json
 from dia_diffusion.reading.text import read_json_object
@@ -81,7 +81,7 @@ def _blocks(
 ) -> Iterator[Pixels]:
     """Consecutive blocks (n, C, H, W), each valid until the next; InputError at the end if images couldn't be read."""
     count = len(source.names)
-    threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    threads = min(8, usable_cores())
     length = min(count, max(threads, min(1024, _BLOCK // math.prod(shape[1:]))))
     block = np.empty((length, *shape[1:]), dtype=np.uint8)
     failures: dict[int, str] = {}

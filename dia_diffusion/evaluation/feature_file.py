@@ -1,6 +1,5 @@
 """Features on disk in order of image, filled chunk by chunk, so that a pass that was killed goes on where it was."""
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 
 from dia_diffusion.errors import RunError
 from dia_diffusion.files import naming, write_json
+from dia_diffusion.lock import lock
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.reading.typed import fits
 
@@ -112,7 +112,7 @@ def open_feature_file(folder: Path, widths: dict[str, int], count: int, *, wait:
     descriptor = os.open(folder, os.O_RDONLY)  # its lock ends with the process, however that ends
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, wait=wait)
         except BlockingIOError:
             raise RunError(f"another process is measuring the same images into {folder}") from None
         except OSError:

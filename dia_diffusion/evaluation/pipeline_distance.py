@@ -64,6 +64,7 @@ def pipeline_origin(folder: Path) -> Origin:
         unit=recipe["model"]["attention"],
         batch_size=recipe["train"]["batch_size"],
         seed=recipe["seed"],
+        randomness=training.get("randomness", 1),
         weights_hash=weights_hash(folder),
         model_hash=model_hash(folder),
     )

@@ -69,6 +69,9 @@ class Origin:
     """The attention unit, `none` for a model without one."""
     batch_size: int | None = None
     seed: int | None = None
+    randomness: int | None = None
+    """Version of the random streams it was trained with (`training.randomness`); None: as `seed`, or an older record of
+    a run, which is version 1."""
     weights_hash: str | None = None
     model_hash: str | None = None
     """Of the pipeline's class and the configs of its parts, see `pipelines.folder.model_hash`; None: images."""

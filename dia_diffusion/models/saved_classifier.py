@@ -17,6 +17,7 @@ from dia_diffusion.models.stored import check_size, unusable
 from dia_diffusion.reading.safetensors_header import stored_shapes
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.reading.typed import fits, from_json
+from dia_diffusion.transfer import sent
 
 WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE = "model.safetensors", "config.json", "training.json"
 
@@ -41,7 +42,7 @@ class SavedClassifier:
 
 def normalized(images: Tensor, mean: list[float], std: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 images (B, 3, H, W) -> each channel over 255, less its mean, over its deviation."""
-    shift, scale = (torch.tensor(values, dtype=dtype, device=images.device)[:, None, None] for values in (mean, std))
+    shift, scale = (sent(torch.tensor(values, dtype=dtype), images.device)[:, None, None] for values in (mean, std))
     return (images.to(dtype) / 255 - shift) / scale
 
 

@@ -54,6 +54,8 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
         _read_whole(path, STARTED_FROM)
     if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*NETWORK_NAMES]:
         raise InputError(f"{path} says the backbone is {backbone}; accepted: {', '.join(NETWORK_NAMES)}")
+    if "randomness" in training:
+        _read_whole(path, {"randomness": int})
     if training["data"].get("class_names"):
         _read_whole(path, {"data.class_names": list})
     return training

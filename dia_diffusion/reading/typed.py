@@ -19,6 +19,8 @@ def check_types(value: Any, prefix: str = "") -> None:
         elif not fits(inner, hints[name]) or inner != inner:
             shown = "null" if inner is None else inner
             accepted = getattr(hints[name], "__name__", None) or str(hints[name])
+            if hints[name] is int and type(inner) is int:
+                accepted = "from -(2**63 - 1) to 2**63 - 1"
             raise ValueError(f"{prefix}{name} is {shown}; accepted: {accepted}")
 
 

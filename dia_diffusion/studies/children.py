@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from dia_diffusion.distributed import StopSignal
+from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, Stopped
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -136,5 +137,4 @@ def environment_of(slot: int, side_by_side: int) -> dict[str, str]:
 
 def threads_of_each(side_by_side: int) -> int:
     """Of so many processes on the cores that this one may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // side_by_side)
+    return max(1, usable_cores() // side_by_side)

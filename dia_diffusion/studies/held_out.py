@@ -54,7 +54,7 @@ def _model_loss(
         part = slice(start, start + 64)
         own = None if labels is None else labels[part]
         parts.append(image_losses(model, process, images[part], draws.slice(start, start + 64), own))
-    return torch.cat(parts).double().mean().cpu()
+    return torch.cat(parts).cpu().double().mean()
 
 
 def constant_loss(process: NoiseProcess, images: Tensor, draws: StepDraws) -> Tensor:
@@ -64,7 +64,7 @@ def constant_loss(process: NoiseProcess, images: Tensor, draws: StepDraws) -> Te
     """
     timestep = process.timestep(draws.uniform)
     _, target = process.mix(images, draws.noise.to(images), timestep)  # (B, C, H, W)
-    return (target.double().var(dim=0, correction=1).mean() * process.loss_weight(timestep)[0].to(images)).cpu()
+    return target.cpu().double().var(dim=0, correction=1).mean() * process.loss_weight(timestep)[0].to(images.dtype)
 
 
 def open_held_out(experiment: Experiment, source: str | None, count: int, num_times: int) -> HeldOut:

@@ -20,7 +20,12 @@ from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe_keys import AUTO
-from dia_diffusion.training.run_folder import RunFolder, refuse_changes, refuse_rewriting
+from dia_diffusion.training.run_folder import (
+    RunFolder,
+    refuse_changes,
+    refuse_other_randomness,
+    refuse_rewriting,
+)
 from dia_diffusion.training.snapshot import check_samples
 
 
@@ -73,6 +78,19 @@ def check_study(study: Study) -> None:
         first, expected = fingerprints[0]
         if fingerprint != expected:
             raise InputError(f"{run.folder} was trained on other images than {first.folder}; remove one of them")
+
+
+def check_randomness(study: Study) -> None:
+    """Raises InputError where runs are still to be trained and one was trained with another version's randomness.
+
+    All runs are compared by their seeds, so none is trained beside it either; measuring and drawing remain.
+    """
+    if all(state.trained for state in inventory(study)):
+        return
+    for run in study.runs:
+        origin = _origin(run) or _origin_on_record(run)
+        if origin is not None:
+            refuse_other_randomness(origin, run.folder)
 
 
 def check_images(study: Study, progress: Callable[[int, int], None] | None = None) -> None:
@@ -183,6 +201,13 @@ def _origin(run: StudyRun) -> dict[str, Any] | None:
         return state
     pipelines = step_folders(folder.pipelines)
     return read_training(pipelines[max(pipelines)]) if pipelines else None
+
+
+def _origin_on_record(run: StudyRun) -> dict[str, Any] | None:
+    """The randomness of a measured run without checkpoints and pipelines."""
+    file = RunFolder(run.folder).evaluations
+    records = read_records(file) if file.is_file() else []
+    return {"randomness": records[-1].randomness or 1} if records else None
 
 
 def _check_records(study: Study) -> None:

@@ -21,10 +21,12 @@ from dia_diffusion.precision import in_precision, training_device, training_prec
 from dia_diffusion.reading.sealed import sealed, unsealed
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
+from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment, changed_keys
 from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.randomness import RANDOMNESS
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
 from dia_diffusion.training.snapshot import check_samples
 
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
@@ -137,11 +139,17 @@ def run_trials(trials: Sequence[Trial], held_out: HeldOut, watch: Watch) -> list
     """The results of all trials, in their order; those without one are trained, one after the other.
 
     Raises:
-        InputError: a trial is refused, or its folder holds another.
+        InputError: a trial is refused, or its folder holds another; or some are to be trained beside others of another
+            version's randomness.
         RunError: a training fails otherwise than by diverging.
         Stopped: after SIGINT or SIGTERM; the same call goes on from there.
     """
     results = [finished(trial, held_out) for trial in trials]
+    if None in results:
+        for trial, result in zip(trials, results, strict=True):
+            origin = result or newest_state(RunFolder(trial.folder).checkpoints)
+            if origin is not None:
+                refuse_other_randomness(origin, trial.folder)
     trials = _in_one_precision(trials, results)
     total = sum(trial.experiment.train.max_steps for trial in trials)
     done = sum(t.experiment.train.max_steps for t, result in zip(trials, results, strict=True) if result is not None)
@@ -183,7 +191,8 @@ class _Steps:
 def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
     """Trains a trial and writes its result."""
     recipe = trial.experiment.to_dict()
-    result: dict[str, Any] = {"trial": trial.about, "recipe": recipe, "held_out": held_out.described()}
+    result: dict[str, Any] = {"trial": trial.about, "recipe": recipe, "randomness": RANDOMNESS}
+    result["held_out"] = held_out.described()
     try:
         Trainer(trial.experiment, reporter).run()
     except DivergedError as error:

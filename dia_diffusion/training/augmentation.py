@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dia_diffusion.training.randomness import AUGMENT, generator, image_order
+from dia_diffusion.training.randomness import AUGMENT, image_order, uniforms
+from dia_diffusion.transfer import sent
 
 BORDER = 4
 """Pixels that "pad-crop" puts around an image."""
@@ -24,6 +25,7 @@ TRIES = 10
 
 MIRROR, DOWN, RIGHT, FIRST_TRY = range(4)
 HIDE_DOWN, HIDE_RIGHT = FIRST_TRY + 2 * TRIES, FIRST_TRY + 2 * TRIES + 1
+NUM_UNIFORM = HIDE_RIGHT + 1
 """Columns of the uniform numbers: a mirror image below one half, a place, area and aspect of each try, and what is
 hidden."""
 
@@ -39,29 +41,30 @@ class ImageDraws:
     uniform: Tensor  # (B, 25) float32 in [0, 1)
 
     def slice(self, start: int, stop: int) -> "ImageDraws":
-        """The draws of images start..stop of the batch."""
+        """The draws of images start..stop of these."""
         part = slice(start, stop)
         return ImageDraws(self.step, self.first + start, self.indices[part], self.uniform[part])
 
 
-def draw_images(seed: int, step: int, batch_size: int, num_images: int) -> ImageDraws:
-    """The draws of the global batch of a step, counted from 0."""
-    draw = generator(seed, AUGMENT, step)
-    # Drawn apart, so that a seed means what it did before there were cutouts.
-    uniform = torch.cat([torch.rand(batch_size, columns, generator=draw) for columns in (HIDE_DOWN, 2)], dim=1)
-    return ImageDraws(step, 0, image_order(seed, step * batch_size, batch_size, num_images), uniform)
+def draw_images(
+    seed: int, step: int, batch_size: int, num_images: int, start: int = 0, stop: int | None = None
+) -> ImageDraws:
+    """The draws of images start..stop (None: to the end) of the global batch of a step, counted from 0."""
+    first, count = step * batch_size + start, (batch_size if stop is None else stop) - start
+    uniform = uniforms(seed, AUGMENT, first, count, NUM_UNIFORM)
+    return ImageDraws(step, start, image_order(seed, first, count, num_images), uniform)
 
 
 def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
     """Images (B, C, H, W), mirrored where the draws say so."""
-    return torch.where((uniform[:, MIRROR] < 0.5).to(images.device)[:, None, None, None], images.flip(-1), images)
+    return torch.where(sent(uniform[:, MIRROR] < 0.5, images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def pad_cropped(images: Tensor, uniform: Tensor, reflected: bool = False) -> Tensor:
     """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black, or reflects them."""
     height, width = images.shape[2:]
     padded = F.pad(images.float(), [BORDER] * 4, mode="reflect" if reflected else "constant").to(images.dtype)
-    shifts = (uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long().to(images.device)  # (B, 2)
+    shifts = sent((uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long(), images.device)  # (B, 2)
     rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (B, H)
     columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
     batch = torch.arange(len(images), device=images.device)
@@ -76,7 +79,8 @@ def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
         first = (uniform[:, column, None] * extent).long() - size // 2
         place = torch.arange(extent)
         hidden.append((first <= place) & (place < first + size))
-    return images.masked_fill((hidden[0][:, None, :, None] & hidden[1][:, None, None, :]).to(images.device), GREY)
+    square = hidden[0][:, None, :, None] & hidden[1][:, None, None, :]  # (B, 1, H, W)
+    return images.masked_fill(sent(square, images.device), GREY)
 
 
 def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:

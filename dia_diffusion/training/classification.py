@@ -20,7 +20,7 @@ from dia_diffusion.reading.sealed import sealed
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.classify_images import AnySet, Batches, check_apart, open_labelled, test_pixels
-from dia_diffusion.training.randomness import WEIGHTS, derive
+from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.ssia import Guidance, without_heads
@@ -88,8 +88,9 @@ class ClassificationTask(Task):
         self.batches = Batches(self.train_images, self.experiment, self.draw)
         return self.train_images
 
-    def draw(self, step: int) -> ImageDraws:
-        return draw_images(self.experiment.seed, step, self.experiment.train.batch_size, len(self.train_images))
+    def draw(self, step: int, start: int, stop: int) -> ImageDraws:
+        seed, batch_size = self.experiment.seed, self.experiment.train.batch_size
+        return draw_images(seed, step, batch_size, len(self.train_images), start, stop)
 
     def loss(self, network: nn.Module, draws: ImageDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         pixels, labels = self.batches.take(draws, device)
@@ -118,10 +119,10 @@ class ClassificationTask(Task):
         accelerator, model = moment.accelerator, moment.model
         classes, device = self.experiment.model.num_classes, accelerator.device
         mine = np.arange(accelerator.process_index, len(self.test_images), accelerator.num_processes)
-        counts = torch.zeros(2, classes, dtype=torch.float64, device=device)  # right, all
-        loss = torch.zeros((), dtype=torch.float64, device=device)
         assert self.test_images.labels is not None
         dtype = next(model.parameters()).dtype
+        losses = [torch.zeros((), dtype=dtype, device=device)]
+        hits = [torch.zeros(0, dtype=torch.bool, device=device)]
         model.eval()
         with torch.no_grad():
             for start in range(0, len(mine), TEST_BATCH):
@@ -130,11 +131,15 @@ class ClassificationTask(Task):
                 labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
                 with accelerator.autocast():
                     logits = model(self._prepared(pixels, dtype))
-                loss += F.cross_entropy(logits.to(dtype), labels, reduction="sum").double()
-                right = (logits.argmax(1) == labels).double()
-                counts += torch.stack([torch.zeros_like(counts[0]).index_add(0, labels, w) for w in (right, right**0)])
+                losses.append(F.cross_entropy(logits.to(dtype), labels, reduction="sum"))
+                hits.append(logits.argmax(1) == labels)
         model.train()
-        counts, loss = accelerator.reduce(counts, "sum"), accelerator.reduce(loss, "sum")
+        # Summed on the CPU, since not every device has float64.
+        shown, right = self.test_images.labels[mine], torch.cat(hits).cpu().numpy()
+        counts = torch.from_numpy(np.stack([np.bincount(of, minlength=classes) for of in (shown[right], shown)]))
+        loss = torch.stack(losses).cpu().double().sum()
+        if accelerator.num_processes > 1:
+            counts, loss = (accelerator.reduce(total.to(device), "sum") for total in (counts, loss))
         return self._summary(counts, float(loss))
 
     def _summary(self, counts: Tensor, loss: float) -> dict[str, float]:
@@ -173,6 +178,7 @@ class ClassificationTask(Task):
             "diverged_at": diverged_at,
             **tested,
             "parameters": self.num_parameters,
+            "randomness": RANDOMNESS,
             "train_data": {"name": train.name, "count": len(train), "fingerprint": train.fingerprint},
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),

@@ -137,6 +137,8 @@ class ClassifyExperiment:
         ):
             if not value >= lowest:
                 raise InputError(f"{key} is {value}; accepted: {lowest} or more")
+        if self.seed >= 2**63:  # what JSON records hold
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
         for key, rate in (("optimizer.momentum", optimizer.momentum), ("train.label_smoothing", train.label_smoothing)):
             if not 0 <= rate < 1:
                 raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")

@@ -18,6 +18,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
 from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.transfer import sent
 
 TEST_CROP = 0.875
 """The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
@@ -72,10 +73,11 @@ class Batches:
     Args:
         images: the set.
         experiment: the recipe.
-        draws_of: a step's draws; of files, those of the next step are decoded while the device computes.
+        draws_of: the draws of a step's images start..stop; of files, those of the next step are decoded while the
+            device computes.
     """
 
-    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int], ImageDraws]):
+    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]):
         self.images, self.draws_of = images, draws_of
         self.data, self.size = experiment.data, experiment.model.sample_size
         self.max_steps = experiment.train.max_steps
@@ -84,11 +86,11 @@ class Batches:
     def take(self, draws: ImageDraws, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images (B, 3, H, W), uint8, and labels (B,) of a slice of a step's draws."""
         assert self.images.labels is not None
-        labels = torch.from_numpy(self.images.labels[draws.indices]).to(device)
+        labels = sent(torch.from_numpy(self.images.labels[draws.indices]), device)
         if isinstance(self.images, EncodedSet):
-            pixels = mirrored(torch.from_numpy(self._decoded(self.images, draws)).to(device), draws.uniform)
+            pixels = mirrored(sent(torch.from_numpy(self._decoded(self.images, draws)), device), draws.uniform)
         else:
-            pixels = torch.from_numpy(self.images.images[draws.indices]).to(device)
+            pixels = sent(torch.from_numpy(self.images.images[draws.indices]), device)
             if self.data.augmentation == "pad-crop":
                 reflected = self.data.border == "reflected"
                 pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)
@@ -97,7 +99,7 @@ class Batches:
     def _decoded(self, images: EncodedSet, draws: ImageDraws) -> np.ndarray:
         futures = self.ahead.pop((draws.step, draws.first), None) or self._start(images, draws)
         if draws.step + 1 < self.max_steps:
-            following = self.draws_of(draws.step + 1).slice(draws.first, draws.first + len(draws.indices))
+            following = self.draws_of(draws.step + 1, draws.first, draws.first + len(draws.indices))
             self.ahead[following.step, following.first] = self._start(images, following)
         return gather(futures)
 

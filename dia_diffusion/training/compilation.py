@@ -33,10 +33,10 @@ def compiled(model: nn.Module, setting: Any, max_steps: int, pays_after: int | N
         return cast(nn.Module, torch.compile(model, mode="reduce-overhead"))  # which launches few graphs, not kernels
     if setting == "auto":
         long_enough = pays_after is not None and max_steps >= pays_after
-        setting = device.type == "cuda" or (long_enough and _has_compiler())
+        setting = device.type == "cuda" or (long_enough and find_compiler() is not None)
     return cast(nn.Module, torch.compile(model)) if setting else model
 
 
-def _has_compiler() -> bool:
-    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+def find_compiler() -> str | None:
+    """The C++ compiler that torch.compile uses on a CPU, None if there is none."""
+    return next((name for name in (os.environ.get("CXX", ""), "g++", "clang++") if name and shutil.which(name)), None)

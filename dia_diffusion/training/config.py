@@ -242,6 +242,8 @@ class Experiment:
         ):
             if value < lowest:
                 raise InputError(f"{key} is {value}; accepted: {lowest} or more")
+        if self.seed >= 2**63:  # what JSON records hold
+            raise InputError(f"seed must be below 2**63, got {self.seed}")
         for key, rate in (("ema.decay", self.ema.decay), ("data.label_dropout", self.data.label_dropout)):
             if not 0 <= rate < 1:
                 raise InputError(f"{key} is {rate}; accepted: from 0 to below 1")

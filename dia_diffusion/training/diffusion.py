@@ -81,9 +81,9 @@ class DiffusionTask(Task):
         self.images = open_training_images(self.experiment, accelerator, reporter)
         return self.images
 
-    def draw(self, step: int) -> StepDraws:
-        shape = self.images.images.shape[1:]
-        return draw_step(self.experiment.seed, step, self.experiment.train.batch_size, len(self.images), shape)
+    def draw(self, step: int, start: int, stop: int) -> StepDraws:
+        seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.images.shape[1:]
+        return draw_step(seed, step, batch_size, len(self.images), shape, start, stop)
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         images, labels = training_batch(self.images, self.experiment, draws, device, dtype)

@@ -10,6 +10,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.randomness import StepDraws
 from dia_diffusion.training.reporter import Reporter
+from dia_diffusion.transfer import sent
 
 
 def open_training_images(experiment: Experiment, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
@@ -48,8 +49,3 @@ def training_batch(
     dropped = draws.drop_label < experiment.data.label_dropout
     labels = torch.from_numpy(images.labels[draws.indices]).masked_fill(dropped, num_classes)
     return batch, sent(labels, device)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; a GPU fetches it when it gets there, without this process waiting."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -40,10 +40,16 @@ from dia_diffusion.training.compilation import compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, first_not_finite
-from dia_diffusion.training.randomness import MODEL, WEIGHTS, derive
+from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
 from dia_diffusion.training.reporter import Reporter
-from dia_diffusion.training.run_folder import RunFolder, check_shared, refuse_changes, refuse_rewriting
-from dia_diffusion.training.task import Draws, Moment, Task, about_images
+from dia_diffusion.training.run_folder import (
+    RunFolder,
+    check_shared,
+    refuse_changes,
+    refuse_other_randomness,
+    refuse_rewriting,
+)
+from dia_diffusion.training.task import DrawAhead, Draws, Moment, Task, about_images
 
 
 class Trainer:
@@ -66,6 +72,9 @@ class Trainer:
             config.mixed_precision, log_with=experiment.trackers or None, project_dir=experiment.output
         )
         self.micro_batch = micro_batch_size(config.batch_size, self.accelerator.num_processes, config.accumulation)
+        share = self.micro_batch * config.accumulation
+        first = self.accelerator.process_index * share
+        self.ahead = DrawAhead(self.task, first, first + share)
         torch.manual_seed(derive(experiment.seed, WEIGHTS))
         self.model = self.task.build_model()
         self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
@@ -108,6 +117,8 @@ class Trainer:
         place = self.folder.checkpoints / name
         checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # by whole_checkpoint
         refuse_changes(checkpoint.state["recipe"], self.experiment, self.folder.path)
+        if checkpoint.state["step"] < self.config.max_steps:
+            refuse_other_randomness(checkpoint.state, self.folder.path)
         self.started_from = self.task.same_start(checkpoint.state.get("init_from"))
         if checkpoint.state["data"]["fingerprint"] != self.images.fingerprint:
             raise InputError(f"data.source {self.experiment.data.source} has other images than {place} was trained on")
@@ -252,11 +263,11 @@ class Trainer:
 
     def _draw(self, step: int) -> list[Draws]:
         """What is random in this process's micro-batches of a step, and in its network."""
-        draws = self.task.draw(step)
+        on_gpu = self.accelerator.device.type != "cpu"
+        draws = self.ahead.draw(step, then_next=on_gpu and step + 1 < self.config.max_steps)
         if self.has_dropout:  # its masks belong to the step and the process; no slice of a global batch can give them
-            torch.manual_seed(derive(self.experiment.seed, MODEL, step) + self.accelerator.process_index)
-        first = self.accelerator.process_index * self.micro_batch * self.config.accumulation
-        starts = range(first, first + self.micro_batch * self.config.accumulation, self.micro_batch)
+            torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
+        starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
         return [draws.slice(start, start + self.micro_batch) for start in starts]
 
     def _check_finite(self) -> None:
@@ -365,6 +376,7 @@ class Trainer:
             "step": self.step,
             "images": self.step * self.config.batch_size,
             "weights": "raw" if self.ema is None else "ema",
+            "randomness": RANDOMNESS,
             "recipe": self.experiment.to_dict(),
             "init_from": self.started_from,
             "data": about_images(self.images),

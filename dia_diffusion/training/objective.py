@@ -11,8 +11,8 @@ from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.config import OptimizerConfig, TrainConfig
-from dia_diffusion.training.images import sent
 from dia_diffusion.training.randomness import StepDraws
+from dia_diffusion.transfer import sent
 
 
 def diffusion_loss(
@@ -27,10 +27,10 @@ def image_losses(
 ) -> Tensor:
     """Each image's part (B,) of the diffusion loss."""
     timestep = process.timestep(draws.uniform)  # (B,)
-    noisy, target = process.mix(images, sent(draws.noise, images.device).to(images), timestep)
+    noisy, target = process.mix(images, sent(draws.noise.to(images.dtype), images.device), timestep)
     (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False)
     error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
-    return error * process.loss_weight(timestep).to(error)
+    return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
 
 def parameter_groups(model: UViT | AttachedModel, config: OptimizerConfig) -> list[dict[str, Any]]:

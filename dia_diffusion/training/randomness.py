@@ -1,28 +1,76 @@
-"""Randomness as a function of (seed, step, image): nothing random is ever saved, so any step can be drawn again.
+"""Random numbers of training as a function of (seed, stream, position): nothing random is saved.
 
-A step's draws are those of its global batch; each process takes its slice. So they depend on neither the number of
-processes, nor the micro-batches, nor what ran before.
+They come from Philox4x64-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"), as numpy's `Philox.random_raw` gives its words, which numpy keeps the same. The key is (seed, stream). The counter
+is a position: image i of step s of batch size B is at s * B + i, and every position has its own words. So the numbers
+of any slice of a batch are one contiguous piece of the stream, no two images of a training share numbers, and nothing
+depends on the number of processes or micro-batches, or on what ran before.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+RANDOMNESS = 2
+"""Version of the streams below, first weights aside. 1 (checkpoints that don't say) was torch's CPU generator, seeded
+with 32 bits for each step."""
+
 # Independent streams of one seed. A stream's number is part of what a seed means: never renumber.
-WEIGHTS, ORDER, STEP, MODEL, AUGMENT = range(5)
+WEIGHTS, ORDER, STEP, MODEL, AUGMENT, NOISE = range(6)
+
+WORDS_AT_ONCE = 1 << 14  # Box-Muller's float64 intermediates then stay in the L2 cache
+
+Words = npt.NDArray[np.uint64]
 
 
 def derive(seed: int, stream: int, number: int = 0) -> int:
-    """A seed for a generator, mixed from (seed, stream, number)."""
+    """A seed for torch's generator, mixed from (seed, stream, number)."""
     return int(np.random.SeedSequence([seed, stream, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(seed: int, stream: int, number: int = 0) -> torch.Generator:
-    """A CPU generator that starts at (seed, stream, number)."""
-    return torch.Generator().manual_seed(derive(seed, stream, number))
+def raw_words(seed: int, stream: int, first: int, count: int, each: int) -> Words:
+    """Words (count, each) of the positions first..first + count - 1, where every position has `each` of them."""
+    blocks = math.ceil(each / 4)  # a counter gives four words
+    words = _philox(seed, stream, first * blocks).random_raw(count * blocks * 4)
+    return words.reshape(count, blocks * 4)[:, :each]
+
+
+def uniforms(seed: int, stream: int, first: int, count: int, each: int) -> Tensor:
+    """Numbers (count, each), float32 in [0, 1): the upper 24 bits of each word's upper and lower half."""
+    words = raw_words(seed, stream, first, count, math.ceil(each / 2))
+    halves = np.stack([words >> 32, words & 0xFFFFFFFF], axis=-1).reshape(count, 2 * words.shape[1])[:, :each]
+    return torch.from_numpy((halves >> 8).astype(np.float32) * np.float32(2**-24))
+
+
+def normals(seed: int, stream: int, first: int, count: int, each: int) -> Tensor:
+    """Standard normal numbers (count, each), float32: a pair from each word's halves by Box and Muller.
+
+    They are computed in float64, whose logarithms and tangents may differ in the last bits between CPUs and
+    versions of numpy; rounding to float32 hides that but for about one number in 10^8, which then differs by one ulp.
+    """
+    blocks = math.ceil(each / 8)
+    philox = _philox(seed, stream, first * blocks)
+    numbers = np.empty((count * blocks * 4, 2), dtype=np.float32)
+    for start in range(0, len(numbers), WORDS_AT_ONCE):
+        pairs = numbers[start : start + WORDS_AT_ONCE]
+        words = philox.random_raw(len(pairs))
+        radius = np.sqrt(-2 * np.log(((words >> 32) + 0.5) * 2**-32))
+        # cos and sin of an angle by the tangent of its half, since numpy computes tan several times as fast as those.
+        tangent = np.tan((words & 0xFFFFFFFF) * (math.pi * 2**-32))
+        square = tangent * tangent
+        radius /= 1 + square
+        pairs[:, 0], pairs[:, 1] = radius * (1 - square), 2 * radius * tangent
+    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(count, blocks * 8)[:, :each]))
+
+
+def _philox(seed: int, stream: int, block: int) -> np.random.Philox:
+    """Its next words are those of this counter plus one, since numpy counts before it generates."""
+    return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=block)
 
 
 @dataclass(frozen=True)
@@ -36,23 +84,39 @@ class StepDraws:
     noise: Tensor  # (B, C, H, W) float32
 
     def slice(self, start: int, stop: int) -> "StepDraws":
-        """The draws of images start..stop of the batch."""
+        """The draws of images start..stop of these."""
         part = slice(start, stop)
         return StepDraws(
             self.indices[part], self.flips[part], self.uniform[part], self.drop_label[part], self.noise[part]
         )
 
 
-def draw_step(seed: int, step: int, batch_size: int, num_images: int, shape: tuple[int, ...]) -> StepDraws:
-    """The draws of the global batch (batch_size images of this shape) of a step, counted from 0."""
-    draw = generator(seed, STEP, step)
-    return StepDraws(
-        indices=image_order(seed, step * batch_size, batch_size, num_images),
-        flips=torch.rand(batch_size, generator=draw, dtype=torch.float32) < 0.5,
-        uniform=torch.rand(batch_size, generator=draw, dtype=torch.float32),
-        drop_label=torch.rand(batch_size, generator=draw, dtype=torch.float32),
-        noise=torch.randn(batch_size, *shape, generator=draw, dtype=torch.float32),
-    )
+def draw_step(
+    seed: int,
+    step: int,
+    batch_size: int,
+    num_images: int,
+    shape: tuple[int, ...],
+    start: int = 0,
+    stop: int | None = None,
+) -> StepDraws:
+    """The draws of images start..stop (None: to the end) of the global batch of a step, counted from 0.
+
+    batch_size: of the global batch, images of this shape (C, H, W).
+    """
+    first, count = step * batch_size + start, (batch_size if stop is None else stop) - start
+    flip, uniform, drop_label = uniforms(seed, STEP, first, count, 3).unbind(dim=1)
+    noise = normals(seed, NOISE, first, count, math.prod(shape)).reshape(count, *shape)
+    return StepDraws(image_order(seed, first, count, num_images), flip < 0.5, uniform, drop_label, noise)
+
+
+def dropout_seed(seed: int, step: int, process: int) -> int:
+    """A seed for torch's generators, of the dropout masks of a process in a step.
+
+    Below 2^32, of which alone a CPU generator takes notice. Those of one process differ at any two steps; two processes
+    or trainings may meet by chance.
+    """
+    return (int(raw_words(seed, MODEL, process, 1, 1)[0, 0]) + step) % 2**32
 
 
 def image_order(seed: int, first: int, count: int, num_images: int) -> np.ndarray:
@@ -68,4 +132,4 @@ def image_order(seed: int, first: int, count: int, num_images: int) -> np.ndarra
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    return torch.randperm(num_images, generator=generator(seed, ORDER, epoch)).numpy()
+    return np.argsort(raw_words(seed, ORDER, epoch, 1, num_images)[0], kind="stable")

@@ -165,6 +165,22 @@ def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
         )
 
 
+def refuse_other_randomness(origin: dict[str, Any], path: Path) -> None:
+    """Raises InputError where a run can't be trained on because other random streams than this version's began it.
+
+    origin: a checkpoint's state, a pipeline's training.json or a trial's result; those of version 1 don't name it.
+    """
+    from dia_diffusion.training.randomness import RANDOMNESS
+
+    version = origin.get("randomness", 1)
+    if version != RANDOMNESS:
+        raise InputError(
+            f"{path} was trained with randomness {version}, and this version of dia-diffusion trains with randomness "
+            f"{RANDOMNESS} (other image order, noise and augmentation); finish it with the version that began it, or "
+            "choose another output (dia-diffusion train --init-from starts from its weights)"
+        )
+
+
 def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
     """Raises InputError where a new run would write over pipelines or classifiers whose checkpoints are gone.
 
@@ -181,9 +197,13 @@ def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
 
 
 def _is_recipe_of(experiment: Any, place: Path) -> bool:
-    """Whether a pipeline or classifier was trained by this recipe; an older one lacks newer keys."""
+    """Whether a new run of this recipe makes this pipeline or classifier again; an older one lacks newer keys."""
+    from dia_diffusion.training.randomness import RANDOMNESS
+
     try:
-        written = read_json_object(place / TRAINING_FILE)["recipe"]
-        return not differing_keys(written, experiment.to_dict(), type(experiment)().to_dict(), may_differ=set())
+        training = read_json_object(place / TRAINING_FILE)
+        usual = type(experiment)().to_dict()
+        same_recipe = not differing_keys(training["recipe"], experiment.to_dict(), usual, may_differ=set())
+        return same_recipe and training.get("randomness", 1) == RANDOMNESS
     except (OSError, ValueError, KeyError, AttributeError):
         return False

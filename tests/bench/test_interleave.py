@@ -1,6 +1,7 @@
 """The bench's own arithmetic: who runs when, and what ratios, exponents and counts come out."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
-from interleave import Contender, Timing, exponent, interleave
+from interleave import STEPS, Contender, Timing, block_size, exponent, interleave
 from limits import flops_of, memory_now, memory_peak
 from results import rows_of
 
@@ -21,6 +22,16 @@ def test_contenders_take_turns() -> None:
     timings = interleave(contenders, 2, CPU)
     assert "".join(ran) == "AB" + "ABAB"
     assert [len(timing.seconds) for timing in timings] == [2, 2]
+
+
+def test_short_runs_are_timed_in_blocks() -> None:
+    ran: list[str] = []
+    contenders = [Contender("short", lambda: ran.append("short")), Contender("long", lambda: time.sleep(1.2))]
+    short, long = interleave(contenders, 2, CPU, most=STEPS)
+    assert (short.block, long.block) == (20, 1)
+    assert len(ran) == 1 + 1 + 20 + 2 * 20, "warm-ups, and two rounds of a block"
+    assert short.seconds[0] < 0.1 and long.seconds[0] == pytest.approx(1.2, abs=0.3)
+    assert block_size(5.0, torch.device("cuda"), STEPS) == 20, "of which the host sees the queueing alone"
 
 
 def test_ratios_are_of_the_same_round() -> None:

@@ -88,6 +88,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "grid's sampler": ([*config, "--samples.sampler", "plms"], "'plms'; accepted: ddpm"),
         "grid's steps": ([*config, "--samples.steps", "2000"], "2000 steps"),
         "changed recipe": ([*config[:3], "--output", run, "--seed", "3"], "seed: 0 -> 3"),
+        "seed of more bits": ([*config, "--seed", 2**63], "accepted: from -(2**63 - 1) to 2**63 - 1"),
         "no config": (["train", "--output", folder / "new"], "--config is missing"),
         "batch size": (["sample", run, "--batch-size", "0", "--out", folder / "out"], "--batch-size is 0"),
         "config without value": (["train", "--config"], "--config needs"),

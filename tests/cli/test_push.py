@@ -9,7 +9,7 @@ import pytest
 from dia_diffusion.cli.main import main
 from dia_diffusion.pipelines.export import export_pipeline
 from tests.pipelines.conftest import contents
-from tests.pipelines.hub import Hub
+from tests.pipelines.hub import Hub, asked_private
 
 
 class Terminal(io.StringIO):
@@ -54,7 +54,7 @@ def test_shows_and_sends_after_a_yes(
     assert f"{sum(map(len, sent.values())):,}  bytes in {len(sent)} files" in shown
     assert "left out: optimizer.pt (may hold a pickle)" in shown and "(private)" in shown
     assert f"{hub.address}/me/model" in shown and shown.index("send?") < shown.index("sent: ")
-    assert hub.created[0]["visibility"] == "private"
+    assert asked_private(hub.created[0])
 
 
 def test_of_a_run_the_newest_goes(folder: Path, hub: Hub, tmp_path: Path) -> None:

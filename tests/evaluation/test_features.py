@@ -61,6 +61,19 @@ def test_features_do_not_depend_on_an_autocast_around_them(extractor, digits):
     assert torch.equal(features, extractor(images))
 
 
+def test_features_do_not_depend_on_a_coarser_float32_around_them(extractor, digits):
+    """A CPU with bfloat16 products computes convolutions in it then; a GPU does in TF32."""
+    images = torch.from_numpy(digits.images[:8])
+    exact = extractor(images)
+    try:
+        for precision in ("bf16", "tf32"):
+            torch.backends.fp32_precision = precision
+            assert torch.equal(extractor(images), exact)
+            assert torch.backends.fp32_precision == precision
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
 def test_grey_is_the_mean_of_the_channels(extractor):
     grey = torch.randint(40, 200, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     coloured = torch.cat([grey - 40, grey, grey + 40], dim=1)

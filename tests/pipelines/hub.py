@@ -14,6 +14,11 @@ TOKEN = "hf_stand_in"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def asked_private(created: dict[str, Any]) -> bool:
+    """Whether a repository was asked for as a private one; the client's word for that depends on its version."""
+    return created.get("visibility") == "private" or created.get("private") is True
+
+
 @dataclass
 class Hub:
     address: str = ""

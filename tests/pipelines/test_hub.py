@@ -7,7 +7,7 @@ from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.hub import find_token, prepare, send
 from tests.pipelines.conftest import add_training, contents
-from tests.pipelines.hub import COMMIT, TOKEN, Hub
+from tests.pipelines.hub import COMMIT, TOKEN, Hub, asked_private
 
 STRANGE = (".env", ".git/config", "optimizer.safetensors", "optimizer.bin", "state.json", "notes.txt", "code.py")
 STRANGE_INSIDE = ("unet/ema.pt", "unet/optimizer.safetensors", "checkpoints/step-00000006/model.safetensors")
@@ -52,7 +52,7 @@ def test_exactly_the_listed_files_arrive(with_code: bool, save: Callable[..., Pa
 def test_branch_and_privacy(save: Callable[..., Path], hub: Hub) -> None:
     shipment = prepare(save("source"), "me/model")
     send(shipment, TOKEN, private=True, revision="better")
-    assert hub.created[0]["visibility"] == "private"
+    assert asked_private(hub.created[0])
     assert "POST /api/models/me/model/branch/better" in hub.requests
     assert hub.files and all(name.startswith("me/model@better/") for name in hub.files)
     sent = dict(hub.files)

@@ -19,7 +19,7 @@ from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import write_statistics
 from dia_diffusion.lock import FolderLock
 from dia_diffusion.studies.children import Job
-from dia_diffusion.studies.inventory import check_images, check_study, inventory
+from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, inventory
 from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.plan import make_plan
 from dia_diffusion.studies.runner import commands, run_study
@@ -29,6 +29,7 @@ from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.snapshot import build_model
 from tests.studies.measured_studies import a_record
 from tests.training.conftest import TINY, Recorder
+from tests.training.run_files import make_version_1
 
 STUDY = """
 output: {folder}/out
@@ -104,6 +105,27 @@ def test_a_study_that_disagrees_with_its_runs(
     with pytest.raises(InputError) as refused:
         check_study(study(*changes))
     assert said in str(refused.value) and "none-b8-s0" in str(refused.value)
+
+
+def test_nothing_is_trained_beside_a_run_of_randomness_1(study: Callable[..., Study]) -> None:
+    here = study(changes={"final_protocol": None})
+    check_randomness(here)
+    first, protocol = here.runs[0], read_protocol("fd-digits")
+    for step in first.steps:
+        record = replace(a_record(first, step, 1.5), randomness=2)
+        append_record(RunFolder(first.folder).evaluations, under_name(record, protocol))
+    make_version_1(here.folder)
+    check_study(here)  # it can be drawn
+    check_randomness(replace(here, runs=here.runs[:1]))  # and measured
+    with pytest.raises(InputError, match=r"none-b8-s0 was trained with randomness 1"):
+        check_randomness(here)
+    # Of a run whose weights are gone, the newest record says it.
+    shutil.rmtree(RunFolder(first.folder).checkpoints)
+    shutil.rmtree(RunFolder(first.folder).pipelines)
+    check_randomness(here)
+    append_record(RunFolder(first.folder).evaluations, under_name(a_record(first, 4, 1.5), protocol))
+    with pytest.raises(InputError, match=r"none-b8-s0 was trained with randomness 1"):
+        check_randomness(here)
 
 
 def test_other_images_are_refused(study: Callable[..., Study], tmp_path: Path) -> None:

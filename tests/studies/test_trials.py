@@ -22,6 +22,7 @@ from dia_diffusion.studies.trials import Trial, base_recipe, make_trial, run_tri
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.randomness import draw_step
 from tests.training.conftest import TINY, Recorder
+from tests.training.run_files import make_version_1
 
 
 @pytest.fixture
@@ -118,6 +119,19 @@ def test_goes_on_where_it_was_stopped(trial: Any, monkeypatch: pytest.MonkeyPatc
     assert trained == ["a", "b", "b", "c"]
     assert results == measure(three) and trained == ["a", "b", "b", "c"]
     assert [result["trial"]["unit"] for result in results] == ["a", "b", "c"]
+
+
+def test_nothing_is_trained_beside_a_trial_of_randomness_1(trial: Any) -> None:
+    a, b = trial("a"), trial("b")
+    results = measure([a])
+    assert results[0]["randomness"] == 2
+    make_version_1(a.folder)
+    assert measure([a]) == [{key: value for key, value in results[0].items() if key != "randomness"}]
+    for case in ("result", "checkpoint"):
+        with pytest.raises(InputError, match=rf"{a.folder} was trained with randomness 1"):
+            measure([b, a])
+        assert not b.folder.exists(), case
+        (a.folder / "trial.json").unlink(missing_ok=True)
 
 
 def test_refuses_another_trials_folder(trial: Any) -> None:

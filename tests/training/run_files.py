@@ -1,10 +1,12 @@
 """What a run has left, for comparisons."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from dia_diffusion.reading.sealed import KEY, sealed, unsealed
 from dia_diffusion.training.run_folder import read_metrics
 
 TIMES = {"images_per_second", "peak_memory_mib"}
@@ -16,3 +18,13 @@ def metrics(run: Path) -> list[dict]:
 
 def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
+
+
+def make_version_1(folder: Path) -> None:
+    """Removes the version of randomness from all files of a folder; versions before 2 wrote none."""
+    for name in ("state.json", "training.json", "trial.json"):
+        for file in folder.rglob(name):
+            before = json.loads(file.read_text())
+            fields = unsealed(before)
+            assert fields.pop("randomness") == 2
+            file.write_text(json.dumps(sealed(fields) if KEY in before else fields))

@@ -7,7 +7,6 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as transforms
 
 from dia_diffusion.training.augmentation import crop_box, cut_out, draw_images, mirrored, pad_cropped, resized_crop
-from dia_diffusion.training.randomness import AUGMENT, generator
 
 
 def test_draws_belong_to_their_step_and_image() -> None:
@@ -17,12 +16,6 @@ def test_draws_belong_to_their_step_and_image() -> None:
     assert np.array_equal(part.indices, whole.indices[2:6]) and torch.equal(part.uniform, whole.uniform[2:6])
     assert torch.equal(draw_images(3, 5, 8, 100).uniform, whole.uniform)
     assert not torch.equal(draw_images(3, 6, 8, 100).uniform, whole.uniform)
-
-
-def test_draws_of_a_cutout_leave_the_others_as_they_were() -> None:
-    """A seed's moves are those of runs from before there were cutouts, which drew 23 columns."""
-    before = torch.rand(8, 23, generator=generator(3, AUGMENT, 5))
-    assert torch.equal(draw_images(3, 5, 8, 100).uniform[:, :23], before)
 
 
 def test_pad_crop_and_mirror_move_images_as_torchvision_does() -> None:

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def test_auto_compiles_where_it_pays(
     setting: Any, max_steps: int, compiler: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compilation, "_has_compiler", lambda: compiler)
+    monkeypatch.setattr(compilation, "find_compiler", lambda: "g++" if compiler else None)
     model = nn.Linear(2, 2)
     assert (compiled(model, setting, max_steps, 5000, CPU) is not model) == expected
 

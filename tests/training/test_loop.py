@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.config import OptimizerConfig
+from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.objective import learning_rate
-from dia_diffusion.training.randomness import WEIGHTS, derive, draw_step
+from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
+from dia_diffusion.training.task import DrawAhead
 from tests.training.conftest import Recorder
 from tests.training.run_files import metrics, weights
 
@@ -143,6 +146,31 @@ def labels_seen(experiment, stop_at: int = 0) -> list[list[int]]:
     with pytest.raises(Stopped) if stop_at else nullcontext():
         trainer.run()
     return seen
+
+
+def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, real = [], DiffusionTask.draw
+
+    def draw(self: DiffusionTask, step: int, start: int, stop: int) -> StepDraws:
+        drawn.append((step, start, stop, threading.current_thread() is threading.main_thread()))
+        return real(self, step, start, stop)
+
+    monkeypatch.setattr(DiffusionTask, "draw", draw)
+    trainer = Trainer(tiny("run", "--train.accumulation", "2"), Recorder())
+    trainer.folder.unlock()
+    for step in range(6):
+        trainer._draw(step)
+    assert drawn == [(step, 0, 8, True) for step in range(6)], "on a CPU"
+
+    drawn.clear()
+    second = DrawAhead(trainer.task, 4, 8)  # of two processes, each with a GPU
+    for step in (0, 1, 2, 4, 5):
+        draws = second.draw(step, then_next=step < 5)
+        expected = draw_step(0, step, 8, len(trainer.images), (1, 8, 8)).slice(4, 8)
+        assert torch.equal(draws.noise, expected.noise) and np.array_equal(draws.indices, expected.indices)
+    second.thread.shutdown()
+    here = [(0, 4, 8, True), (4, 4, 8, True)]  # the first step, and one that doesn't follow
+    assert sorted(drawn) == sorted([*here, *((step, 4, 8, False) for step in (1, 2, 3, 5))])
 
 
 def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dia_diffusion.errors import InputError, Stopped
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state
 from dia_diffusion.training.loop import Trainer
 from tests.training.conftest import Recorder
-from tests.training.run_files import metrics, weights
+from tests.training.run_files import make_version_1, metrics, weights
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -141,6 +141,27 @@ def test_a_pickle_is_not_loaded_as_a_checkpoint(tiny, train, tmp_path: Path) -> 
     torch.save({"a": torch.zeros(1)}, place / "model.safetensors")
     with pytest.raises(InputError, match="sha256 differs"):
         load_checkpoint(place)
+
+
+def test_a_run_of_randomness_1_is_not_trained_on(tiny, train, tmp_path: Path) -> None:
+    train(tiny("run"))
+    make_version_1(tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.suffix in (".json", ".jsonl")}
+    with pytest.raises(InputError, match=r"run was trained with randomness 1, .* with randomness 2 .*--init-from") as e:
+        Trainer(tiny("run", "--train.max_steps", "7"), Recorder())
+    assert "\n" not in str(e.value)
+    assert train(tiny("run")).step == 6, "it is complete, and nothing is trained"
+    assert {file: file.read_bytes() for file in before} == before
+    assert train(tiny("new", "--init_from", str(tmp_path / "run"))).step == 6
+    assert read_state(tmp_path / "new" / "checkpoints" / "step-00000006")["randomness"] == 2
+    assert (
+        json.loads((tmp_path / "new" / "pipelines" / "step-00000006" / "training.json").read_text())["randomness"] == 2
+    )
+    # As killed between its first pipeline and its first checkpoint.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "pipelines" / "step-00000006")
+    with pytest.raises(InputError, match="has pipelines and no checkpoint"):
+        Trainer(tiny("run"), Recorder())
 
 
 def test_a_run_in_use_is_refused(tiny, train) -> None:

@@ -16,6 +16,7 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import ConsoleReporter, Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.files import write_json
+from dia_diffusion.training.randomness import RANDOMNESS
 
 Record = dict[str, Any]
 
@@ -45,6 +46,8 @@ def checked(parser: CommandParser, arguments: Sequence[str], lowest: dict[str, i
         value = getattr(options, name[2:].replace("-", "_"))
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; accepted: {least} or more")
+    if options.seed >= 2**63:
+        raise InputError(f"--seed must be below 2**63, got {options.seed}")
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is no folder")
     return options
@@ -80,7 +83,8 @@ def written(
     draw: Callable[[list[Record], Path], None],
 ) -> list[Record]:
     """Writes record and figure. The record first: whatever becomes of the figure, what was measured is kept."""
-    record = {"analysis": analysis, "protocol": {**protocol, "seed": options.seed}, "runs": measured}
+    protocol = {**protocol, "seed": options.seed, "randomness": RANDOMNESS}
+    record = {"analysis": analysis, "protocol": protocol, "runs": measured}
     numbers, figure = options.out / f"{analysis}.json", options.out / f"{analysis}.png"
     write_json(numbers, record)
     draw(measured, figure)

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity import FeatureExtractorBase
 
 from dia_diffusion.errors import InputError, one_line
+from dia_diffusion.evaluation.features.exact_float32 import exact_float32
 from dia_diffusion.files import sha256_of_file
 from dia_diffusion.models.stored import unusable
 from dia_diffusion.reading.text import Unreadable, read_json_object
@@ -43,7 +44,7 @@ class FeatureExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) with 1 or 3 channels, on any device -> float32 features (B, num_features).
 
-        In float32 whatever autocast is around, convolutions without TF32: a ruler doesn't change with its surroundings.
+        In float32 whatever autocast is around, and without TF32: a ruler doesn't change with its surroundings.
         Raises InputError for other types and shapes, and where the module fails or gives no finite features (B, D).
         """
         return self._layers(images)[0]
@@ -65,10 +66,7 @@ class FeatureExtractor:
                 f"features are taken from uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}"
             )
         images = images.to(self.device).expand(-1, 3, -1, -1)
-        with (
-            torch.autocast(self.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-        ):
+        with torch.autocast(self.device.type, enabled=False), exact_float32():
             features, *logits = self._layers_of_module(images)
         return features, logits[0] if logits else None
 

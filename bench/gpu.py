@@ -1,0 +1,221 @@
+"""`python bench/gpu.py`: everything that is to be measured on a GPU, in pieces of a few minutes, as tables and figures.
+
+Each call works for --minutes at the most and goes on where the last one ended, until all tasks are done:
+
+    test_...    the files of tests/gpu
+    before      the suites of bench/run.py
+    study       twins of a study, for as many steps as fit in --training-minutes, with distances along the way
+    after       the suites train and sample once more: what changed meanwhile is the machine's doing
+
+OUT/gpu.md and what it shows are written anew after each call. Exit codes: 0 done, 3 more to do, 2 what can't be run.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gpu_page import write_page
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.files import write_json, write_text
+from dia_diffusion.studies.study import Study, read_study
+
+ROOT = Path(__file__).parents[1]
+SUITES = "train,memory,overhead,sample,fid,scale"
+AFTER = ("train", "sample")
+SECONDS_TO_STOP = 45
+"""For a checkpoint after SIGTERM, and for the page."""
+ROUND_STEPS = 100
+MORE_TO_DO = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command; one that can go on where it was stopped is given what time is left, others a piece of their own."""
+
+    name: str
+    command: list[str]
+    goes_on: bool = False
+
+
+@dataclass
+class State:
+    """What is done, kept in OUT/state.json."""
+
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """A task's name -> its seconds and exit code; a code of null: it took more than a whole piece."""
+    steps: int | None = None
+    """Of the study's runs, once they are decided."""
+
+
+def main() -> int:
+    """Works for one piece."""
+    options = _parser().parse_args()
+    deadline = time.monotonic() + 60 * options.minutes - SECONDS_TO_STOP
+    try:
+        if options.minutes * 60 <= 2 * SECONDS_TO_STOP:
+            raise InputError(f"--minutes must be above {2 * SECONDS_TO_STOP / 60:g}, got {options.minutes:g}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        state = _read(options.out)
+        left = _work(options, state, deadline)
+    except InputError as error:
+        print(f"bench/gpu.py: error: {error}", file=sys.stderr)
+        return 2
+    page = write_page(options.out, state.done)
+    print(f"{page}: {f'left: {left}; the same command goes on' if left else 'all done'}")
+    return MORE_TO_DO if left else 0
+
+
+def _work(options: argparse.Namespace, state: State, deadline: float) -> str:
+    """Runs tasks until the time is over; the names of those that are left."""
+    names = _names(options)
+    fresh = True  # a whole piece is left
+    for name in names:
+        if name in state.done:
+            continue
+        task = _task(name, options, state)
+        seconds, code = _run(task, options.out, deadline)
+        if code is None and (task.goes_on or not fresh):
+            break
+        state.done[name] = {"seconds": round(seconds, 1), "code": code}
+        write_json(options.out / "state.json", asdict(state))
+        fresh = False
+        if code is None:
+            break
+    return ", ".join(name for name in names if name not in state.done)
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    suites = [suite for suite in options.suites.split(",") if suite]
+    sizes = options.batch_sizes.split(",")
+
+    def measured(when: str, chosen: list[str]) -> list[str]:
+        by_size = ("train", "overhead")
+        return [
+            f"{when}-{suite}{f'-b{size}' if suite in by_size else ''}"
+            for suite in chosen
+            for size in (sizes if suite in by_size else sizes[:1])
+        ]
+
+    after = [suite for suite in suites if suite in AFTER]
+    tests = [] if options.no_tests else [file.stem for file in sorted((ROOT / "tests" / "gpu").glob("test_*.py"))]
+    return [*tests, *measured("before", suites), "study", *measured("after", after)]
+
+
+def _task(name: str, options: argparse.Namespace, state: State) -> Task:
+    if name.startswith("test_"):
+        file = ROOT / "tests" / "gpu" / f"{name}.py"
+        return Task(name, [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs", str(file)])
+    if name == "study":
+        place = _write_study(options, state)
+        return Task(name, [sys.executable, "-m", "dia_diffusion", "curves", str(place)], goes_on=True)
+    suite, _, size = name.partition("-")[2].partition("-b")
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--suite", suite, "--device", options.device]
+    command += ["--batch-size", size or options.batch_sizes.split(",")[0], "--name", name, "--out", str(options.out)]
+    command += [] if options.uvit_repo is None else ["--uvit-repo", str(options.uvit_repo)]
+    return Task(name, command + shlex.split(options.bench_options))
+
+
+def _run(task: Task, out: Path, deadline: float) -> tuple[float, int | None]:
+    """Seconds and exit code; None where the time was over before it ended. Its output goes to OUT/NAME.log."""
+    started = time.monotonic()
+    if deadline <= started:
+        return 0.0, None
+    print(f"{task.name}: {shlex.join(task.command)}", flush=True)
+    # What torch.compile has made is there in the next piece, on a new machine as well.
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str((out / "compiled").resolve()), **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with (out / f"{task.name}.log").open("a") as log:
+        process = subprocess.Popen(
+            task.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            code: int | None = process.wait(deadline - started)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.send_signal(signal.SIGTERM)  # a study ends its own processes with a checkpoint
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(SECONDS_TO_STOP / 2)
+        finally:
+            _end_group(process)
+    return time.monotonic() - started, code
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends what is left of a task's processes, those that it has started too."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _write_study(options: argparse.Namespace, state: State) -> Path:
+    """The study with the chosen units and its first seed, and the steps that fit; OUT/twins.yaml."""
+    place = options.out.resolve() / "twins.yaml"
+    study = read_study(options.study)
+    if state.steps is None:
+        state.steps = options.steps or _fitting_steps(options, study)
+    values = asdict(study.config)
+    if options.units:
+        grid = values["runs"][0]
+        values["runs"] = [{**grid, "units": options.units.split(","), "seeds": grid["seeds"][:1]}]
+    values |= {"output": str(place.parent / "study"), "steps": state.steps, "images": None}
+    if options.data is not None:
+        values["overrides"] = {**values["overrides"], "data.source": str(options.data)}
+    write_text(place, yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    write_json(options.out / "state.json", asdict(state))
+    return place
+
+
+def _fitting_steps(options: argparse.Namespace, study: Study) -> int:
+    """Steps a run for --training-minutes of all runs together, by what the suite train has measured; at most the
+    study's own."""
+    size = options.batch_sizes.split(",")[0]
+    file = options.out / f"before-train-b{size}.json"
+    most = study.runs[0].experiment.train.max_steps
+    if not file.is_file():
+        return most
+    rows = json.loads(file.read_text())["tables"][0]["figures"]
+    own = [row["seconds"] for row in rows if row["what"] == "dia-diffusion, DIA-LSTM, compiled"]
+    seconds = own[0] if own else rows[0]["seconds"]
+    runs = len(options.units.split(",")) if options.units else len(study.runs)
+    fitting = int(60 * options.training_minutes / runs / seconds)
+    whole = ROUND_STEPS * study.config.points
+    return min(most, max(whole, fitting // whole * whole))
+
+
+def _read(out: Path) -> State:
+    file = out / "state.json"
+    return State(**json.loads(file.read_text())) if file.is_file() else State()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("bench/gpu.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/gpu"), help="folder of everything, to be kept between calls")
+    add("--minutes", type=float, default=9.0, help="of a call, at the most")
+    add("--training-minutes", type=float, default=20.0, help="of the study's runs together")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--data", help="the study's images; the recipe's own, which are downloaded, if none")
+    add("--uvit-repo", type=Path, metavar="PATH", help="a checkout of github.com/baofff/U-ViT")
+    add("--suites", default=SUITES, help="of bench/run.py, separated by commas")
+    add("--batch-sizes", default="32,128", help="of the suites train and overhead; the others take the first")
+    add("--bench-options", default="", help='more for bench/run.py, such as "--rounds 3"')
+    add("--study", default="cifar10_fig8_short", help="a study by name or file")
+    add("--units", default="none,dia-lstm", help="the study's units, separated by commas; an empty text takes its own")
+    add("--steps", type=int, help="of the study's runs; as many as fit, if none")
+    add("--no-tests", action="store_true", help="leave out tests/gpu")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""macOS and Windows by simulation: what only Linux has is not asked for, nor float64 of Apple's GPU."""
+
+import ctypes
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dia_diffusion import allocation, precision
+from dia_diffusion.cli.main import main
+from dia_diffusion.distributed import peak_memory
+from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+from tests.cli.one_line import error_of
+from tests.mps_stand_in import MPS, stand_in
+from tests.sampling.conftest import vp_scheduler
+from tests.training import classify, conftest
+
+CPU = torch.device("cpu")
+
+
+def test_the_stand_in_refuses_float64_and_computes_the_rest() -> None:
+    with stand_in():
+        x = torch.arange(3.0).to(MPS)
+        assert x.device == MPS and (x * 2).sum().item() == 6 and (x + 1).cpu().tolist() == [1, 2, 3]
+        for ask in (
+            x.double,
+            lambda: torch.zeros(2, dtype=torch.float64, device=MPS),
+            lambda: torch.tensor([0.5], dtype=torch.float64, device=x.device),
+            lambda: torch.ones(2).double().to(MPS),
+        ):
+            with pytest.raises(TypeError, match="float64"):
+                ask()
+        assert torch.ones(2).double().to(MPS, torch.float32).device == MPS
+
+
+def test_no_command_asks_apples_gpu_for_float64(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "diffusion.yaml").write_text(conftest.TINY)
+    (tmp_path / "classifier.yaml").write_text(classify.TINY)
+    run = str(tmp_path / "run")
+    train = ["train", "--config", str(tmp_path / "diffusion.yaml"), "--noise.loss_weighting", "min-snr"]
+    train += ["--model.attention", "dia-lstm", "--train.max_steps", "1"]
+    measured = ["fid", run, "--reference", "digits", "--reference-split", "test", "--num", "20", "--steps", "1"]
+    metrics = ["--metrics", "kid,isc,prc", "--kid-subset-size", "10", "--bootstrap", "100"]
+    classifier = ["--config", str(tmp_path / "classifier.yaml"), "--output", str(tmp_path / "classifier")]
+    with stand_in():
+        assert main([*train, "--output", run]) == 0
+        assert "on mps" in capsys.readouterr().out
+        assert main([*train, "--output", str(tmp_path / "discrete"), "--noise.schedule", "cosine"]) == 0
+        assert main(["sample", run, "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "images")]) == 0
+        assert main([*measured, *metrics]) == 0
+        assert main(["classify", *classifier, "--train.max_steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_asks_apples_gpu_for_float64(name: str) -> None:
+    scheduler = build_scheduler(name, vp_scheduler())
+    with stand_in():
+        x = torch.randn(1, 1, 2, 2).to(MPS)
+        scheduler.set_timesteps(7, device=MPS)
+        for timestep in scheduler.timesteps:
+            x = scheduler.step(scheduler.scale_model_input(x, timestep).sin(), timestep, x).prev_sample
+        assert x.device == MPS and x.dtype == torch.float32
+
+
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=1000))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert peak_memory(CPU) == 1000 * 1024
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert peak_memory(CPU) == 1000
+
+
+def test_only_glibc_is_asked_to_keep_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    allocation.keep_freed_memory()
+    assert asked == []
+    monkeypatch.setattr(sys, "platform", "linux")
+    allocation.keep_freed_memory()
+    assert len(asked) == 2
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl, whose library has no mallopt
+    allocation.keep_freed_memory()
+
+
+def test_a_cpu_that_proc_says_nothing_of_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "none")
+    assert precision.best_precision(CPU).dtype == precision.best_precision(MPS).dtype == "float32"
+
+
+def test_commands_on_windows_name_wsl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "on Windows, run it in WSL" in error_of(["train", "--config", "digits_uvit_cpu"], capsys)
+
+
+WINDOWS = """
+import sys
+
+sys.modules.update(fcntl=None, resource=None)  # which Windows doesn't have
+import dia_diffusion, dia_diffusion.distributed
+
+assert dia_diffusion.UViT and dia_diffusion.UViTPipeline
+for name in ("dia_diffusion.training.loop", "dia_diffusion.evaluation.evaluate"):
+    try:
+        __import__(name)
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_on_windows_models_are_imported_and_the_rest_names_wsl() -> None:
+    done = subprocess.run([sys.executable, "-c", WINDOWS], check=True, capture_output=True, text=True)
+    assert done.stdout.count("on Windows, run it in WSL") == 2
