@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dia_diffusion.attention.controls import BlockScale, FixedScale
+from dia_diffusion.attention.controls import BlockScale, BlockTimeScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
 from dia_diffusion.attention.modules.cbam import ConvolutionalBlockAttention
 from dia_diffusion.attention.modules.eca import EfficientChannelAttention
@@ -21,10 +21,15 @@ from dia_diffusion.attention.modules.srm import StyleRecalibration
 from dia_diffusion.attention.unit import SelfAttentionUnit
 from dia_diffusion.errors import InputError
 
+# DIA-LSTM's h starts at exactly 1/4, so the unit is the identity until its first update.
+IDENTITY = {"activation": "sigmoid", "scale": 4.0, "initialization": "zero"}
+
 # name -> the unit's class and the arguments the name stands for
 UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "dia-lstm": (DIALSTM, {"cell": "dia-lstm"}),
     "dia-lstm-light": (DIALSTM, {"cell": "dia-lstm-light"}),
+    "dia-lstm-identity": (DIALSTM, {"cell": "dia-lstm", **IDENTITY}),
+    "dia-lstm-light-identity": (DIALSTM, {"cell": "dia-lstm-light", **IDENTITY}),
     "lstm": (DIALSTM, {"cell": "lstm"}),
     "se": (SelfAttentionUnit, {"module": SqueezeExcitation}),
     "eca": (SelfAttentionUnit, {"module": EfficientChannelAttention}),
@@ -37,6 +42,7 @@ UNITS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "fixed-scale": (FixedScale, {}),
     "block-scale": (BlockScale, {"by_channel": False}),
     "block-channels": (BlockScale, {"by_channel": True}),
+    "block-channels-time": (BlockTimeScale, {}),
 }
 
 
@@ -46,7 +52,8 @@ def build_attention(
     """The attention unit of that name for so many channels; None or "none" is no unit.
 
     A unit is called as `features, state = unit(features, state, num_unpooled_tokens, num_extra_tokens)`, once a block,
-    in the order of the blocks, with None as the first state. `unit.attention_map(state)` is what the call that
+    in the order of the blocks, with None as the first state; that of "block-channels-time" is
+    `unit.first_state(embedding)`, which only a UViT gives it. `unit.attention_map(state)` is what the call that
     returned `state` multiplied the features with.
 
     num_blocks: the calls of one forward pass; only units with parts for each block need it.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention import build_attention, own_generator
+from dia_diffusion.attention.controls import BlockTimeScale
 from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
 from dia_diffusion.attention.places import PlaceHook, Places, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
@@ -61,8 +62,8 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         What was attached; its detach() takes it off again.
 
     Raises:
-        InputError: no place for a unit, an unknown one, a model that has units already, or one wrapped by DDP or
-            torch.compile.
+        InputError: no place for a unit, an unknown one, one that needs the time, a model that has units already, or one
+            wrapped by DDP or torch.compile.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise InputError(f"attach() was given a {type(model).__name__}; accepted: the model within it, before wrapping")
@@ -84,6 +85,8 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         for run in stages:
             built = build_attention(unit, run[0].channels or 0, num_blocks=len(run), **unit_kwargs)
             assert built is not None
+            if isinstance(built, BlockTimeScale):
+                raise InputError(f"attention unit {unit!r} needs the time, which only a UViT gives its unit")
             units.append(built)
     return Attachment(model, units, stages, unit, unit_kwargs)
 

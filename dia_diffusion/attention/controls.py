@@ -1,12 +1,15 @@
 """Controls for the shared unit: scales in its place that see no features, to tell what of its effect is attention.
 
 DIA-LSTM's attention map starts near 0.25 in every channel of every block (both gates at zero: sigmoid(0) * sigmoid(0)).
-These start there too, and keep it, or learn a number a block, or learn a vector of channels a block.
+These start there too, and keep it, or learn a number a block, or learn a vector of channels a block. Another one, which
+starts at 1, also knows the time: what is left of DIA-LSTM's effect beside it needs the image.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dia_diffusion.attention.layers import bottleneck_width
 from dia_diffusion.attention.recalibration import finite, recalibrate
 from dia_diffusion.errors import InputError
 
@@ -40,22 +43,27 @@ class FixedScale(nn.Module):
 class BlockScale(nn.Module):
     """Each block times its own learned number or channel vector, the same for every image and time.
 
-    AdamW decays these parameters as it does all others, so what the loss doesn't hold drifts to 0, not to `start`.
+    AdamW decays these parameters as it does all others, so what the loss doesn't hold drifts to `decay_to`.
 
     Args:
         channels: N, the channels of the features.
         num_blocks: the calls of one forward pass of the model.
         by_channel: a vector of N a block instead of a number.
-        start: what every parameter starts at.
+        start: what every scale starts at.
+        decay_to: what weight decay pulls every scale to. The parameters are the scales less this, so 1 stores a scale
+            1 + s as s.
 
     Raises:
-        InputError: start is not a finite number.
+        InputError: start or decay_to is not a finite number.
     """
 
-    def __init__(self, channels: int, num_blocks: int, by_channel: bool = False, start: float = 0.25):
+    def __init__(
+        self, channels: int, num_blocks: int, by_channel: bool = False, start: float = 0.25, decay_to: float = 0.0
+    ):
         super().__init__()
         shape = (num_blocks, channels if by_channel else 1)
-        self.scale = nn.Parameter(torch.full(shape, finite("start", start)))
+        self.decay_to = finite("decay_to", decay_to)
+        self.scale = nn.Parameter(torch.full(shape, finite("start", start) - self.decay_to))
 
     def forward(
         self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
@@ -68,4 +76,52 @@ class BlockScale(nn.Module):
 
     def attention_map(self, state: int) -> Tensor:
         """What the call that returned this state multiplied with, (N,) or (1,)."""
-        return self.scale[state - 1]
+        return self.scale[state - 1] + self.decay_to
+
+
+TimeState = tuple[int, Tensor]  # the calls so far, and the embedding of the time (B, N)
+
+
+class BlockTimeScale(nn.Module):
+    """Each block times a learned channel vector that knows the time: what DIA-LSTM could do without seeing features.
+
+        s_l(t) = 1 + W_l SiLU(V e(t) + u) + b_l
+
+    W_l and b_l start at 0, so the unit starts as the identity, and weight decay pulls it back there.
+
+    Args:
+        channels: N, the channels of the features and of the embedding e(t).
+        num_blocks: the calls of one forward pass of the model.
+        reduction: N over the hidden width; must divide N.
+
+    Raises:
+        InputError: reduction does not divide N.
+    """
+
+    def __init__(self, channels: int, num_blocks: int, reduction: int = 4):
+        super().__init__()
+        width = bottleneck_width(channels, reduction)
+        self.hidden = nn.Linear(channels, width)
+        self.weight = nn.Parameter(torch.zeros(num_blocks, channels, width))
+        self.bias = nn.Parameter(torch.zeros(num_blocks, channels))
+
+    def first_state(self, embedding: Tensor) -> TimeState:
+        """The state for the first block, from the sinusoidal embedding of the time (B, N)."""
+        return 0, embedding
+
+    def forward(
+        self, features: Tensor, state: TimeState, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+    ) -> tuple[Tensor, TimeState]:
+        """As DIALSTM's, but the first state is that of `first_state`."""
+        calls, embedding = state
+        if calls == len(self.bias):
+            raise InputError(f"the unit was built for {len(self.bias)} blocks and is called in block {calls + 1}")
+        state = calls + 1, embedding
+        return recalibrate(features, self.attention_map(state)), state
+
+    def attention_map(self, state: TimeState) -> Tensor:
+        """What the call that returned this state multiplied with, (B, N)."""
+        calls, embedding = state
+        with torch.autocast(embedding.device.type, enabled=False):
+            hidden = F.silu(self.hidden(embedding.to(self.hidden.weight.dtype)))  # (B, N/r)
+            return 1 + F.linear(hidden, self.weight[calls - 1], self.bias[calls - 1])

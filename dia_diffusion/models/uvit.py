@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dia_diffusion.attention import build_attention, own_generator
+from dia_diffusion.attention.controls import BlockTimeScale
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit_block import Block
 
@@ -231,14 +232,15 @@ class UViT(ModelMixin, ConfigMixin):
         if tuple(sample.shape[1:]) != (channels, size, size):
             raise InputError(f"sample has shape {tuple(sample.shape)}; accepted: (B, {channels}, {size}, {size})")
         x = rearrange(self.patch_embed(sample), "B N h w -> B (h w) N")  # (B, L, N)
-        tokens = [self._time_token(timestep, x), x]
+        embedding = self._sinusoidal_embedding(timestep, x)
+        tokens = [self.time_embed(embedding.to(self.pos_embed.dtype))[:, None], x]
         if self.label_embed is not None:
             tokens.insert(0, self._label_token(class_labels, x))
         elif class_labels is not None:
             raise InputError("class_labels were given to an unconditional model (num_classes is None)")
         x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra + L, N)
 
-        state = None
+        state: Any = self.unit.first_state(embedding) if isinstance(self.unit, BlockTimeScale) else None
         skips = []
         for block in self.in_blocks:
             x, state = self._run(block, x, state)
@@ -259,12 +261,12 @@ class UViT(ModelMixin, ConfigMixin):
             return self._gradient_checkpointing_func(block, x, self.unit, state, skip, *tokens)
         return block(x, self.unit, state, skip, *tokens)
 
-    def _time_token(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
+    def _sinusoidal_embedding(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
+        """Of the time, (B, N)."""
         # Sines of times up to 999 need float32 whatever the model's precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, dtype=dtype, device=x.device).expand(x.shape[0])
-        embedding = timestep_embedding(timestep, self.hidden_size).to(self.pos_embed.dtype)
-        return self.time_embed(embedding)[:, None]  # (B, 1, N)
+        return timestep_embedding(timestep, self.hidden_size)
 
     def _label_token(self, class_labels: Tensor | None, x: Tensor) -> Tensor:
         assert self.label_embed is not None and self.num_classes is not None

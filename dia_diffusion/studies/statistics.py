@@ -1,11 +1,12 @@
-"""Means over seeds, differences between units, and what Student's tests say of them."""
+"""Means over seeds, differences between units in mean and spread, and what tests say of them."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from scipy import integrate, stats
+from scipy import integrate, optimize, stats
 
 LEVEL = 0.95
 """Of every confidence interval."""
@@ -58,6 +59,42 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> float | None
     return _known(stats.ttest_rel, first, second)
 
 
+def pitman_morgan(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The two-sided p of Pitman and Morgan's (1939) test that values that belong together have one variance.
+
+    Their sums and differences are uncorrelated exactly where the variances are equal. None for fewer than three pairs,
+    or where sums or differences don't vary.
+    """
+    sums, differences = np.add(first, second), np.subtract(first, second)
+    if len(first) < 3 or not all(_vary(values, [*first, *second]) for values in (sums, differences)):
+        return None
+    return _known(stats.pearsonr, sums, differences)
+
+
+def brown_forsythe(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The p of Brown and Forsythe's (1974) test of equal variances: Levene's, about the medians, of unpaired values.
+
+    None where it says nothing: fewer than two values on a side, or values that don't vary on either.
+    """
+    if min(len(first), len(second)) < 2 or not (_vary(first, first) or _vary(second, second)):
+        return None
+    return _known(partial(stats.levene, center="median"), first, second)
+
+
+def detectable_difference(count: int, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The true mean difference that the two-sided paired t-test of `count` pairs sees with this power.
+
+    In standard deviations of the differences. alpha: the level of the test.
+    """
+    critical = stats.t.ppf(1 - alpha / 2, count - 1)
+
+    def missing(difference: float) -> float:
+        # The other tail adds nothing once the power is above a half.
+        return float(stats.nct.cdf(critical, count - 1, difference * count**0.5)) - (1 - power)
+
+    return float(optimize.brentq(missing, 0.0, 2 * critical / count**0.5 + 4))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's (1979) p values for as many tests as are not None: with them, the chance of any false finding is p."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
@@ -82,7 +119,7 @@ def _vary(values: Sequence[float] | np.ndarray, computed_from: Sequence[float]) 
     return bool(np.ptp(values) > ROUNDING * np.abs(computed_from).max())
 
 
-def _known(test: object, first: Sequence[float], second: Sequence[float]) -> float | None:
+def _known(test: object, first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # values that don't vary
         p = float(test(first, second).pvalue)  # type: ignore[operator]

@@ -7,10 +7,17 @@ from dia_diffusion.training.config import EmaConfig
 
 
 class MovingAverage:
-    """Parameters averaged over the steps of a training; a step that is skipped leaves it as it was."""
+    """Parameters averaged over the steps of a training; a step that is skipped leaves it as it was.
 
-    def __init__(self, parameters: list[Tensor], config: EmaConfig):
+    Args:
+        parameters: the model's.
+        config: its decay, and the decay's warm-up.
+        reference_steps: the steps that a step counts as: the average decays as much as it would over as many.
+    """
+
+    def __init__(self, parameters: list[Tensor], config: EmaConfig, reference_steps: float = 1.0):
         self.config = config
+        self.reference_steps = reference_steps
         self.parameters = [parameter.detach().clone() for parameter in parameters]
         """In the order of the model's."""
         self.steps = 0
@@ -27,8 +34,9 @@ class MovingAverage:
         self.steps += 1
         decay = self.config.decay
         if self.config.warmup:
-            decay = min(decay, (1 + self.steps) / (10 + self.steps))
-        weight = (1 - decay) * (~skip).to(self.parameters[0].dtype)
+            step = self.steps * self.reference_steps
+            decay = min(decay, (1 + step) / (10 + step))
+        weight = (1 - decay**self.reference_steps) * (~skip).to(self.parameters[0].dtype)
         if skip.device.type == "cpu":
             for own, parameter in zip(self.parameters, parameters, strict=True):
                 own.lerp_(parameter, weight)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:  # the keys are told without waiting for torch
     from dia_diffusion.noise import NoiseProcess
 
 
+MAX_REFERENCE = 1_000_000  # so that a beta below 1 stays below 1 at batch size 1
+
+
 @dataclass
 class DataConfig:
     """Where the images come from."""
@@ -64,8 +67,9 @@ class ModelConfig:
     layer_norm: bool = True
     """LayerNorms in the blocks and before the decoder."""
     attention: str | None = "dia-lstm"
-    """The unit before the MLPs: dia-lstm, dia-lstm-light, lstm, se, eca, cbam, srm, spa, sem, spem, sge, none, or a
-    control that sees no features: fixed-scale, block-scale, block-channels."""
+    """The unit before the MLPs: dia-lstm, dia-lstm-light, either with -identity (starts as the identity), lstm, se,
+    eca, cbam, srm, spa, sem, spem, sge, none, or a control that sees no features: fixed-scale, block-scale,
+    block-channels, block-channels-time."""
     attention_kwargs: dict[str, Any] | None = None
     """Further arguments of the unit, such as {reduction: 16} or {sharing: individual}."""
     attention_blocks: list[int] | None = None
@@ -117,6 +121,9 @@ class TrainConfig:
 
     batch_size: int = 128
     """Images an optimizer step, over all processes and accumulations together."""
+    reference_batch_size: int | None = None
+    """The batch size that beta2, ema.decay, ema.warmup and warmup_steps are given for: at another one they keep their
+    half-lives and length in images, and the learning rate stays. null counts them in steps."""
     max_steps: int = 500_000
     """Optimizer steps."""
     accumulation: int = 1
@@ -153,6 +160,8 @@ class OptimizerConfig:
     """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
     betas: tuple[float, float] = (0.99, 0.999)
     """AdamW's decay rates."""
+    beta1_in_images: bool = False
+    """Keep the half-life of the first beta in images too, where train.reference_batch_size is set."""
     weight_decay: float = 0.03
     """AdamW's weight decay."""
     warmup_steps: int = 2500
@@ -253,6 +262,13 @@ class Experiment:
             raise InputError(f"optimizer.weight_decay is {optimizer.weight_decay}; accepted: 0 or more")
         if optimizer.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate is {optimizer.learning_rate}; accepted: above 0")
+        reference = train.reference_batch_size
+        if reference is not None and not 1 <= reference <= MAX_REFERENCE:
+            raise InputError(
+                f"`train.reference_batch_size` must be from 1 to {MAX_REFERENCE:,}, or null, got {reference}"
+            )
+        if optimizer.beta1_in_images and train.reference_batch_size is None:
+            raise InputError("`optimizer.beta1_in_images` must be false without `train.reference_batch_size`, got true")
         self._check_backbone()
         if optimizer.unit_learning_rate is not None:
             self._check_unit_learning_rate(optimizer.unit_learning_rate)

@@ -13,7 +13,13 @@ from dia_diffusion.files import step_name
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.images import open_training_images, training_batch
 from dia_diffusion.training.init_from import same_start, start_from
-from dia_diffusion.training.objective import diffusion_loss, learning_rate, parameter_groups
+from dia_diffusion.training.objective import (
+    diffusion_loss,
+    learning_rate,
+    optimizer_at_batch_size,
+    parameter_groups,
+    reference_steps,
+)
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
@@ -31,6 +37,8 @@ class DiffusionTask(Task):
         self.experiment = experiment
         self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.ema = experiment.ema
+        self.optimizer_config = optimizer_at_batch_size(experiment.optimizer, experiment.train)
+        self.reference_steps = reference_steps(experiment.train)
         self.process = experiment.noise_process()
         self.images: ImageSet
         self.guidance: Guidance | None = None
@@ -51,16 +59,16 @@ class DiffusionTask(Task):
         return model
 
     def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        return parameter_groups(model, self.experiment.optimizer)
+        return parameter_groups(model, self.optimizer_config)
 
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        config = self.experiment.optimizer
+        config = self.optimizer_config
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
     def learning_rate(self, step: int, peak: float) -> float:
-        return learning_rate(self.experiment.optimizer, step, self.experiment.train.max_steps, peak)
+        return learning_rate(self.optimizer_config, step, self.experiment.train.max_steps, peak)
 
     def first_weights(self, model: Any) -> dict[str, Any] | None:
         source = self.experiment.init_from

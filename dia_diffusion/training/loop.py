@@ -142,7 +142,9 @@ class Trainer:
         self.buffers = KeptBuffers(self.model)
         skipped = 0 if checkpoint is None else checkpoint.state.get("skipped_steps", 0)
         self.finite = FiniteWatch(device, config.max_skipped_steps, skipped, self.accelerator.scaler is not None)
-        self.ema = None if self.task.ema is None else MovingAverage(self.parameters, self.task.ema)
+        self.ema = None
+        if self.task.ema is not None:
+            self.ema = MovingAverage(self.parameters, self.task.ema, self.task.reference_steps)
         if checkpoint is not None:
             if self.ema is not None:
                 self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)

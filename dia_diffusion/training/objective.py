@@ -1,6 +1,7 @@
 """What a step minimises, and how large a step it takes."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.training.config import OptimizerConfig
+from dia_diffusion.training.config import OptimizerConfig, TrainConfig
 from dia_diffusion.training.randomness import StepDraws
 from dia_diffusion.transfer import sent
 
@@ -53,6 +54,22 @@ def parameter_groups(model: UViT | AttachedModel, config: OptimizerConfig) -> li
         {"params": parameters[:-count], "peak_rate": config.learning_rate},
         {"params": parameters[-count:], "peak_rate": config.unit_learning_rate},
     ]
+
+
+def reference_steps(config: TrainConfig) -> float:
+    """The steps of the reference batch size that one step has the images of; 1 without a reference."""
+    return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
+
+
+def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
+    """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
+
+    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 likewise where the recipe says so.
+    """
+    steps = reference_steps(train)
+    beta1, beta2 = config.betas
+    betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
+    return replace(config, betas=betas, warmup_steps=round(config.warmup_steps / steps))
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int, peak: float | None = None) -> float:

@@ -95,6 +95,8 @@ class Task(ABC):
     """The recipe: its output, seed, data.source, train, trackers, to_dict and changed_keys are read by the engine."""
     ema: EmaConfig | None
     """The moving average that is kept of the parameters; None keeps none."""
+    reference_steps: float = 1.0
+    """The steps that a step counts as for the moving average."""
     compiling_pays_after: int | None = None
     """Steps on a CPU from which train.compile "auto" compiles the model; None: never."""
 

@@ -50,6 +50,19 @@ def test_they_start_where_dia_lstm_does_unless_told(name: str) -> None:
     assert torch.equal(build_attention(name, 6, num_blocks=3, **{option: 1})(features)[0], features)
 
 
+@pytest.mark.parametrize("name", ["block-scale", "block-channels"])
+def test_weight_decay_pulls_scales_to_where_it_is_said(name: str) -> None:
+    for decay_to in (0.0, 1.0):
+        unit = build_attention(name, 6, num_blocks=3, start=1.5, decay_to=decay_to)
+        assert torch.equal(unit.attention_map(2), torch.full_like(unit.attention_map(2), 1.5))
+        optimizer = torch.optim.AdamW(unit.parameters(), lr=0.1, weight_decay=0.5)
+        for _ in range(3):  # without a gradient, only the decay moves the parameters
+            unit.scale.grad = torch.zeros_like(unit.scale)
+            optimizer.step()
+        expected = decay_to + (1.5 - decay_to) * 0.95**3
+        assert torch.allclose(unit.attention_map(2), torch.tensor(expected), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", CONTROLS)
 def test_maps_and_tokens_agree(name: str) -> None:
     unit = build_attention(name, 8, num_blocks=2)
@@ -123,6 +136,9 @@ def test_more_blocks_than_it_has_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "named"),
     [
+        ("block-channels", {"num_blocks": 2, "decay_to": float("inf")}, "decay_to is inf"),
+        ("block-channels-time", {}, "build it with num_blocks"),
+        ("block-channels-time", {"num_blocks": 2, "reduction": 3}, "reduction 3 does not divide the 8 channels"),
         ("block-scale", {}, "build it with num_blocks"),
         ("block-scale", {"num_blocks": 2, "start": "half"}, "start is 'half'; accepted: a finite number"),
         ("block-channels", {"num_blocks": 2, "start": float("nan")}, "start is nan"),

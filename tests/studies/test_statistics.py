@@ -1,10 +1,20 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from dia_diffusion.studies.statistics import estimate, holm, mean_along, paired_test, student_test
+from dia_diffusion.studies.statistics import (
+    brown_forsythe,
+    detectable_difference,
+    estimate,
+    holm,
+    mean_along,
+    paired_test,
+    pitman_morgan,
+    student_test,
+)
 
 FIRST = [3.1, 2.7, 3.6, 2.9, 3.3]
 SECOND = [2.6, 2.5, 3.2, 3.0, 2.8]
@@ -48,6 +58,28 @@ def test_the_paired_test_is_that_of_the_differences():
 def test_too_few_or_equal_values_have_no_p(values):
     assert student_test(*values) is None
     assert paired_test(*values) is None
+    assert pitman_morgan(*values) is None
+
+
+def test_pitman_and_morgan_is_the_closed_form_of_the_variances_ratio():
+    n, ratio, r = len(FIRST), np.var(FIRST) / np.var(SECOND), np.corrcoef(FIRST, SECOND)[0, 1]
+    t = (ratio - 1) * math.sqrt(n - 2) / (2 * math.sqrt(ratio * (1 - r**2)))
+    assert pitman_morgan(FIRST, SECOND) == pytest.approx(2 * stats.t.sf(abs(t), n - 2))
+    assert pitman_morgan(SECOND, FIRST) == pytest.approx(pitman_morgan(FIRST, SECOND))
+    assert pitman_morgan([1.0, 2.0], [2.0, 5.0]) is None
+
+
+def test_brown_and_forsythe_is_the_analysis_of_variance_of_distances_to_the_median():
+    distances = [np.abs(np.subtract(values, np.median(values))) for values in (FIRST, SECOND)]
+    assert brown_forsythe(FIRST, SECOND) == pytest.approx(stats.f_oneway(*distances).pvalue)
+    assert brown_forsythe([1.0], [1.0, 2.0]) is None and brown_forsythe([1.0, 1.0], [2.0, 2.0]) is None
+
+
+@pytest.mark.parametrize(("count", "power", "alpha"), [(20, 0.8, 0.05), (6, 0.8, 0.05), (10, 0.9, 0.005)])
+def test_a_detectable_difference_is_seen_that_often(count, power, alpha):
+    samples = np.random.default_rng(0).normal(detectable_difference(count, power, alpha), size=(40_000, count))
+    seen = (stats.ttest_1samp(samples, 0, axis=1).pvalue < alpha).mean()
+    assert seen == pytest.approx(power, abs=0.01)  # five standard errors
 
 
 @pytest.mark.parametrize(

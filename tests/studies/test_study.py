@@ -54,6 +54,14 @@ def test_a_run_has_the_recipe_that_the_command_line_would_give(tmp_path: Path) -
     assert run.experiment.to_dict() == read_experiment(f"{tmp_path}/tiny.yaml", overrides).to_dict()
 
 
+def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path: Path) -> None:
+    keys = ("slow: {model.attention: dia-lstm,", "slow: {model.attention: dia-lstm, train.reference_batch_size: 32,")
+    runs = {run.name: run.experiment.train for run in read_study(written(tmp_path, keys)).runs}
+    found = {name: (runs[name].batch_size, runs[name].reference_batch_size) for name in ("slow-b8-s0", "slow-b4-s0")}
+    assert found == {"slow-b8-s0": (8, 32), "slow-b4-s0": (4, 32)}
+    assert runs["none-b4-s0"].reference_batch_size is None
+
+
 @pytest.mark.parametrize("name", study_names())
 def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))

@@ -40,7 +40,7 @@ def test_shipped_recipes_are_valid_and_round_trip(path: Path, tmp_path: Path) ->
 
 
 def test_recipes_of_units_differ_in_the_unit_alone() -> None:
-    units = (("_dia", "dia-lstm"), ("_dia_light", "dia-lstm-light"))
+    units = (("_dia", "dia-lstm"), ("_dia_light", "dia-lstm-light"), ("_dia_identity", "dia-lstm-identity"))
     for base in (
         "cifar10_uvit_s2",
         "cifar10_uvit_cpu",
@@ -105,6 +105,8 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ("init_from: ''", [], "init_from is empty; accepted"),
         ("optimizer: {unit_learning_rate: 0}", [], "optimizer.unit_learning_rate is 0.0; accepted: above 0, or null"),
         ("model: {attention: none}\noptimizer: {unit_learning_rate: 1e-3}", [], "0.001 and model.attention none"),
+        ("train: {reference_batch_size: 0}", [], "`train.reference_batch_size` must be from 1 to 1,000,000, .*, got 0"),
+        ("optimizer: {beta1_in_images: true}", [], "must be false without `train.reference_batch_size`, got true"),
         ("- a list", [], "not a recipe"),
         ("a: [", [], "not a YAML recipe"),
         ("seed: !!python/object/apply:os.system [true]", [], "not a YAML recipe"),

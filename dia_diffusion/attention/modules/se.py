@@ -5,28 +5,37 @@ from torch import Tensor, nn
 from dia_diffusion.attention.extraction import mean_pool
 from dia_diffusion.attention.layers import bottleneck_width, linear
 from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.recalibration import finite
 
 
 class SqueezeExcitation(OneMapModule):
-    """sigmoid(W2 relu(W1 GAP(a))) (eq. 2 and 3), 2 N^2/r + N/r + N parameters with biases.
+    """scale * sigmoid(W2 relu(W1 GAP(a))) (eq. 2 and 3), 2 N^2/r + N/r + N parameters with biases.
 
     Args:
         channels: N.
         reduction: r; must divide N.
         bias: biases on both maps, as in the published networks.
+        scale: what the sigmoid is multiplied by, 1 in the paper.
+        zero_init: W2 starts at 0, so that with scale 2 the map starts at exactly 1.
 
     Raises:
-        InputError: r does not divide N.
+        InputError: r does not divide N, or scale is not a finite number.
     """
 
-    def __init__(self, channels: int, reduction: int = 16, bias: bool = True):
+    def __init__(
+        self, channels: int, reduction: int = 16, bias: bool = True, scale: float = 1.0, zero_init: bool = False
+    ):
         super().__init__()
+        self.scale = finite("scale", scale)
         width = bottleneck_width(channels, reduction)
         self.reduce = nn.Linear(channels, width, bias=bias)
         self.expand = nn.Linear(width, channels, bias=bias)
+        if zero_init:
+            for parameter in self.expand.parameters():
+                nn.init.zeros_(parameter)
 
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
-        return linear(self.expand, linear(self.reduce, extracted).relu()).sigmoid()
+        return linear(self.expand, linear(self.reduce, extracted).relu()).sigmoid() * self.scale
