@@ -74,9 +74,12 @@ def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tm
 def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
     """One step of AdamW moves a parameter by about its rate, whatever the gradient; a second run goes on from it."""
     own = ("--optimizer.unit_learning_rate", "1e-5", "--optimizer.weight_decay", "0")
+    # Of a bottleneck of 4 neurons all can be dead, whose weights then get no gradient.
+    own += ("--model.attention_kwargs.reduction", "1")
     train(tiny("run", *own, "--train.max_steps", "1", "--optimizer.warmup_steps", "2"))
     torch.manual_seed(derive(0, WEIGHTS))
-    first = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
+    sizes = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 16, "num_layers": 3}
+    first = UViT(**sizes, num_attention_heads=2, attention_kwargs={"reduction": 1})
     trained = weights(tmp_path / "run", 1)
     moved = {name: float((trained[name] - tensor).abs().max()) for name, tensor in first.state_dict().items()}
     assert moved.pop("decoder.weight") == pytest.approx(0.5e-3, rel=0.05)
