@@ -27,13 +27,13 @@ def test_one_process_does_the_work_once() -> None:
 
 
 def impatient() -> None:
-    """Makes the backend give up after a second, as NCCL does after ten minutes."""
-    torch.distributed.init_process_group = partial(torch.distributed.init_process_group, timeout=timedelta(seconds=1))
+    """Makes the backend, once it is connected, give up after a second, as NCCL does after ten minutes."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
 
 
 def wait_long() -> list[object]:
-    impatient()
     accelerator = start_accelerator()
+    impatient()
     main_process = accelerator.is_main_process
     on_main(accelerator, partial(time.sleep, 2))
     answers = [
