@@ -3,6 +3,7 @@
 import atexit
 import gc
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ def imports() -> Iterator[None]:
     importing them, so that isn't done meanwhile, and afterwards they are left out of it. When the process ends, Python
     would look again, for most of a second, at what ends with it anyway.
     """
+    # What importing diffusers 0.36 says of one of its own models wherever there is no GPU.
+    warnings.filterwarnings("ignore", "User provided device_type of 'cuda', but CUDA is not available")
     first = "torch" not in sys.modules
     if first:
         gc.disable()
