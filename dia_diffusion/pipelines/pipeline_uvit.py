@@ -1,6 +1,5 @@
 """UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.pipelines.step_noise import step_noise
 
-OUTPUT_TYPES = ("pil", "np", "pt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class UViTPipeline(DiffusionPipeline):
@@ -30,11 +30,27 @@ class UViTPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that runs; a callback changes it for the steps that follow by setting `_guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the call that runs, one per timestep of the scheduler."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs stops before its next step; a callback sets `_interrupt`."""
+        return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
         class_labels: int | list[int] | Tensor | None = None,
@@ -43,58 +59,69 @@ class UViTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        latents: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
         Args:
-            batch_size: how many.
-            generator: one, or a list with one an image: then image k depends on generator k alone.
+            batch_size: how many; None is one per class label, generator or latent, or 1 where none of these is a list.
+            generator: one, or a list with one per image: then image k depends on generator k alone.
             num_inference_steps: steps of the scheduler.
-            class_labels: a class for all images or one an image; None draws from the model's null label.
+            class_labels: one class for all images, or one per image; None draws from the model's null label.
             guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none.
-            output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]) or "pt" (float32 (B, C, H, W) in [0, 1]).
+            output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float32 (B, C, H, W) in [0, 1]) or
+                "latent" (what the sampler ends with, (B, C, H, W), neither decoded nor clipped).
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as callback(pipe, step, timestep, {"latents": x_t}); a
                 returned "latents" goes on in its place.
             callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
+            latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
 
         Raises:
             InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels or
-                guidance out of range, an unknown output type, another number of generators than images.
+                guidance out of range, an unknown output type, latents of another shape, or arguments for different
+                numbers of images.
         """
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise InputError(f"{len(generator)} generators for {batch_size} images; accepted: one, or one an image")
+        batch_size = _batch_size(batch_size, class_labels, generator, latents)
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"unknown output_type {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             raise InputError(f"a callback can be given latents, not {list(callback_on_step_end_tensor_inputs)}")
-        labels = self._check_labels(class_labels, batch_size, guidance_scale)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        labels = self._check_labels(class_labels, batch_size)
+        self._check_guidance(labels)
         size = self.unet.sample_size
         shape = (batch_size, self.unet.in_channels, *((size, size) if isinstance(size, int) else size))
         device, dtype = self._execution_device, self.unet.dtype
         # The sampler's own arithmetic stays float32; only the network runs in the pipeline's dtype.
         sample_dtype = torch.promote_types(dtype, torch.float32)
-        sample = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
+        elif tuple(latents.shape) != shape:
+            raise InputError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
             # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
             self.scheduler.set_begin_index(0)
-        sample = sample * self.scheduler.init_noise_sigma
-        step_kwargs = self._step_kwargs(generator)
+        sample = latents.to(device, sample_dtype) * self.scheduler.init_noise_sigma
+        self._num_timesteps = len(self.scheduler.timesteps)
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            if self.interrupt:
+                break
             model_input = self.scheduler.scale_model_input(sample, timestep).to(dtype)
-            prediction = self._predict(model_input, timestep, labels, guidance_scale).to(sample_dtype)
-            sample = self.scheduler.step(prediction, timestep, sample, **step_kwargs).prev_sample
+            prediction = self._predict(model_input, timestep, labels, self.guidance_scale).to(sample_dtype)
+            noise = step_noise(self.scheduler, index, sample, generator)
+            sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, index, timestep, tensors)
                 sample = (returned or {}).get("latents", sample)
+                self._check_guidance(labels)
 
-        images = self._to_images(sample)
-        output: Any = images
-        if output_type != "pt":
-            output = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        output: Any = sample if output_type == "latent" else self._to_images(sample)
+        if output_type in ("np", "pil"):
+            output = output.cpu().permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         self.maybe_free_model_hooks()
@@ -103,11 +130,6 @@ class UViTPipeline(DiffusionPipeline):
     def _to_images(self, sample: Tensor) -> Tensor:
         """What the sampler ends with, as images in [0, 1]."""
         return (sample / 2 + 0.5).clamp(0, 1)
-
-    def _step_kwargs(self, generator: Any) -> dict[str, Any]:
-        """Stochastic schedulers take the generator too, so that an image's noise belongs to its seed."""
-        accepted = inspect.signature(self.scheduler.step).parameters
-        return {"generator": generator} if "generator" in accepted else {}
 
     def _predict(self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
         if labels is None or guidance_scale == 1.0:
@@ -120,29 +142,53 @@ class UViTPipeline(DiffusionPipeline):
         # What a network predicts beyond the image's channels, as a variance, is not guided.
         return torch.cat([guided, conditional[:, channels:]], dim=1)
 
-    def _check_labels(
-        self, class_labels: int | list[int] | Tensor | None, batch_size: int, guidance_scale: float
-    ) -> Tensor | None:
+    def _check_guidance(self, labels: Tensor | None) -> None:
+        scale = self.guidance_scale
+        if scale == 1.0:
+            return
+        if self.unet.num_classes is None:
+            raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
+        if not 1 <= scale < float("inf"):
+            raise InputError(f"guidance_scale must be 1, which is none, or more, got {scale}")
+        if labels is None:
+            raise InputError(f"guidance_scale {scale} needs class_labels")
+        if not getattr(self.unet, "has_null_label", True):  # a UViT by class has one
+            raise InputError(f"guidance_scale must be 1 for a model without a null label, got {scale}")
+
+    def _check_labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int) -> Tensor | None:
         num_classes = self.unet.num_classes
-        if num_classes is None:
-            if class_labels is not None or guidance_scale != 1.0:
-                raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
-            return None
-        if not 1 <= guidance_scale < float("inf"):
-            raise InputError(f"guidance_scale {guidance_scale}; accepted: 1, which is none, or more")
         if class_labels is None:
-            if guidance_scale != 1.0:
-                raise InputError(f"guidance_scale {guidance_scale} needs class_labels")
             return None
-        if guidance_scale != 1.0 and not getattr(self.unet, "has_null_label", True):  # a UViT by class has one
-            raise InputError(f"guidance_scale {guidance_scale} for a model that has no null label; accepted: 1")
+        if num_classes is None:
+            raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise InputError(f"class_labels {labels.tolist()} are no whole numbers; accepted: 0..{num_classes - 1}")
         labels = labels.long()
-        labels = labels.expand(batch_size) if labels.dim() == 0 else labels
-        if labels.shape != (batch_size,):
-            raise InputError(f"{labels.numel()} class_labels for {batch_size} images; accepted: one, or one an image")
+        labels = labels.expand(batch_size) if labels.dim() == 0 else labels.reshape(-1)
         if labels.min() < 0 or labels.max() >= num_classes:
             raise InputError(f"class_labels {labels.tolist()} out of range; accepted: 0..{num_classes - 1}")
         return labels
+
+
+def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
+    """How many images the arguments of a call are for.
+
+    Raises:
+        InputError: they are for different numbers, or for none.
+    """
+    labels = None if class_labels is None else torch.as_tensor(class_labels)
+    counts = {
+        "batch_size": batch_size,
+        "class_labels": None if labels is None or labels.dim() == 0 else labels.numel(),
+        "generator": len(generator) if isinstance(generator, list) else None,
+        "latents": None if latents is None else len(latents),
+    }
+    given = {name: count for name, count in counts.items() if count is not None}
+    if len(set(given.values())) > 1:
+        told = ", ".join(f"{count} from {name}" for name, count in given.items())
+        raise InputError(f"{' and '.join(given)} must be for the same number of images, got {told}")
+    size = next(iter(given.values()), 1)
+    if size < 1:
+        raise InputError(f"batch_size must be 1 or more, got {size}")
+    return size

@@ -74,6 +74,11 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = num_inference_steps
         self.times = [*torch.linspace(1, SMALLEST_TIME, num_inference_steps, dtype=torch.float64).tolist(), 0.0]
         self.timesteps = (NUM_TIMESTEPS - 1) * torch.tensor(self.times[:-1], dtype=torch.float32, device=device)
+        self.step_index: int | None = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Counts steps from here on, instead of looking each one's timestep up, which waits for a GPU."""
+        self.step_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is: the network's input is x_t."""
@@ -86,6 +91,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        variance_noise: Tensor | None = None,
     ) -> EulerMaruyamaSchedulerOutput | tuple[Tensor]:
         """One step backwards, to the next smaller time.
 
@@ -93,18 +99,26 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             model_output: (B, C, H, W), what the network predicts at `timestep`.
             timestep: one of `timesteps`.
             sample: (B, C, H, W), x at `timestep`.
-            generator: of the step's noise; a list has one an image.
+            generator: of the step's noise; a list has one per image.
             return_dict: False returns a tuple.
+            variance_noise: (B, C, H, W), the step's noise, of unit variance; None draws it from `generator`.
         """
-        index = int((self.timesteps - timestep).abs().argmin())
+        index = self.step_index
+        if index is None:
+            index = int((self.timesteps - timestep).abs().argmin())
+        else:
+            self.step_index = index + 1
         t, t_next = self.times[index], self.times[index + 1]
         beta = BETA_MIN + (BETA_MAX - BETA_MIN) * t
         sigma, noise_prediction = self._noise_prediction(model_output, sample, t)
         drift = -beta * (sample / 2 - noise_prediction / sigma)
         previous = sample + drift * (t_next - t)
         if t_next > 0:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            previous = previous + math.sqrt(beta * (t - t_next)) * noise
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            previous = previous + math.sqrt(beta * (t - t_next)) * variance_noise
         return EulerMaruyamaSchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def _noise_prediction(self, model_output: Tensor, sample: Tensor, t: float) -> tuple[float, Tensor]:

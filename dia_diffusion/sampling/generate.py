@@ -9,6 +9,7 @@ from torch import Tensor
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.samplers import check_steps
+from dia_diffusion.sampling.seeds import MAX_SEED
 
 
 def generate(
@@ -28,7 +29,7 @@ def generate(
 
     Args:
         pipeline: this project's or an unconditional or class-conditional one of diffusers, with the scheduler to use.
-        seeds: one an image.
+        seeds: one per image, each 0 to 2**32 - 1.
         batch_size: images at a time.
         num_inference_steps: steps of the scheduler.
         class_labels: a class for all images, or one a seed, or None.
@@ -39,11 +40,13 @@ def generate(
         Seeds of the batch in the order of `seeds`, and uint8 images (B, C, H, W) on the CPU.
 
     Raises:
-        InputError: numbers of steps, images or labels that can't be.
+        InputError: seeds, numbers of steps, images or labels that can't be.
         RunError: a sample that is not finite.
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; accepted: 1 or more")
+    if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
+        raise InputError(f"seeds must be 0 to {MAX_SEED}, got {wrong[0]}")
     labels = None
     if class_labels is not None:
         labels = [class_labels] * len(seeds) if isinstance(class_labels, int) else list(class_labels)
