@@ -10,7 +10,7 @@ from dia_diffusion.sampling.seeds import my_share, parse_seeds
         ("0-3,100,7", [0, 1, 2, 3, 100, 7]),
         ("5", [5]),
         (" 1 , 3-3", [1, 3]),
-        (str(2**63 - 1), [2**63 - 1]),
+        (str(2**32 - 1), [2**32 - 1]),
     ],
 )
 def test_parse_seeds(text, seeds):
@@ -18,10 +18,11 @@ def test_parse_seeds(text, seeds):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "-1", "3-1", "0-3,2", "1,,2", "1-2-3", "1.5", "²", str(2**63), "0-10000000", "9" * 5000]
+    "text",
+    ["", "a", "-1", "3-1", "0-3,2", "1,,2", "1-2-3", "1.5", "²", str(2**32), "0-4294967296", "0-10000000", "9" * 5000],
 )
 def test_no_seeds(text):
-    with pytest.raises(InputError, match="accepted") as error:
+    with pytest.raises(InputError, match=r"accepted|must") as error:
         parse_seeds(text)
     assert "\n" not in str(error.value)
 
