@@ -3,7 +3,7 @@
 One unit for each stage, a maximal run of positions with one channel count in the order in which the network runs them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,27 @@ class Stage:
     unit: nn.Module
 
 
-class AttentionUnits(nn.ModuleList):
-    """An attached model's units, one a stage; the model has them as `attention_units`."""
+class AttentionUnits(nn.Module):
+    """An attached model's units, one a stage; the model has them as `attention_units`.
+
+    Not an nn.ModuleList, whose modules diffusers' group offloading takes for blocks that run once each, in turn.
+    """
 
     attachment: "Attachment"
+
+    def __init__(self, units: Iterable[nn.Module]):
+        super().__init__()
+        for index, unit in enumerate(units):
+            self.add_module(str(index), unit)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
 
     def forward(self, output: Any) -> Any:
         """A Sequential calls all it has, these last: its output stays what it is."""
@@ -80,7 +97,7 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         if _has_unit(model.get_submodule(position.module)):  # a network around this model was attached to
             raise InputError(f"{position.module} has an attached unit already; detach() it first")
     stages = in_stages(positions)
-    units = AttentionUnits()
+    units: list[nn.Module] = []
     with own_generator():
         for run in stages:
             built = build_attention(unit, run[0].channels or 0, num_blocks=len(run), **unit_kwargs)
@@ -88,7 +105,7 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
             if isinstance(built, BlockTimeScale):
                 raise InputError(f"attention unit {unit!r} needs the time, which only a UViT gives its unit")
             units.append(built)
-    return Attachment(model, units, stages, unit, unit_kwargs)
+    return Attachment(model, AttentionUnits(units), stages, unit, unit_kwargs)
 
 
 def attachment_in(model: nn.Module) -> "Attachment | None":

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.layers import bottleneck_width, linear
+from dia_diffusion.attention.layers import CastLinear, bottleneck_width
 
 
 class FullGates(nn.Module):
@@ -17,8 +17,8 @@ class FullGates(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.from_input = nn.Linear(channels, 4 * channels)
-        self.from_hidden = nn.Linear(channels, 4 * channels)
+        self.from_input = CastLinear(channels, 4 * channels)
+        self.from_hidden = CastLinear(channels, 4 * channels)
         # As torch.nn.LSTMCell starts; nn.Linear's default has the same bound, 1 / sqrt(N).
 
     def last_parameters(self) -> list[nn.Parameter]:
@@ -26,7 +26,7 @@ class FullGates(nn.Module):
         return [*self.from_input.parameters(), *self.from_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
-        return linear(self.from_input, y) + linear(self.from_hidden, h)  # (B, 4 N)
+        return self.from_input(y) + self.from_hidden(h)  # (B, 4 N)
 
 
 class BottleneckGates(nn.Module):
@@ -35,18 +35,18 @@ class BottleneckGates(nn.Module):
     def __init__(self, channels: int, reduction: int):
         super().__init__()
         width = bottleneck_width(channels, reduction)
-        self.reduce_input = nn.Linear(channels, width)
-        self.expand_input = nn.Linear(width, 4 * channels)
-        self.reduce_hidden = nn.Linear(channels, width)
-        self.expand_hidden = nn.Linear(width, 4 * channels)
+        self.reduce_input = CastLinear(channels, width)
+        self.expand_input = CastLinear(width, 4 * channels)
+        self.reduce_hidden = CastLinear(channels, width)
+        self.expand_hidden = CastLinear(width, 4 * channels)
 
     def last_parameters(self) -> list[nn.Parameter]:
         """Those next to the gates: with all of them 0, so are the gates' inputs."""
         return [*self.expand_input.parameters(), *self.expand_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
-        from_input = linear(self.expand_input, linear(self.reduce_input, y).relu())
-        from_hidden = linear(self.expand_hidden, linear(self.reduce_hidden, h).relu())
+        from_input = self.expand_input(self.reduce_input(y).relu())
+        from_hidden = self.expand_hidden(self.reduce_hidden(h).relu())
         return from_input + from_hidden  # (B, 4 N)
 
 
@@ -61,8 +61,8 @@ class LightGates(nn.Module):
         super().__init__()
         width = bottleneck_width(channels, reduction)
         self.reduction = reduction
-        self.reduce_input = nn.Linear(channels, width)
-        self.reduce_hidden = nn.Linear(channels, width)
+        self.reduce_input = CastLinear(channels, width)
+        self.reduce_hidden = CastLinear(channels, width)
         self.input_weight = nn.Parameter(torch.empty(4 * channels))
         self.input_bias = nn.Parameter(torch.empty(4 * channels))
         self.hidden_weight = nn.Parameter(torch.empty(4 * channels))
@@ -80,8 +80,8 @@ class LightGates(nn.Module):
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
         repeats = 4 * self.reduction  # r times to N channels, once for each of the four gates
-        from_input = linear(self.reduce_input, y).relu().repeat(1, repeats)  # (B, 4 N)
-        from_hidden = linear(self.reduce_hidden, h).relu().repeat(1, repeats)
+        from_input = self.reduce_input(y).relu().repeat(1, repeats)  # (B, 4 N)
+        from_hidden = self.reduce_hidden(h).relu().repeat(1, repeats)
         return (
             from_input * self.input_weight.to(y.dtype)
             + self.input_bias.to(y.dtype)

@@ -1,7 +1,11 @@
-"""Layers that compute in the precision of their input: float32 where the weights have been cast to less."""
+"""Layers that compute in the precision of their input: float32 where the weights have been cast to less.
+
+They are modules and cast in their forward, so that what replaces or hooks a module (LoRA, offloading) works on them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,34 +21,54 @@ def bottleneck_width(channels: int, reduction: int) -> int:
     return channels // reduction
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer of x (..., N)."""
-    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+class CastLinear(nn.Linear):
+    """nn.Linear with its weights cast to the dtype of its input (..., N)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, _cast(self.weight, input), _cast(self.bias, input))
 
 
-def conv2d(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The layer, which has no bias and as much zero padding as keeps the size, of x (B, N, H, W)."""
-    return F.conv2d(x, layer.weight.to(x.dtype), padding="same")
+class CastConv2d(nn.Conv2d):
+    """nn.Conv2d with its weights cast to the dtype of its input (B, N, H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, _cast(self.weight, input), _cast(self.bias, input))
 
 
-def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """A BatchNorm layer of x (B, N, H, W); while gradient checkpointing recomputes, its running statistics stay.
+class CastBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with its weights and statistics cast to the dtype of its input (B, N, H, W).
+
+    In training it computes in the dtype of its weights, which its running statistics are kept in.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+        statistics = _cast(self.running_mean, input), _cast(self.running_var, input)
+        return F.batch_norm(input, *statistics, _cast(self.weight, input), _cast(self.bias, input), eps=self.eps)
+
+
+def _cast(parameter: Tensor | None, like: Tensor) -> Any:
+    return None if parameter is None else parameter.to(like.dtype)
+
+
+def batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    """A BatchNorm layer of x (B, N, H, W); its running statistics stay while gradient checkpointing recomputes.
 
     torch's own layer would count a recomputed batch twice.
+
+    Args:
+        layer: a CastBatchNorm2d, or the nn.SyncBatchNorm it was converted to.
 
     Raises:
         InputError: training with one value a channel, which has no variance.
     """
-    assert layer.running_mean is not None and layer.running_var is not None
-    if not layer.training:
-        statistics = layer.running_mean.to(x.dtype), layer.running_var.to(x.dtype)
-        return F.batch_norm(x, *statistics, layer.weight.to(x.dtype), layer.bias.to(x.dtype), eps=layer.eps)
-    if x.shape[0] * x.shape[2] * x.shape[3] < 2:
+    if layer.training and x.shape[0] * x.shape[2] * x.shape[3] < 2:
         raise InputError(
             "the unit's BatchNorm has one value a channel; accepted in training: batches of 2 images or more"
         )
-    with running_statistics_kept(layer) if recomputing() else nullcontext():
-        return layer(x.to(layer.weight.dtype)).to(x.dtype)
+    with running_statistics_kept(layer) if layer.training and recomputing() else nullcontext():
+        return layer(x)
 
 
 @contextmanager

@@ -4,12 +4,13 @@ Eq. 1 of the paper is sharing "individual", eq. 2 "shared". Both are one nn.Modu
 network's twins differ in the unit alone.
 """
 
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm
 from dia_diffusion.attention.modules.base import SelfAttentionModule
 from dia_diffusion.attention.recalibration import recalibrate
 from dia_diffusion.errors import InputError
@@ -66,7 +67,7 @@ class SelfAttentionUnit(nn.Module):
         self.norms = nn.ModuleList()
         if first.norm_channels is not None:
             self.norms.extend(
-                nn.BatchNorm2d(first.norm_channels) for _ in range(1 if share_norm else self.num_blocks or 1)
+                CastBatchNorm2d(first.norm_channels) for _ in range(1 if share_norm else self.num_blocks or 1)
             )
 
     def forward(
@@ -94,7 +95,8 @@ class SelfAttentionUnit(nn.Module):
         sam = self.sams[calls if len(self.sams) > 1 else 0]
         norm = None
         if len(self.norms) > 0:
-            norm = self.norms[calls if len(self.norms) > 1 else 0]
+            # Not the module itself, which a hook on the SAM would move to another device.
+            norm = partial(batch_norm, self.norms[calls if len(self.norms) > 1 else 0])
         with torch.autocast(features.device.type, enabled=False):
             maps = sam(features, norm, num_unpooled_tokens, num_extra_tokens)
             for attention_map in maps:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiTTransformer2DModel, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from dia_diffusion.attention import own_generator
@@ -21,7 +22,7 @@ CLASSES_KEY = {"unet2d": "num_class_embeds", "dit": "num_embeds_ada_norm"}
 ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
 
-class AttachedModel(ModelMixin, ConfigMixin):
+class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A backbone of diffusers, in pixels, with units or none, that is called as a UViT is.
 
     Args:

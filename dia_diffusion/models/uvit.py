@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
     return F.pad(embedding, (0, dim % 2))
 
 
-class UViT(ModelMixin, ConfigMixin):
+class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """U-ViT with a shared attention unit. The defaults are U-ViT-S/2 for CIFAR-10 with DIA-LSTM.
 
     Args:
@@ -256,10 +257,14 @@ class UViT(ModelMixin, ConfigMixin):
         return UViTOutput(sample=prediction) if return_dict else (prediction,)
 
     def _run(self, block: nn.Module, x: Tensor, state: Any, skip: Tensor | None = None) -> tuple[Tensor, Any]:
-        tokens = self.num_unpooled_tokens, self.num_extra_tokens
+        unit = None if self.unit is None else self._recalibrate
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, self.unit, state, skip, *tokens)
-        return block(x, self.unit, state, skip, *tokens)
+            return self._gradient_checkpointing_func(block, x, unit, state, skip)
+        return block(x, unit, state, skip)
+
+    def _recalibrate(self, features: Tensor, state: Any) -> tuple[Tensor, Any]:
+        assert self.unit is not None
+        return self.unit(features, state, self.num_unpooled_tokens, self.num_extra_tokens)
 
     def _sinusoidal_embedding(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
         """Of the time, (B, N)."""

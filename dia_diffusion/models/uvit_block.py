@@ -4,6 +4,7 @@ What it can leave out, residual additions and LayerNorms, is what arXiv 2210.161
 who still trains.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,12 +94,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        unit: nn.Module | None,
+        unit: Callable[[Tensor, Any], tuple[Tensor, Any]] | None,
         state: Any,
-        skip: Tensor | None,
-        num_unpooled_tokens: int,
-        num_extra_tokens: int,
+        skip: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
+        """Runs the block.
+
+        Args:
+            x: (B, L, N).
+            unit: (features, state) to (features, state); a function, as a hook that moves a block's arguments to a
+                device would move a module too.
+            state: what the unit returned in the last block.
+            skip: (B, L, N), the tokens of the in block that the long skip starts from.
+        """
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         attended = self.attn(self.norm1(x))
@@ -106,6 +114,6 @@ class Block(nn.Module):
         # In the precision that the MLP will take anyway, so that the unit moves half as many bytes.
         features = in_autocast_dtype(self.norm2(x))  # (B, L, N)
         if unit is not None and self.carries_unit:
-            features, state = unit(features, state, num_unpooled_tokens, num_extra_tokens)
+            features, state = unit(features, state)
         out = self.mlp(features)
         return x + out if self.residual else out, state

@@ -144,7 +144,7 @@ def test_unit_stands_between_norm_and_mlp() -> None:
     model = UViT(**SMALL)
     block = model.mid_block
     x = torch.randn(2, 17, 32)
-    y, _ = block(x, model.unit, None, None, 0, 1)
+    y, _ = block(x, model._recalibrate, None)
     z = x + block.attn(block.norm1(x))
     features = block.norm2(z)
     h, _ = model.unit.step(features.mean(1), None)

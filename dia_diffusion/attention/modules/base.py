@@ -1,8 +1,11 @@
 """What a self-attention module (SAM) consists of (arXiv 2210.16101, Fig. 1 and 4, Table II)."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
+
+Norm = Callable[[Tensor], Tensor]  # (B, N, H, W) to the same shape
 
 
 class SelfAttentionModule(nn.Module, ABC):
@@ -17,7 +20,7 @@ class SelfAttentionModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, features: Tensor, norm: nn.BatchNorm2d | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
     ) -> tuple[Tensor, ...]:
         """The maps whose product scales the features; see SelfAttentionUnit.forward for the arguments."""
 
@@ -30,10 +33,10 @@ class OneMapModule(SelfAttentionModule):
         """What is read of tokens (B, L, N) or maps (B, N, H, W), in float32 or more."""
 
     @abstractmethod
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         """The attention map: (B, N), or of G channels that divide N, (B, G, H, W)."""
 
     def forward(
-        self, features: Tensor, norm: nn.BatchNorm2d | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
     ) -> tuple[Tensor, ...]:
         return (self.process(self.extract(features, num_unpooled_tokens, num_extra_tokens), norm),)

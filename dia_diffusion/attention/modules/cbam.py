@@ -1,11 +1,11 @@
 """CBAM: convolutional block attention module (Woo et al., ECCV 2018, arXiv 1807.06521)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dia_diffusion.attention.extraction import grid, positions
-from dia_diffusion.attention.layers import batch_norm, bottleneck_width, conv2d, linear
-from dia_diffusion.attention.modules.base import SelfAttentionModule
+from dia_diffusion.attention.layers import CastConv2d, CastLinear, bottleneck_width
+from dia_diffusion.attention.modules.base import Norm, SelfAttentionModule
 from dia_diffusion.attention.recalibration import recalibrate
 
 
@@ -30,21 +30,21 @@ class ConvolutionalBlockAttention(SelfAttentionModule):
         super().__init__()
         width = bottleneck_width(channels, reduction)
         self.norm_channels = 1 if spatial_norm else None
-        self.reduce = nn.Linear(channels, width, bias=bias)
-        self.expand = nn.Linear(width, channels, bias=bias)
-        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
+        self.reduce = CastLinear(channels, width, bias=bias)
+        self.expand = CastLinear(width, channels, bias=bias)
+        self.conv = CastConv2d(2, 1, kernel_size=7, padding=3, bias=False)
 
     def forward(
-        self, features: Tensor, norm: nn.BatchNorm2d | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
     ) -> tuple[Tensor, ...]:
         by_channel = positions(features, num_unpooled_tokens)  # (B, N, P)
         channel = (self._mlp(by_channel.mean(dim=2)) + self._mlp(by_channel.amax(dim=2))).sigmoid()  # (B, N)
         refined = recalibrate(grid(features, num_extra_tokens), channel)  # (B, N, H, W)
         described = torch.cat([refined.mean(dim=1, keepdim=True), refined.amax(dim=1, keepdim=True)], dim=1)
-        place = conv2d(self.conv, described)  # (B, 1, H, W)
+        place = self.conv(described)  # (B, 1, H, W)
         if norm is not None:
-            place = batch_norm(norm, place)
+            place = norm(place)
         return channel, place.sigmoid()
 
     def _mlp(self, pooled: Tensor) -> Tensor:
-        return linear(self.expand, linear(self.reduce, pooled).relu())
+        return self.expand(self.reduce(pooled).relu())

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 from dia_diffusion.errors import InputError
 
 
@@ -47,5 +47,5 @@ class EfficientChannelAttention(OneMapModule):
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         return self.conv(extracted).sigmoid()

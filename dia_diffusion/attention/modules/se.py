@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
-from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.layers import CastLinear, bottleneck_width
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 from dia_diffusion.attention.recalibration import finite
 
 
@@ -28,8 +28,8 @@ class SqueezeExcitation(OneMapModule):
         super().__init__()
         self.scale = finite("scale", scale)
         width = bottleneck_width(channels, reduction)
-        self.reduce = nn.Linear(channels, width, bias=bias)
-        self.expand = nn.Linear(width, channels, bias=bias)
+        self.reduce = CastLinear(channels, width, bias=bias)
+        self.expand = CastLinear(width, channels, bias=bias)
         if zero_init:
             for parameter in self.expand.parameters():
                 nn.init.zeros_(parameter)
@@ -37,5 +37,5 @@ class SqueezeExcitation(OneMapModule):
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
-        return linear(self.expand, linear(self.reduce, extracted).relu()).sigmoid() * self.scale
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
+        return self.expand(self.reduce(extracted).relu()).sigmoid() * self.scale

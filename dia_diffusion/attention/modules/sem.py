@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import mean_pool
-from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.layers import CastLinear, bottleneck_width
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 from dia_diffusion.attention.modules.eca import ChannelConvolution, eca_kernel_size
 
 
@@ -28,9 +28,9 @@ class SwitchableAttention(OneMapModule):
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
         width = bottleneck_width(channels, reduction)
-        self.decide = nn.Linear(channels, 3)
-        self.reduce = nn.Linear(channels, width)
-        self.expand = nn.Linear(width, channels)
+        self.decide = CastLinear(channels, 3)
+        self.reduce = CastLinear(channels, width)
+        self.expand = CastLinear(width, channels)
         self.conv = ChannelConvolution(eca_kernel_size(channels))
         self.weight = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.full((channels,), -1.0))
@@ -38,9 +38,9 @@ class SwitchableAttention(OneMapModule):
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
-        decisions = linear(self.decide, extracted).sigmoid()  # (B, 3)
-        fully_connected = linear(self.expand, linear(self.reduce, extracted).relu())
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
+        decisions = self.decide(extracted).sigmoid()  # (B, 3)
+        fully_connected = self.expand(self.reduce(extracted).relu())
         enhanced = extracted * self.weight.to(extracted.dtype) + self.bias.to(extracted.dtype)
         operators = torch.stack([fully_connected, self.conv(extracted), enhanced], dim=1)  # (B, 3, N)
         return (decisions[..., None] * operators).sigmoid().prod(dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import grid
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 from dia_diffusion.errors import InputError
 
 DEVIATION_FLOOR = 1e-5  # the paper's epsilon
@@ -41,7 +41,7 @@ class SpatialGroupEnhance(OneMapModule):
         means = grouped.mean(dim=(3, 4), keepdim=True)
         return (grouped * means).sum(dim=2)  # (B, G, H, W)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         variance, mean = torch.var_mean(extracted, dim=(2, 3), correction=0, keepdim=True)
         # The floor within the root too, whose gradient is infinite where all places are alike.
         normalized = (extracted - mean) / ((variance + DEVIATION_FLOOR**2).sqrt() + DEVIATION_FLOOR)

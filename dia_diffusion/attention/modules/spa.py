@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dia_diffusion.attention.extraction import grid
-from dia_diffusion.attention.layers import bottleneck_width, linear
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.layers import CastLinear, bottleneck_width
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 
 PYRAMID = (1, 2, 4)  # sides of the adaptive average pools
 
@@ -28,12 +28,12 @@ class SpatialPyramidAttention(OneMapModule):
     def __init__(self, channels: int, reduction: int = 16, bias: bool = False):
         super().__init__()
         width = bottleneck_width(channels, reduction)
-        self.reduce = nn.Linear(sum(side * side for side in PYRAMID) * channels, width, bias=bias)
-        self.expand = nn.Linear(width, channels, bias=bias)
+        self.reduce = CastLinear(sum(side * side for side in PYRAMID) * channels, width, bias=bias)
+        self.expand = CastLinear(width, channels, bias=bias)
 
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
         placed = grid(features, num_extra_tokens)
         return torch.cat([F.adaptive_avg_pool2d(placed, side).flatten(1) for side in PYRAMID], dim=1)  # (B, 21 N)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
-        return linear(self.expand, linear(self.reduce, extracted).relu()).sigmoid()
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
+        return self.expand(self.reduce(extracted).relu()).sigmoid()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import positions
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 
 
 class MixPoolingAttention(OneMapModule):
@@ -32,7 +32,7 @@ class MixPoolingAttention(OneMapModule):
         by_channel = positions(features, num_unpooled_tokens)  # (B, N, P)
         return torch.stack([by_channel.amax(dim=2), by_channel.amin(dim=2)], dim=1)  # (B, 2, N)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         dtype = extracted.dtype
         extremes = extracted * self.pooled_weight.to(dtype) + self.pooled_bias.to(dtype)  # (B, 2, N)
         shares = self.pooling.to(dtype).square()

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.extraction import positions
-from dia_diffusion.attention.layers import batch_norm
-from dia_diffusion.attention.modules.base import OneMapModule
+from dia_diffusion.attention.modules.base import Norm, OneMapModule
 
 VARIANCE_FLOOR = 1e-5  # keeps the gradient of the deviation finite where a channel is constant
 
@@ -31,7 +30,7 @@ class StyleRecalibration(OneMapModule):
         variance, mean = torch.var_mean(by_channel, dim=2, correction=0)
         return torch.stack([mean, (variance + VARIANCE_FLOOR).sqrt()], dim=2)  # (B, N, 2)
 
-    def process(self, extracted: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         assert norm is not None
         style = (extracted * self.weight.to(extracted.dtype)).sum(dim=2)  # (B, N)
-        return batch_norm(norm, style[..., None, None])[..., 0, 0].sigmoid()
+        return norm(style[..., None, None])[..., 0, 0].sigmoid()
