@@ -106,9 +106,9 @@ def _gather(accelerator: Accelerator, number: int) -> list[int]:
     """The number on each process, in order of rank."""
     if accelerator.num_processes == 1:
         return [number]
-    numbers = torch.empty(accelerator.num_processes, dtype=torch.int64)
-    torch.distributed.all_gather_into_tensor(numbers, torch.tensor([number], dtype=torch.int64), group=gloo_group())
-    return numbers.tolist()
+    numbers = [torch.zeros((), dtype=torch.int64) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(numbers, torch.tensor(int(number)), group=gloo_group())
+    return [int(each) for each in numbers]
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -5,7 +5,6 @@ import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-import psutil
 from accelerate.utils import is_torch_xla_available
 
 from dia_diffusion.errors import InputError
@@ -97,6 +96,8 @@ def _is_loopback(address: str | None) -> bool:
 
 def _interfaces() -> dict[str, str]:
     """The IPv4 address of each interface that is up and connects to other machines."""
+    import psutil  # slow to import, and asked by launches of several machines alone
+
     states = psutil.net_if_stats()
     return {
         name: address.address

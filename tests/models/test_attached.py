@@ -151,7 +151,7 @@ def test_a_wrapped_network_without_null_label_needs_classes(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"no null label; accepted: class_labels of 0\.\.2"):
         model(*inputs())
     model(*inputs(), torch.tensor([0, 2]))
-    with pytest.raises(InputError, match="no null label"):
+    with pytest.raises(InputError, match="without a null label"):
         UViTPipeline(model, DDPMScheduler())(1, class_labels=1, guidance_scale=2.0, num_inference_steps=1)
 
 

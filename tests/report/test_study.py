@@ -112,7 +112,7 @@ def test_recipes_are_one_and_what_differs(page: Parsed) -> None:
         ["none-b4-s0", "0", "none", "4"],
     ]
     shared = page.text.partition("init_from: null")[2].partition("trackers: []")[0]
-    assert "hidden_size: 16" in shared and "attention:" not in shared and "batch_size:" not in shared
+    assert "hidden_size: 16" in shared and "attention:" not in shared and "\n  batch_size:" not in shared
 
 
 def test_a_study_is_found_by_its_folder_too(unmeasured: Study, study: Study, tmp_path: Path) -> None:

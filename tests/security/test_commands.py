@@ -159,7 +159,7 @@ def test_commands_end_in_one_line(
 
 
 def test_every_command_that_reads_files_is_tried() -> None:
-    assert {arguments[0] for _, arguments in CASES.values()} | {"quickstart", "params"} == {*COMMANDS}
+    assert {arguments[0] for _, arguments in CASES.values()} | {"quickstart", "params", "env"} == {*COMMANDS}
 
 
 @pytest.mark.long

@@ -119,6 +119,7 @@ def waits_of_steps(experiment: Experiment | Task, monkeypatch: pytest.MonkeyPatc
     return waits
 
 
+UNCOMPILED = ["--train.compile", "false"]
 BY_CLASS = ["--model.num_classes", "10", "--data.label_dropout", "0.1"]
 
 
@@ -136,7 +137,7 @@ def test_a_diffusion_step_waits_for_nothing(
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
-    experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run"), *options])
+    experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run"), *UNCOMPILED, *options])
     waits = waits_of_steps(experiment, monkeypatch)
     assert waits.copies > 0 and not waits.found
 
@@ -152,6 +153,6 @@ def test_a_diffusion_step_waits_for_nothing(
 def test_a_classification_step_waits_for_nothing(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment: ClassifyExperiment = classify.tiny(tmp_path, "run", *options)
+    experiment: ClassifyExperiment = classify.tiny(tmp_path, "run", *UNCOMPILED, *options)
     waits = waits_of_steps(ClassificationTask(experiment), monkeypatch)
     assert waits.copies > 0 and not waits.found
