@@ -15,7 +15,7 @@ from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError
 from dia_diffusion.precision import DTYPES, Precision, best_precision
 
-SUITES = ("train", "memory", "sample", "fid", "scale", "overhead")
+SUITES = ("train", "memory", "sample", "fid", "scale", "overhead", "attention")
 
 
 def main() -> int:
@@ -86,6 +86,10 @@ def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> l
         import scale
 
         return scale.measure(rounds, precision, told)
+    if suite == "attention":
+        import attention
+
+        return attention.measure(rounds, precision, device, told)
     import overhead
 
     return overhead.measure(batch, rounds, precision, device, told)
