@@ -6,7 +6,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from dia_diffusion.training.compilation import separate_kernel_cache
+
 torch.set_num_threads(1)
+separate_kernel_cache()
 
 
 @pytest.fixture(autouse=True)

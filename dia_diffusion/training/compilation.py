@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from dia_diffusion.errors import InputError
 
 CUDA_GRAPHS = "cuda-graphs"
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_compile(setting: Any, accumulation: int, device: torch.device) -> None:
@@ -47,6 +50,7 @@ def compiled(
         device: that it trains on.
         tell: called with a line that says why "auto" doesn't compile a model for which that would pay.
     """
+    separate_kernel_cache()
     if setting == CUDA_GRAPHS:
         return cast(nn.Module, torch.compile(model, mode="reduce-overhead"))  # which launches few graphs, not kernels
     if setting == "auto":
@@ -55,6 +59,19 @@ def compiled(
             tell(f"training without torch.compile, which needs {missing}")
             setting = False
     return cast(nn.Module, torch.compile(model)) if setting else model
+
+
+def separate_kernel_cache() -> None:
+    """Gives each CPU instruction set a cache of its own for torch.compile, unless the user has chosen one.
+
+    torch's key doesn't have the instruction set, and kernels for another one corrupt memory: on machines that share a
+    cache, or where ATEN_CPU_CAPABILITY changes.
+    """
+    current = Path(os.environ.get(CACHE_VARIABLE, ""))
+    if current != Path() and current.parent != Path(tempfile.gettempdir()):  # where torch puts its own
+        return
+    kind = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "_")
+    os.environ[CACHE_VARIABLE] = str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{kind}")
 
 
 def _missing_for_compilation(device: torch.device) -> str | None:

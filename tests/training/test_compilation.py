@@ -1,6 +1,9 @@
 """When a run compiles its network; that it is the same network is seen by its gradients."""
 
+import os
 import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from torch import nn
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.training import compilation
-from dia_diffusion.training.compilation import check_compile, compiled
+from dia_diffusion.training.compilation import check_compile, compiled, separate_kernel_cache
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.diffusion import DiffusionTask
 
@@ -101,3 +104,17 @@ def test_a_compiled_uvit_gives_the_same_gradients() -> None:
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_each_instruction_set_has_its_own_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = []
+    for kind in ("AVX2", "AVX512"):
+        # As torch itself sets it when it is imported.
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_me"))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        separate_kernel_cache()
+        folders.append(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert len({*folders}) == 2 and not any(folder.endswith("torchinductor_me") for folder in folders)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    separate_kernel_cache()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
