@@ -18,7 +18,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     trains_in_half = q.requires_grad and torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type != "cpu" or not trains_in_half:
         return F.scaled_dot_product_attention(q, k, v)
-    # Backward in bfloat16, torch's CPU kernel takes up to 11 times as long as this (table in docs/results/speed.md).
+    # Backward in bfloat16, torch's CPU kernel takes up to 7 times as long as this (table in docs/results/speed.md).
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
     with torch.autocast("cpu", enabled=False):  # which would keep the weights in float32; the kernel sums in it anyway
         weights = weights.softmax(dim=-1)
