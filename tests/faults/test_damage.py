@@ -76,7 +76,8 @@ def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path,
     both = start_connected(*command, logs=tmp_path)
     assert [process.wait() for process in both] == [0, 0]
     assert "step-00000006.damaged" in both[0].text() and "going on from step 4" in both[0].text()
-    assert both[1].text() == ""
+    # Some versions of torch tell here that gloo has connected.
+    assert not [line for line in both[1].text().splitlines() if not line.startswith("[Gloo]")]
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == [
         "step-00000006",
         "step-00000006.damaged",
