@@ -71,7 +71,7 @@ class RecentRate:
             self.points.popleft()
 
     def rate(self) -> float | None:
-        """Per second; None as long as it can't be told."""
+        """Per second; None until it is known."""
         if not self.points:
             return None
         (first, before), (last, done) = self.points[0], self.points[-1]

@@ -186,8 +186,8 @@ def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, laten
     }
     given = {name: count for name, count in counts.items() if count is not None}
     if len(set(given.values())) > 1:
-        told = ", ".join(f"{count} from {name}" for name, count in given.items())
-        raise InputError(f"{' and '.join(given)} must be for the same number of images, got {told}")
+        sources = ", ".join(f"{count} from {name}" for name, count in given.items())
+        raise InputError(f"{' and '.join(given)} must be for the same number of images, got {sources}")
     size = next(iter(given.values()), 1)
     if size < 1:
         raise InputError(f"batch_size must be 1 or more, got {size}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # most of what asks for a run's places has no other need of t
 SECONDS_TO_SEE_A_FILE = 90.0
 """Until one machine sees what another has written to a shared disk. NFS remembers for 30 to 60 s (acdirmax) that a
 folder or file doesn't exist."""
-SECONDS_UNTIL_TOLD = 10.0
+SECONDS_UNTIL_MESSAGE = 10.0
 
 
 class RunFolder:
@@ -143,15 +143,15 @@ def check_shared(folder: RunFolder, accelerator: "Accelerator", tell: Callable[[
     lock = from_main(accelerator, folder.lock_text)
 
     def check() -> None:
-        started, told = time.monotonic(), False
+        started, reported = time.monotonic(), False
         while folder.lock_text() != lock:
             waited = time.monotonic() - started
             if waited > SECONDS_TO_SEE_A_FILE:
                 raise InputError(f"output {folder.path} is not one folder; all machines must share it")
-            if waited > SECONDS_UNTIL_TOLD and not told:
+            if waited > SECONDS_UNTIL_MESSAGE and not reported:
                 seconds = round(SECONDS_TO_SEE_A_FILE)
                 tell(f"waiting up to {seconds} s for {folder.path} to appear on {socket.gethostname()}")
-                told = True
+                reported = True
             time.sleep(0.5)
 
     together(accelerator, check)
