@@ -26,7 +26,7 @@ from dia_diffusion.cli.main import main as command
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import Stopped
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.files import step_name, write_json
+from dia_diffusion.io import step_name, write_json
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment

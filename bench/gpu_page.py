@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dia_diffusion.files import write_text
+from dia_diffusion.io import write_text
 
 ENDS = {0: "done", None: "took more than a whole piece", 5: "no tests"}
 FIGURES = ("curves.png", "final.png")

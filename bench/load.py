@@ -27,7 +27,7 @@ from results import Found, console, show
 
 from dia_diffusion.environment import environment
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.training.run_folder import read_metrics
 
 matplotlib.use("agg")

@@ -16,8 +16,7 @@ from results import Found, rows_of
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
 
 from dia_diffusion.data import open_images
-from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.images import training_batch
+from dia_diffusion.training.diffusion import DiffusionTask, training_batch
 from sample import ATTENTIONS, pipeline_of
 
 TRAIN = Path(__file__).parents[1] / "train" / "train.py"

@@ -9,7 +9,7 @@ from interleave import Timing
 from rich.console import Console
 from rich.table import Table
 
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from results import Found, console, save, show
 
-from dia_diffusion.allocation import keep_freed_memory
-from dia_diffusion.environment import environment
+from dia_diffusion.environment import environment, keep_freed_memory
 from dia_diffusion.errors import InputError
 from dia_diffusion.precision import DTYPES, Precision, best_precision
 

@@ -23,7 +23,7 @@ from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import Reference, floor_distance, reference_statistics
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
 from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline

@@ -1,4 +1,4 @@
-"""What the processes of a launch agree on: how many they are, when to stop, and what only the main one does."""
+"""The processes of a launch: how they start, agree, fail and stop together, and copies to their devices."""
 
 import json
 import os
@@ -14,10 +14,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
 
-from dia_diffusion.allocation import keep_freed_memory
+from dia_diffusion.environment import keep_freed_memory
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.launch import check_launch, choose_gloo_interface
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, in its own dtype: convert it first, so that a device without float64 never sees one.
+
+    A copy from pageable memory would wait until a GPU has done all its earlier work; one from pinned memory is queued.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dia_diffusion.errors import RunError, one_line
-from dia_diffusion.files import sha256_of_file, whole_file
+from dia_diffusion.io import sha256_of_file, whole_file
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""What a number was made with: versions, device and system."""
+"""The machine: versions, device, cores, and how a CPU process gets its memory."""
 
+import ctypes
 import os
 import platform
+import sys
 from importlib import metadata
 
 from dia_diffusion import __version__
@@ -37,3 +39,24 @@ def device_name() -> str:
 def usable_cores() -> int:
     """CPU cores that this process may run on; outside Linux, all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Of glibc's mallopt, see malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+LARGEST = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Lets the process use large blocks again that it has freed, where the C library is glibc.
+
+    By itself glibc takes each block above 32 MiB from the kernel anew and gives it back when it is freed. A training
+    step frees and takes gigabytes of such activations, and the kernel clears every page of them.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, LARGEST)

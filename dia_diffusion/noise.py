@@ -16,9 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dia_diffusion.distributed import sent
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise_names import LOSS_WEIGHTINGS, PREDICTION_TYPES, SCHEDULES
-from dia_diffusion.transfer import sent
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dia_diffusion.allocation import keep_freed_memory
+from dia_diffusion.environment import keep_freed_memory
 from tests.processes import FORKED
 
 

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import append_json_line, whole_file, whole_folder
-from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.io import append_json_line, unsealed, whole_file, whole_folder
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dia_diffusion import allocation, precision
+from dia_diffusion import environment, precision
 from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import peak_memory
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
@@ -81,13 +81,13 @@ def test_only_glibc_is_asked_to_keep_memory(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
     monkeypatch.setattr(sys, "platform", "darwin")
-    allocation.keep_freed_memory()
+    environment.keep_freed_memory()
     assert asked == []
     monkeypatch.setattr(sys, "platform", "linux")
-    allocation.keep_freed_memory()
+    environment.keep_freed_memory()
     assert len(asked) == 2
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl, whose library has no mallopt
-    allocation.keep_freed_memory()
+    environment.keep_freed_memory()
 
 
 def test_a_cpu_that_proc_says_nothing_of_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

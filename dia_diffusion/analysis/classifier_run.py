@@ -14,12 +14,11 @@ from dia_diffusion.analysis.trained_run import Batch, TrainedRun
 from dia_diffusion.data import open_images
 from dia_diffusion.data.encoded import open_encoded
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import step_folders
-from dia_diffusion.models.classifiers import build_classifier
-from dia_diffusion.models.saved_classifier import load_classifier, normalized
+from dia_diffusion.io import step_folders
+from dia_diffusion.models.classifiers import build_classifier, load_classifier, normalized
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
+from dia_diffusion.training.classification import AnySet, Batches
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.classify_images import AnySet, Batches
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import read_experiment
 

@@ -15,7 +15,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from dia_diffusion.attention.places import positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import save_figure
-from dia_diffusion.models.saved_classifier import SavedClassifier
+from dia_diffusion.models.classifiers import SavedClassifier
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dia_diffusion.analysis.map_moments import MapMoments
 from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.analysis.trained_run import TrainedRun
-from dia_diffusion.attention.recalibration import recalibrate
+from dia_diffusion.attention.layers import recalibrate
 
 # what h still depends on -> the axes of its mean over images (L, T, N) that it is averaged over as well
 REPLACEMENTS: dict[str, tuple[int, ...]] = {

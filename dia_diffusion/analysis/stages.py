@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
-from dia_diffusion.attention.extraction import is_map
+from dia_diffusion.attention.layers import is_map
 from dia_diffusion.attention.places import BRANCH_END, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.classify_images import AnySet
+from dia_diffusion.training.classification import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 
 WEIGHTS = ("ema", "raw")

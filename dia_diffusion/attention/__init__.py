@@ -10,14 +10,16 @@ from torch import nn
 
 from dia_diffusion.attention.controls import BlockScale, BlockTimeScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
-from dia_diffusion.attention.modules.cbam import ConvolutionalBlockAttention
-from dia_diffusion.attention.modules.eca import EfficientChannelAttention
-from dia_diffusion.attention.modules.se import SqueezeExcitation
-from dia_diffusion.attention.modules.sem import SwitchableAttention
-from dia_diffusion.attention.modules.sge import SpatialGroupEnhance
-from dia_diffusion.attention.modules.spa import SpatialPyramidAttention
-from dia_diffusion.attention.modules.spem import MixPoolingAttention
-from dia_diffusion.attention.modules.srm import StyleRecalibration
+from dia_diffusion.attention.sams import (
+    ConvolutionalBlockAttention,
+    EfficientChannelAttention,
+    MixPoolingAttention,
+    SpatialGroupEnhance,
+    SpatialPyramidAttention,
+    SqueezeExcitation,
+    StyleRecalibration,
+    SwitchableAttention,
+)
 from dia_diffusion.attention.unit import SelfAttentionUnit
 from dia_diffusion.errors import InputError
 

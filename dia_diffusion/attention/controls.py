@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dia_diffusion.attention.layers import bottleneck_width
-from dia_diffusion.attention.recalibration import finite, recalibrate
+from dia_diffusion.attention.layers import bottleneck_width, finite, recalibrate
 from dia_diffusion.errors import InputError
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm
-from dia_diffusion.attention.modules.base import SelfAttentionModule
-from dia_diffusion.attention.recalibration import recalibrate
+from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm, recalibrate
+from dia_diffusion.attention.sams import SelfAttentionModule
 from dia_diffusion.errors import InputError
 
 SHARINGS = ("shared", "individual")

@@ -9,7 +9,7 @@ from rich.table import Table
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.cli.imports import imports
-from dia_diffusion.files import refuse_existing, write_json, write_text
+from dia_diffusion.io import refuse_existing, write_json, write_text
 
 if TYPE_CHECKING:
     from dia_diffusion.studies.accuracies import Row

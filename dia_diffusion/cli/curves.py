@@ -10,7 +10,7 @@ from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.floor import recorded_floor
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.studies.study import STUDY_FILE, study_names
 from dia_diffusion.training.run_folder import RunFolder
 

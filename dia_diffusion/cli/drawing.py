@@ -17,8 +17,7 @@ from dia_diffusion.distributed import from_main, on_main, start_accelerator, tog
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
 from dia_diffusion.sampling.image_pipeline import ImagePipeline
-from dia_diffusion.sampling.seeds import my_share
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.settings import SamplingSettings, my_share
 from dia_diffusion.sampling.writers import missing_seeds, open_folder, save_grid, save_npz, save_png
 
 

@@ -20,7 +20,7 @@ from dia_diffusion.data import SPLITS
 from dia_diffusion.data.sources import ACCEPTED
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import KID_SUBSET_SIZE, METRICS, Extras
-from dia_diffusion.files import step_folders
+from dia_diffusion.io import step_folders
 from dia_diffusion.pipelines.folder import find_pipeline
 from dia_diffusion.training.run_folder import RunFolder
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgress
 from dia_diffusion.cli.fid_protocol import check_count, option_told
 from dia_diffusion.data import ImageSet
-from dia_diffusion.data.open_together import open_images_together
+from dia_diffusion.data.sources import open_images_together
 from dia_diffusion.distributed import first_on_each_machine, together
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import Extras

@@ -11,10 +11,10 @@ from dia_diffusion.cli.console import console
 from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, ImageSet, open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import refuse_existing
+from dia_diffusion.io import refuse_existing
 
 if TYPE_CHECKING:
-    from dia_diffusion.models.saved_classifier import SavedClassifier
+    from dia_diffusion.models.classifiers import SavedClassifier
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
 
         from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
         from dia_diffusion.evaluation.curves import check_format
-        from dia_diffusion.models.saved_classifier import load_classifier
+        from dia_diffusion.models.classifiers import load_classifier
     check_format(options.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {Path(place).resolve().name: load_classifier(place, device) for place in options.classifiers}

@@ -8,8 +8,7 @@ from rich.table import Table
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study_tables import print_results
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.files import remove_partial
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock, remove_partial
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.grids import draw_grids_of_study

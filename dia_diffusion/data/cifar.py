@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dia_diffusion.data.image_set import Labels, Pixels
-from dia_diffusion.data.numpy_pickle import PickledArray, load_arrays
-from dia_diffusion.data.undecoded import Undecoded, undecoded_array
+from dia_diffusion.data.arrays import PickledArray, load_arrays
+from dia_diffusion.data.image_set import Labels, Pixels, Undecoded, undecoded_array
 from dia_diffusion.errors import InputError, one_line
 
 BYTES_LIMIT = 1 << 29

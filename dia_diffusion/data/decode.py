@@ -5,12 +5,12 @@ by 255/65535, of several frames the first is taken; colour profiles are not appl
 """
 
 import io
+import stat
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dia_diffusion.data.file_bytes import read_file
 from dia_diffusion.data.image_set import Pixels
 from dia_diffusion.errors import InputError, one_line
 
@@ -84,3 +84,32 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("32 bit pixels; 8 or 16 bits a channel are accepted")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+FILE_LIMIT = 1 << 28
+"""An image file may hold this many bytes, in a zip after decompression."""
+
+
+def read_file(path: Path) -> bytes:
+    """An image file's bytes; ValueError for more than FILE_LIMIT of them, and for what is no regular file."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+        raise ValueError("not a regular file")
+    with path.open("rb") as file:  # of a limit alone, all of it would be allocated for every file
+        return bounded(file.read(min(status.st_size, FILE_LIMIT) + 1))
+
+
+def bounded(data: bytes) -> bytes:
+    """The bytes of an image file as they are, unless there are too many (ValueError)."""
+    if len(data) > FILE_LIMIT:
+        raise ValueError(f"more than the {FILE_LIMIT >> 20} MiB accepted for one image")
+    return data
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Two numbers that change when a file does."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0  # reading it will tell
+    return status.st_size, status.st_mtime_ns

@@ -11,9 +11,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from dia_diffusion.data.decode import reason
-from dia_diffusion.data.image_set import Labels, Pixels, fingerprint, sha256_of_pixels
+from dia_diffusion.data.image_set import Labels, Pixels, Undecoded, fingerprint, sha256_of_pixels
 from dia_diffusion.data.sources import find_images
-from dia_diffusion.data.undecoded import Undecoded
 from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, one_line
 

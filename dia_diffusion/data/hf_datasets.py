@@ -11,11 +11,8 @@ import numpy as np
 from huggingface_hub.utils import logging
 from PIL import Image
 
-from dia_diffusion.data.decode import open_image, reason
-from dia_diffusion.data.file_bytes import bounded, read_file
-from dia_diffusion.data.image_files import stamp_of
-from dia_diffusion.data.image_set import Labels
-from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.data.decode import bounded, open_image, read_file, reason, stamp_of
+from dia_diffusion.data.image_set import Labels, Undecoded
 from dia_diffusion.errors import InputError, RunError
 
 PREFIX = "hf:"

@@ -1,18 +1,150 @@
-"""`open_images`: one function for every place that images can come from."""
+"""Image sources: a name or a path -> the images found there, undecoded, and `open_images` to decode them."""
 
+import os
+import stat
 import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from accelerate import Accelerator
+
+from dia_diffusion.data import decode
 from dia_diffusion.data.arrays import digits, numpy_archive, numpy_file
 from dia_diffusion.data.cifar import FOLDERS, cifar_archive, cifar_folder
+from dia_diffusion.data.decode import bounded, open_image, read_file, stamp_of
 from dia_diffusion.data.hf_datasets import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
-from dia_diffusion.data.image_files import SUFFIXES, files_of_folder, files_of_zip, of_split
-from dia_diffusion.data.image_set import ImageSet, fingerprint
+from dia_diffusion.data.image_set import ImageSet, Undecoded, fingerprint
 from dia_diffusion.data.store import Progress, decode_all
-from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.download import Download, fetch
-from dia_diffusion.errors import InputError
-from dia_diffusion.files import cache_folder
+from dia_diffusion.errors import InputError, one_line
+from dia_diffusion.io import cache_folder
+from dia_diffusion.reading.archives import refuse_bomb
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+
+
+def files_of_folder(folder: Path) -> Undecoded:
+    """The image files in a folder and its subfolders; hidden names are left out.
+
+    Links are followed; a folder that is reached twice counts once, as a link to a parent would go round in circles.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"folder {one_line(str(error.filename))} can't be listed ({error.strerror})")
+
+    names: list[str] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        names += [Path(place, file).relative_to(folder).as_posix() for file in files]
+    names = sorted(name for name in names if _is_image_name(name))
+
+    def read(index: int) -> bytes:
+        return read_file(folder / names[index])
+
+    return _files(str(folder), names, read, [stamp_of(folder / name) for name in names])
+
+
+def files_of_zip(path: Path) -> Undecoded:
+    """The image files in a zip, read one at a time, never extracted; one made to do harm is refused (InputError)."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise InputError(f"{path} can't be read as a zip ({one_line(str(error))}), maybe it is cut short") from error
+    for entry in archive.infolist():
+        if problem := _harm(entry):
+            raise InputError(f"zip {path} is refused: its entry {one_line(entry.filename)} {problem}")
+    try:
+        refuse_bomb(archive, path, only=lambda entry: _is_image_name(_name(entry)))
+    except ValueError as error:
+        raise InputError(f"zip {path} is refused: {error}") from None
+    entries = sorted((entry for entry in archive.infolist() if _is_image_name(_name(entry))), key=_name)
+
+    def read(index: int) -> bytes:
+        with archive.open(entries[index]) as file:
+            return bounded(file.read(decode.FILE_LIMIT + 1))
+
+    return _files(
+        str(path), [_name(entry) for entry in entries], read, [(entry.file_size, entry.CRC) for entry in entries]
+    )
+
+
+def of_split(files: Undecoded, split: str) -> Undecoded:
+    """The files of a split, with the labels that their folders say.
+
+    The first level of folders are the classes, where every image lies in one and there are at least two. A single
+    folder around everything says nothing and is looked through. A first level of train, test or the like is the split.
+    """
+    folders = [name.split("/")[:-1] for name in files.names]
+    depth = 0
+    while len(heads := _heads(folders, depth)) == 1:
+        depth += 1
+    chosen = list(range(len(folders)))
+    has_parts = "train" in heads and heads <= SPLIT_FOLDERS
+    if has_parts:
+        if split not in heads:
+            raise InputError(f"{files.where} has the splits {', '.join(sorted(heads))}, and not {split!r}")
+        chosen = [i for i in chosen if folders[i][depth] == split]
+        depth += 1
+        heads = _heads([folders[i] for i in chosen], depth)
+    elif split != "train":
+        raise InputError(f"{files.where} has no split {split!r}, it is one set of images: give the path of the others")
+    read = files.read
+    files = replace(
+        files,
+        names=[files.names[i] for i in chosen],
+        read=lambda index: read(chosen[index]),
+        stamps=[files.stamps[i] for i in chosen],
+        split=split if has_parts else None,
+    )
+    if len(heads) < 2:
+        return files
+    numbers = {name: number for number, name in enumerate(sorted(heads))}
+    labels = np.array([numbers[folders[i][depth]] for i in chosen], dtype=np.int64)
+    return replace(files, labels=labels, class_names=tuple(numbers))
+
+
+def _files(where: str, names: list[str], read: Callable[[int], bytes], stamps: list[tuple[int, int]]) -> Undecoded:
+    return Undecoded(where, names, lambda index: open_image(read(index)), stamps)
+
+
+def _heads(folders: list[list[str]], depth: int) -> set[str]:
+    """The folder names at this depth; none where an image lies beside them."""
+    return set() if any(len(parts) <= depth for parts in folders) else {parts[depth] for parts in folders}
+
+
+def _is_image_name(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return not hidden and name.lower().endswith(SUFFIXES)
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    return entry.filename.replace("\\", "/")  # as some Windows programs write them
+
+
+def _harm(entry: zipfile.ZipInfo) -> str | None:
+    name = _name(entry)
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        return "points outside of the archive"
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return "is a link"
+    if not _is_image_name(name):
+        return None  # never read
+    if entry.file_size > decode.FILE_LIMIT:
+        return f"declares more than the {decode.FILE_LIMIT >> 20} MiB accepted for one image"
+    return None
+
 
 SPLITS = ("train", "test")
 DOWNLOADS = {
@@ -136,3 +268,25 @@ def _first_bytes(path: Path) -> bytes:
             return file.read(8)
     except OSError as error:
         raise InputError(f"{str(path)!r} can't be read ({error.strerror})") from error
+
+
+def open_images_together(
+    source: str, accelerator: Accelerator, reading: Callable[[str, int, int], None], **kwargs: Any
+) -> ImageSet:
+    """The images on each process: read by one process of each machine first, then by the others.
+
+    So a download or a memory map is made once a machine. What its processes decode into memory is limited together.
+
+    Args:
+        source: as for `open_images`, and so are the keyword arguments.
+        accelerator: of the launch.
+        reading: called on the main process with "images" or "bytes", how many are done, and of how many.
+
+    Raises:
+        InputError: as `open_images`; on all processes if on one.
+    """
+    if accelerator.is_main_process:
+        kwargs |= {"progress": partial(reading, "images"), "download_progress": partial(reading, "bytes")}
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    kwargs = {"memory_limit": MEMORY_LIMIT // here, **kwargs}
+    return first_on_each_machine(accelerator, lambda: open_images(source, **kwargs))

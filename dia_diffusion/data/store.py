@@ -12,11 +12,10 @@ import numpy as np
 import PIL
 
 from dia_diffusion.data.decode import reason, to_pixels
-from dia_diffusion.data.image_set import Pixels, sha256_of_blocks, sha256_of_pixels
-from dia_diffusion.data.undecoded import Undecoded
+from dia_diffusion.data.image_set import Pixels, Undecoded, sha256_of_blocks, sha256_of_pixels
 from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, one_line
-from dia_diffusion.files import whole_file, write_json
+from dia_diffusion.io import whole_file, write_json
 from dia_diffusion.reading.text import read_json_object
 
 Progress = Callable[[int, int], None]

@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import Moments, frechet_distance
 from dia_diffusion.evaluation.reference import choose
-from dia_diffusion.files import whole_file
+from dia_diffusion.io import whole_file
 
 BATCH = 250
 Spoil = Callable[[Tensor, float, torch.Generator], Tensor]

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from dia_diffusion.errors import RunError
-from dia_diffusion.files import naming, write_json
-from dia_diffusion.lock import lock
+from dia_diffusion.io import lock, naming, write_json
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.reading.typed import fits
 

@@ -19,7 +19,7 @@ from dia_diffusion.distributed import from_main, on_main, together
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.sampling.seeds import my_share
+from dia_diffusion.sampling.settings import my_share
 
 ImagesOf = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 """Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""

@@ -11,8 +11,7 @@ from typing import Any
 
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import append_json_line
-from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.io import append_json_line, unsealed
 from dia_diffusion.reading.text import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 

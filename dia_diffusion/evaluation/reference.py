@@ -15,7 +15,7 @@ from dia_diffusion.evaluation.evaluate import BLOCK, measure, sums
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments
-from dia_diffusion.files import cache_folder
+from dia_diffusion.io import cache_folder
 
 STATISTICS_VERSION = 1
 """To be raised when a change of code gives the same images and weights other statistics: it unlearns older caches."""

@@ -11,7 +11,7 @@ from dia_diffusion.data import ImageSet
 from dia_diffusion.evaluation.feature_pass import SILENT, Reporter, batches_of, fill, open_on_main, widths_of
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.reference import STATISTICS_VERSION
-from dia_diffusion.files import cache_folder
+from dia_diffusion.io import cache_folder
 
 
 def reference_features(

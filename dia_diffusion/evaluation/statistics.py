@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import whole_file
+from dia_diffusion.io import whole_file
 from dia_diffusion.reading.text import parse_json
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dia_diffusion.errors import InputError, one_line
-from dia_diffusion.files import write_text
+from dia_diffusion.io import write_text
 from dia_diffusion.reading.text import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"

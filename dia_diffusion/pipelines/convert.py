@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.files import refuse_existing, sha256_of_file, whole_folder, write_json
+from dia_diffusion.io import refuse_existing, sha256_of_file, whole_folder, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.card import CONVERTED_FILE, write_card

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import refuse_existing, whole_folder, write_json, write_text
+from dia_diffusion.io import refuse_existing, sealed, unsealed, whole_folder, write_json, write_text
 from dia_diffusion.pipelines.bundle import PACKAGE, bundle
 from dia_diffusion.pipelines.card import evaluation_rows, read_training, write_card
 from dia_diffusion.pipelines.contents import (
@@ -15,7 +15,6 @@ from dia_diffusion.pipelines.contents import (
     without_local_paths,
 )
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, records_file, weights_hash
-from dia_diffusion.reading.sealed import sealed, unsealed
 from dia_diffusion.reading.text import Unreadable, parse_json, read_json, read_lines
 
 WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file, step_folders
+from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.reading.safetensors_header import stored_shapes
 from dia_diffusion.reading.text import Unreadable, read_json_object
 

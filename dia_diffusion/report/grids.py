@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import PIL.Image
 
-from dia_diffusion.data.file_bytes import read_file
-from dia_diffusion.files import STEP_FOLDER
+from dia_diffusion.data.decode import read_file
+from dia_diffusion.io import STEP_FOLDER
 from dia_diffusion.report.page import Picture
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import RunFolder

@@ -9,7 +9,7 @@ from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from dia_diffusion import __version__
-from dia_diffusion.files import write_text
+from dia_diffusion.io import write_text
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch import Tensor
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
 from dia_diffusion.sampling.samplers import check_steps
-from dia_diffusion.sampling.seeds import MAX_SEED
+from dia_diffusion.sampling.settings import MAX_SEED
 
 
 def generate(

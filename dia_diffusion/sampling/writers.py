@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import whole_file, write_json
+from dia_diffusion.io import whole_file, write_json
 from dia_diffusion.reading.text import Unreadable, read_json
 
 MANIFEST = "samples.json"

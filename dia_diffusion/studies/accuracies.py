@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.io import unsealed
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE

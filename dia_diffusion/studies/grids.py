@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dia_diffusion.data import read_image
-from dia_diffusion.files import step_name, whole_file
+from dia_diffusion.io import step_name, whole_file
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder
 

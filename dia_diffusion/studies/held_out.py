@@ -11,8 +11,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.images import training_batch
-from dia_diffusion.training.objective import image_losses
+from dia_diffusion.training.diffusion import image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
 
 

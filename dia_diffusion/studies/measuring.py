@@ -11,7 +11,7 @@ from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.evaluation.reference import hash_of_images
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
-from dia_diffusion.files import sha256_of_file, step_folders
+from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun

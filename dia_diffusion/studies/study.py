@@ -11,7 +11,7 @@ import jsonargparse
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import write_text
+from dia_diffusion.io import write_text
 from dia_diffusion.reading.text import read_yaml
 from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.config import Experiment

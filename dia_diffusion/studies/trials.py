@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
-from dia_diffusion.files import write_json
+from dia_diffusion.io import sealed, unsealed, write_json
 from dia_diffusion.precision import in_precision, training_device, training_precision
-from dia_diffusion.reading.sealed import sealed, unsealed
 from dia_diffusion.reading.text import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.checkpoint import newest_state

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dia_diffusion.distributed import sent
 from dia_diffusion.training.randomness import AUGMENT, image_order, uniforms
-from dia_diffusion.transfer import sent
 
 BORDER = 4
 """Pixels that "pad-crop" puts around an image."""

@@ -22,8 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file, step_folders, step_name, whole_folder, write_json
-from dia_diffusion.reading.sealed import sealed, unsealed
+from dia_diffusion.io import sealed, sha256_of_file, step_folders, step_name, unsealed, whole_folder, write_json
 from dia_diffusion.reading.text import read_json_object
 
 

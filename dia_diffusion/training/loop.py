@@ -22,9 +22,8 @@ from dia_diffusion.distributed import (
 )
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, InputError, Stopped
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.precision import Precision, in_precision, slow_warning, training_device, training_precision
-from dia_diffusion.training.average import MovingAverage
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     began_in,
@@ -39,10 +38,11 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.ema import MovingAverage
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, first_not_finite
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
-from dia_diffusion.training.reporter import Reporter
 from dia_diffusion.training.run_folder import (
+    Reporter,
     RunFolder,
     check_shared,
     refuse_changes,

@@ -5,21 +5,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import append_json_line, remove_partial, step_folders, write_text
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, unsealed, write_text
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.reading.sealed import unsealed
 from dia_diffusion.reading.text import Unreadable, parse_json, read_json_object, whole_lines
 from dia_diffusion.training.recipe_keys import differing_keys
 
-if TYPE_CHECKING:  # most of what asks for a run's places has no other need of torch
+if TYPE_CHECKING:
     from accelerate import Accelerator
+
 
 SECONDS_TO_SEE_A_FILE = 90.0
 """Until one machine sees what another has written to a shared disk. NFS remembers for 30 to 60 s (acdirmax) that a
@@ -212,3 +211,16 @@ def _is_recipe_of(experiment: Any, place: Path) -> bool:
         return same_recipe and training.get("randomness", 1) == RANDOMNESS
     except (OSError, ValueError, KeyError, AttributeError):
         return False
+
+
+class Reporter(Protocol):
+    """Where a run tells a person how it goes; only the main process reports."""
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+
+    def reading(self, unit: str, done: int, total: int) -> None:
+        """So many of the images are read, or so many bytes of their download."""
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        """A step is done; values are those of the last logged step."""

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.files import whole_folder, write_json
+from dia_diffusion.io import whole_folder, write_json
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
 from dia_diffusion.models.uvit import UViT

@@ -10,8 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dia_diffusion.training.config import EmaConfig
-from dia_diffusion.training.reporter import Reporter
-from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.run_folder import Reporter, RunFolder
 
 
 class Images(Protocol):

@@ -19,7 +19,7 @@ from dia_diffusion.analysis.options import Coverage
 from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.training.augmentation import mirrored, pad_cropped
 
 

@@ -11,8 +11,7 @@ from PIL import Image
 from dia_diffusion.analysis.gradcam import HeatMaps, heat_maps, last_block, token_grid
 from dia_diffusion.cli.main import main
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.models.classifiers import build_classifier
-from dia_diffusion.models.saved_classifier import SavedClassifier, load_classifier, save_classifier
+from dia_diffusion.models.classifiers import SavedClassifier, build_classifier, load_classifier, save_classifier
 
 pytest.importorskip("pytorch_grad_cam")
 RESNET = BackboneConfig("cifar-resnet20-basic", 32, 10, attention="dia-lstm")

@@ -16,7 +16,7 @@ from dia_diffusion.analysis.gradient_noise import gradient_noise, group_of, logg
 from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.objective import diffusion_loss
+from dia_diffusion.training.diffusion import diffusion_loss
 
 
 class Line(nn.Module):

@@ -13,7 +13,7 @@ from dia_diffusion.analysis.gradients import Magnitudes, gradients_of_run
 from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.cli.main import main
-from dia_diffusion.training.objective import diffusion_loss
+from dia_diffusion.training.diffusion import diffusion_loss
 
 
 def test_the_distribution_is_that_of_the_elements() -> None:

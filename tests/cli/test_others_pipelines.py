@@ -12,7 +12,7 @@ from PIL import Image
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 from dia_diffusion.pipelines.folder import model_hash
 from dia_diffusion.training.config import DataConfig, Experiment, ModelConfig
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae

@@ -11,8 +11,7 @@ import pytest
 from dia_diffusion.cli.curves import names_study
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.files import sha256_of_file
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock, sha256_of_file
 from dia_diffusion.studies.study import read_study
 from dia_diffusion.studies.timing import threads
 from dia_diffusion.training.loop import Trainer

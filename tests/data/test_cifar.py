@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dia_diffusion.data import cifar, open_images
-from dia_diffusion.data.numpy_pickle import PickledArray, load_arrays
+from dia_diffusion.data.arrays import PickledArray, load_arrays
 from dia_diffusion.errors import InputError
 
 NAMES = {10: [f"class{k}" for k in range(10)], 100: [f"fine{k}" for k in range(100)]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dia_diffusion.data import file_bytes, open_images
+from dia_diffusion.data import decode, open_images
 from dia_diffusion.errors import InputError
 from tests.data.image_writing import png, write_folder, write_zip
 
@@ -163,7 +163,7 @@ def test_zip_bombs_are_refused(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("1.png", b"\0" * 3_000_000)
     assert "compressed more than 200 times" in refusal(tmp_path / "bomb.zip")
-    monkeypatch.setattr(file_bytes, "FILE_LIMIT", 1 << 20)
+    monkeypatch.setattr(decode, "FILE_LIMIT", 1 << 20)
     assert "declares more than the 1 MiB" in refusal(tmp_path / "bomb.zip")
 
 
@@ -178,7 +178,7 @@ def test_no_more_is_unpacked_than_was_declared(tmp_path):
 
 
 def test_large_files_in_a_folder_are_not_read(tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(file_bytes, "FILE_LIMIT", 100)
+    monkeypatch.setattr(decode, "FILE_LIMIT", 100)
     folder = write_folder(tmp_path / "x", {"1.png": png(pixels[0])})
     assert "accepted for one image" in refusal(folder)
 

@@ -18,7 +18,7 @@ from dia_diffusion.evaluation.features.extractor import fold_normalisations, loa
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.train_features import accuracy
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 from tests.evaluation.torch_images import Images
 
 WEIGHTS = FEATURES["digits"].weights

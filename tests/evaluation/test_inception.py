@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.features import FeatureExtractor, build_features, 
 from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.record import distance_name
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 from tests.evaluation.torch_images import Images
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import Origin, append_record, make_record, read_records
-from dia_diffusion.reading.sealed import unsealed
+from dia_diffusion.io import unsealed
 
 
 def test_records_come_back_as_they_were(tmp_path, record):

@@ -16,7 +16,7 @@ from dia_diffusion.evaluation.features.cifar10 import Cifar10Classifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
 from dia_diffusion.evaluation.train_features import accuracy, train_features
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import load_classifier
 from tests.training.conftest import Recorder
 
 

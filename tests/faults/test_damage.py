@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import step_folders, write_json
+from dia_diffusion.io import step_folders, write_json
 from dia_diffusion.training.checkpoint import (
     check_checkpoint,
     load_checkpoint,

@@ -14,8 +14,7 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
-from dia_diffusion.files import write_json
-from dia_diffusion.reading.sealed import sealed
+from dia_diffusion.io import sealed, write_json
 from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.studies.trials import RESULT_FILE as TRIAL
 from dia_diffusion.studies.trials import base_recipe, finished, make_trial

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dia_diffusion.files import remove_partial, whole_folder
+from dia_diffusion.io import remove_partial, whole_folder
 from dia_diffusion.training.checkpoint import check_checkpoint
 from dia_diffusion.training.run_folder import logged_step as steps
 from tests.faults.harness import Launched, assert_same_runs, being_written, checkpoints, leftovers
@@ -130,9 +130,9 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
 
 
 def _die_between_the_renames(place: Path) -> None:
-    from dia_diffusion import files
+    from dia_diffusion import io
 
-    rename, calls = files.os.rename, []
+    rename, calls = io.os.rename, []
 
     def once(*paths: Path) -> None:
         calls.append(paths)
@@ -140,6 +140,6 @@ def _die_between_the_renames(place: Path) -> None:
             signal.raise_signal(signal.SIGKILL)
         rename(*paths)
 
-    files.os.rename = once
+    io.os.rename = once
     with whole_folder(place) as temporary:
         (temporary / "weights").write_text("new ones")

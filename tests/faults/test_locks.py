@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.cli.main import main
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock
 from tests.cli.one_line import error_of
 from tests.cli.test_study import PROTOCOL, STUDY
 from tests.processes import FORKED, Forked, hold_steps, wait_for

@@ -7,7 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from dia_diffusion import UViT, UViTPipeline
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.noise import NoiseProcess
 from tests.pipelines import hub as hub_stand_in
 

@@ -9,7 +9,7 @@ from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
-from dia_diffusion.sampling.seeds import my_share
+from dia_diffusion.sampling.settings import my_share
 from tests.sampling.tiny_models import small_unet
 
 

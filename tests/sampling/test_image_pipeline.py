@@ -26,9 +26,8 @@ from diffusers import (
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.backbone import looped_pipeline
 from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.image_pipeline import adapt_pipeline, looped_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS
 from dia_diffusion.sampling.settings import SamplingSettings
 from tests.sampling.tiny_models import NULL_LABEL, small_dit, small_unet, small_vae, small_vqvae

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, model_hash, weights_hash
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler

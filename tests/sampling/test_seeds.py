@@ -1,7 +1,7 @@
 import pytest
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sampling.seeds import my_share, parse_seeds
+from dia_diffusion.sampling.settings import my_share, parse_seeds
 
 
 @pytest.mark.parametrize(

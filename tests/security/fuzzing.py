@@ -19,7 +19,7 @@ from dia_diffusion.evaluation.protocols import protocols_folder, read_protocol
 from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics, write_statistics
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.card import read_training, write_card
 from dia_diffusion.pipelines.contents import check_pipeline
 from dia_diffusion.pipelines.convert import convert_official

@@ -12,16 +12,15 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
+from dia_diffusion.data.image_set import undecoded_array
 from dia_diffusion.data.store import decode_all
-from dia_diffusion.data.undecoded import undecoded_array
 from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.record import append_record, read_records
-from dia_diffusion.files import sha256_of_file, write_json
+from dia_diffusion.io import sha256_of_file, write_json
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.models.classifiers import build_classifier
-from dia_diffusion.models.saved_classifier import load_classifier, save_classifier
+from dia_diffusion.models.classifiers import build_classifier, load_classifier, save_classifier
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.card import read_training, write_card
 from dia_diffusion.pipelines.contents import check_pipeline

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.contents import check_pipeline
 from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.folder import weights_hash

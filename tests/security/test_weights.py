@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.inception import build_inception
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.convert import convert_official, convert_to_pipeline
 from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.sampling.load import load_pipeline

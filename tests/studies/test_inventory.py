@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.protocols import read_protocol, under_name
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import write_statistics
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock
 from dia_diffusion.studies.children import Job
 from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, inventory
 from dia_diffusion.studies.measuring import check_measuring

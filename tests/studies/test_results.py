@@ -12,7 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.files import step_name
+from dia_diffusion.io import step_name
 from dia_diffusion.studies.floor import floor_of
 from dia_diffusion.studies.plan import Group, Plan, write_plan
 from dia_diffusion.studies.points import collect, measured

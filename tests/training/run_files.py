@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dia_diffusion.reading.sealed import KEY, sealed, unsealed
+from dia_diffusion.io import KEY, sealed, unsealed
 from dia_diffusion.training.run_folder import read_metrics
 
 TIMES = {"images_per_second", "peak_memory_mib"}

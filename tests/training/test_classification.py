@@ -18,8 +18,7 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.models.classifiers import build_classifier
-from dia_diffusion.models.saved_classifier import load_classifier
+from dia_diffusion.models.classifiers import build_classifier, load_classifier
 from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
 from dia_diffusion.training.classification import ClassificationTask, scheduled_rate
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.average import MovingAverage
 from dia_diffusion.training.config import EmaConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.ema import MovingAverage
 from dia_diffusion.training.loop import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import weights

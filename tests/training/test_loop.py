@@ -17,9 +17,8 @@ from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.config import OptimizerConfig
-from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.diffusion import DiffusionTask, learning_rate
 from dia_diffusion.training.loop import Trainer
-from dia_diffusion.training.objective import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.task import DrawAhead
 from tests.training.conftest import Recorder

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from dia_diffusion.evaluation.curves import COLOURS, MARKERS
-from dia_diffusion.files import whole_file
+from dia_diffusion.io import whole_file
 
 
 def style(index: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import ConsoleReporter, Counter, console
 from dia_diffusion.errors import InputError
-from dia_diffusion.files import write_json
+from dia_diffusion.io import write_json
 from dia_diffusion.training.randomness import RANDOMNESS
 
 Record = dict[str, Any]

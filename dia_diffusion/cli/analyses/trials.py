@@ -13,8 +13,7 @@ from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
-from dia_diffusion.files import write_json
-from dia_diffusion.lock import FolderLock
+from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.studies.held_out import open_held_out
 from dia_diffusion.studies.placement import placement_trials, summarise_placement
 from dia_diffusion.studies.stability import UNITS, VARIANTS, stability_trials, summarise_stability

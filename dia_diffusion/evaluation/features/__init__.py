@@ -14,7 +14,7 @@ from dia_diffusion.evaluation.features.custom import build_custom
 from dia_diffusion.evaluation.features.digits import DigitsExtractor
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.features.inception import build_inception
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 
 __all__ = ["FEATURES", "FeatureExtractor", "build_features"]
 

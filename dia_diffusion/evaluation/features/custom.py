@@ -11,7 +11,7 @@ from torch_fidelity import FeatureExtractorBase
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.features.extractor import state_hash
-from dia_diffusion.files import sha256_of_file
+from dia_diffusion.io import sha256_of_file
 
 
 def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:

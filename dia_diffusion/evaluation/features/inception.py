@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, state_hash
-from dia_diffusion.files import cache_folder, sha256_of_file, whole_file
+from dia_diffusion.io import cache_folder, sha256_of_file, whole_file
 from dia_diffusion.reading.pickled_weights import NotTensors, load_pickled_tensors
 
 RELEASED = Download(
