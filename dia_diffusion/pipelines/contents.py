@@ -15,8 +15,7 @@ from dia_diffusion.pipelines.bundle import HEADER
 from dia_diffusion.pipelines.card import CONVERTED_FILE, TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, SHARDS, WEIGHTS, class_name
 from dia_diffusion.pipelines.folder import PICKLES as PICKLED_WEIGHTS
-from dia_diffusion.reading.safetensors_header import stored_shapes
-from dia_diffusion.reading.text import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text
+from dia_diffusion.reading import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text, stored_shapes
 
 COMPONENTS = ("unet", "scheduler")
 # What is for others, at the top of the folder and in its components; generated code besides.

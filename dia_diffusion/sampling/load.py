@@ -27,7 +27,7 @@ from dia_diffusion.pipelines.folder import (
     read_index,
 )
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.reading.safetensors_header import read_header
+from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
 OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}

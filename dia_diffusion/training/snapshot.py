@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.io import whole_folder, write_json
+from dia_diffusion.io import atomic_dir, write_json
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
 from dia_diffusion.models.uvit import UViT
@@ -68,7 +68,7 @@ def _settings(experiment: Experiment) -> SamplingSettings:
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
     """Writes the pipeline folder with where it comes from and a model card."""
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         pipeline.save_pretrained(temporary)
         write_json(temporary / TRAINING_FILE, training)
         if grid is not None and grid.is_file():
