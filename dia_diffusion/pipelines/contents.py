@@ -9,7 +9,7 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import build_on_meta, check_layers
+from dia_diffusion.models.factory import build_on_meta, check_layers
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.bundle import HEADER
 from dia_diffusion.pipelines.card import CONVERTED_FILE, TRAINING_FILE

@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import check_layers, check_size, unusable
+from dia_diffusion.models.factory import check_layers, check_size, unusable
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.folder import (
     check_weights,

@@ -23,7 +23,7 @@ from dia_diffusion.distributed import first_on_each_machine, on_all_ranks, on_ra
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
-from dia_diffusion.models.stored import build_on_meta, check_memory
+from dia_diffusion.models.factory import build_on_meta, check_memory
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig, LabelledDataConfig
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
