@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import Timeout, UnixFileLock, has_fcntl
 from safetensors import SafetensorError
 
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError
@@ -258,69 +259,60 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-try:
-    import fcntl
-except ModuleNotFoundError:
-    raise ImportError(NOT_ON_WINDOWS) from None
+if not has_fcntl:
+    raise ImportError(NOT_ON_WINDOWS)
 
 
-def lock(file: IO[str] | int, *, wait: bool = False) -> None:
-    """Locks an open file or folder for this process, until it is closed or the process ends.
+def native_lock(path: Path) -> UnixFileLock:
+    """A lock file: exclusive between processes and threads of a machine, and freed by the system when its holder dies.
 
-    Raises:
-        BlockingIOError: another process has locked it, and `wait` is False.
-        OSError: a file system without locks.
+    The file stays behind when the lock is released. On a file system without locks `acquire` raises OSError.
     """
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return UnixFileLock(path, thread_local=False, fallback_to_soft=False)
 
 
 class FolderLock:
-    """The lock of a folder: its file `.lock`, which says who holds it, and which the system frees when they end."""
+    """The lock of a folder: its file `.lock`, which names the holder."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / ".lock"
-        self._file: IO[str] | None = None
+        self._lock = native_lock(self.path)
 
-    def take(self) -> None:
-        """Takes the folder, which is made if need be, for this process until it gives it back or ends.
+    def acquire(self) -> None:
+        """Locks the folder, which is created if missing, until `release` or the end of this process.
 
         Raises:
-            InputError: another process has it, or the folder can't be written.
+            InputError: another process holds the lock, or the folder can't be written or locked.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+", encoding="utf-8")
+            self._lock.acquire(timeout=0)
+            self.path.write_text(
+                f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n", encoding="utf-8"
+            )
+        except Timeout:
+            holder = self.text().partition("\n")[0] or "another process"
+            raise InputError(f"{self.folder} is in use by {holder}; stop it, or choose another output") from None
         except OSError as error:
-            raise InputError(f"output {self.folder} can't be written: {error.strerror}") from None
-        try:
-            lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.readline().strip() or "another process"
-            raise InputError(f"{self.folder} is in use by {owner}; stop it, or choose another output") from None
-        except OSError as error:
-            raise InputError(f"output {self.folder} can't be locked on this disk: {error.strerror}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n")
-        file.flush()
-        self._file = file
+            self.release()
+            raise InputError(
+                f"output must be a folder that can be written and locked, got {self.folder}: {error.strerror}"
+            ) from None
 
-    def give_back(self) -> None:
-        """Does nothing where it is not held."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def release(self) -> None:
+        """Releases the lock; does nothing if it is not held."""
+        self._lock.release()
 
     def text(self) -> str:
-        """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
+        """The lock file's text, new each time the lock is acquired: processes that share the folder read the same."""
         try:
             return self.path.read_text(encoding="utf-8")
         except OSError:
             return ""
 
     def __enter__(self) -> "FolderLock":
-        self.take()
+        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back()
+        self.release()

@@ -46,22 +46,22 @@ class RunFolder:
         return next(reversed(step_folders(self.checkpoints).values()), None)
 
     def lock(self) -> None:
-        """Takes the folder for this process until it gives it back or ends.
+        """Locks the folder until `unlock` or the end of this process.
 
         Raises:
-            InputError: another process has it, or the folder can't be written.
+            InputError: another process holds the lock, or the folder can't be written or locked.
         """
-        self._lock.take()
+        self._lock.acquire()
         for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
-        """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
+        """The lock file's text, new each time the lock is acquired: processes that share the folder read the same."""
         return self._lock.text()
 
     def unlock(self) -> None:
-        """Gives the folder back; does nothing where it is not held."""
-        self._lock.give_back()
+        """Releases the lock; does nothing if it is not held."""
+        self._lock.release()
 
     def write_config(self, experiment: Any) -> None:
         """Writes the recipe as resolved."""
