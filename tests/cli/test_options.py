@@ -33,7 +33,7 @@ class Options(Strict):
     """Of images."""
     number: int | None = Field(None, alias="class")
     """A class."""
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments."""
     out: Annotated[Path | None, Metavar("FILE.png")] = None
     """The figure."""
