@@ -295,7 +295,7 @@ class Trainer:
         found = torch.tensor([-1 if where is None else modules.index(where)], device=device)
         numbers = [number for number in self.accelerator.gather(found).tolist() if number >= 0]
         error = streak.error(rate, modules[numbers[0]] if numbers else None)
-        error.told = not self.accelerator.is_main_process
+        error.reported = not self.accelerator.is_main_process
         raise error
 
     def _log(self, loss: Tensor, gradient_norm: Tensor) -> None:
