@@ -2,7 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 from dia_diffusion.errors import InputError
 
 SIDES = ("input", "output")
-# A residual block of any class may name its own: `branch_end = "bn2"`, the submodule that ends the residual branch.
+# A residual block of any other class may have this attribute: the name of the submodule that ends its branch.
 BRANCH_END = "branch_end"
 # Attributes of a layer with the channels of its input and of its output.
 CHANNELS = {
@@ -117,24 +117,17 @@ def insertion_points(model: nn.Module, at: InsertionPoints | None = None) -> lis
 
 def _known(model: nn.Module) -> Iterator[Position]:
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        branch_end = getattr(module, BRANCH_END, None)
-        if isinstance(module, UNet2DModel):
-            yield from _in_unet(module, prefix)
-        elif isinstance(module, DiTTransformer2DModel):
-            for index in range(len(module.transformer_blocks)):
-                yield Position(f"{prefix}transformer_blocks.{index}.ff", "input", module.inner_dim)
-        elif isinstance(module, EncoderBlock):
-            yield Position(f"{prefix}mlp", "input", module.ln_2.normalized_shape[0], num_prefix_tokens=1)
-        elif isinstance(module, BasicBlock):
-            yield Position(f"{prefix}bn2")
-        elif isinstance(module, Bottleneck):
-            yield Position(f"{prefix}bn3")
-        elif isinstance(branch_end, str):
-            yield Position(f"{prefix}{branch_end}")
+        inside = next((inside for kind, inside in KNOWN_BLOCKS.items() if isinstance(module, kind)), _at_branch_end)
+        for position in inside(module):
+            yield replace(position, module=f"{name}.{position.module}" if name else position.module)
 
 
-def _in_unet(model: UNet2DModel, prefix: str) -> Iterator[Position]:
+def _at_branch_end(module: nn.Module) -> list[Position]:
+    name = getattr(module, BRANCH_END, None)
+    return [Position(name)] if isinstance(name, str) else []
+
+
+def _in_unet(model: UNet2DModel) -> Iterator[Position]:
     """After each resnet block; the middle block runs before the up blocks, which are registered before it."""
     down = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
     middle = [] if model.mid_block is None else ["mid_block"]
@@ -142,7 +135,22 @@ def _in_unet(model: UNet2DModel, prefix: str) -> Iterator[Position]:
     for block in [*down, *middle, *up]:
         resnets = getattr(model.get_submodule(block), "resnets", [])
         for index, resnet in enumerate(resnets):
-            yield Position(f"{prefix}{block}.resnets.{index}", channels=resnet.out_channels)
+            yield Position(f"{block}.resnets.{index}", channels=resnet.out_channels)
+
+
+def _in_dit(model: DiTTransformer2DModel) -> Iterator[Position]:
+    for index in range(len(model.transformer_blocks)):
+        yield Position(f"transformer_blocks.{index}.ff", "input", model.inner_dim)
+
+
+# A class of networks or blocks -> its insertion points, named relative to the module, in the order of execution.
+KNOWN_BLOCKS: dict[type[nn.Module], Callable[[Any], Iterable[Position]]] = {
+    UNet2DModel: _in_unet,
+    DiTTransformer2DModel: _in_dit,
+    EncoderBlock: lambda block: [Position("mlp", "input", block.ln_2.normalized_shape[0], num_prefix_tokens=1)],
+    BasicBlock: lambda block: [Position("bn2")],
+    Bottleneck: lambda block: [Position("bn3")],
+}
 
 
 def _check(position: Position, modules: dict[str, nn.Module]) -> None:

@@ -36,7 +36,7 @@ def model_arguments(backbone: str, config: Mapping[str, Any]) -> dict[str, Any]:
     Another backbone's keys are dropped where they have its default, since older recipes hold the keys of all backbones.
 
     Raises:
-        InputError: an unknown backbone, a key that it doesn't have, or another backbone's with a value.
+        InputError: an unknown backbone, a key that it doesn't have or lacks, or another backbone's with a value.
     """
     accepted = recipe_defaults(backbone)
     others = [recipe_defaults(name) for name in BACKBONES if name != backbone]
@@ -53,11 +53,13 @@ def model_arguments(backbone: str, config: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"`model.{key}` is no key of backbone {backbone}; the nearest is {' '.join(nearest)}")
         if value not in defaults:
             raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {value!r}")
+    if missing := [key for key, value in accepted.items() if value is inspect.Parameter.empty and key not in arguments]:
+        raise InputError(f"`model.{missing[0]}` must be given for backbone {backbone}")
     return arguments
 
 
 def recipe_defaults(backbone: str) -> dict[str, Any]:
-    """The keys of a recipe's `model:` beside `backbone`, with their defaults (inspect.Parameter.empty where needed).
+    """The keys of a recipe's `model:` beside `backbone`, with their defaults; inspect.Parameter.empty is none.
 
     Raises:
         InputError: an unknown backbone.
@@ -65,7 +67,7 @@ def recipe_defaults(backbone: str) -> dict[str, Any]:
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
     parameters = inspect.signature(row.model).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in left_out}
+    return {p.name: p.default for p in parameters if p.name not in left_out and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:

@@ -66,6 +66,7 @@ def test_keys_of_other_backbones_are_ignored_at_their_defaults_only() -> None:
     [
         ("unet3d", {}, "`model.backbone` must be one of uvit, unet2d, dit, .*got 'unet3d'"),
         ("test-convolutions", {"widht": 4}, "`model.widht` is no key of backbone test-convolutions; .* width"),
+        ("test-convolutions", {"width": 4}, "`model.sample_size` must be given for backbone test-convolutions"),
         ("test-convolutions", {"hidden_size": 64}, "`model.hidden_size` must be left out .*, got 64"),
         ("uvit", {"attention_at": ["mid_block"]}, "`model.attention_at` must be left out for backbone uvit"),
         ("dit", {"num_layers": 5}, "`model.num_layers` must be left out for backbone dit, got 5"),
