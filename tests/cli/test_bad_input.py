@@ -74,7 +74,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
             f"started with init_from: None, and is given init_from: {run}",
         ),
         "fp16 without GPU": ([*config, "--train.mixed_precision", "fp16"], "on a CPU, got fp16"),
-        "even layers": ([*config, "--model.num_layers", "4"], "num_layers is 4"),
+        "even layers": ([*config, "--model.num_layers", "4"], "`num_layers` must be odd"),
         "patch": ([*config, "--model.patch_size", "3"], "patch_size 3"),
         "reduction": ([*config, "--model.attention_kwargs.reduction", "3"], "reduction 3"),
         "unit": ([*config, "--model.attention", "dia"], "'dia'; accepted: none, dia-lstm"),
