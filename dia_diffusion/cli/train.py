@@ -29,7 +29,7 @@ def run_recipe(
     experiment = read_experiment(config, overrides, kind=kind)
 
     with imports():
-        from dia_diffusion.training.loop import Trainer
+        from dia_diffusion.training.trainer import Trainer
     reporter = ConsoleReporter()
     try:
         Trainer(trained(experiment), reporter).run()
