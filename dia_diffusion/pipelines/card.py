@@ -10,7 +10,7 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
 CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256

@@ -9,14 +9,13 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import build_on_meta, check_layers
+from dia_diffusion.models.factory import build_on_meta, check_layers
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.bundle import HEADER
 from dia_diffusion.pipelines.card import CONVERTED_FILE, TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, SHARDS, WEIGHTS, class_name
 from dia_diffusion.pipelines.folder import PICKLES as PICKLED_WEIGHTS
-from dia_diffusion.reading.safetensors_header import stored_shapes
-from dia_diffusion.reading.text import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text
+from dia_diffusion.reading import LINES_LIMIT, Unreadable, parse_json, read_json_object, read_text, stored_shapes
 
 COMPONENTS = ("unet", "scheduler")
 # What is for others, at the top of the folder and in its components; generated code besides.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import refuse_existing, sealed, unsealed, whole_folder, write_json, write_text
+from dia_diffusion.io import atomic_dir, refuse_existing, verify_checksum, with_checksum, write_json, write_text
 from dia_diffusion.pipelines.bundle import PACKAGE, bundle
 from dia_diffusion.pipelines.card import evaluation_rows, read_training, write_card
 from dia_diffusion.pipelines.contents import (
@@ -15,7 +15,7 @@ from dia_diffusion.pipelines.contents import (
     without_local_paths,
 )
 from dia_diffusion.pipelines.folder import EVALUATIONS, INDEX, records_file, weights_hash
-from dia_diffusion.reading.text import Unreadable, parse_json, read_json, read_lines
+from dia_diffusion.reading import Unreadable, parse_json, read_json, read_lines
 
 WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))
 # diffusers copies code files into one folder by name, so no other project's may be called the same.
@@ -50,7 +50,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
     shared, left_out = shared_files(source)
     records = _evaluations(source)
     read_training(source)  # whose error should name the source
-    with whole_folder(out, replace=False) as temporary:
+    with atomic_dir(out, replace=False) as temporary:
         for relative in shared:
             if relative in WRITTEN_ANEW or relative.suffix == ".py":
                 continue
@@ -60,7 +60,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
             write_text(temporary / relative, text)
         write_json(temporary / INDEX, index)
         if records:
-            write_text(temporary / EVALUATIONS, "".join(json.dumps(sealed(record)) + "\n" for record in records))
+            write_text(temporary / EVALUATIONS, "".join(json.dumps(with_checksum(record)) + "\n" for record in records))
         write_card(temporary, evaluation_rows(records))
     return left_out
 
@@ -129,7 +129,7 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = unsealed(parse_json(line))
+            record = verify_checksum(parse_json(line))
             cleaned = without_local_paths(record)
             # A protocol is bound to its hash: one that names a path can't be shortened, and stays here.
             if record["weights_hash"] == own and cleaned["protocol"] == record["protocol"]:

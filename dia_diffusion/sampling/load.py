@@ -15,7 +15,7 @@ from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import check_layers, check_size, unusable
+from dia_diffusion.models.factory import check_layers, check_size, unusable
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.folder import (
     check_weights,
@@ -27,7 +27,7 @@ from dia_diffusion.pipelines.folder import (
     read_index,
 )
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.reading.safetensors_header import read_header
+from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
 OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}

@@ -48,7 +48,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def my_share(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+def shard(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
     """What process `rank` of `world_size` does: every world_size-th item; the shares differ by one item at most."""
     return items[rank::world_size]
 

@@ -13,7 +13,7 @@ from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_json
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.costs import training_cost
@@ -29,8 +29,8 @@ from dia_diffusion.studies.timing import (
     threads,
 )
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
 
 PLAN_FILE = "plan.json"
 BYTES_OF_FLOAT = 4

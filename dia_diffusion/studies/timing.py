@@ -19,8 +19,7 @@ from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.image_pipeline import adapt_pipeline
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.diffusion import build_pipeline
-from dia_diffusion.training.snapshot import build_model
+from dia_diffusion.training.diffusion import build_model, build_pipeline
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 STEPS = 10

@@ -19,11 +19,11 @@ from dia_diffusion.data import ImageSet
 from dia_diffusion.data.decode import to_pixels
 from dia_diffusion.data.encoded import EncodedSet, gather, open_encoded
 from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import first_on_each_machine, on_main, sent, together
+from dia_diffusion.distributed import first_on_each_machine, on_all_ranks, on_rank_zero, sent
 from dia_diffusion.errors import DivergedError, InputError
-from dia_diffusion.io import sealed, step_folders, step_name, write_json
+from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
-from dia_diffusion.models.stored import build_on_meta, check_memory
+from dia_diffusion.models.factory import build_on_meta, check_memory
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
 from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
@@ -226,14 +226,14 @@ class TestClassifier(Callback):
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
         trainer.check_finite()
         values = self._test(trainer) if self._test_due(trainer.step) else {}
-        on_main(trainer.accelerator, lambda: self._save(trainer, values))
+        on_rank_zero(trainer.accelerator, lambda: self._save(trainer, values))
         if values:
             trainer.log(values)
 
     def end(self, trainer: "Trainer", error: Exception | None) -> None:
         if isinstance(error, DivergedError):
             step = error.step
-            on_main(trainer.accelerator, lambda: self._write_result(trainer, step, step, {}))
+            on_rank_zero(trainer.accelerator, lambda: self._write_result(trainer, step, step, {}))
 
     def _test(self, trainer: "Trainer") -> dict[str, float]:
         """Accuracy and loss on the test images, sharded over the ranks, of the classifier that rank 0 saves."""
@@ -242,7 +242,7 @@ class TestClassifier(Callback):
         broadcast(list(model.buffers()))
         model.eval()
         with torch.no_grad():
-            counts, loss = together(accelerator, partial(self._count, model, accelerator))
+            counts, loss = on_all_ranks(accelerator, partial(self._count, model, accelerator))
         model.train()
         if accelerator.num_processes > 1:
             counts, loss = (accelerator.reduce(total.to(accelerator.device), "sum") for total in (counts, loss))
@@ -307,4 +307,4 @@ class TestClassifier(Callback):
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),
         }
-        write_json(trainer.folder.path / RESULT_FILE, sealed(record))
+        write_json(trainer.folder.path / RESULT_FILE, with_checksum(record))

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import on_main, sent
+from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.io import step_name, whole_folder, write_json
-from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
+from dia_diffusion.io import atomic_dir, step_name, write_json
+from dia_diffusion.models import factory
+from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
@@ -26,11 +27,10 @@ from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
 from dia_diffusion.sampling.settings import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
-from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.init_from import start_from
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
-from dia_diffusion.training.snapshot import build_model
 from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Task
 
@@ -167,7 +167,7 @@ class SaveSamples(Callback):
 
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
         trainer.check_finite()
-        on_main(trainer.accelerator, lambda: self._save(trainer))
+        on_rank_zero(trainer.accelerator, lambda: self._save(trainer))
 
     def _save(self, trainer: "Trainer") -> None:
         step, weights = trainer.step, trainer.averaged_weights()
@@ -182,6 +182,11 @@ class SaveSamples(Callback):
                 trainer.message(f"step {step:,}: no grid, {error}")
         if checkpoint_due(self.config, step):
             save_pipeline(pipeline, trainer.folder.pipelines / step_name(step), trainer.origin(), grid)
+
+
+def build_model(config: ModelConfig) -> Any:
+    """The recipe's backbone and unit, with first weights from torch's default generator."""
+    return factory.build_model(asdict(config))
 
 
 def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
@@ -224,7 +229,7 @@ def _settings(experiment: Experiment) -> SamplingSettings:
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
     """Writes the pipeline folder with a record of its training and a model card."""
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         pipeline.save_pretrained(temporary)
         write_json(temporary / TRAINING_FILE, training)
         if grid is not None and grid.is_file():

@@ -8,11 +8,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dia_diffusion.distributed import from_main, together
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
 from dia_diffusion.pipelines.card import TRAINING_FILE
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.training.randomness import RANDOMNESS
 from dia_diffusion.training.recipe_keys import differing_keys
 from dia_diffusion.training.run_folder import RunFolder
@@ -28,7 +28,7 @@ def check_shared(folder: RunFolder, accelerator: Accelerator, message: Callable[
 
     message: shows a line of a rank that has to wait for a slow shared disk.
     """
-    lock = from_main(accelerator, folder.lock_text)
+    lock = broadcast_from_rank_zero(accelerator, folder.lock_text)
 
     def check() -> None:
         started, reported = time.monotonic(), False
@@ -42,7 +42,7 @@ def check_shared(folder: RunFolder, accelerator: Accelerator, message: Callable[
                 reported = True
             time.sleep(0.5)
 
-    together(accelerator, check)
+    on_all_ranks(accelerator, check)
 
 
 def check_resumed_run(path: Path, experiment: Any, fingerprint: str, state: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, unsealed, write_text
+from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, verify_checksum, write_text
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.reading.text import Unreadable, parse_json, whole_lines
+from dia_diffusion.reading import Unreadable, complete_lines, parse_json
 
 
 class RunFolder:
@@ -77,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line as text, and parsed."""
     try:
-        for number, text in enumerate(whole_lines(path), start=1):
+        for number, text in enumerate(complete_lines(path), start=1):
             if (line := _metrics_in(text)) is None:
                 raise InputError(f"{path}, line {number} is truncated or corrupted; remove that line")
             yield text, line
@@ -88,7 +88,7 @@ def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _metrics_in(text: str) -> dict[str, Any] | None:
     """The numbers of a step in a line; None if there are none, or it is corrupted."""
     try:
-        line = unsealed(parse_json(text))
+        line = verify_checksum(parse_json(text))
     except ValueError:
         return None
     has_step = type(line.get("step")) is type(line.get("images")) is int

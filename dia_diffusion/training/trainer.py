@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from dia_diffusion.distributed import (
     StopSignal,
+    broadcast_from_rank_zero,
     check_trackers,
-    from_main,
     micro_batch_size,
-    on_main,
+    on_all_ranks,
+    on_rank_zero,
     start_accelerator,
-    together,
 )
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, Stopped
@@ -105,17 +105,19 @@ class Trainer:
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         optimizer = self.task.build_optimizer(self.model)
         new_run = self.folder.newest_checkpoint() is None
-        self.started_from = together(self.accelerator, lambda: self.task.init_weights(self.model) if new_run else None)
+        self.started_from = on_all_ranks(
+            self.accelerator, lambda: self.task.init_weights(self.model) if new_run else None
+        )
 
         # Images.
         self.images = self.task.open_images(self.accelerator, self.reporter)
 
         # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
-        on_main(self.accelerator, self.folder.lock)
+        on_rank_zero(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator, self.reporter.message)
-            name = from_main(self.accelerator, self._find_checkpoint)
-            checkpoint = together(self.accelerator, lambda: self._load_weights(name))
+            name = broadcast_from_rank_zero(self.accelerator, self._find_checkpoint)
+            checkpoint = on_all_ranks(self.accelerator, lambda: self._load_weights(name))
             self._prepare(optimizer, checkpoint)
         except BaseException:
             self.folder.unlock()
@@ -260,7 +262,7 @@ class Trainer:
         raise divergence(streak, rate, self.model, forward, self.accelerator)
 
     def _start(self) -> None:
-        on_main(self.accelerator, self._open_folder)
+        on_rank_zero(self.accelerator, self._open_folder)
         config = self.config
         self.message(
             f"{self.images.name}: {len(self.images):,} images; {self.task.description}, "
@@ -303,7 +305,7 @@ class Trainer:
         images = self.step * self.config.batch_size
         finite = {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
         line = {"images": images, **finite}
-        on_main(self.accelerator, lambda: self.folder.log_metrics({"step": self.step, **line}))
+        on_rank_zero(self.accelerator, lambda: self.folder.log_metrics({"step": self.step, **line}))
         if self.experiment.trackers:
             self.accelerator.log(line, step=self.step)
 
@@ -322,7 +324,7 @@ class Trainer:
         self.check_finite()
         if self.saved_step == self.step:
             return
-        on_main(self.accelerator, self._save_checkpoint)
+        on_rank_zero(self.accelerator, self._save_checkpoint)
         self.saved_step = self.step
 
     def _save_checkpoint(self) -> None:

@@ -9,7 +9,7 @@ from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
-from dia_diffusion.sampling.settings import my_share
+from dia_diffusion.sampling.settings import shard
 from tests.sampling.tiny_models import small_unet
 
 
@@ -36,7 +36,7 @@ def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
     assert torch.stack(list(whole.values())).float().std() > 20
     assert largest_difference({0: whole[0]}, {0: whole[1]}) > 20
     assert largest_difference(whole, images_of(pipeline, seeds[::-1], batch_size=2)) <= 1
-    shares = [images_of(pipeline, my_share(seeds, rank, 3), batch_size=4) for rank in range(3)]
+    shares = [images_of(pipeline, shard(seeds, rank, 3), batch_size=4) for rank in range(3)]
     assert largest_difference(whole, shares[0] | shares[1] | shares[2]) <= 1
     assert largest_difference({3: whole[3]}, images_of(pipeline, [3], batch_size=1)) <= 1
 

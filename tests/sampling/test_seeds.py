@@ -1,7 +1,7 @@
 import pytest
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sampling.settings import my_share, parse_seeds
+from dia_diffusion.sampling.settings import parse_seeds, shard
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,6 @@ def test_no_seeds(text):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_shares_are_even_and_make_the_whole(world_size):
-    shares = [list(my_share(range(10), rank, world_size)) for rank in range(world_size)]
+    shares = [list(shard(range(10), rank, world_size)) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == list(range(10))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
