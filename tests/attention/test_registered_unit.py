@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dia_diffusion.training.trainer import Trainer
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from dia_diffusion.analysis.parameters import Stage, added_parameters
 from dia_diffusion.attention import UNITS, Unit, build_attention
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
 from tests.models.test_attached import ARGUMENTS
 from tests.training.conftest import Recorder
