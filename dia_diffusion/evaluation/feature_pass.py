@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from einops import rearrange
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.distributed import from_main, on_main, together
+from dia_diffusion.distributed import from_main, on_main, shard, together
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.sampling.settings import my_share
 
 ImagesOf = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 """Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""
@@ -118,7 +117,7 @@ def fill(
         reporter.going_on(done, count)
     for start, stop in missing:
         began = time.monotonic()
-        mine = my_share(range(start, stop), accelerator.process_index, accelerator.num_processes)
+        mine = shard(range(start, stop), accelerator.process_index, accelerator.num_processes)
         share = together(accelerator, partial(_measure, mine, images, extractor, widths, source))
         rows = {name: _in_order(accelerator, part, stop - start) for name, part in share.items()}
         if file is None:

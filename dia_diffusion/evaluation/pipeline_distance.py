@@ -16,8 +16,8 @@ from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol
 from dia_diffusion.evaluation.reference import Reference
 from dia_diffusion.pipelines.card import read_training
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
-from dia_diffusion.sampling.image_pipeline import ImagePipeline
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.generate import ImagePipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
 
 
 def image_protocol(
@@ -88,12 +88,11 @@ class PipelineDistance:
     """(M, D), on the main process, where the extras need them."""
 
     def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
-        """The protocol of the distance of a pipeline that the settings are in use on."""
-        scheduler = pipeline.sampler_settings()
+        """The protocol of the distance of a pipeline that was adapted with the settings."""
         dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
         return image_protocol(
-            self.extractor, self.reference, self.num_samples, self.settings, scheduler, dtype, weights
+            self.extractor, self.reference, self.num_samples, self.settings, pipeline.scheduler_settings, dtype, weights
         )
 
     def measure(
@@ -105,7 +104,7 @@ class PipelineDistance:
         work: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
-        """Samples from a pipeline that the settings are in use on, and measures.
+        """Samples from a pipeline that was adapted with the settings, and measures.
 
         protocol, origin: `protocol` and `pipeline_origin` of the pipeline and its folder.
         progress: is told how many images have been drawn.
@@ -113,7 +112,7 @@ class PipelineDistance:
         """
 
         def images(seeds: Sequence[int]) -> Iterator[Tensor]:
-            for _, batch in self.settings.generate(pipeline, seeds, self.batch_size, progress):
+            for _, batch in generate(pipeline, seeds, self.batch_size, progress):
                 yield batch
 
         return evaluate(

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.io import whole_folder, write_json
@@ -15,9 +13,8 @@ from dia_diffusion.models.stored import build_on_meta, check_layers, check_memor
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.training.config import OF_OTHERS, OF_UVIT, Experiment, ModelConfig
 
@@ -31,16 +28,11 @@ def build_model(config: ModelConfig) -> UViT | AttachedModel:
     return UViT(**given) if config.backbone == "uvit" else AttachedModel(**given)
 
 
-def build_scheduler_of(experiment: Experiment) -> SchedulerMixin:
-    """The scheduler that the recipe's pipelines have: its noise process, with the default sampler's settings."""
-    return build_scheduler(DEFAULT_SAMPLER, DDPMScheduler(**experiment.noise_process().scheduler_config()))
-
-
 def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
     """A pipeline of the recipe's model with these weights."""
     model = build_model(experiment.model).eval().requires_grad_(False)
     model.load_state_dict(weights)
-    pipeline = UViTPipeline(model, build_scheduler_of(experiment))
+    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -50,15 +42,14 @@ def check_samples(experiment: Experiment) -> None:
     check_layers(asdict(experiment.model), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
-    _settings(experiment).use(adapt_pipeline(UViTPipeline(model, build_scheduler_of(experiment))))
+    adapt_pipeline(UViTPipeline(model, experiment.noise_process().build_scheduler()), _settings(experiment))
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
     """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
-    adapted = adapt_pipeline(pipeline)
-    settings, seeds = _settings(experiment).use(adapted), range(experiment.samples.count)
-    batches = settings.generate(adapted, seeds, batch_size=64)
-    save_grid(torch.cat([images for _, images in batches]), path, settings.grid_columns(seeds))
+    adapted, seeds = adapt_pipeline(pipeline, _settings(experiment)), range(experiment.samples.count)
+    images = torch.cat([images for _, images in generate(adapted, seeds)])
+    save_grid(images, path, adapted.settings.grid_columns(seeds))
 
 
 def _settings(experiment: Experiment) -> SamplingSettings:
