@@ -11,8 +11,8 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
-from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
-from dia_diffusion.pipelines.folder import EVALUATIONS, records_file, weights_hash
+from dia_diffusion.pipelines.folder import EVALUATIONS, TRAINING_FILE, records_file, weights_hash
+from dia_diffusion.sharing.card import evaluation_rows, write_card
 
 
 def check_record_file(file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, PRECISIONS, SAMPLERS, SamplingSettings
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol
 from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.pipelines.folder import model_hash, read_training, weights_hash
 from dia_diffusion.sampling.generate import ImagePipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 

@@ -11,8 +11,7 @@ import yaml
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, unsealed, write_text
-from dia_diffusion.pipelines.card import TRAINING_FILE
-from dia_diffusion.pipelines.folder import EVALUATIONS
+from dia_diffusion.pipelines.folder import EVALUATIONS, TRAINING_FILE
 from dia_diffusion.reading.text import Unreadable, parse_json, read_json_object, whole_lines
 from dia_diffusion.training.recipe_keys import differing_keys
 

@@ -11,11 +11,12 @@ from dia_diffusion.io import whole_folder, write_json
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
 from dia_diffusion.models.uvit import UViT
-from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
+from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
+from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.config import OF_OTHERS, OF_UVIT, Experiment, ModelConfig
 
 MOST_LAYERS = 10_000
