@@ -1,6 +1,6 @@
 """Which attention a CPU computes faster: softmax of explicit products, or torch's scaled_dot_product_attention.
 
-`softmax_attention` in dia_diffusion/models/uvit_block.py chooses by this table.
+`softmax_attention` in dia_diffusion/models/uvit.py chooses by this table.
 """
 
 import statistics

@@ -127,12 +127,12 @@ def _gather(accelerator: Accelerator, number: int) -> list[int]:
     return [int(each) for each in numbers]
 
 
-def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does work that needs no other process on each of them; what it raises on one ends it on all.
+def on_all_ranks(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Runs work on each rank, without communication in it; if any rank raises, all ranks raise.
 
     Raises:
-        InputError: where the work raised one on some process.
-        RunError: where the work raised anything else on another process.
+        InputError: the work raised one on some rank.
+        RunError: the work raised anything else on another rank.
     """
     failure: Exception | None = None
     try:
@@ -146,15 +146,15 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     return result
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Does work on the main process while the others wait; what it raises is raised on all, as by `together`."""
-    together(accelerator, work if accelerator.is_main_process else lambda: None)
+def on_rank_zero(accelerator: Accelerator, work: Callable[[], object]) -> None:
+    """Runs work on rank 0 while the others wait; if it raises, all ranks raise, as by `on_all_ranks`."""
+    on_all_ranks(accelerator, work if accelerator.is_main_process else lambda: None)
 
 
-def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What work on the main process returns, on all of them; it is sent as JSON. What it raises is as by `together`."""
+def broadcast_from_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """The result of work on rank 0, sent to all ranks as JSON; if it raises, all ranks raise, as by `on_all_ranks`."""
     result: list[T] = []
-    on_main(accelerator, lambda: result.append(work()))
+    on_rank_zero(accelerator, lambda: result.append(work()))
     if accelerator.num_processes == 1:
         return result[0]
     told: T = json.loads(_broadcast(accelerator, json.dumps(result[0]) if result else "", source=0))
@@ -164,8 +164,8 @@ def from_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Does work on one process of each machine, then on all: the others find what the first has put into the cache."""
     if accelerator.num_processes > 1:
-        together(accelerator, work if accelerator.is_local_main_process else lambda: None)
-    return together(accelerator, work)
+        on_all_ranks(accelerator, work if accelerator.is_local_main_process else lambda: None)
+    return on_all_ranks(accelerator, work)
 
 
 def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Exception | None:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dia_diffusion.errors import RunError, one_line
-from dia_diffusion.io import sha256_of_file, whole_file
+from dia_diffusion.io import atomic_file, sha256_of_file
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fetch(
     opener = urllib.request.build_opener(_SecureRedirects)
     try:
         _check_secure(download.url)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             with opener.open(download.url, timeout=30) as response, temporary.open("wb") as file:
                 done = 0
                 # A byte more than expected is enough to know that it is another file.

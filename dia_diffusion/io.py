@@ -21,12 +21,12 @@ from dia_diffusion.errors import NOT_ON_WINDOWS, InputError
 KEY = "crc32"
 
 
-def sealed(value: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
     """The object with its checksum, which is its last item."""
     return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read: tuples are lists then
 
 
-def unsealed(value: Any) -> dict[str, Any]:
+def verify_checksum(value: Any) -> dict[str, Any]:
     """The object without its checksum; one that was written without, as by an older version, is taken as it is.
 
     Raises:
@@ -49,11 +49,11 @@ def _checksum(value: dict[str, Any]) -> str:
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
-REPLACED = re.compile(r"\.(.+)\.replaced\.")  # how `whole_folder` names what it sets aside
+REPLACED = re.compile(r"\.(.+)\.replaced\.")  # how `atomic_dir` names what it sets aside
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what is written there takes `path`'s place when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: str | Path, replace: bool = True, needed: int = 0) -> Iterator[Path]:
+def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Iterator[Path]:
     """Yields a temporary folder beside `path`, which takes that name when the block ends well.
 
     A folder that is already at `path` is replaced, and only once the new one is complete. With replace False whatever
@@ -161,7 +161,7 @@ def step_folders(folder: Path) -> dict[int, Path]:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a whole text file."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -171,10 +171,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
-    """Appends a sealed line of JSON and flushes it to the disk; a line that a crash cut short is not glued to it."""
+    """Appends a line of JSON with its checksum, flushed to the disk; after a truncated line it starts a new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line_to_add = json.dumps(sealed(value)).encode() + b"\n"
+    line_to_add = json.dumps(with_checksum(value)).encode() + b"\n"
     with naming(path, len(line_to_add)), path.open("ab+", buffering=0) as file:
         end = file.tell()
         torn = False

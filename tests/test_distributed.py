@@ -9,12 +9,12 @@ from accelerate import Accelerator
 
 from dia_diffusion.distributed import (
     all_agree,
+    broadcast_from_rank_zero,
     first_on_each_machine,
-    from_main,
     lost_a_process,
-    on_main,
+    on_all_ranks,
+    on_rank_zero,
     start_accelerator,
-    together,
 )
 from dia_diffusion.errors import InputError, RunError
 from tests.two_processes import on_two_processes
@@ -35,15 +35,15 @@ def wait_long() -> list[object]:
     accelerator = start_accelerator()
     impatient()
     main_process = accelerator.is_main_process
-    on_main(accelerator, partial(time.sleep, 2))
+    on_rank_zero(accelerator, partial(time.sleep, 2))
     answers = [
-        from_main(accelerator, lambda: time.sleep(1.5) or {"seeds": [3, 5]}),
+        broadcast_from_rank_zero(accelerator, lambda: time.sleep(1.5) or {"seeds": [3, 5]}),
         all_agree(accelerator, True),
         all_agree(accelerator, main_process),
     ]
     for failure in (InputError("no image"), OSError("no space")):
         try:
-            together(accelerator, lambda failure=failure: _fail(failure) if not main_process else time.sleep(1.5))
+            on_all_ranks(accelerator, lambda failure=failure: _fail(failure) if not main_process else time.sleep(1.5))
         except Exception as error:
             answers += [type(error), str(error)]
     return answers
@@ -61,7 +61,7 @@ def test_processes_wait_longer_for_each_other_than_their_backend_does() -> None:
 def die_while_the_other_waits() -> None:
     accelerator = start_accelerator()
     if accelerator.is_main_process:
-        on_main(accelerator, lambda: None)
+        on_rank_zero(accelerator, lambda: None)
     else:
         time.sleep(1)
         raise ValueError("not agreed on with anybody")

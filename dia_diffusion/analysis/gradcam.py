@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from dia_diffusion.attention.places import positions_of
+from dia_diffusion.attention.insertion_points import positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import save_figure
 from dia_diffusion.models.classifiers import SavedClassifier

@@ -20,8 +20,7 @@ from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
-from dia_diffusion.models.uvit_block import Mlp
+from dia_diffusion.models.uvit import Mlp, UViT
 
 Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.places import in_stages, positions_of
-from dia_diffusion.attention.unit import SelfAttentionUnit
+from dia_diffusion.attention.insertion_points import in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 
@@ -78,6 +77,6 @@ def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
     if "sharing" in options:
         raise InputError("sharing is among the unit's arguments; both are counted, leave it out")
     individual = None
-    if unit in UNITS and UNITS[unit][0] is SelfAttentionUnit:
+    if unit in UNITS and UNITS[unit].can_be_individual:
         individual = unit_parameters(stages, unit, **{**options, "sharing": "individual"})
     return Added(unit, unit_parameters(stages, unit, **options), individual)

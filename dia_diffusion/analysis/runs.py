@@ -10,7 +10,7 @@ from dia_diffusion.analysis.classifier_run import ClassifierRun
 from dia_diffusion.analysis.diffusion_run import DiffusionRun
 from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.errors import InputError
-from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.classification import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
+from dia_diffusion.attention.insertion_points import BRANCH_END, Position, in_stages, positions_of
 from dia_diffusion.attention.layers import is_map
-from dia_diffusion.attention.places import BRANCH_END, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
-from dia_diffusion.models.uvit_block import Block
+from dia_diffusion.models.uvit import Block, UViT
 
 
 @dataclass(frozen=True)

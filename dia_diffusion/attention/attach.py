@@ -3,24 +3,22 @@
 One unit for each stage, a maximal run of positions with one channel count in the order in which the network runs them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention import build_attention, own_generator
-from dia_diffusion.attention.controls import BlockTimeScale
+from dia_diffusion.attention.insertion_points import PlaceHook, Places, Position, in_stages, positions_of
 from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
-from dia_diffusion.attention.places import PlaceHook, Places, Position, in_stages, positions_of
+from dia_diffusion.attention.units import UNITS, build_attention, forked_rng
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.registry import wrapped_networks
 
 UNITS_NAME = "attention_units"
 SAVE = "save_pretrained"
 DECIDED_BY_ATTACH = {"name", "channels", "num_blocks"}  # what attach() builds units with
-# Class of model -> what saves one with its units, called as save(model, folder, ...). The models' own module fills it.
-SAVERS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -92,18 +90,18 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
         raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
     if unit in (None, "none"):
         raise InputError(f"attach() was given unit {unit!r}; accepted: the name of a unit")
+    if unit in UNITS and UNITS[unit].needs_time:
+        raise InputError(f"`unit` must be one that doesn't need the time, which only a UViT gives, got {unit!r}")
     positions = positions_of(model, at)
     for position in positions:
         if _has_unit(model.get_submodule(position.module)):  # a network around this model was attached to
             raise InputError(f"{position.module} has an attached unit already; detach() it first")
     stages = in_stages(positions)
     units: list[nn.Module] = []
-    with own_generator():
+    with forked_rng():
         for run in stages:
             built = build_attention(unit, run[0].channels or 0, num_blocks=len(run), **unit_kwargs)
             assert built is not None
-            if isinstance(built, BlockTimeScale):
-                raise InputError(f"attention unit {unit!r} needs the time, which only a UViT gives its unit")
             units.append(built)
     return Attachment(model, AttentionUnits(units), stages, unit, unit_kwargs)
 
@@ -172,14 +170,15 @@ class Attachment:
         self.model.__dict__.pop(SAVE, None)
 
     def _save(self, *args: Any, **kwargs: Any) -> Any:
-        saver = next((saver for kind, saver in SAVERS.items() if isinstance(self.model, kind)), None)
-        if saver is None:
-            accepted = ", ".join(kind.__name__ for kind in SAVERS)
+        """Saves the model as the class that loads it with its units."""
+        rows = wrapped_networks().values()
+        row = next((row for row in rows if isinstance(self.model, row.network)), None)
+        if row is None:
             raise InputError(
-                f"a {type(self.model).__name__} with attached units can't be saved by {SAVE}, which its class would "
-                f"load without them; accepted: {accepted}, or a file of its state_dict()"
+                f"a model with attached units must be a {' or '.join(row.name for row in rows)} to be saved by {SAVE}, "
+                f"got a {type(self.model).__name__}, which would be loaded without them; save its state_dict() instead"
             )
-        return saver(self.model, *args, **kwargs)
+        return row.model.from_backbone(self.model).save_pretrained(*args, **kwargs)
 
     def _start(self, model: nn.Module, args: Any) -> None:
         checkpointing = any(module.gradient_checkpointing for module in self.checkpointed)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import load_for_sampling
-from dia_diffusion.distributed import from_main, on_main, shard, start_accelerator, together
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, shard, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
 from dia_diffusion.sampling.generate import ImagePipeline, generate
@@ -25,18 +25,18 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
     """Draws the images of seeds by the command's options and writes them where these say."""
     accelerator = start_accelerator()
     as_npz = options.out is not None and options.out.suffix == ".npz"
-    pipeline, settings = together(accelerator, partial(_prepare, folder, options, accelerator.device))
+    pipeline, settings = on_all_ranks(accelerator, partial(_prepare, folder, options, accelerator.device))
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
         model = {"weights": weights_hash(folder), "model": model_hash(folder)}
         manifest = {**model, "precision": options.precision, **pipeline.to_dict()}
-        on_main(accelerator, lambda: open_folder(pngs, manifest))
+        on_rank_zero(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = as_npz or options.grid is not None
     missing = seeds
     if pngs is not None and not keep:
         # Images that the folder holds already are those that would be drawn again.
-        missing = from_main(accelerator, lambda: missing_seeds(pngs, seeds))
+        missing = broadcast_from_rank_zero(accelerator, lambda: missing_seeds(pngs, seeds))
     mine = list(shard(missing, accelerator.process_index, accelerator.num_processes))
     kept: list[Tensor] = []
     with Counter("sampling", "images") as counter, _going_on(keep):
@@ -52,14 +52,14 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
                     kept.append(images)
 
         for _ in range(0, -(-len(missing) // accelerator.num_processes), options.batch_size):
-            together(accelerator, draw_next_batch)  # where one process fails, the others don't draw on for hours
+            on_all_ranks(accelerator, draw_next_batch)  # where one process fails, the others don't draw on for hours
 
     if keep:
         images = _gather(kept, len(seeds), pipeline.image_shape, accelerator)
         if as_npz:
-            on_main(accelerator, lambda: save_npz(options.out, seeds, images))
+            on_rank_zero(accelerator, lambda: save_npz(options.out, seeds, images))
         if options.grid is not None:
-            on_main(accelerator, lambda: save_grid(images, options.grid, settings.grid_columns(seeds)))
+            on_rank_zero(accelerator, lambda: save_grid(images, options.grid, settings.grid_columns(seeds)))
     if accelerator.is_main_process:
         for path in (options.grid, options.out):
             if path is not None:

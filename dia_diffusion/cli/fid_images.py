@@ -11,7 +11,7 @@ from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgres
 from dia_diffusion.cli.fid_protocol import check_count, option_told
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import first_on_each_machine, together
+from dia_diffusion.distributed import first_on_each_machine, on_all_ranks
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.features import FeatureExtractor
@@ -49,7 +49,7 @@ def reference_of(
         if extras.reference_features:
             raise InputError(f"--reference {options.reference} holds statistics; accepted for kid and prc: images")
         shape = (channels, size, size)
-        reference = together(accelerator, lambda: open_reference(options.reference, extractor, shape))
+        reference = on_all_ranks(accelerator, lambda: open_reference(options.reference, extractor, shape))
         # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
         known = reference.split or ("train" if reference.shape else None)
         if options.reference_split not in (None, known):

@@ -22,7 +22,7 @@ from dia_diffusion.cli.fid_records import (
     update_card,
 )
 from dia_diffusion.cli.sampling_options import load_for_sampling
-from dia_diffusion.distributed import all_agree, first_on_each_machine, on_main, start_accelerator
+from dia_diffusion.distributed import all_agree, first_on_each_machine, on_rank_zero, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images, work_folder
 from dia_diffusion.evaluation.extras import Extras
@@ -82,15 +82,15 @@ def _of_pipelines(
         known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
         record = known
         if record is None:
-            on_main(accelerator, partial(check_record_file, file))
+            on_rank_zero(accelerator, partial(check_record_file, file))
             work = work_folder(file, protocol, origin, extras)
             with Counter(f"measuring {folder.name}", "images") as counter, _going_on(work):
                 progress = MeasuringProgress(counter, count, accelerator)
                 record = distance.measure(pipeline, protocol, origin, progress, work, progress)
         record = under_name(record, options.protocol)
         if not all_agree(accelerator, record is known):
-            on_main(accelerator, partial(keep, record, file, extras))
-            on_main(accelerator, partial(update_card, folder, file))
+            on_rank_zero(accelerator, partial(keep, record, file, extras))
+            on_rank_zero(accelerator, partial(update_card, folder, file))
         yield record
 
 
@@ -110,7 +110,7 @@ def _of_images(
     known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, options.protocol))
     record = known
     if record is None:
-        on_main(accelerator, partial(check_record_file, file))
+        on_rank_zero(accelerator, partial(check_record_file, file))
         work = work_folder(file, protocol, origin, extras)
         with Counter(f"measuring {images.name}", "images") as counter, _going_on(work):
             progress = MeasuringProgress(counter, len(images), accelerator)
@@ -128,7 +128,7 @@ def _of_images(
             )
     record = under_name(record, options.protocol)
     if not all_agree(accelerator, record is known):
-        on_main(accelerator, partial(keep, record, file, extras))
+        on_rank_zero(accelerator, partial(keep, record, file, extras))
         if accelerator.is_main_process:
             console.print(f"recorded in {file}")
     return record

@@ -10,7 +10,7 @@ import numpy as np
 
 from dia_diffusion.data.image_set import Pixels, Undecoded, undecoded_array
 from dia_diffusion.errors import InputError, one_line
-from dia_diffusion.reading.archives import refuse_bomb
+from dia_diffusion.reading import refuse_bomb
 
 CLASS_LIMIT = 1 << 16  # as each class up to the highest has a name, and later an embedding
 

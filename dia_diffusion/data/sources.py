@@ -24,7 +24,7 @@ from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import cache_folder
-from dia_diffusion.reading.archives import refuse_bomb
+from dia_diffusion.reading import refuse_bomb
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}

@@ -15,8 +15,8 @@ from dia_diffusion.data.decode import reason, to_pixels
 from dia_diffusion.data.image_set import Pixels, Undecoded, sha256_of_blocks, sha256_of_pixels
 from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, one_line
-from dia_diffusion.io import whole_file, write_json
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.io import atomic_file, write_json
+from dia_diffusion.reading import read_json_object
 
 Progress = Callable[[int, int], None]
 """Called with how many are done, and of how many."""
@@ -122,7 +122,7 @@ def _mapped(blocks: Iterator[Pixels], shape: tuple[int, ...], stem: Path, where:
     path, about = stem.with_suffix(".npy"), stem.with_suffix(".json")
     if (kept := _kept(path, about, shape)) is None:
         try:
-            with whole_file(path) as temporary:
+            with atomic_file(path) as temporary:
                 digest = _write(temporary, blocks, shape)
                 write_json(about, {"where": where, "pixels_sha256": digest})  # there before what it is about
         except OSError as error:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.io import whole_file
+from dia_diffusion.io import atomic_file
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the markers do where there is no colour at all.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -129,7 +129,7 @@ def check_format(path: str | Path) -> str:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a whole figure in the format of its name."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format=check_format(path), dpi=200)
 
 

@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import Moments, frechet_distance
 from dia_diffusion.evaluation.reference import choose
-from dia_diffusion.io import whole_file
+from dia_diffusion.io import atomic_file
 
 BATCH = 250
 Spoil = Callable[[Tensor, float, torch.Generator], Tensor]
@@ -121,5 +121,5 @@ def draw_spoilt(images: ImageSet, means: Mapping[tuple[str, float | None], float
         axis.text(
             strip.shape[1] + 4, strip.shape[0] / 2, f"{means[case.name, case.amount]:.3g}", va="center", fontsize=8
         )
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dia_diffusion.distributed import from_main
+from dia_diffusion.distributed import broadcast_from_rank_zero
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.evaluation.bootstrap import bootstrap_interval
 from dia_diffusion.evaluation.extras import DISTANCE_ALONE, Extras
@@ -79,10 +79,10 @@ def evaluate(
     extras.check_samples(protocol.num_samples)
     widths = widths_of(extractor, extras.logits)
     with open_on_main(accelerator, work, widths, protocol.num_samples) as file:
-        earlier = from_main(accelerator, lambda: file.seconds if file else 0.0)
+        earlier = broadcast_from_rank_zero(accelerator, lambda: file.seconds if file else 0.0)
         fill(file, protocol.num_samples, images, extractor, accelerator, widths, origin.source, reporter)
         compute = partial(_numbers, file, extractor, reference, reference_features, extras, reporter)
-        numbers = from_main(accelerator, compute)
+        numbers = broadcast_from_rank_zero(accelerator, compute)
     for text in few_images(protocol, extractor.num_features):
         warnings.warn(text, FewImagesWarning, stacklevel=2)
     seconds = earlier + time.monotonic() - start

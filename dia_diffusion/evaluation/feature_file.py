@@ -12,7 +12,7 @@ import torch
 
 from dia_diffusion.errors import RunError
 from dia_diffusion.io import lock, naming, write_json
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import fits
 
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 500, 2500, 20

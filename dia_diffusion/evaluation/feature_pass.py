@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from einops import rearrange
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.distributed import from_main, on_main, shard, together
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, shard
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
 from dia_diffusion.evaluation.features import FeatureExtractor
@@ -92,7 +92,7 @@ def open_on_main(
                     raise
                 open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())))
 
-        on_main(accelerator, open_it)
+        on_rank_zero(accelerator, open_it)
         yield opened[0] if opened else None
 
 
@@ -111,19 +111,21 @@ def fill(
     Each chunk is divided over the processes, collected in order and written by the main one, so that another number of
     processes can go on with what the first ones left. Raises InputError where `images` gives too few.
     """
-    missing = from_main(accelerator, lambda: [(chunk.start, chunk.stop) for chunk in file.missing] if file else [])
+    missing = broadcast_from_rank_zero(
+        accelerator, lambda: [(chunk.start, chunk.stop) for chunk in file.missing] if file else []
+    )
     done = count - sum(stop - start for start, stop in missing)
     if done:
         reporter.going_on(done, count)
     for start, stop in missing:
         began = time.monotonic()
         mine = shard(range(start, stop), accelerator.process_index, accelerator.num_processes)
-        share = together(accelerator, partial(_measure, mine, images, extractor, widths, source))
+        share = on_all_ranks(accelerator, partial(_measure, mine, images, extractor, widths, source))
         rows = {name: _in_order(accelerator, part, stop - start) for name, part in share.items()}
         if file is None:
-            on_main(accelerator, lambda: None)
+            on_rank_zero(accelerator, lambda: None)
         else:
-            on_main(accelerator, partial(file.write, range(start, stop), rows, time.monotonic() - began))
+            on_rank_zero(accelerator, partial(file.write, range(start, stop), rows, time.monotonic() - began))
 
 
 def _measure(
@@ -142,7 +144,7 @@ def _measure(
 
 
 def _in_order(accelerator: Accelerator, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Every process's rows (B, D) of its share of `count` images, put together as (count, D), in order of image."""
+    """Every process's rows (B, D) of its share of `count` images, put on_all_ranks as (count, D), in order of image."""
     processes = accelerator.num_processes
     if processes == 1:
         return rows

@@ -16,7 +16,7 @@ from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
 from dia_diffusion.sampling.samplers import PRECISIONS, check_sampler_name
 

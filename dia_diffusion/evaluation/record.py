@@ -11,8 +11,8 @@ from typing import Any
 
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import append_json_line, unsealed
-from dia_diffusion.reading.text import Unreadable, parse_json, read_lines
+from dia_diffusion.io import append_json_line, verify_checksum
+from dia_diffusion.reading import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 
 
@@ -163,7 +163,7 @@ def count_records(path: str | Path) -> int:
 
 def _parse(line: str, place: str) -> EvaluationRecord:
     try:
-        fields = unsealed(parse_json(line))
+        fields = verify_checksum(parse_json(line))
         written_hash = str(fields.pop("protocol_hash"))
         shape = fields["protocol"].pop("reference_shape")
         protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import whole_file
-from dia_diffusion.reading.text import parse_json
+from dia_diffusion.io import atomic_file
+from dia_diffusion.reading import parse_json
 
 
 class FeatureStatistics:
@@ -58,7 +58,7 @@ class FeatureStatistics:
         """Writes a whole safetensors file with `provenance` (anything JSON can hold) in its header."""
         tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
         text = json.dumps(provenance)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={"provenance": text, "sha256": _sha256(text, *tensors.values())})
 
     @classmethod

@@ -16,7 +16,7 @@ from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.reference import STATISTICS_VERSION, Reference
 from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments, check_moments
 from dia_diffusion.io import sha256_of_file
-from dia_diffusion.reading.archives import refuse_bomb
+from dia_diffusion.reading import refuse_bomb
 
 NPZ_KEYS = "mu and sigma (as of pytorch-fid and U-ViT) or pool_3 (as of score_sde)"
 MOMENTS = {"mu", "sigma", "pool_3"}

@@ -16,7 +16,7 @@ from dia_diffusion.evaluation.features.classifier import Classifier
 from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
-from dia_diffusion.io import sha256_of_file, whole_file, write_json
+from dia_diffusion.io import atomic_file, sha256_of_file, write_json
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.loop import Trainer
@@ -146,7 +146,7 @@ def train_features(
 
 def _store(name: str, training: Training, fitted: Fitted, seed: int, out: Path) -> dict[str, Any]:
     """Writes the weights; returns their card."""
-    with whole_file(out) as temporary:
+    with atomic_file(out) as temporary:
         save_file(_rounded(fitted.tensors) if training.half else fitted.tensors, temporary)
     network = FEATURES[name].network
     classifier = load_weights(network(), out).eval()  # what is stored is what is tested

@@ -10,15 +10,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from dia_diffusion.attention import own_generator
-from dia_diffusion.attention.attach import SAVERS, Attachment, attach, attachment_in
-from dia_diffusion.attention.places import Position, positions_of
+from dia_diffusion.attention.attach import Attachment, attach, attachment_in
+from dia_diffusion.attention.insertion_points import Position, positions_of
+from dia_diffusion.attention.units import forked_rng
 from dia_diffusion.errors import InputError, first_line
+from dia_diffusion.models.registry import BACKBONES, Backbone, wrapped_networks
 from dia_diffusion.models.uvit import UViTOutput
 
-BACKBONES: dict[str, type[ModelMixin]] = {"unet2d": UNet2DModel, "dit": DiTTransformer2DModel}
-# What of a backbone's arguments says how many classes it embeds.
-CLASSES_KEY = {"unet2d": "num_class_embeds", "dit": "num_embeds_ada_norm"}
 ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
 
@@ -65,21 +63,27 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         self.sample_size, self.in_channels = sample_size, in_channels
         self.num_classes, self.has_null_label = num_classes, has_null_label
-        embedded = num_classes if num_classes is None or not has_null_label else num_classes + 1
-        if backbone == "dit":  # which has a null label besides, and can't do without classes
+        row = wrapped_networks().get(backbone)
+        if row is None:
+            raise InputError(f"`backbone` must be one of {', '.join(wrapped_networks())}, got {backbone!r}")
+        embedded = num_classes
+        if row.adds_null_label:
             embedded = num_classes or 1
+        elif num_classes is not None and has_null_label:
+            embedded = num_classes + 1
+        self.needs_label = row.adds_null_label
         given = {
             "sample_size": sample_size,
             "in_channels": in_channels,
             "out_channels": in_channels,
-            CLASSES_KEY.get(backbone, ""): embedded,
+            row.classes_argument: embedded,
         }
-        self.network = build_backbone(backbone, backbone_kwargs or {}, given)
+        self.network = build_network(row.network, backbone_kwargs or {}, given)
         if attention in (None, "none"):
             if attention_kwargs or attention_at is not None:
                 what = "attention_kwargs" if attention_kwargs else "attention_at"
                 raise InputError(f"{what} is given and attention none; accepted: null")
-            with own_generator():  # so that what is drawn after is the same as with a unit
+            with forked_rng():  # so that what is drawn after is the same as with a unit
                 pass
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
@@ -101,10 +105,12 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             InputError: another model, one with other conditions than classes, or what attach() refuses.
         """
-        name = next((name for name, kind in BACKBONES.items() if type(model) is kind), None)
-        if name is None:
-            accepted = ", ".join(kind.__name__ for kind in BACKBONES.values())
-            raise InputError(f"from_backbone was given a {type(model).__name__}; accepted: {accepted}")
+        name, row = next(
+            ((name, row) for name, row in wrapped_networks().items() if type(model) is row.network), ("", None)
+        )
+        if row is None:
+            accepted = " or ".join(row.name for row in wrapped_networks().values())
+            raise InputError(f"`model` must be a {accepted}, got a {type(model).__name__}")
         known = inspect.signature(type(model)).parameters  # a moving average of diffusers' leaves its own keys there
         config = {key: value for key, value in model.config.items() if key in known}
         if config["sample_size"] is None:
@@ -123,15 +129,15 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 "attention_kwargs": attachment.unit_kwargs or None,
                 "attention_at": None if usual else places,
             }
-        own = {"sample_size", "in_channels", CLASSES_KEY[name]}
+        own = {"sample_size", "in_channels", row.classes_argument}
         with torch.device("meta"):  # everything but the backbone, which takes its place
             wrapped = cls(
                 backbone=name,
                 backbone_kwargs={key: value for key, value in config.items() if key not in own},
                 sample_size=config["sample_size"],
                 in_channels=config["in_channels"],
-                num_classes=config.get(CLASSES_KEY[name]),
-                has_null_label=name == "dit",
+                num_classes=config.get(row.classes_argument),
+                has_null_label=row.adds_null_label,
                 **arguments,
             )
         wrapped.network = model
@@ -184,7 +190,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.num_classes is None:
             if class_labels is not None:
                 raise InputError("class_labels were given to an unconditional model (num_classes is None)")
-            if isinstance(self.network, DiTTransformer2DModel):
+            if self.needs_label:
                 class_labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)  # its one class
         elif class_labels is None:
             if not self.has_null_label:
@@ -196,20 +202,17 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return UViTOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def build_backbone(name: str, kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
+def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
     """A network of diffusers with first weights.
 
     Args:
-        name: of BACKBONES.
+        kind: its class.
         kwargs: its arguments.
-        given: arguments that kwargs must not have, or have alike.
+        given: arguments that kwargs must not have, or only with the same values.
 
     Raises:
-        InputError: another name, or arguments that the class doesn't have or refuses.
+        InputError: arguments that the class doesn't have or refuses.
     """
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; accepted: {', '.join(BACKBONES)}")
-    kind = BACKBONES[name]
     known = sorted(inspect.signature(kind).parameters)
     for key, value in kwargs.items():
         if key not in known:
@@ -241,9 +244,19 @@ def _position(place: Any) -> str | Position:
         raise InputError(f"attention_at has {place!r}; accepted: names of the network's modules") from None
 
 
-def _save(model: ModelMixin, *args: Any, **kwargs: Any) -> None:
-    """Saves a backbone with attached units as the AttachedModel that loads them."""
-    AttachedModel.from_backbone(model).save_pretrained(*args, **kwargs)
-
-
-SAVERS.update(dict.fromkeys(BACKBONES.values(), _save))
+INTERNAL = ("has_null_label", "down_block_types", "norm_type")
+BACKBONES.register(
+    "unet2d",
+    Backbone(AttachedModel, INTERNAL, "after every resnet block", UNet2DModel, classes_argument="num_class_embeds"),
+)
+BACKBONES.register(
+    "dit",
+    Backbone(
+        AttachedModel,
+        INTERNAL,
+        "before every MLP",
+        DiTTransformer2DModel,
+        classes_argument="num_embeds_ada_norm",
+        adds_null_label=True,
+    ),
+)

@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet18, resnet34, resnet50
 
 from dia_diffusion.attention.attach import attach
-from dia_diffusion.attention.places import Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import Position, in_stages, positions_of
 from dia_diffusion.distributed import sent
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import step_folders, whole_folder, write_json
+from dia_diffusion.io import atomic_dir, step_folders, write_json
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
 from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.factory import check_size, unusable
 from dia_diffusion.models.feature_resnet import FeatureResNet
-from dia_diffusion.models.stored import check_size, unusable
-from dia_diffusion.reading.safetensors_header import stored_shapes
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object, stored_shapes
 from dia_diffusion.reading.typed import fits, from_json
 
 FEATURE_RESNET = "feature-resnet"
@@ -162,7 +161,7 @@ def save_classifier(
     training: dict[str, Any],
 ) -> None:
     """Writes a classifier folder, whole or not at all."""
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS_FILE)
         names = None if class_names is None else list(class_names)

@@ -5,6 +5,7 @@ parameters as the official network.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,9 @@ from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor, nn
 
-from dia_diffusion.attention import build_attention, own_generator
-from dia_diffusion.attention.controls import BlockTimeScale
+from dia_diffusion.attention.units import UNITS, build_attention, forked_rng
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit_block import Block
+from dia_diffusion.models.registry import BACKBONES, Backbone
 
 # Table 1 of the U-ViT paper, and a width that a CPU trains in minutes.
 UVIT_SIZES: dict[str, dict[str, int]] = {
@@ -186,9 +186,10 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._initialize(initialization)
 
         # Last and from a generator of its own, so that the backbone starts the same with and without it.
-        with own_generator():
+        with forked_rng():
             num_blocks = len(self.attention_blocks)
             self.unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
+        self.unit_needs_time = attention is not None and attention in UNITS and UNITS[attention].needs_time
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "UViT":
@@ -241,7 +242,8 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise InputError("class_labels were given to an unconditional model (num_classes is None)")
         x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra + L, N)
 
-        state: Any = self.unit.first_state(embedding) if isinstance(self.unit, BlockTimeScale) else None
+        unit: Any = self.unit
+        state: Any = unit.first_state(embedding) if self.unit_needs_time else None
         skips = []
         for block in self.in_blocks:
             x, state = self._run(block, x, state)
@@ -278,3 +280,112 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if class_labels is None:
             class_labels = torch.full((x.shape[0],), self.num_classes, device=x.device)
         return self.label_embed(class_labels)[:, None].to(x.dtype)  # (B, 1, N)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention, (B, heads, L, D) each, in the precision of the inputs."""
+    trains_in_half = q.requires_grad and torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cpu" or not trains_in_half:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Backward in bfloat16, torch's CPU kernel takes up to 7 times as long as this (table in docs/results/speed.md).
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
+    with torch.autocast("cpu", enabled=False):  # which would keep the weights in float32; the kernel sums in it anyway
+        weights = weights.softmax(dim=-1)
+    return weights @ v
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """x as matrix products take it under the autocast that is on; without one, as it is."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        return self.proj(rearrange(softmax_attention(q, k, v), "B H L D -> B L (H D)"))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A transformer block; the unit it is handed stands between the second norm and the MLP.
+
+    Args:
+        dim: width N of the tokens.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over dim.
+        qkv_bias: a bias on queries, keys and values.
+        long_skip: joins the tokens of an in block to its own.
+        residual: adds attention and MLP to what they are given; without, each takes its place.
+        layer_norm: norms before attention and MLP; without, both see the tokens as they are.
+        carries_unit: whether it calls the unit; without, features and state pass by.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        *,
+        long_skip: bool = False,
+        residual: bool = True,
+        layer_norm: bool = True,
+        carries_unit: bool = True,
+    ):
+        super().__init__()
+        self.residual, self.carries_unit = residual, carries_unit
+        self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
+        self.norm1 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        unit: Callable[[Tensor, Any], tuple[Tensor, Any]] | None,
+        state: Any,
+        skip: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Runs the block.
+
+        Args:
+            x: (B, L, N).
+            unit: (features, state) to (features, state); a function, as a hook that moves a block's arguments to a
+                device would move a module too.
+            state: what the unit returned in the last block.
+            skip: (B, L, N), the tokens of the in block that the long skip starts from.
+        """
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        attended = self.attn(self.norm1(x))
+        x = x + attended if self.residual else attended
+        # In the precision that the MLP will take anyway, so that the unit moves half as many bytes.
+        features = in_autocast_dtype(self.norm2(x))  # (B, L, N)
+        if unit is not None and self.carries_unit:
+            features, state = unit(features, state)
+        out = self.mlp(features)
+        return x + out if self.residual else out, state
+
+
+BACKBONES.register("uvit", Backbone(UViT, units_at="before every MLP"))

@@ -7,8 +7,7 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import sha256_of_file, step_folders
-from dia_diffusion.reading.safetensors_header import stored_shapes
-from dia_diffusion.reading.text import Unreadable, read_json_object
+from dia_diffusion.reading import Unreadable, read_json_object, stored_shapes
 
 INDEX = "model_index.json"
 EVALUATIONS = "evaluations.jsonl"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dia_diffusion.environment import environment
 from dia_diffusion.evaluation.record import EvaluationRecord, Protocol
-from dia_diffusion.reading.text import Unreadable, read_json_object
+from dia_diffusion.reading import Unreadable, read_json_object
 from dia_diffusion.report.page import Table
 from dia_diffusion.training.run_folder import RunFolder
 

@@ -17,8 +17,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiffusionPipeline,
-    DiTTransformer2DModel,
-    UNet2DModel,
     VQModel,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -26,6 +24,7 @@ from torch import Tensor
 
 from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
@@ -178,10 +177,11 @@ class SharedLoop(ImagePipeline):
         name = type(pipeline).__name__
         network_name, decoder_name = SHARED_LOOPS[name]
         network = getattr(pipeline, network_name)
-        if isinstance(network, UNet2DModel | DiTTransformer2DModel):
+        wrapped = tuple(row.network for row in wrapped_networks().values())
+        if isinstance(network, wrapped):
             network = AttachedModel.from_backbone(network, "none")
         elif not hasattr(network, "num_classes"):  # neither a UViT nor called like one
-            accepted = "a UNet2DModel, DiTTransformer2DModel or UViT"
+            accepted = f"a UViT or {' or '.join(kind.__name__ for kind in wrapped)}"
             raise InputError(f"the {network_name} of a {name} must be {accepted}, got a {type(network).__name__}")
         decoder = None if decoder_name is None else getattr(pipeline, decoder_name)
         if decoder_name is not None and not isinstance(decoder, DECODERS):

@@ -14,9 +14,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import check_layers, check_size, unusable
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.factory import check_layers, check_size, unusable
+from dia_diffusion.models.registry import BACKBONES
 from dia_diffusion.noise import PROCESSES
 from dia_diffusion.pipelines.folder import (
     check_weights,
@@ -28,7 +27,7 @@ from dia_diffusion.pipelines.folder import (
     read_index,
 )
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.reading.safetensors_header import read_header
+from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 from dia_diffusion.sampling.samplers import SAMPLERS
 
@@ -105,10 +104,11 @@ def _part_class(folder: Path, name: str, library: str, class_name: str) -> type:
 
 
 def _known_parts() -> dict[str, type]:
-    """Classes by name: this project's, and the schedulers of registered processes and samplers."""
-    schedulers: list[Any] = [process.scheduler_class for process in PROCESSES.values()]
-    schedulers += [sampler.scheduler for sampler in SAMPLERS.values() if not isinstance(sampler.scheduler, str)]
-    return {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler, *schedulers)}
+    """The classes of registered backbones, and the schedulers of registered processes and samplers, by name."""
+    kinds: list[Any] = [EulerMaruyamaScheduler, *(row.model for row in BACKBONES.values())]
+    kinds += [process.scheduler_class for process in PROCESSES.values()]
+    kinds += [sampler.scheduler for sampler in SAMPLERS.values() if not isinstance(sampler.scheduler, str)]
+    return {kind.__name__: kind for kind in kinds}
 
 
 def _of_diffusers(name: Any) -> type | None:

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import whole_file, write_json
-from dia_diffusion.reading.text import Unreadable, read_json
+from dia_diffusion.io import atomic_file, write_json
+from dia_diffusion.reading import Unreadable, read_json
 
 MANIFEST = "samples.json"
 SEPARATOR = 96  # grey between a grid's images, which neither white nor black ones run into
@@ -61,7 +61,7 @@ def missing_seeds(folder: str | Path, seeds: Sequence[int]) -> list[int]:
 
 def save_png(folder: str | Path, seed: int, image: Tensor) -> None:
     """Writes the image of a seed, uint8 (C, H, W) with 1 or 3 channels, as a whole PNG file."""
-    with whole_file(png_path(folder, seed)) as temporary:
+    with atomic_file(png_path(folder, seed)) as temporary:
         _to_pil(image).save(temporary, format="PNG")
 
 
@@ -74,7 +74,7 @@ def save_npz(path: str | Path, seeds: Sequence[int], images: Tensor) -> None:
     if Path(path).exists():
         raise InputError(f"{path} exists; choose another name, or remove it")
     order = sorted(range(len(seeds)), key=lambda index: seeds[index])
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             images=images[order].permute(0, 2, 3, 1).contiguous().numpy(),
@@ -107,7 +107,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, min_
         row, column = divmod(index, columns)
         top, left = row * (height + gap), column * (width + gap)
         grid[:, top : top + height, left : left + width] = image
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         _to_pil(grid).save(temporary, format="PNG")
 
 

@@ -10,12 +10,11 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
+from dia_diffusion.models.factory import BACKBONES
 from dia_diffusion.pipelines.folder import CONVERTED_FILE, TRAINING_FILE, read_record, read_training
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
-NETWORK_NAMES = {"uvit": "UViT", "unet2d": "UNet2DModel", "dit": "DiTTransformer2DModel"}
-UNIT_PLACES = {"uvit": "before every MLP", "unet2d": "after every resnet block", "dit": "before every MLP"}
 CONVERTED = {"source": str, "sha256": str}
 
 
@@ -31,10 +30,10 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
     unit = model["attention"]
     backbone = model.get("backbone", "uvit")
-    if backbone not in NETWORK_NAMES:
-        accepted = ", ".join(NETWORK_NAMES)
-        raise InputError(f"the backbone in {folder / TRAINING_FILE} must be one of {accepted}, got {backbone}")
-    name, place = NETWORK_NAMES[backbone], UNIT_PLACES[backbone]
+    if backbone not in BACKBONES:
+        accepted = ", ".join(BACKBONES)
+        raise InputError(f"the backbone in {folder / TRAINING_FILE} must be one of {accepted}, got {backbone!r}")
+    name, place = BACKBONES[backbone].name, BACKBONES[backbone].units_at
     sizes = f"{_text(model['hidden_size'])} wide, {_text(model['num_layers'])} blocks, " if backbone == "uvit" else ""
     sizes += f"{_text(model['sample_size'])}x{_text(model['sample_size'])} images"
     if model.get("attention_at") or model.get("attention_blocks"):

@@ -10,12 +10,12 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.io import refuse_existing, sha256_of_file, whole_folder, write_json
+from dia_diffusion.io import atomic_dir, refuse_existing, sha256_of_file, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import CONVERTED_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.reading.pickled_weights import NotTensors, load_pickled_tensors
+from dia_diffusion.reading import NotTensors, load_pickled_tensors
 from dia_diffusion.sharing.card import write_card
 
 # The published sizes; a width doesn't tell its heads otherwise.
@@ -78,7 +78,7 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
         raise InputError(f"{path} is a model of latents with {model.in_channels} channels; accepted: models of images")
     # Steps even in log-SNR, as the sampler dpmsolver++ has them; even in time, diffusers gives NaN at 1,000 steps.
     scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config(), use_lu_lambdas=True)
-    with whole_folder(folder, replace=False) as temporary:
+    with atomic_dir(folder, replace=False) as temporary:
         UViTPipeline(unet=model, scheduler=scheduler).save_pretrained(temporary)
         write_json(temporary / CONVERTED_FILE, {"source": Path(path).name, "sha256": sha256_of_file(path)})
         write_card(temporary)

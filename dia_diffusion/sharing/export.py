@@ -10,9 +10,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import refuse_existing, sealed, unsealed, whole_folder, write_json, write_text
+from dia_diffusion.io import atomic_dir, refuse_existing, verify_checksum, with_checksum, write_json, write_text
 from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import build_on_meta, check_layers
+from dia_diffusion.models.factory import build_on_meta, check_layers
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.folder import (
     CONVERTED_FILE,
@@ -27,8 +27,7 @@ from dia_diffusion.pipelines.folder import (
     weights_hash,
 )
 from dia_diffusion.pipelines.folder import PICKLES as PICKLED_WEIGHTS
-from dia_diffusion.reading.safetensors_header import stored_shapes
-from dia_diffusion.reading.text import (
+from dia_diffusion.reading import (
     LINES_LIMIT,
     Unreadable,
     parse_json,
@@ -36,6 +35,7 @@ from dia_diffusion.reading.text import (
     read_json_object,
     read_lines,
     read_text,
+    stored_shapes,
 )
 from dia_diffusion.sharing.bundle import HEADER, PACKAGE, bundle
 from dia_diffusion.sharing.card import evaluation_rows, write_card
@@ -224,7 +224,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
     shared, left_out = shared_files(source)
     records = _evaluations(source)
     read_training(source)  # whose error should name the source
-    with whole_folder(out, replace=False) as temporary:
+    with atomic_dir(out, replace=False) as temporary:
         for relative in shared:
             if relative in WRITTEN_ANEW or relative.suffix == ".py":
                 continue
@@ -234,7 +234,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
             write_text(temporary / relative, text)
         write_json(temporary / INDEX, index)
         if records:
-            write_text(temporary / EVALUATIONS, "".join(json.dumps(sealed(record)) + "\n" for record in records))
+            write_text(temporary / EVALUATIONS, "".join(json.dumps(with_checksum(record)) + "\n" for record in records))
         write_card(temporary, evaluation_rows(records))
     return left_out
 
@@ -303,7 +303,7 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = unsealed(parse_json(line))
+            record = verify_checksum(parse_json(line))
             cleaned = without_local_paths(record)
             # A protocol is bound to its hash: one that names a path can't be shortened, and stays here.
             if record["weights_hash"] == own and cleaned["protocol"] == record["protocol"]:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import unsealed
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.io import verify_checksum
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.statistics import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
 from dia_diffusion.training.classify_config import ClassifyExperiment
@@ -138,7 +138,7 @@ def read_result(path: str | Path) -> ClassifierResult:
     if not file.is_file():
         raise InputError(f"{path} has no {RESULT_FILE}; accepted: runs of dia-diffusion classify that have ended")
     try:
-        record = unsealed(read_json_object(file))
+        record = verify_checksum(read_json_object(file))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         # Of one that diverged the step is the first that was skipped; lines of those after it are no news.
         if record["diverged_at"] is None and lines and lines[-1]["step"] > record["step"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dia_diffusion.data import read_image
-from dia_diffusion.io import step_name, whole_file
+from dia_diffusion.io import atomic_file, step_name
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder
 
@@ -18,7 +18,7 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
         axes.imshow(read_image(grid, str(grid)))
         axes.set_title(title)
         axes.axis("off")
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
 
 

@@ -13,7 +13,7 @@ from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_json
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.costs import training_cost

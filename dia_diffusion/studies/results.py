@@ -12,7 +12,7 @@ from dia_diffusion.evaluation.curves import distance_label
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import write_json, write_text
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.studies.costs import training_cost
 from dia_diffusion.studies.figure import draw_curves_of_study, draw_final_distances

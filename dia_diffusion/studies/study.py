@@ -12,7 +12,7 @@ import yaml
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_text
-from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment

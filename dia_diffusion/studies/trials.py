@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import DivergedError, InputError
-from dia_diffusion.io import sealed, unsealed, write_json
+from dia_diffusion.io import verify_checksum, with_checksum, write_json
 from dia_diffusion.precision import in_precision, training_device, training_precision
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment, changed_keys
@@ -120,7 +120,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     if not file.is_file():
         return None
     try:
-        result = unsealed(read_json_object(file))
+        result = verify_checksum(read_json_object(file))
         before, now = result["recipe"], trial.experiment.to_dict()
         changed = changed_keys(before, now)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
@@ -202,7 +202,7 @@ def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
         finite = measured if math.isfinite(measured) else None
         result |= {"outcome": outcome, "not_finite_at": None, "held_out_loss": finite, "constant_loss": constant}
     result["training_loss"] = last_loss(RunFolder(trial.folder).metrics, trial.experiment.train.max_steps)
-    write_json(trial.folder / RESULT_FILE, sealed(result))
+    write_json(trial.folder / RESULT_FILE, with_checksum(result))
     return result
 
 

@@ -22,8 +22,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import sealed, sha256_of_file, step_folders, step_name, unsealed, whole_folder, write_json
-from dia_diffusion.reading.text import read_json_object
+from dia_diffusion.io import (
+    atomic_dir,
+    sha256_of_file,
+    step_folders,
+    step_name,
+    verify_checksum,
+    with_checksum,
+    write_json,
+)
+from dia_diffusion.reading import read_json_object
 
 
 @dataclass
@@ -38,13 +46,13 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
     """Writes folder/step-N, then removes those before it but for the keep_last newest, itself among them."""
     place = folder / step_name(step)
     size = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
-    with whole_folder(place, needed=size) as temporary:
+    with atomic_dir(place, needed=size) as temporary:
         hashes = {}
         for name, tensors in checkpoint.tensors.items():
             file = temporary / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, file)
             hashes[file.name] = sha256_of_file(file)
-        write_json(temporary / "state.json", sealed({**checkpoint.state, "step": step, "sha256": hashes}))
+        write_json(temporary / "state.json", with_checksum({**checkpoint.state, "step": step, "sha256": hashes}))
     for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
         shutil.rmtree(old)
     return place
@@ -117,7 +125,7 @@ def read_state(place: Path) -> dict[str, Any]:
         InputError: it is missing, cut short or altered.
     """
     try:
-        state = unsealed(read_json_object(place / "state.json"))
+        state = verify_checksum(read_json_object(place / "state.json"))
         files = {"model.safetensors", "optimizer.safetensors"}
         has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
         described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)

@@ -19,11 +19,11 @@ from dia_diffusion.data import ImageSet
 from dia_diffusion.data.decode import to_pixels
 from dia_diffusion.data.encoded import EncodedSet, gather, open_encoded
 from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import first_on_each_machine, on_main, sent, together
+from dia_diffusion.distributed import first_on_each_machine, on_all_ranks, on_rank_zero, sent
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import sealed, step_folders, step_name, write_json
+from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
-from dia_diffusion.models.stored import build_on_meta, check_memory
+from dia_diffusion.models.factory import build_on_meta, check_memory
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig, LabelledDataConfig
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
@@ -216,7 +216,7 @@ class ClassificationTask(Task):
     def show(self, moment: Moment) -> dict[str, float]:
         """Tests the classifier where that is due, and leaves it as a folder where a checkpoint is written."""
         tested = self._test(moment) if moment.last or self.shows_at(moment.step) else {}
-        on_main(moment.accelerator, lambda: self._write(moment, tested))
+        on_rank_zero(moment.accelerator, lambda: self._write(moment, tested))
         return tested
 
     def _test(self, moment: Moment) -> dict[str, float]:
@@ -227,7 +227,7 @@ class ClassificationTask(Task):
         broadcast(list(model.buffers()))
         model.eval()
         with torch.no_grad():
-            counts, loss = together(accelerator, partial(self._count, model, accelerator))
+            counts, loss = on_all_ranks(accelerator, partial(self._count, model, accelerator))
         model.train()
         if accelerator.num_processes > 1:
             counts, loss = (accelerator.reduce(total.to(accelerator.device), "sum") for total in (counts, loss))
@@ -295,7 +295,7 @@ class ClassificationTask(Task):
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),
         }
-        write_json(folder.path / RESULT_FILE, sealed(record))
+        write_json(folder.path / RESULT_FILE, with_checksum(record))
 
 
 def scheduled_rate(config: ClassifyOptimizerConfig, step: int, max_steps: int, peak: float) -> float:

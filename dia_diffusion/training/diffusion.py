@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import on_main, sent
+from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.io import step_name
 from dia_diffusion.models.attached import AttachedModel
@@ -204,7 +204,7 @@ class DiffusionTask(Task):
 
     def show(self, moment: Moment) -> dict[str, float]:
         """Draws the grid that is due, and leaves the averaged weights as a pipeline folder."""
-        on_main(moment.accelerator, lambda: self._draw_and_save(moment))
+        on_rank_zero(moment.accelerator, lambda: self._draw_and_save(moment))
         return {}
 
     def _draw_and_save(self, moment: Moment) -> None:

@@ -7,7 +7,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from dia_diffusion.attention.attach import UNITS_NAME
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.attached import BACKBONES, AttachedModel
+from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import PROCESSES, NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
@@ -34,7 +35,7 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
     folder = find_pipeline(source)
     pipeline = load_pipeline(folder)
     theirs = getattr(pipeline, "unet", None)
-    if isinstance(theirs, tuple(BACKBONES.values())):  # as of diffusers' DDPMPipeline
+    if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as of diffusers' DDPMPipeline
         theirs = AttachedModel.from_backbone(theirs, "none")
     if not isinstance(theirs, Model):
         accepted = "UViT, AttachedModel or UNet2DModel"

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from dia_diffusion.distributed import (
     StopSignal,
+    broadcast_from_rank_zero,
     check_trackers,
-    from_main,
     micro_batch_size,
-    on_main,
+    on_all_ranks,
+    on_rank_zero,
     peak_memory,
     start_accelerator,
-    together,
 )
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, InputError, Stopped
@@ -83,13 +83,13 @@ class Trainer:
         self.dtype = self.parameters[0].dtype
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
 
-        self.started_from = together(self.accelerator, self._first_weights)
+        self.started_from = on_all_ranks(self.accelerator, self._first_weights)
         self.images = self.task.open_images(self.accelerator, reporter)
-        on_main(self.accelerator, self.folder.lock)
+        on_rank_zero(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator, reporter.message)
-            place = from_main(self.accelerator, self._whole_checkpoint)
-            self._build(together(self.accelerator, lambda: self._load(place)))
+            place = broadcast_from_rank_zero(self.accelerator, self._whole_checkpoint)
+            self._build(on_all_ranks(self.accelerator, lambda: self._load(place)))
         except BaseException:
             self.folder.unlock()
             raise
@@ -168,7 +168,7 @@ class Trainer:
             raise
         except DivergedError as error:
             step = error.step
-            on_main(self.accelerator, lambda: self.task.diverged(self.folder, step))
+            on_rank_zero(self.accelerator, lambda: self.task.diverged(self.folder, step))
             raise
         finally:
             self.folder.unlock()
@@ -193,7 +193,7 @@ class Trainer:
 
     def _start(self) -> None:
         config = self.config
-        on_main(self.accelerator, self._open_folder)
+        on_rank_zero(self.accelerator, self._open_folder)
         if self.accelerator.is_main_process:
             self.reporter.message(
                 f"{self.images.name}: {len(self.images):,} images; {self.task.about()}, "
@@ -323,7 +323,7 @@ class Trainer:
         self._write_metrics(self.logged)
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
-        on_main(self.accelerator, lambda: self.folder.log_metrics(line))
+        on_rank_zero(self.accelerator, lambda: self.folder.log_metrics(line))
         if self.experiment.trackers:
             self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=self.step)
 
@@ -366,7 +366,7 @@ class Trainer:
             place = save_checkpoint(self.folder.checkpoints, self.step, checkpoint, self.config.keep_last)
             self.reporter.message(f"step {self.step:,}: {place}")
 
-        on_main(self.accelerator, save)
+        on_rank_zero(self.accelerator, save)
 
     def _averaged_weights(self) -> dict[str, Tensor] | None:
         if self.ema is None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import jsonargparse
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, unsealed, write_text
+from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, verify_checksum, write_text
 from dia_diffusion.pipelines.folder import EVALUATIONS, TRAINING_FILE
-from dia_diffusion.reading.text import Unreadable, parse_json, read_json_object, whole_lines
+from dia_diffusion.reading import Unreadable, complete_lines, parse_json, read_json_object
 from dia_diffusion.training.recipe_keys import differing_keys
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line as it is, and what it says."""
     try:
-        for number, text in enumerate(whole_lines(path), start=1):
+        for number, text in enumerate(complete_lines(path), start=1):
             if (line := _metrics_in(text)) is None:
                 raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
             yield text, line
@@ -100,7 +100,7 @@ def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _metrics_in(text: str) -> dict[str, Any] | None:
     """The numbers at a step that a line tells; None where it doesn't, or was altered."""
     try:
-        line = unsealed(parse_json(text))
+        line = verify_checksum(parse_json(text))
     except ValueError:
         return None
     has_step = type(line.get("step")) is type(line.get("images")) is int
@@ -136,9 +136,9 @@ def check_shared(folder: RunFolder, accelerator: "Accelerator", tell: Callable[[
 
     tell: called with a line on a process that has to wait for a slow shared disk.
     """
-    from dia_diffusion.distributed import from_main, together
+    from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks
 
-    lock = from_main(accelerator, folder.lock_text)
+    lock = broadcast_from_rank_zero(accelerator, folder.lock_text)
 
     def check() -> None:
         started, reported = time.monotonic(), False
@@ -152,7 +152,7 @@ def check_shared(folder: RunFolder, accelerator: "Accelerator", tell: Callable[[
                 reported = True
             time.sleep(0.5)
 
-    together(accelerator, check)
+    on_all_ranks(accelerator, check)
 
 
 def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:

@@ -7,26 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dia_diffusion.io import whole_folder, write_json
-from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.stored import build_on_meta, check_layers, check_memory
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.io import atomic_dir, write_json
+from dia_diffusion.models import factory
+from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
 from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
-from dia_diffusion.training.config import OF_OTHERS, OF_UVIT, Experiment, ModelConfig
+from dia_diffusion.training.config import Experiment, ModelConfig
 
 MOST_LAYERS = 10_000
 
 
-def build_model(config: ModelConfig) -> UViT | AttachedModel:
+def build_model(config: ModelConfig) -> Any:
     """The recipe's backbone and unit, with first weights from torch's default generator."""
-    left_out = [*OF_OTHERS, "backbone"] if config.backbone == "uvit" else OF_UVIT
-    given = {key: value for key, value in asdict(config).items() if key not in left_out}
-    return UViT(**given) if config.backbone == "uvit" else AttachedModel(**given)
+    return factory.build_model(asdict(config))
 
 
 def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
@@ -60,7 +57,7 @@ def _settings(experiment: Experiment) -> SamplingSettings:
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
     """Writes the pipeline folder with where it comes from and a model card."""
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         pipeline.save_pretrained(temporary)
         write_json(temporary / TRAINING_FILE, training)
         if grid is not None and grid.is_file():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
-from dia_diffusion.attention.places import PlaceHook, Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import PlaceHook, Position, in_stages, positions_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 

@@ -71,6 +71,6 @@ def test_precision_is_that_of_the_features(tmp_path: Path) -> None:
 
 
 def test_networks_without_a_time_for_it_refuse_it() -> None:
-    with pytest.raises(InputError, match=f"'{NAME}' needs the time, which only a UViT gives its unit"):
+    with pytest.raises(InputError, match=f"one that doesn't need the time, which only a UViT gives, got '{NAME}'"):
         attach(tiny_unet(), NAME)
     assert build_attention(NAME, 8, num_blocks=2) is not None

@@ -72,5 +72,5 @@ def test_it_is_dia_lstm_with_its_options(name: str) -> None:
     features = torch.randn(2, 7, 32)
     assert torch.equal(unit(features)[0], twin(features)[0])
     for decided in ("scale", "initialization", "activation", "cell"):
-        with pytest.raises(InputError, match=f"decides its {decided} itself"):
+        with pytest.raises(InputError, match=f"`{decided}` is set by"):
             build_attention(name, 32, **{decided: 1})

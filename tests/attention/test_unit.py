@@ -208,7 +208,7 @@ def test_more_blocks_than_it_has_are_refused() -> None:
         ("se", {"share_norm": True}, "the unit has no BatchNorm"),
         ("srm", {"share_norm": True, "sharing": "individual", "num_blocks": 2}, "sharing is individual"),
         ("srm", {"share_norm": "no", "num_blocks": 2}, "share_norm is 'no'"),
-        ("se", {"module": None}, "decides its module itself"),
+        ("se", {"module": None}, "`module` is set by"),
         ("dia-lstm", {"sharing": "individual"}, "sharing is 'individual'; accepted for dia-lstm: shared"),
         ("lstm", {"sharing": "individual"}, "accepted for lstm: shared"),
         ("block-scale", {"num_blocks": 2, "sharing": "shared"}, "can't be built"),

@@ -82,7 +82,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "betas": ([*config, "--optimizer.betas", "[1.5, 2]"], "optimizer.betas"),
         "width": ([*config, "--model.hidden_size", "0"], "hidden_size 0"),
         "no output": ([*config, "--output", ""], "output is empty"),
-        "unit's cell": ([*config, "--model.attention_kwargs.cell", "lstm"], "decides its cell itself"),
+        "unit's cell": ([*config, "--model.attention_kwargs.cell", "lstm"], "`cell` is set by"),
         "unit's dropout": ([*config, "--model.attention_kwargs.dropout", "2"], "can't be built"),
         "tracker": ([*config, "--trackers", "[paper]"], "'paper' is not installed"),
         "grid's sampler": ([*config, "--samples.sampler", "plms"], "'plms'; accepted: ddpm"),

@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written(folder, tmp_path):
 
 
 def test_a_full_disk_is_an_error_in_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.data.store.whole_file", lambda _: open_full_device())
+    monkeypatch.setattr("dia_diffusion.data.store.atomic_file", lambda _: open_full_device())
     with pytest.raises(RunError, match="No space left on device"):
         open_images(folder, cache=tmp_path, memory_limit=0)
 

@@ -220,7 +220,7 @@ def test_other_files_are_refused_with_the_expected_hash(weights, tmp_path):
         "other.safetensors": "another network's",
         "other.pth": "another network's",
         "module.pth": "no file of tensors",
-        "numbers.pth": "other things than tensors",
+        "numbers.pth": "must hold tensors by name",
         "text.pth": "no file of tensors",
         "none.pth": "No such file",
     }

@@ -4,7 +4,7 @@ import pytest
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import Origin, append_record, make_record, read_records
-from dia_diffusion.io import unsealed
+from dia_diffusion.io import verify_checksum
 
 
 def test_records_come_back_as_they_were(tmp_path, record):
@@ -56,7 +56,7 @@ def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
 def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record):
     path = tmp_path / "e.jsonl"
     append_record(path, record())
-    line = unsealed(json.loads(path.read_text()))
+    line = verify_checksum(json.loads(path.read_text()))
     new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash")
     for name in (*new, "protocol_name", "protocol_file_hash"):
         del line[name]

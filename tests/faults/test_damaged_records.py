@@ -14,7 +14,7 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
-from dia_diffusion.io import sealed, write_json
+from dia_diffusion.io import with_checksum, write_json
 from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.studies.trials import RESULT_FILE as TRIAL
 from dia_diffusion.studies.trials import base_recipe, finished, make_trial
@@ -53,7 +53,7 @@ def records(
     statistics, extractor = folder / "statistics.safetensors", build_features("digits")
     write_statistics(statistics, reference_statistics(open_images("digits"), extractor, count=100), extractor)
     trial = make_trial("trial", {}, folder, base_recipe("trial", str(recipe), {}), seed=0)
-    write_json(trial.folder / TRIAL, sealed({"recipe": trial.experiment.to_dict(), "held_out_loss": 0.5}))
+    write_json(trial.folder / TRIAL, with_checksum({"recipe": trial.experiment.to_dict(), "held_out_loss": 0.5}))
     last = read_metrics(metrics)[-1]
 
     def lines() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dia_diffusion.io import remove_partial, whole_folder
+from dia_diffusion.io import atomic_dir, remove_partial
 from dia_diffusion.training.checkpoint import check_checkpoint
 from dia_diffusion.training.run_folder import logged_step as steps
 from tests.faults.harness import Launched, assert_same_runs, being_written, checkpoints, leftovers
@@ -119,7 +119,7 @@ def test_one_process_killed_under_a_launcher(victim: int, recipe: Path, tmp_path
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     place = tmp_path / "step"
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         (temporary / "weights").write_text("the only ones")
     killed = FORKED.Process(target=_die_between_the_renames, args=(place,))
     killed.start()
@@ -141,5 +141,5 @@ def _die_between_the_renames(place: Path) -> None:
         rename(*paths)
 
     io.os.rename = once
-    with whole_folder(place) as temporary:
+    with atomic_dir(place) as temporary:
         (temporary / "weights").write_text("new ones")

@@ -201,7 +201,7 @@ def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error"),
     [
-        ({"backbone": "resnet"}, "unknown backbone 'resnet'; accepted: unet2d, dit"),
+        ({"backbone": "resnet"}, "`backbone` must be one of unet2d, dit, got 'resnet'"),
         ({"backbone_kwargs": {"layers": 2}}, "UNet2DModel has no argument 'layers'; accepted: act_fn, "),
         ({"backbone_kwargs": {"in_channels": 2}}, "backbone_kwargs has in_channels 2, which the model decides"),
         ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built of backbone_kwargs: Must"),
@@ -210,7 +210,7 @@ def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
         ({"attention_at": [[3]]}, "at names 3, which is no module of the model"),
         ({"attention_at": [[["a"]]]}, r"at names \['a'\], which is no module of the model"),
         ({"backbone_kwargs": {"class_embed_type": "timestep"}}, "class_embed_type 'timestep'; accepted: class numbers"),
-        ({"attention": "nothing"}, "unknown attention unit 'nothing'"),
+        ({"attention": "nothing"}, "attention unit must be none or one of"),
     ],
 )
 def test_bad_input(kwargs: dict[str, Any], error: str) -> None:
@@ -225,5 +225,5 @@ def test_inputs_that_dont_fit() -> None:
         model(*inputs(), torch.tensor([0, 1]))
     with pytest.raises(InputError, match=r"\(2, 3, 8, 8\); accepted: \(B, 1, H, W\)"):
         model(torch.zeros(2, 3, 8, 8), 5)
-    with pytest.raises(InputError, match="from_backbone was given a AttachedModel"):
+    with pytest.raises(InputError, match="`model` must be a UNet2DModel or DiTTransformer2DModel, got a AttachedModel"):
         AttachedModel.from_backbone(model)

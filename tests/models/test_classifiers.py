@@ -140,7 +140,7 @@ def test_no_norms_and_no_shortcuts() -> None:
         ({"backbone": "vit_s_16", "sample_size": 100}, "no multiple"),
         ({"dropout": 0.3}, "accepted: 0, or cifar-wrn"),
         ({"attention_blocks": 2}, "model.attention is none"),
-        ({"attention": "sa"}, "unknown attention unit 'sa'"),
+        ({"attention": "sa"}, "attention unit must be none or one of"),
     ],
 )
 def test_what_is_refused(options: dict, message: str) -> None:

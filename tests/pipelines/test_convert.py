@@ -169,9 +169,7 @@ def test_is_the_same_function(kind, saved):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes(name, saved, monkeypatch):
-    monkeypatch.setattr(
-        "dia_diffusion.reading.pickled_weights.EXPANDED_LIMIT", 1 << 40
-    )  # whose tensors share their numbers
+    monkeypatch.setattr("dia_diffusion.reading.EXPANDED_LIMIT", 1 << 40)  # whose tensors share their numbers
     width, depth, patch, size, classes, millions = PUBLISHED[name]
     weights = published_weights(width, depth, patch, size, classes)
     num_parameters = sum(tensor.numel() for tensor in weights.values())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.io import sha256_of_file, unsealed
+from dia_diffusion.io import sha256_of_file, verify_checksum
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 from dia_diffusion.sharing import bundle as bundle_module
@@ -135,7 +135,7 @@ def test_what_is_copied(save: Callable[..., Path], tmp_path: Path) -> None:
         assert not [name for name, content in copied.items() if b"/home/" in content]
         training = json.loads(copied["training.json"])
         assert training["recipe"]["output"] == "secret" and training["recipe"]["data"]["source"] == "photos.zip"
-        assert [unsealed(json.loads(line)) for line in copied["evaluations.jsonl"].splitlines()] == [
+        assert [verify_checksum(json.loads(line)) for line in copied["evaluations.jsonl"].splitlines()] == [
             {**record, "source": "secret"}
         ]
         card = copied["README.md"].decode()

@@ -156,7 +156,7 @@ def test_shards_are_one_model(tmp_path):
     before = weights_hash(sharded)
     shards[0].write_bytes(shards[0].read_bytes()[:-1])
     assert before != weights_hash(sharded)
-    assert "cut short or not safetensors" in refusal(sharded)
+    assert "truncated or not safetensors" in refusal(sharded)
     shards[0].unlink()
     assert refusal(sharded).startswith(f"{shards[0]} is missing; accepted")
 
@@ -283,9 +283,9 @@ def test_weights_missing_cut_short_or_pickled(folder):
     whole = (folder / WEIGHTS).read_bytes()
     for cut in (whole[: len(whole) // 2], whole[:-1], b""):
         (folder / WEIGHTS).write_bytes(cut)
-        assert "cut short or not safetensors" in refusal(folder)
+        assert "truncated or not safetensors" in refusal(folder)
     (folder / WEIGHTS).write_bytes(pickle.dumps({"weight": 1}))
-    assert "cut short or not safetensors" in refusal(folder)
+    assert "truncated or not safetensors" in refusal(folder)
     (folder / WEIGHTS).unlink()
     assert refusal(folder).startswith(f"{folder / WEIGHTS} is missing; accepted")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
@@ -316,7 +316,7 @@ def test_tensors_of_other_shapes_and_quantizers_are_one_line_of_ours(tmp_path):
 
 def test_a_network_of_none(folder):
     rewritten(folder / "model_index.json", lambda index: index.update(unet=[None, None]))
-    with pytest.raises(InputError, match=r"unet of a UViTPipeline must be a UNet2DModel, .*, got a NoneType"):
+    with pytest.raises(InputError, match=r"unet of a UViTPipeline must be a UViT or .*, got a NoneType"):
         adapt_pipeline(load_pipeline(folder, dtype=torch.float32), SamplingSettings())
 
 

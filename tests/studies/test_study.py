@@ -117,7 +117,7 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
 @pytest.mark.parametrize(
     ("changes", "more", "said"),
     [
-        ([("dia-lstm-light", "dia")], "", "unit dia: unknown attention unit 'dia'; accepted: none"),
+        ([("dia-lstm-light", "dia")], "", "unit dia: attention unit must be none or one of"),
         ([("model.attention: dia-lstm, ", "")], "", "unit slow"),
         ([], "overrides: {train.accumulation: 8}", "train.batch_size 4 is not divisible"),
         ([], "overrides: {model.num_layers: 4}", "num_layers is 4"),

@@ -228,7 +228,10 @@ def test_commands_write_figure_and_numbers(recipe: str, tmp_path: Path, capsys: 
     ("arguments", "told"),
     [
         (["stability", "--variants", "no-skips"], "unknown variant 'no-skips'; accepted: as-is, no-long-skips"),
-        (["stability", "--units", "none,sea", "--variants", "as-is", "--seeds", "0"], "unknown attention unit 'sea'"),
+        (
+            ["stability", "--units", "none,sea", "--variants", "as-is", "--seeds", "0"],
+            "attention unit must be none or one of",
+        ),
         (["stability", "--learning-rates", "1e-3,fast"], "--learning-rates is 1e-3,fast; accepted: numbers"),
         (["stability", "--seeds", "0.5"], "--seeds is 0.5; accepted: whole numbers"),
         (["placement", "--steps", "0"], "--steps is 0; accepted: 1 or more"),

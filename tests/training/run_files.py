@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dia_diffusion.io import KEY, sealed, unsealed
+from dia_diffusion.io import KEY, verify_checksum, with_checksum
 from dia_diffusion.training.run_folder import read_metrics
 
 TIMES = {"images_per_second", "peak_memory_mib"}
@@ -25,6 +25,6 @@ def make_version_1(folder: Path) -> None:
     for name in ("state.json", "training.json", "trial.json"):
         for file in folder.rglob(name):
             before = json.loads(file.read_text())
-            fields = unsealed(before)
+            fields = verify_checksum(before)
             assert fields.pop("randomness") == 2
-            file.write_text(json.dumps(sealed(fields) if KEY in before else fields))
+            file.write_text(json.dumps(with_checksum(fields) if KEY in before else fields))

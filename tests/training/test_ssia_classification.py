@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.reading.text import read_yaml
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from dia_diffusion.evaluation.curves import COLOURS, MARKERS
-from dia_diffusion.io import whole_file
+from dia_diffusion.io import atomic_file
 
 
 def style(index: int) -> dict[str, Any]:
@@ -51,5 +51,5 @@ def block_ticks(axes: Axes, names: Sequence[str], along: str = "x") -> None:
 
 def save(figure: Figure, path: str | Path, dpi: int = 160) -> None:
     """Writes a PNG, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)

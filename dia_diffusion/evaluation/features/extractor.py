@@ -16,8 +16,8 @@ from torch_fidelity import FeatureExtractorBase
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.features.exact_float32 import exact_float32
 from dia_diffusion.io import sha256_of_file
-from dia_diffusion.models.stored import unusable
-from dia_diffusion.reading.text import Unreadable, read_json_object
+from dia_diffusion.models.factory import unusable
+from dia_diffusion.reading import Unreadable, read_json_object
 
 Module = TypeVar("Module", bound=nn.Module)
 

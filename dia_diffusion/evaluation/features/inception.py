@@ -14,8 +14,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, state_hash
-from dia_diffusion.io import cache_folder, sha256_of_file, whole_file
-from dia_diffusion.reading.pickled_weights import NotTensors, load_pickled_tensors
+from dia_diffusion.io import atomic_file, cache_folder, sha256_of_file
+from dia_diffusion.reading import NotTensors, load_pickled_tensors
 
 RELEASED = Download(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -91,7 +91,7 @@ def _find(
     path = _released_file(progress)
     extractor, weights_hash = _build(_read(path), path, features_list)
     tensors = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
-    with suppress(OSError), whole_file(cached) as temporary:  # a cache that can't be written is done without
+    with suppress(OSError), atomic_file(cached) as temporary:  # a cache that can't be written is done without
         save_file(tensors, temporary, metadata={"weights_hash": weights_hash, "sha256": RELEASED.sha256})
     return NAME, extractor, weights_hash
 

@@ -1,18 +1,35 @@
-"""A self-attention module in every block: one for all, or a set of parameters a block (arXiv 2210.16101, III-A).
+"""Attention units by name, and the unit that holds a self-attention module for every block (arXiv 2210.16101, III-A).
 
-Eq. 1 of the paper is sharing "individual", eq. 2 "shared". Both are one nn.Module that the model holds once, so that a
-network's twins differ in the unit alone.
+Eq. 1 of the paper is sharing "individual", eq. 2 "shared". A network holds its unit once, in one nn.Module, so that
+twins differ in the unit alone.
 """
 
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dia_diffusion.attention.controls import BlockScale, BlockTimeScale, FixedScale
+from dia_diffusion.attention.dia_lstm import DIALSTM
 from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm, recalibrate
-from dia_diffusion.attention.sams import SelfAttentionModule
+from dia_diffusion.attention.sams import (
+    ConvolutionalBlockAttention,
+    EfficientChannelAttention,
+    MixPoolingAttention,
+    SelfAttentionModule,
+    SpatialGroupEnhance,
+    SpatialPyramidAttention,
+    SqueezeExcitation,
+    StyleRecalibration,
+    SwitchableAttention,
+)
 from dia_diffusion.errors import InputError
+from dia_diffusion.registry import Registry
 
 SHARINGS = ("shared", "individual")
 
@@ -119,3 +136,101 @@ class SelfAttentionUnit(nn.Module):
             return attention_map[..., None, None]
         groups = attention_map.shape[1]
         return attention_map if groups == 1 else attention_map.repeat_interleave(self.channels // groups, dim=1)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row of UNITS.
+
+    `make(channels, **arguments, **options)` returns the unit, an nn.Module that is called once in each block, in the
+    order in which the blocks run, as
+
+        features, state = unit(features, state, num_unpooled_tokens, num_prefix_tokens)
+
+    with the state that the previous block's call returned, None in the first block; `SelfAttentionUnit.forward`
+    describes the arguments. `unit.attention_map(state)` is what the call that returned `state` multiplied its features
+    by, and broadcasts to (B, N) or (B, N, H, W).
+    """
+
+    make: Callable[..., nn.Module]
+    """The unit's class. If it takes `num_blocks`, it is given the calls per forward pass."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that the name stands for."""
+    needs_time: bool = False
+    """Its first state is `unit.first_state(embedding)` of the time embedding (B, N); only a UViT gives it."""
+    can_be_individual: bool = False
+    """It takes sharing="individual", a set of parameters per block."""
+
+
+def sam_unit(module: type[SelfAttentionModule]) -> Unit:
+    """The row of a self-attention module, which SelfAttentionUnit puts into every block."""
+    return Unit(SelfAttentionUnit, {"module": module}, can_be_individual=True)
+
+
+UNITS: Registry[Unit] = Registry("attention unit")
+
+# With these h starts at exactly 1/4, so a DIA-LSTM is the identity until its first update.
+IDENTITY = {"activation": "sigmoid", "scale": 4.0, "initialization": "zero"}
+
+UNITS.register("dia-lstm", Unit(DIALSTM, {"cell": "dia-lstm"}))
+UNITS.register("dia-lstm-light", Unit(DIALSTM, {"cell": "dia-lstm-light"}))
+UNITS.register("dia-lstm-identity", Unit(DIALSTM, {"cell": "dia-lstm", **IDENTITY}))
+UNITS.register("dia-lstm-light-identity", Unit(DIALSTM, {"cell": "dia-lstm-light", **IDENTITY}))
+UNITS.register("lstm", Unit(DIALSTM, {"cell": "lstm"}))
+UNITS.register("se", sam_unit(SqueezeExcitation))
+UNITS.register("eca", sam_unit(EfficientChannelAttention))
+UNITS.register("cbam", sam_unit(ConvolutionalBlockAttention))
+UNITS.register("srm", sam_unit(StyleRecalibration))
+UNITS.register("spa", sam_unit(SpatialPyramidAttention))
+UNITS.register("sem", sam_unit(SwitchableAttention))
+UNITS.register("spem", sam_unit(MixPoolingAttention))
+UNITS.register("sge", sam_unit(SpatialGroupEnhance))
+UNITS.register("fixed-scale", Unit(FixedScale))
+UNITS.register("block-scale", Unit(BlockScale, {"by_channel": False}))
+UNITS.register("block-channels", Unit(BlockScale, {"by_channel": True}))
+UNITS.register("block-channels-time", Unit(BlockTimeScale, needs_time=True))
+
+
+def build_attention(
+    name: str | None, channels: int, *, num_blocks: int | None = None, **kwargs: Any
+) -> nn.Module | None:
+    """A unit of UNITS for features of N = `channels`; None for the name None or "none".
+
+    Args:
+        name: the unit's name.
+        channels: N.
+        num_blocks: the unit's calls per forward pass; only units with parameters per block need it.
+        kwargs: further arguments of the unit, such as reduction=16.
+
+    Raises:
+        InputError: no unit has that name, or it doesn't take one of the arguments.
+    """
+    if name is None or name == "none":
+        if kwargs:
+            raise InputError(f"an attention unit must be named for the arguments {', '.join(kwargs)}, got {name!r}")
+        return None
+    if name not in UNITS:
+        raise InputError(f"attention unit must be none or one of {', '.join(UNITS)}, got {name!r}")
+    row = UNITS[name]
+    arguments = dict(row.arguments)
+    if fixed := arguments.keys() & kwargs.keys():
+        raise InputError(f"`{min(fixed)}` is set by attention unit {name!r}; leave it out or choose another unit")
+    if (parameter := inspect.signature(row.make).parameters.get("num_blocks")) is not None:
+        if num_blocks is None and parameter.default is inspect.Parameter.empty:
+            raise InputError(f"`num_blocks` must be given for attention unit {name!r}, got None")
+        arguments["num_blocks"] = num_blocks
+    try:
+        return row.make(channels, **arguments, **kwargs)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"attention unit {name!r} can't be built: {error}") from None
+
+
+@contextmanager
+def forked_rng() -> Iterator[None]:
+    """Draws inside come from another generator; outside, one number has been drawn, whatever is drawn inside."""
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,5 +1,7 @@
-"""Whether stored weights can be a model's, before memory is taken for it: what a config says may be made up."""
+"""Models built from what a recipe or a config says, with checks before memory is taken: configs may be made up."""
 
+import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from math import prod
@@ -9,8 +11,61 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError, first_line
+from dia_diffusion.models import attached, uvit  # noqa: F401  (they add their rows)
+from dia_diffusion.models.registry import BACKBONES
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def build_model(config: Mapping[str, Any]) -> Any:
+    """A recipe's model, with first weights from torch's default generator.
+
+    Args:
+        config: the recipe's `model:`, a `backbone` of BACKBONES and arguments of its class.
+
+    Raises:
+        InputError: an unknown backbone, or arguments that it doesn't have or refuses.
+    """
+    backbone = config.get("backbone", "uvit")
+    return BACKBONES.choose(backbone, "model.backbone").model(**model_arguments(backbone, config))
+
+
+def model_arguments(backbone: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a backbone's class from a recipe's `model:`.
+
+    Another backbone's keys are dropped where they have its default, since older recipes hold the keys of all backbones.
+
+    Raises:
+        InputError: an unknown backbone, a key that it doesn't have, or another backbone's with a value.
+    """
+    accepted = recipe_defaults(backbone)
+    others = [recipe_defaults(name) for name in BACKBONES if name != backbone]
+    arguments = {"backbone": backbone} if BACKBONES[backbone].network is not None else {}
+    for key, value in config.items():
+        if key == "backbone":
+            continue
+        if key in accepted:
+            arguments[key] = value
+            continue
+        defaults = [other[key] for other in others if key in other]
+        if not defaults:
+            nearest = difflib.get_close_matches(key, [*accepted], n=1, cutoff=0.0)
+            raise InputError(f"`model.{key}` is no key of backbone {backbone}; the nearest is {' '.join(nearest)}")
+        if value not in defaults:
+            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {value!r}")
+    return arguments
+
+
+def recipe_defaults(backbone: str) -> dict[str, Any]:
+    """The keys of a recipe's `model:` beside `backbone`, with their defaults (inspect.Parameter.empty where needed).
+
+    Raises:
+        InputError: an unknown backbone.
+    """
+    row = BACKBONES.choose(backbone, "model.backbone")
+    left_out = {"backbone", *row.not_in_recipes}
+    parameters = inspect.signature(row.model).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in left_out}
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:

@@ -1,0 +1,116 @@
+"""What recipes, options and protocols share: the strict base model, and one line from a pydantic error.
+
+`Strict` is the base of every typed model. `describe_error` turns a ValidationError into "`train.batch_size` must be 1
+or more, got 0"; `nearest` is the valid key that a mistyped one is closest to. A field validator raises ValueError with
+what the value must be ("a multiple of 3"); a validator of several fields raises InputError with the whole line.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dia_diffusion.errors import InputError
+
+
+class Strict(BaseModel):
+    """A frozen model: no conversion of types, no inf or nan, no unknown keys; a field's docstring is its help."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+MUST_BE = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "above {gt}",
+    "less_than_equal": "{le} or less",
+    "less_than": "below {lt}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "path_type": "a path",
+    "none_required": "null",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "string_too_short": "text of {min_length} or more characters",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+}
+"""Type of a pydantic error -> what the value must be."""
+
+
+def describe_error(
+    error: ValidationError, model: type[BaseModel], spell: Callable[[Sequence[str]], str] = ".".join
+) -> str:
+    """One line for the first of the errors that validating a model raised.
+
+    Args:
+        spell: how a key is written, from its parts; recipes' "train.batch_size" if not given.
+    """
+    errors = [(_key(details["loc"], model), details) for details in error.errors(include_url=False)]
+    key, first = errors[0]
+    if first["type"] == "extra_forbidden":
+        unknown = spell([*key, str(first["loc"][len(key)])])
+        return f"unknown key `{unknown}`; did you mean `{nearest(unknown, map(spell, keys_of(model)))}`?"
+    if first["type"] == "missing":
+        return f"`{spell(key)}` is missing"
+    if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
+        return str(cause)
+    # Each type of a union has its own error.
+    expected = dict.fromkeys(_must_be(details) for other, details in errors if other == key)
+    return f"`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The name closest to a mistyped one."""
+    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+
+
+def shown(value: Any) -> str:
+    """A value as error messages show it: text in quotes, None as YAML's null."""
+    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
+
+
+def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """The keys of a model and of the models within it, in order, each by its parts; a section's own key is left out."""
+    for name, field in model.model_fields.items():
+        section = model_in(field.annotation)
+        if section is None:
+            yield (field.alias or name,)
+        else:
+            yield from ((field.alias or name, *rest) for rest in keys_of(section))
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, or None."""
+    candidates = (annotation, *get_args(annotation))
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _key(location: Sequence[str | int], model: type[BaseModel] | None) -> tuple[str, ...]:
+    """The key of an error: of its location the names of fields, without indices and without types of a union."""
+    key: list[str] = []
+    for part in location:
+        fields = {} if model is None else {field.alias or name: field for name, field in model.model_fields.items()}
+        if part not in fields:
+            break
+        key.append(str(part))
+        model = model_in(fields[str(part)].annotation)
+    return tuple(key)
+
+
+def _must_be(details: Any) -> str:
+    context = details.get("ctx", {})
+    if details["type"] == "literal_error":
+        return f"one of {context['expected'].replace(' or ', ', ')}".replace("'", "")
+    if details["type"] == "value_error":
+        return str(context["error"])
+    return MUST_BE.get(details["type"], details["msg"]).format(**context)
