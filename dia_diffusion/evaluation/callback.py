@@ -23,9 +23,9 @@ from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed, un
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
 from dia_diffusion.io import step_name
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.trainer import StepResult, Trainer
@@ -99,8 +99,8 @@ class EvaluatePipelines(Callback):
         folder = trainer.folder.pipelines / step_name(trainer.step)
         dtype = getattr(torch, self.protocol.precision)
         load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)
-        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load))
-        self.distance.settings = self.settings.use(pipeline)
+        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.settings)
+        self.distance.settings = pipeline.settings
         protocol, origin = self.distance.protocol(pipeline, folder), pipeline_origin(folder)
         distance = broadcast_from_rank_zero(trainer.accelerator, lambda: self._known(protocol, origin))
         if distance is None:

@@ -15,10 +15,10 @@ from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
 from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, read_training, write_card
-from dia_diffusion.pipelines.folder import model_hash, records_file, weights_hash
-from dia_diffusion.sampling.image_pipeline import ImagePipeline
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
+from dia_diffusion.sampling.generate import ImagePipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.sharing.card import evaluation_rows, write_card
 
 
 def image_protocol(
@@ -89,12 +89,11 @@ class PipelineDistance:
     """(M, D), on the main process, where the extras need them."""
 
     def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
-        """The protocol of the distance of a pipeline that the settings are in use on."""
-        scheduler = pipeline.sampler_settings()
+        """The protocol of the distance of a pipeline that was adapted with the settings."""
         dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
         return image_protocol(
-            self.extractor, self.reference, self.num_samples, self.settings, scheduler, dtype, weights
+            self.extractor, self.reference, self.num_samples, self.settings, pipeline.scheduler_settings, dtype, weights
         )
 
     def measure(
@@ -106,7 +105,7 @@ class PipelineDistance:
         work: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
-        """Samples from a pipeline that the settings are in use on, and measures.
+        """Samples from a pipeline that was adapted with the settings, and measures.
 
         protocol, origin: `protocol` and `pipeline_origin` of the pipeline and its folder.
         progress: is told how many images have been drawn.
@@ -114,7 +113,7 @@ class PipelineDistance:
         """
 
         def images(seeds: Sequence[int]) -> Iterator[Tensor]:
-            for _, batch in self.settings.generate(pipeline, seeds, self.batch_size, progress):
+            for _, batch in generate(pipeline, seeds, self.batch_size, progress):
                 yield batch
 
         return evaluate(

@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.factory import check_layers, check_size, unusable
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.registry import BACKBONES
+from dia_diffusion.noise import PROCESSES
 from dia_diffusion.pipelines.folder import (
     check_weights,
     components,
@@ -29,8 +29,8 @@ from dia_diffusion.pipelines.folder import (
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sampling.samplers import SAMPLERS
 
-OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}
 # Parts, by how their names begin, that tell what a pipeline needs even where diffusers can't import its class.
 NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_encoder": "an input image"}
 GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
@@ -96,11 +96,19 @@ def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[DiffusionPipeli
 
 
 def _part_class(folder: Path, name: str, library: str, class_name: str) -> type:
-    kind = _of_diffusers(class_name) if library == "diffusers" else OUR_PARTS.get(class_name)
+    kind = _of_diffusers(class_name) if library == "diffusers" else _known_parts().get(class_name)
     if kind is None or not issubclass(kind, ModelMixin | SchedulerMixin):
         accepted = f"models and schedulers that diffusers {diffusers.__version__} or this project has"
         raise InputError(f"the {name} of {folder} is a {library}.{class_name}; accepted: {accepted}")
     return kind
+
+
+def _known_parts() -> dict[str, type]:
+    """The classes of registered backbones, and the schedulers of registered processes and samplers, by name."""
+    kinds: list[Any] = [EulerMaruyamaScheduler, *(row.model for row in BACKBONES.values())]
+    kinds += [process.scheduler_class for process in PROCESSES.values()]
+    kinds += [sampler.scheduler for sampler in SAMPLERS.values() if not isinstance(sampler.scheduler, str)]
+    return {kind.__name__: kind for kind in kinds}
 
 
 def _of_diffusers(name: Any) -> type | None:

@@ -12,7 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
 from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.points import measured

@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model, build_pipeline
@@ -83,12 +83,11 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
     pipeline.unet.to(getattr(torch, precision))
-    adapted, count = adapt_pipeline(pipeline), IMAGES_AT_ONCE[device]
-    adapted.use_sampler(sampler)
-    labels = None if experiment.model.num_classes is None else 0
+    classes = None if experiment.model.num_classes is None else (0,)
+    adapted, count = adapt_pipeline(pipeline, SamplingSettings(sampler, SAMPLER_STEPS, classes)), IMAGES_AT_ONCE[device]
     for _ in range(2):  # the first to warm up
         started = time.perf_counter()
-        list(generate(adapted, range(count), batch_size=count, num_inference_steps=SAMPLER_STEPS, class_labels=labels))
+        list(generate(adapted, range(count), batch_size=count))
         seconds = time.perf_counter() - started
     return seconds / (count * SAMPLER_STEPS)
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,12 +18,12 @@ from dia_diffusion.io import atomic_dir, step_name, write_json
 from dia_diffusion.models import factory
 from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import TRAINING_FILE, write_card
+from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, build_scheduler
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
+from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.init_from import start_from
@@ -193,14 +191,9 @@ def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: t
     """A pipeline of the recipe's model with these weights."""
     model = build_model(experiment.model).eval().requires_grad_(False)
     model.load_state_dict(weights)
-    pipeline = UViTPipeline(model, _scheduler(experiment))
+    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def _scheduler(experiment: Experiment) -> SchedulerMixin:
-    """The recipe's noise process, with the default sampler's settings."""
-    return build_scheduler(DEFAULT_SAMPLER, DDPMScheduler(**experiment.noise_process().scheduler_config()))
 
 
 def check_samples(experiment: Experiment, settings: SamplingSettings | None = None) -> None:
@@ -211,15 +204,15 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
     check_layers(asdict(experiment.model), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
-    (settings or _settings(experiment)).use(adapt_pipeline(UViTPipeline(model, _scheduler(experiment))))
+    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
+    adapt_pipeline(pipeline, settings or _settings(experiment))
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
     """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
-    adapted = adapt_pipeline(pipeline)
-    settings, seeds = _settings(experiment).use(adapted), range(experiment.samples.count)
-    batches = settings.generate(adapted, seeds, batch_size=64)
-    save_grid(torch.cat([images for _, images in batches]), path, settings.grid_columns(seeds))
+    adapted, seeds = adapt_pipeline(pipeline, _settings(experiment)), range(experiment.samples.count)
+    images = torch.cat([images for _, images in generate(adapted, seeds)])
+    save_grid(images, path, adapted.settings.grid_columns(seeds))
 
 
 def _settings(experiment: Experiment) -> SamplingSettings:

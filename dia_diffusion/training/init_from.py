@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from dia_diffusion.attention.attach import UNITS_NAME
@@ -11,10 +10,9 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.models.uvit import UViT
-from dia_diffusion.noise import SCHEDULES, NoiseProcess
+from dia_diffusion.noise import PROCESSES, NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.samplers import build_scheduler
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.ssia import without_heads
 
@@ -75,23 +73,12 @@ def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) 
         raise InputError(
             f"init_from {source} predicts {prediction_type!r}, and noise.prediction_type is {process.prediction_type!r}"
         )
-    schedule = _schedule(scheduler)
+    schedule = next((name for name, kind in PROCESSES.items() if kind.is_run_by(scheduler)), "of no known name")
     if schedule != process.schedule:
         raise InputError(
             f"init_from {source} was trained on the noise process {schedule!r}, and noise.schedule is "
             f"{process.schedule!r}"
         )
-
-
-def _schedule(scheduler: SchedulerMixin) -> str:
-    """The name of the noise process that a scheduler's betas are of."""
-    betas = build_scheduler("ddpm", scheduler).betas.double()
-    for name in SCHEDULES:
-        expected = NoiseProcess(name).betas()
-        # The tolerance is that of betas that went through float32.
-        if betas.shape == expected.shape and torch.allclose(betas, expected, rtol=1e-4, atol=1e-7):
-            return name
-    return "of other betas"
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:

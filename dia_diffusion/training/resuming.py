@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.card import TRAINING_FILE
+from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.training.randomness import RANDOMNESS
 from dia_diffusion.training.recipe_keys import differing_keys

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dia_diffusion import AttachedModel, UViTPipeline, attach
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.export import export_pipeline
 from tests.pipelines.test_export import drawn, without_package
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from einops import rearrange
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UVIT_SIZES
-from dia_diffusion.pipelines.convert import convert_official, convert_to_pipeline
+from dia_diffusion.sharing.convert import convert_official, convert_to_pipeline
 
 WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
 PUBLISHED = {  # width, blocks less one, patch, image, classes, millions of parameters that the paper gives

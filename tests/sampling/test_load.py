@@ -25,8 +25,9 @@ from dia_diffusion.io import sha256_of_file
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, model_hash, weights_hash
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SamplingSettings
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae, small_vqvae
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -84,10 +85,9 @@ def rewritten(file, change):
     file.write_text(json.dumps(value))
 
 
-def image_of(folder, **kwargs):
-    adapted = adapt_pipeline(load_pipeline(folder))
-    labels = None if adapted.num_classes is None else [1]
-    return adapted.draw([0], 3, labels, **kwargs)
+def image_of(folder, **settings):
+    settings = SamplingSettings(OWN_SAMPLER, 3, **settings)
+    return adapt_pipeline(load_pipeline(folder), settings).draw([0])
 
 
 def test_loads_diffusers_pipelines(tmp_path, capfd):
@@ -207,11 +207,9 @@ def test_a_folder_that_carries_this_projects_code_runs_the_package_instead(folde
     rewritten(folder / "model_index.json", with_code)
     loaded = load_pipeline(folder)
     assert type(loaded) is UViTPipeline and type(loaded.scheduler) is EulerMaruyamaScheduler
-    adapted = adapt_pipeline(loaded)
-    adapted.use_sampler("dpmsolver++")
-    original = adapt_pipeline(tiny_pipeline())
-    original.use_sampler("dpmsolver++")
-    torch.testing.assert_close(adapted.draw([0], 3), original.draw([0], 3))
+    settings = SamplingSettings(steps=3)
+    original = adapt_pipeline(tiny_pipeline(), settings)
+    torch.testing.assert_close(adapt_pipeline(loaded, settings).draw([0]), original.draw([0]))
 
 
 def test_a_run_gives_its_newest_whole_pipeline(run_folder):
@@ -277,8 +275,8 @@ def test_a_part_that_is_missing(tmp_path):
     refusal(folder)
     folder = saved(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()), tmp_path / "ddpm")
     rewritten(folder / "model_index.json", lambda index: index.update(scheduler=[None, None]))
-    with pytest.raises(InputError, match="this DDPMPipeline has no scheduler"):
-        adapt_pipeline(load_pipeline(folder))
+    with pytest.raises(InputError, match="must have a scheduler, got a DDPMPipeline without one"):
+        adapt_pipeline(load_pipeline(folder), SamplingSettings())
 
 
 def test_weights_missing_cut_short_or_pickled(folder):
@@ -318,8 +316,8 @@ def test_tensors_of_other_shapes_and_quantizers_are_one_line_of_ours(tmp_path):
 
 def test_a_network_of_none(folder):
     rewritten(folder / "model_index.json", lambda index: index.update(unet=[None, None]))
-    with pytest.raises(InputError, match="the unet of this UViTPipeline is a NoneType; accepted"):
-        adapt_pipeline(load_pipeline(folder, dtype=torch.float32))
+    with pytest.raises(InputError, match=r"unet of a UViTPipeline must be a UViT or .*, got a NoneType"):
+        adapt_pipeline(load_pipeline(folder, dtype=torch.float32), SamplingSettings())
 
 
 def test_scheduler_missing(folder):

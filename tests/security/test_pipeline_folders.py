@@ -11,11 +11,10 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.pipelines.contents import check_pipeline
-from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.folder import weights_hash
-from dia_diffusion.pipelines.hub import prepare
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.export import check_pipeline, export_pipeline
+from dia_diffusion.sharing.push import prepare
 from tests.sampling.tiny_models import small_unet
 from tests.security import hostile
 from tests.security.readers import classifier, pipeline

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import sha256_of_file
-from dia_diffusion.pipelines.convert import convert_to_pipeline
+from dia_diffusion.sharing.convert import convert_to_pipeline
 from dia_diffusion.training.trainer import Trainer
 from tests.pipelines.test_convert import official_weights
 from tests.training.conftest import Recorder

@@ -1,8 +1,7 @@
 """One code file from several of the package's modules, for folders that load where the package isn't installed.
 
 Statements are kept as they are written, comments included; only imports are gathered at the top, and those of the
-package dropped, since what they name stands further up in the same file.
-"""
+package dropped, since what they name stands further up in the same file."""
 
 import ast
 import sys

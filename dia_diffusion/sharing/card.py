@@ -11,53 +11,11 @@ import yaml
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
 from dia_diffusion.models.factory import BACKBONES
+from dia_diffusion.pipelines.folder import CONVERTED_FILE, TRAINING_FILE, read_record, read_training
 from dia_diffusion.reading import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
-CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
-TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
-
-# What is read of it, by name, and of which type each is.
-NEEDED: dict[str, Any] = {
-    "run": str,
-    "step": int,
-    "images": int,
-    "weights": str,
-    "recipe.seed": int,
-    "recipe.data": dict,
-    "recipe.train.batch_size": int,
-    "recipe.model.attention": str | None,
-    "recipe.model.num_classes": int | None,
-    "recipe.model.hidden_size": object,
-    "recipe.model.num_layers": object,
-    "recipe.model.sample_size": object,
-    "recipe.samples.count": int,
-    "data.name": str,
-    "data.count": int,
-}
-STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 CONVERTED = {"source": str, "sha256": str}
-
-
-def read_training(folder: str | Path) -> dict[str, Any] | None:
-    """What a pipeline folder says of its training; None where it says nothing.
-
-    Raises:
-        InputError: the file is cut short or none of a run's.
-    """
-    path = Path(folder) / TRAINING_FILE
-    if not path.is_file():
-        return None
-    training = _read_whole(path, NEEDED)
-    if training.get("init_from"):
-        _read_whole(path, STARTED_FROM)
-    if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*BACKBONES]:
-        raise InputError(f"the backbone in {path} must be one of {', '.join(BACKBONES)}, got {backbone!r}")
-    if "randomness" in training:
-        _read_whole(path, {"randomness": int})
-    if training["data"].get("class_names"):
-        _read_whole(path, {"data.class_names": list})
-    return training
 
 
 def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = None) -> None:
@@ -72,6 +30,9 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
     unit = model["attention"]
     backbone = model.get("backbone", "uvit")
+    if backbone not in BACKBONES:
+        accepted = ", ".join(BACKBONES)
+        raise InputError(f"the backbone in {folder / TRAINING_FILE} must be one of {accepted}, got {backbone!r}")
     name, place = BACKBONES[backbone].name, BACKBONES[backbone].units_at
     sizes = f"{_text(model['hidden_size'])} wide, {_text(model['num_layers'])} blocks, " if backbone == "uvit" else ""
     sizes += f"{_text(model['sample_size'])}x{_text(model['sample_size'])} images"
@@ -91,7 +52,7 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         "",
     ]
     if (folder / CONVERTED_FILE).is_file():
-        source = _read_whole(folder / CONVERTED_FILE, CONVERTED)
+        source = read_record(folder / CONVERTED_FILE, CONVERTED)
         lines += [
             f"Converted from the official U-ViT weights {_code(source['source'])} (sha256 {_code(source['sha256'])}).",
             "",
@@ -195,18 +156,3 @@ def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
         f"images = pipe(batch_size={count}, {labels}generator=generators).images",
         "```",
     ]
-
-
-def _read_whole(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object that has all of these, by dotted names, with their types; else InputError."""
-    try:
-        read = read_json_object(path)
-        for name, kind in needed.items():
-            value: Any = read
-            for key in name.split("."):
-                value = value[key]
-            if not isinstance(value, kind):
-                raise ValueError
-        return read
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None

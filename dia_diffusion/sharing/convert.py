@@ -13,9 +13,10 @@ from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.io import atomic_dir, refuse_existing, sha256_of_file, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import CONVERTED_FILE, write_card
+from dia_diffusion.pipelines.folder import CONVERTED_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import NotTensors, load_pickled_tensors
+from dia_diffusion.sharing.card import write_card
 
 # The published sizes; a width doesn't tell its heads otherwise.
 HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}

@@ -10,9 +10,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from dia_diffusion import __version__
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.pipelines.contents import check_pipeline, find_local_path, shared_files
-from dia_diffusion.pipelines.export import index_and_code
 from dia_diffusion.pipelines.folder import INDEX
+from dia_diffusion.sharing.export import check_pipeline, find_local_path, index_and_code, shared_files
 
 
 @dataclass(frozen=True)
