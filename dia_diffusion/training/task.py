@@ -104,6 +104,10 @@ class Task(ABC):
         """The images to train on, and whatever else is read."""
 
     @abstractmethod
+    def callbacks(self) -> Sequence[Callback]:
+        """What this kind evaluates and saves along the way, before each checkpoint."""
+
+    @abstractmethod
     def draw(self, step: int, start: int, stop: int) -> Draws:
         """What is random for images start..stop of a step's global batch: a function of the seed and the step.
 
@@ -113,7 +117,3 @@ class Task(ABC):
     @abstractmethod
     def loss(self, network: nn.Module, draws: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The mean loss () over the images of a slice of a step's draws."""
-
-    @abstractmethod
-    def callbacks(self) -> Sequence[Callback]:
-        """What this kind evaluates and saves along the way, before each checkpoint."""
