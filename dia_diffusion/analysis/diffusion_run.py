@@ -75,16 +75,11 @@ class DiffusionRun(TrainedRun):
         return training["data"].get("fingerprint") if training else None
 
     def draw(self, seed: int, number: int, count: int) -> StepDraws:
-        return draw_step(seed, number, count, len(self.images), self._decoded.images.shape[1:])
-
-    @property
-    def _decoded(self) -> ImageSet:
-        assert isinstance(self.images, ImageSet)
-        return self.images
+        return draw_step(seed, number, count, len(self.images), self.images.shape)
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) in [-1, 1] and labels (B,), prepared as the run's training does."""
-        return training_batch(self._decoded, self.experiment, draws, self.device, torch.float32)
+        return training_batch(self.images, self.experiment, draws, self.device, torch.float32)
 
     def batches(self, draws: StepDraws, num_times: int, batch_size: int) -> Iterator[Batch]:
         count = len(draws.indices)

@@ -101,9 +101,7 @@ def _of_images(
     if len(images) < 2:
         raise InputError(f"{options.source} has {len(images)} image; a distance takes 2 or more")
     extras.check_samples(len(images))
-    reference, features = reference_of(
-        options, extractor, accelerator, images.images.shape[2], options.channels, extras
-    )
+    reference, features = reference_of(options, extractor, accelerator, images.shape[1], options.channels, extras)
     protocol = image_protocol(extractor, reference, len(images))
     origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
     file = records_file_of(options, None)

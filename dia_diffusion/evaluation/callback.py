@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dia_diffusion.data.sources import open_images_together
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import broadcast_from_rank_zero, first_on_each_machine, on_all_ranks, on_rank_zero
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
@@ -83,7 +83,7 @@ class EvaluatePipelines(Callback):
         images: Any = trainer.images
         if data.split != split:
             options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
-            images = open_images_together(data.source, trainer.accelerator, trainer.reporter.reading, **options)
+            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.reporter.reading, **options)
         if self.protocol.reference_count not in (None, len(images)):
             raise InputError(
                 f"data.source {data.source} must have {self.protocol.reference_count:,} images for protocol "

@@ -10,6 +10,7 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
+from dia_diffusion.models.factory import BACKBONES
 from dia_diffusion.reading import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
@@ -34,8 +35,6 @@ NEEDED: dict[str, Any] = {
     "data.name": str,
     "data.count": int,
 }
-NETWORK_NAMES = {"uvit": "UViT", "unet2d": "UNet2DModel", "dit": "DiTTransformer2DModel"}
-UNIT_PLACES = {"uvit": "before every MLP", "unet2d": "after every resnet block", "dit": "before every MLP"}
 STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 CONVERTED = {"source": str, "sha256": str}
 
@@ -52,8 +51,8 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
     training = _read_whole(path, NEEDED)
     if training.get("init_from"):
         _read_whole(path, STARTED_FROM)
-    if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*NETWORK_NAMES]:
-        raise InputError(f"{path} says the backbone is {backbone}; accepted: {', '.join(NETWORK_NAMES)}")
+    if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*BACKBONES]:
+        raise InputError(f"the backbone in {path} must be one of {', '.join(BACKBONES)}, got {backbone!r}")
     if "randomness" in training:
         _read_whole(path, {"randomness": int})
     if training["data"].get("class_names"):
@@ -73,7 +72,7 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
     unit = model["attention"]
     backbone = model.get("backbone", "uvit")
-    name, place = NETWORK_NAMES[backbone], UNIT_PLACES[backbone]
+    name, place = BACKBONES[backbone].name, BACKBONES[backbone].units_at
     sizes = f"{_text(model['hidden_size'])} wide, {_text(model['num_layers'])} blocks, " if backbone == "uvit" else ""
     sizes += f"{_text(model['sample_size'])}x{_text(model['sample_size'])} images"
     if model.get("attention_at") or model.get("attention_blocks"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
-from dia_diffusion.pipelines.card import NETWORK_NAMES
+from dia_diffusion.models.registry import BACKBONES
 from dia_diffusion.report.grids import grid_files, grid_picture, spread
 from dia_diffusion.report.metrics import MOST_POINTS, Metrics, metrics_of, peak_memory, running_mean, thin
 from dia_diffusion.report.page import Block, Code, Frames, Page, Plot, Plots, Section, Text
@@ -52,7 +52,7 @@ def describe(experiment: Experiment) -> str:
     """The model in a few words."""
     model = experiment.model
     size = f"{model.sample_size}x{model.sample_size} images"
-    network = NETWORK_NAMES[model.backbone]
+    network = BACKBONES[model.backbone].name
     if model.backbone == "uvit":
         network += f" {model.hidden_size} wide with {model.num_layers} blocks"
     return f"{network} on {size}, attention unit {model.attention}"

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.decode import to_pixels
-from dia_diffusion.data.encoded import EncodedSet, gather, open_encoded
-from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import first_on_each_machine, on_all_ranks, on_rank_zero, sent
+from dia_diffusion.data.sources import open_images_on_ranks
+from dia_diffusion.distributed import on_all_ranks, on_rank_zero, sent
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
@@ -38,10 +37,8 @@ if TYPE_CHECKING:
 TEST_CROP = 0.875
 """The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
 
-AnySet = ImageSet | EncodedSet
 
-
-def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, reporter: Reporter) -> AnySet:
+def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
     """The recipe's training or test images, on each process.
 
     Raises:
@@ -49,12 +46,9 @@ def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accel
     """
     data, model = experiment.data, experiment.model
     source, split = (data.source, data.split) if not test else _test_place(data)
-    images: AnySet
-    if data.augmentation == "resized-crop":
-        images = first_on_each_machine(accelerator, lambda: open_encoded(source, split))
-    else:
-        options = {"size": model.sample_size, "channels": 3, "split": split}
-        images = open_images_together(source, accelerator, reporter.reading, **options)
+    decode = data.augmentation != "resized-crop"  # which crops each image anew at each step
+    options = {"size": model.sample_size, "channels": 3, "split": split, "decode": decode}
+    images = open_images_on_ranks(source, accelerator, reporter.reading, **options)
     if images.labels is None:
         raise InputError(f"`data.source` must be class folders or a data set with labels, got {source}")
     present = int(images.labels.max()) + 1
@@ -73,7 +67,7 @@ def _test_place(data: LabelledDataConfig) -> tuple[str, str]:
     return data.test_source, data.test_split or "train"
 
 
-def check_apart(train: AnySet, test: AnySet) -> None:
+def check_apart(train: ImageSet, test: ImageSet) -> None:
     """Raises InputError where the test images are the training images, or their classes have other names."""
     if train.fingerprint == test.fingerprint:
         raise InputError(f"the test images are the training images ({train.name}); name others as data.test_source")
@@ -92,47 +86,53 @@ class Batches:
             device computes.
     """
 
-    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]):
+    def __init__(
+        self, images: ImageSet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]
+    ):
         self.images, self.draws_of = images, draws_of
         self.data, self.size = experiment.data, experiment.model.sample_size
         self.max_steps = experiment.train.max_steps
-        self.ahead: dict[tuple[int, int], list[Future[np.ndarray]]] = {}
+        self.ahead: dict[tuple[int, int], Future[np.ndarray]] = {}
+        self.reader = ThreadPoolExecutor(1)
 
     def take(self, draws: ImageDraws, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images (B, 3, H, W), uint8, and labels (B,) of a slice of a step's draws."""
         assert self.images.labels is not None
         labels = sent(torch.from_numpy(self.images.labels[draws.indices]), device)
-        if isinstance(self.images, EncodedSet):
-            pixels = mirrored(sent(torch.from_numpy(self._decoded(self.images, draws)), device), draws.uniform)
+        if self.data.augmentation == "resized-crop":
+            pixels = mirrored(sent(torch.from_numpy(self._decoded(draws)), device), draws.uniform)
         else:
-            pixels = sent(torch.from_numpy(self.images.images[draws.indices]), device)
+            pixels = sent(torch.from_numpy(self.images.read(draws.indices)), device)
             if self.data.augmentation == "pad-crop":
                 reflected = self.data.border == "reflected"
                 pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)
         return cut_out(pixels, draws.uniform, self.data.cutout) if self.data.cutout else pixels, labels
 
-    def _decoded(self, images: EncodedSet, draws: ImageDraws) -> np.ndarray:
-        futures = self.ahead.pop((draws.step, draws.first), None) or self._start(images, draws)
+    def _decoded(self, draws: ImageDraws) -> np.ndarray:
+        batch = self.ahead.pop((draws.step, draws.first), None) or self._start(draws)
         if draws.step + 1 < self.max_steps:
             following = self.draws_of(draws.step + 1, draws.first, draws.first + len(draws.indices))
-            self.ahead[following.step, following.first] = self._start(images, following)
-        return gather(futures)
+            self.ahead[following.step, following.first] = self._start(following)
+        return batch.result()
 
-    def _start(self, images: EncodedSet, draws: ImageDraws) -> "list[Future[np.ndarray]]":
-        return images.start(draws.indices, lambda k, image: resized_crop(image, self.size, draws.uniform[k]))
+    def _start(self, draws: ImageDraws) -> "Future[np.ndarray]":
+        def crop(k: int, image: Image.Image) -> np.ndarray:
+            return resized_crop(image, self.size, draws.uniform[k])
+
+        return self.reader.submit(self.images.read, draws.indices, crop)
 
 
-def test_pixels(images: AnySet, indices: np.ndarray, size: int) -> Tensor:
+def test_pixels(images: ImageSet, indices: np.ndarray, size: int) -> Tensor:
     """Test images (B, 3, size, size), uint8, without augmentation."""
-    if isinstance(images, ImageSet):
-        return torch.from_numpy(images.images[indices])
+    if images.source is None:
+        return torch.from_numpy(images.read(indices))
 
     def centre(_: int, image: Image.Image) -> np.ndarray:
         whole = round(size / TEST_CROP)
         edge = (whole - size) // 2
         return to_pixels(image, whole, 3)[edge : edge + size, edge : edge + size].transpose(2, 0, 1)
 
-    return torch.from_numpy(gather(images.start(indices, centre)))
+    return torch.from_numpy(images.read(indices, centre))
 
 
 RESULT_FILE = "result.json"
@@ -152,8 +152,8 @@ class ClassificationTask(Task):
         self.experiment = experiment
         self.description = f"{experiment.model.backbone}, attention {experiment.model.attention}"
         self.optimizer_config = experiment.optimizer
-        self.train_images: AnySet
-        self.test_images: AnySet
+        self.train_images: ImageSet
+        self.test_images: ImageSet
         self.batches: Batches
         self.num_parameters = 0
         self.guidance: Guidance | None = None
@@ -180,7 +180,7 @@ class ClassificationTask(Task):
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
 
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> AnySet:
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
         self.train_images = open_labelled(self.experiment, False, accelerator, reporter)
         self.test_images = open_labelled(self.experiment, True, accelerator, reporter)
         check_apart(self.train_images, self.test_images)

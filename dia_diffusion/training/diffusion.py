@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.data.sources import open_images_together
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.io import atomic_dir, step_name, write_json
@@ -66,7 +66,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
     """
     data, model = experiment.data, experiment.model
     options = {"size": model.sample_size, "channels": model.in_channels, "split": data.split}
-    images = open_images_together(data.source, accelerator, reporter.reading, **options)
+    images = open_images_on_ranks(data.source, accelerator, reporter.reading, **options)
     if model.num_classes is None:
         return images
     if images.labels is None:
@@ -84,7 +84,7 @@ def training_batch(
     images: ImageSet, experiment: Experiment, draws: StepDraws, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) where the model has classes."""
-    pixels = sent(torch.from_numpy(images.images[draws.indices]), device)  # (B, C, H, W) uint8
+    pixels = sent(torch.from_numpy(images.read(draws.indices)), device)  # (B, C, H, W) uint8
     batch = pixels.to(dtype) / 127.5 - 1
     if experiment.data.random_flip:
         batch = torch.where(sent(draws.flips, device)[:, None, None, None], batch.flip(-1), batch)
@@ -140,7 +140,7 @@ class DiffusionTask(Task):
         return self.images
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:
-        seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.images.shape[1:]
+        seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.shape
         return draw_step(seed, step, batch_size, len(self.images), shape, start, stop)
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:

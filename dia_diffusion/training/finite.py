@@ -114,7 +114,7 @@ def divergence(
         "train.mixed_precision none",
         streak.step + 1,
     )
-    error.told = not accelerator.is_main_process
+    error.reported = not accelerator.is_main_process
     return error
 
 

@@ -36,19 +36,19 @@ class RunFolder:
         """Locks the folder for this process until `unlock` or its end.
 
         Raises:
-            InputError: another process holds the lock, or the folder can't be written.
+            InputError: another process holds the lock, or the folder can't be written or locked.
         """
-        self._lock.take()
+        self._lock.acquire()
         for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
-        """The lock file's text, different each time it is taken; ranks that share the folder read the same."""
+        """The lock file's text, new each time the lock is acquired; ranks that share the folder read the same."""
         return self._lock.text()
 
     def unlock(self) -> None:
         """Releases the lock, if it is held."""
-        self._lock.give_back()
+        self._lock.release()
 
     def write_config(self, experiment: Any) -> None:
         """Writes the recipe as resolved."""

@@ -129,10 +129,10 @@ def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> Non
     assert saved.class_names == list("0123456789") and saved.training["step"] == 60
     stored = load_file(tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors")
     assert sum("attention_units" in name for name in stored) == 3 * 8, "a stage's unit once"
-    with pytest.raises(InputError, match="is no classifier folder and no run with one"):
+    with pytest.raises(InputError, match="must be a classifier folder or a run"):
         load_classifier(tmp_path)
     (tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors").write_text("cut")
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="truncated"):
         load_classifier(tmp_path / "run")
 
 
@@ -238,10 +238,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     refused("`model.num_classes` must be 10, .* got 3", "--model.num_classes", "3")
     refused("the test images are the training images", "--data.test_split", "train", "--data.test_source", "digits")
     refused("must be 2, the number of classes", "--data.source", str(photos))
-    refused("unknown model.backbone", "--model.backbone", "resnet99")
+    refused("`model.backbone` must be one of", "--model.backbone", "resnet99")
     refused("optimizer.nesterov is true", "--optimizer.momentum", "0")
     refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
-    refused(r"the model's weights take \d+ GiB", "--model.backbone", "cifar-wrn16-999")
+    refused(r"weights must fit into \d+ GiB of memory, got", "--model.backbone", "cifar-wrn16-999")
     refused("`train.sync_batchnorm` must be false without CUDA", "--train.sync_batchnorm", "true")
     refused("three numbers each", "--data.mean", "[0.5]")
     refused("data.border is reflected", "--data.border", "reflected", "--data.augmentation", "none")

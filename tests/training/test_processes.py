@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(tmp_path, "run", 2, "--train.max_steps", "3")
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
-    launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
+    launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="must be a multiple of 2")
     # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
     (tmp_path / "other").mkdir()
     elsewhere = partial(second_process_in, tmp_path / "other")
