@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dia_diffusion.training.trainer import Trainer
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from dia_diffusion.attention import UNITS, Unit, build_attention
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.models.test_attached import ARGUMENTS
 from tests.training.conftest import Recorder
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from dia_diffusion.training.trainer import Trainer
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from dia_diffusion.models.registry import Backbone
 from dia_diffusion.models.uvit import UViTOutput
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.models.test_attached import ARGUMENTS
 from tests.training.conftest import TINY, Recorder
 
