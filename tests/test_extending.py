@@ -16,8 +16,8 @@ from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, Predi
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, Sampler, SamplingSettings, build_scheduler
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 
 

@@ -12,7 +12,7 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
 from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, open_images
-from dia_diffusion.data.sources import ACCEPTED
+from dia_diffusion.data.sources import accepted_sources
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.io import write_json
@@ -22,7 +22,7 @@ from dia_diffusion.sampling.samplers import parse_seeds
 def run(arguments: Sequence[str]) -> None:
     """Measures what the arguments say."""
     parser = CommandParser("distortions", "Measures real images that are spoilt in known ways, and prints the table.")
-    parser.add_argument("images", metavar="IMAGES", help=f"what is spoilt: {ACCEPTED}")
+    parser.add_argument("images", metavar="IMAGES", help=f"what is spoilt: {accepted_sources()}")
     parser.add_argument("--split", default="train", choices=SPLITS, help="of IMAGES, where they have parts")
     parser.add_argument("--reference", required=True, metavar="DATA", help="other images of the same kind")
     parser.add_argument("--reference-split", default="train", choices=SPLITS, help="of the reference")
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     extractor = load_features(options, options.images, "cuda" if torch.cuda.is_available() else "cpu")
     tell_unreleased(options, extractor)
     images = open_images(options.images, split=options.split, size=options.size)
-    size = images.images.shape[-1]
+    size = images.shape[-1]
     others = None if images.name == "digits" else open_images("digits", split="train", size=size)
     real = open_images(options.reference, split=options.reference_split, size=size)
     reference = reference_statistics(real, extractor)

@@ -17,7 +17,7 @@ from dia_diffusion.cli.fid_records import check_record_file, records_file_of
 from dia_diffusion.cli.imports import imports
 from dia_diffusion.cli.sampling_options import SAMPLING, add_sampling_options, check_batch_size
 from dia_diffusion.data import SPLITS
-from dia_diffusion.data.sources import ACCEPTED
+from dia_diffusion.data.sources import accepted_sources
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import KID_SUBSET_SIZE, METRICS, Extras
 from dia_diffusion.io import step_folders
@@ -49,7 +49,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--reference",
         metavar="DATA",
-        help=f"{ACCEPTED}; or a file of statistics; if none, with --protocol, what a run was trained on",
+        help=f"{accepted_sources()}; or a file of statistics; if none, with --protocol, what a run was trained on",
     )
     add_protocol_option(parser)
     parser.add_argument("--reference-split", choices=SPLITS, help="of the reference's images; train if none")

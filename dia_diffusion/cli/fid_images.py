@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgress
 from dia_diffusion.cli.fid_protocol import check_count, option_told
 from dia_diffusion.data import ImageSet
-from dia_diffusion.data.sources import open_images_together
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import first_on_each_machine, on_all_ranks
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import Extras
@@ -27,7 +27,7 @@ def open_source(options: argparse.Namespace, accelerator: Accelerator) -> ImageS
         if options.num > len(images):
             raise InputError(f"{option_told(options, 'num')}: {options.source} has {len(images)} images")
         images = images.subset(choose(len(images), options.num, seed=0))
-    height, width = images.images.shape[2:]
+    _, height, width = images.shape
     if height != width:
         raise InputError(f"{options.source} has images of {height}x{width}; accepted: square ones")
     return images
@@ -70,4 +70,4 @@ def reference_of(
 
 
 def _open(source: str, split: str | None, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
-    return open_images_together(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)
+    return open_images_on_ranks(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)

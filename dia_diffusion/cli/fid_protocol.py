@@ -7,8 +7,7 @@ from typing import Any
 
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.sampling_options import SAMPLING
-from dia_diffusion.data.hf_datasets import PREFIX
-from dia_diffusion.data.sources import DOWNLOADS
+from dia_diffusion.data.sources import find_format
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import NamedProtocol, protocol_names, read_protocol, refuse_changed
 from dia_diffusion.evaluation.record import read_records
@@ -68,7 +67,7 @@ def reference_of_training(folder: Path) -> str:
     if training is None:
         raise InputError(f"{folder} doesn't say what it was trained on; give the reference by --reference DATA")
     source = str(training["recipe"]["data"].get("source"))
-    if source not in ("digits", *DOWNLOADS) and not source.startswith(PREFIX) and not Path(source).exists():
+    if find_format(source) is None and not Path(source).exists():
         raise InputError(f"{folder} was trained on {source}, which isn't here; give the reference by --reference DATA")
     return source
 

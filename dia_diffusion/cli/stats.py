@@ -13,7 +13,7 @@ from dia_diffusion.cli.console import ConsoleReporter, Counter, console
 from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
 from dia_diffusion.cli.imports import imports
 from dia_diffusion.data import SPLITS, open_images
-from dia_diffusion.data.sources import ACCEPTED
+from dia_diffusion.data.sources import accepted_sources
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import distance_name
 
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _make(arguments: Sequence[str]) -> None:
     parser = CommandParser("stats make", "Makes a file of statistics of images.")
-    parser.add_argument("source", metavar="SOURCE", help=ACCEPTED)
+    parser.add_argument("source", metavar="SOURCE", help=accepted_sources())
     parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to make")
     add_feature_options(parser)
     parser.add_argument("--split", default="train", choices=SPLITS, help="of SOURCE, where it is a dataset with parts")
@@ -55,7 +55,7 @@ def _make(arguments: Sequence[str]) -> None:
         progress=partial(reporter.reading, "images"),
         download_progress=partial(reporter.reading, "bytes"),
     )
-    height, width = images.images.shape[2:]
+    _, height, width = images.shape
     if height != width:
         raise InputError(f"{options.source} has images of {height}x{width}; give --size to make them square")
     with Counter(f"measuring {images.name}", "images") as counter:

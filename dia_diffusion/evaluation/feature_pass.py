@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -52,7 +51,7 @@ def batches_of(images: ImageSet, progress: Callable[[float], None] | None = None
 
     def batches(indices: Sequence[int]) -> Iterator[torch.Tensor]:
         for start in range(0, len(indices), BATCH):
-            batch = images.images[np.asarray(indices[start : start + BATCH])]
+            batch = images.read(indices[start : start + BATCH])
             yield torch.from_numpy(batch)
             if progress is not None:  # the caller has measured the batch when it asks for the next
                 progress(len(batch))

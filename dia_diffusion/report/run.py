@@ -16,9 +16,9 @@ from dia_diffusion.report.tables import environment_table, protocol_label, proto
 from dia_diffusion.studies.costs import training_seconds
 from dia_diffusion.studies.table import told_time
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
 
 MOST_GRIDS = 24
 QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm", RATE: "lr"}

@@ -49,9 +49,9 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
 
 
 def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any] | None:
-    """What `start_from` said when a run that now goes on was new.
+    """What `start_from` returned when a resumed run was new.
 
-    The same words mean the same weights, which needn't be there any more; other words are compared by what lies there.
+    The same path means the same weights, which may be gone by now; those of another path are compared.
 
     Raises:
         InputError: `source` holds other weights than the run started from.
@@ -63,7 +63,7 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
         return {**kept, "path": source}
     raise InputError(
         f"the run started with init_from: {path}, and is given init_from: {source}; "
-        "go on with its own, or choose another output"
+        "resume it with its own, or choose another output"
     )
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
-from dia_diffusion.attention.insertion_points import PlaceHook, Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import InsertionHook, Position, group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 
@@ -85,7 +85,7 @@ class Guidance:
         self.loss = torch.stack(errors).mean()
 
 
-class _Place(PlaceHook):
+class _Place(InsertionHook):
     """Keeps the pooled features (B, N) of a forward pass in training."""
 
     def __init__(self, position: Position, guidance: Guidance):
@@ -117,7 +117,7 @@ def _stages(model: nn.Module) -> tuple[nn.Module, list[tuple[Position, ...]]]:
         network, stages = attachment.model, [stage.positions for stage in attachment.stages]
     else:
         try:
-            stages = in_stages(positions_of(model))
+            stages = group_by_channels(insertion_points(model))
         except InputError:
             raise InputError(
                 f"ssia.weight is above 0 for a {type(model).__name__}, of whose blocks no place is known; accepted: 0, "

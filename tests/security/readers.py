@@ -12,8 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
-from dia_diffusion.data.image_set import undecoded_array
-from dia_diffusion.data.store import decode_all
+from dia_diffusion.data.image_set import array_source, decoded_set
 from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
@@ -275,8 +274,8 @@ def kept_images(folder: Path) -> Reader:
     array = np.zeros((3, 8, 8, 3), dtype=np.uint8)
 
     def read() -> Any:
-        source = undecoded_array("x", array)
-        return decode_all(source, size=4, channels=3, cache=folder / "kept", memory_limit=0, progress=None)
+        source = array_source("x", array)
+        return decoded_set(source, size=4, channels=3, cache=folder / "kept", memory_limit=0, progress=None)
 
     read()
     (file,) = (folder / "kept").glob("*.json")

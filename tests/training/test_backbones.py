@@ -16,10 +16,10 @@ from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.report.run import describe
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
-from dia_diffusion.training.snapshot import build_model
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.test_processes import in_float64, launch
 from tests.training.test_processes import losses as losses_of

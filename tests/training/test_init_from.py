@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import sha256_of_file
 from dia_diffusion.sharing.convert import convert_to_pipeline
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.trainer import Trainer
 from tests.pipelines.test_convert import official_weights
 from tests.training.conftest import Recorder
 
@@ -56,7 +56,7 @@ def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, ti
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, from_nothing[name] if name.startswith("unit.") else expected[name]), name
     trainer.run()
-    assert trainer.reporter.messages[1].endswith("which have no unit: it keeps its own first ones")
+    assert trainer.reporter.messages[1].endswith("; the unit that they lack keeps its own first weights")
 
 
 def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, Guidance
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.test_backbones import KWARGS
 from tests.training.test_processes import in_float64, launch, losses

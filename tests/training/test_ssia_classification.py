@@ -11,9 +11,9 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, without_heads
+from dia_diffusion.training.trainer import Trainer
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder
 from tests.training.test_classification_processes import metrics
