@@ -66,14 +66,12 @@ def _of_pipelines(
 ) -> Iterator[EvaluationRecord]:
     """One record a pipeline; what is on record already is not measured again, at most put under a protocol's name."""
     extras.check_samples(count)
-    pipeline, settings = load_for_sampling(folders[0], options, accelerator.device)
+    pipeline, _ = load_for_sampling(folders[0], options, accelerator.device)
     channels, height, size = pipeline.image_shape
     if height != size:
         raise InputError(f"{folders[0]} draws images of {height}x{size}; accepted: square ones")
     reference, features = reference_of(options, extractor, accelerator, size, channels, extras)
-    distance = PipelineDistance(
-        extractor, reference, settings, count, options.batch_size, accelerator, extras, features
-    )
+    distance = PipelineDistance(extractor, reference, count, options.batch_size, accelerator, extras, features)
     for index, folder in enumerate(folders):
         if index:
             pipeline, _ = load_for_sampling(folder, options, accelerator.device)

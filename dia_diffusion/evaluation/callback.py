@@ -70,7 +70,7 @@ class EvaluatePipelines(Callback):
         extractor = first_on_each_machine(trainer.accelerator, build)
         reference = self._reference(trainer, extractor)
         count = self.protocol.num_samples
-        self.distance = PipelineDistance(extractor, reference, self.settings, count, BATCH, trainer.accelerator)
+        self.distance = PipelineDistance(extractor, reference, count, BATCH, trainer.accelerator)
 
     def _check_records(self) -> None:
         if self.records.is_file():
@@ -99,7 +99,6 @@ class EvaluatePipelines(Callback):
         dtype = getattr(torch, self.protocol.precision)
         load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)
         pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.settings)
-        self.distance.settings = pipeline.settings
         protocol, origin = self.distance.protocol(pipeline, folder), pipeline_origin(folder)
         distance = broadcast_from_rank_zero(trainer.accelerator, lambda: self._known(protocol, origin))
         if distance is None:

@@ -73,14 +73,13 @@ def pipeline_origin(folder: Path) -> Origin:
 
 @dataclass
 class PipelineDistance:
-    """A way of measuring pipelines, the same for each: reference, features, sampler, number of images.
+    """A way of measuring pipelines, the same for each: reference, features, number of images.
 
     Image k is that of seed k, whichever process draws it, so that they are the same for any number of processes.
     """
 
     extractor: FeatureExtractor
     reference: Reference
-    settings: SamplingSettings
     num_samples: int
     batch_size: int
     accelerator: Accelerator
@@ -89,11 +88,17 @@ class PipelineDistance:
     """(M, D), on the main process, where the extras need them."""
 
     def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
-        """The protocol of the distance of a pipeline that was adapted with the settings."""
+        """The protocol of the distance."""
         dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
         return image_protocol(
-            self.extractor, self.reference, self.num_samples, self.settings, pipeline.scheduler_settings, dtype, weights
+            self.extractor,
+            self.reference,
+            self.num_samples,
+            pipeline.settings,
+            pipeline.scheduler_settings,
+            dtype,
+            weights,
         )
 
     def measure(
@@ -105,7 +110,7 @@ class PipelineDistance:
         work: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
-        """Samples from a pipeline that was adapted with the settings, and measures.
+        """Samples from a pipeline, and measures.
 
         protocol, origin: `protocol` and `pipeline_origin` of the pipeline and its folder.
         progress: is told how many images have been drawn.

@@ -48,7 +48,7 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; accepted: a pipeline folder or a run folder")
+        raise InputError(f"a pipeline must be in a pipeline folder or a run folder, but {path} does not exist")
     if (path / INDEX).is_file():
         if step is not None:
             raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
@@ -60,7 +60,9 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
         )
     chosen = max(steps) if step is None else step
     if chosen not in steps:
-        raise InputError(f"{path} has no pipeline of step {step}; accepted: {', '.join(map(str, sorted(steps)))}")
+        raise InputError(
+            f"the step of a pipeline in {path} must be one of {', '.join(map(str, sorted(steps)))}, got {step}"
+        )
     return steps[chosen]
 
 
@@ -183,15 +185,14 @@ def model_files(model: Path) -> list[Path]:
                 raise ValueError
             files = [model / name for name in sorted(shards)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            accepted = "accepted: names of safetensors files beside it"
-            raise InputError(f"{model / SHARDS} is not an index of safetensors files; {accepted}") from None
+            raise InputError(f"{model / SHARDS} must be an index of safetensors files beside it") from None
     else:
         files = [model / WEIGHTS]
     for file in files:
         if not file.is_file():
             pickles = sorted(other.name for other in model.glob("*") if other.suffix in PICKLES)
             instead = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
-            raise InputError(f"{file} is missing{instead}; accepted: weights as safetensors")
+            raise InputError(f"weights must be safetensors: {file} is missing{instead}")
     return files
 
 

@@ -114,7 +114,7 @@ def _sort_import(node: ast.Import | ast.ImportFrom, module: Module) -> None:
         if _of_package(node):
             if isinstance(node, ast.Import) or node.level or alias.asname or alias.name == "*":
                 raise RunError(
-                    f"{module.path}, line {node.lineno}, can't be bundled; accepted: from {PACKAGE}.x import y"
+                    f"{module.path}, line {node.lineno}, can't be bundled: it must be `from {PACKAGE}.x import y`"
                 )
             module.inner[bound] = str(node.module)
         else:

@@ -10,7 +10,6 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
-from dia_diffusion.models.factory import BACKBONES
 from dia_diffusion.pipelines.folder import CONVERTED_FILE, TRAINING_FILE, read_record, read_training
 from dia_diffusion.reading import read_json_object
 
@@ -25,6 +24,8 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         folder: the pipeline folder. Without training.json, as of converted weights, the card tells of the model alone.
         evaluations: rows for the table of distances, of `evaluation_rows`.
     """
+    from dia_diffusion.models.factory import BACKBONES  # here, since commands read their options without torch
+
     folder = Path(folder)
     training = read_training(folder)
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")

@@ -52,7 +52,7 @@ KEY_WITH_PATH = re.compile(r"""^\s*[\w.]+:\s+['"]?((?:hf:)?(?:/|~|[A-Za-z]:\\)[^
 
 
 def check_pipeline(folder: str | Path) -> dict[str, Any]:
-    """Sees that a folder holds a whole UViTPipeline, with code of its own or without.
+    """Checks that a folder holds a complete UViTPipeline, with code of its own or without.
 
     Reads no more than the headers of weights, and runs nothing.
 
@@ -61,12 +61,12 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         InputError: no pipeline folder, a pipeline of another class, a file that is missing or reached through a link,
-            or weights that are cut short or of another model.
+            or weights that are truncated or of another model.
     """
     folder = Path(folder)
     index = read_part(folder / INDEX)
     if class_name(index) != "UViTPipeline":
-        raise InputError(f"{folder} holds a {class_name(index)}; accepted: a UViTPipeline")
+        raise InputError(f"the pipeline in {folder} must be a UViTPipeline, got a {class_name(index)}")
     config = read_part(folder / "unet" / "config.json")
     kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
     stored = _weights_shapes(folder / "unet")
@@ -80,7 +80,9 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
         if expected.get(name) != stored.get(name):
             raise InputError(f"{folder / 'unet'} holds weights of another model: they differ in tensor {name}")
     if missing := [path for path in NEEDED if path not in shared_files(folder)[0]]:
-        raise InputError(f"{folder / missing[0]} is missing, or it or its folder is a link; accepted: a whole pipeline")
+        raise InputError(
+            f"{folder} must be a complete pipeline: {missing[0]} is missing, or it or its folder is a link"
+        )
     return index
 
 
@@ -88,14 +90,14 @@ def read_part(path: Path) -> dict[str, Any]:
     """A JSON object from a file that a pipeline folder needs.
 
     Raises:
-        InputError: there is none, it is a link, cut short or something else.
+        InputError: there is none, it is a link, truncated or something else.
     """
     if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path} is missing or a link; accepted: the folder of a pipeline")
+        raise InputError(f"{path} is missing or a link; a pipeline folder must have it")
     try:
         return read_json_object(path)
     except Unreadable as error:
-        raise InputError(f"{path} is cut short or altered: {error}") from None
+        raise InputError(f"{path} is truncated or corrupted: {error}") from None
 
 
 def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
@@ -138,7 +140,7 @@ def find_local_path(path: Path) -> str | None:
             return None if found is None else found[1]
         values = [parse_json(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [parse_json(text)]
     except Unreadable:
-        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None
+        raise InputError(f"{path} is truncated or corrupted; remove it, or make the pipeline again") from None
     return next((string for string in _strings(values) if _is_local_path(string)), None)
 
 
@@ -174,7 +176,7 @@ def _weights_shapes(unet: Path) -> dict[str, tuple[int, ...]]:
     file = unet / WEIGHTS
     # diffusers would prefer shards to a single file beside them.
     if file.is_symlink() or not file.is_file() or (unet / SHARDS).exists():
-        raise InputError(f"{file} is missing, a link or in shards; accepted: weights as safetensors, in one file")
+        raise InputError(f"weights must be safetensors in one file: {file} is missing, a link or in shards")
     return stored_shapes(file)
 
 
@@ -215,8 +217,8 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
         What lies in the source and is not copied -> why, with paths relative to it.
 
     Raises:
-        InputError: out exists; the source is no whole UViTPipeline (`check_pipeline`), or has a scheduler that is
-            neither diffusers' nor this package's; or its training.json or evaluations are cut short.
+        InputError: out exists; the source is not a complete UViTPipeline (`check_pipeline`), or has a scheduler that is
+            neither diffusers' nor this package's; or its training.json or evaluations are truncated.
     """
     source, out = Path(source), Path(out)
     refuse_existing(out)
@@ -252,11 +254,11 @@ def index_and_code(source: Path, index: dict[str, Any], with_code: bool) -> tupl
     """
     scheduler = index.get("scheduler")
     if not isinstance(scheduler, list) or len(scheduler) != 2:
-        raise InputError(f"{source / INDEX} names no scheduler; accepted: the folder of a UViTPipeline")
+        raise InputError(f"{source / INDEX} must name a scheduler")
     library, name = map(str, scheduler)
     network = str(index["unet"][-1])
     if network not in MODEL_MODULES:
-        raise InputError(f"{source} has a {network} as its unet; accepted: {', '.join(MODEL_MODULES)}")
+        raise InputError(f"the unet of {source} must be one of {', '.join(MODEL_MODULES)}, got a {network}")
     modules = {"UViTPipeline": "pipelines.pipeline_uvit", network: MODEL_MODULES[network]}
     files = {
         "UViTPipeline": Path(PIPELINE_CODE),
@@ -265,7 +267,7 @@ def index_and_code(source: Path, index: dict[str, Any], with_code: bool) -> tupl
     if library != "diffusers":
         if name not in SCHEDULER_MODULES:
             known = ", ".join(SCHEDULER_MODULES)
-            raise InputError(f"{source} has scheduler {name} of {library}; accepted: diffusers' own, and {known}")
+            raise InputError(f"the scheduler of {source} must be one of diffusers, or {known}, got {name} of {library}")
         modules[name] = SCHEDULER_MODULES[name]
         files[name] = Path("scheduler", f"{PACKAGE}_{modules[name].rpartition('.')[2]}")
     modules = {kind: f"{PACKAGE}.{module}" for kind, module in modules.items()}
@@ -286,7 +288,7 @@ def _copy(file: Path, place: Path) -> None:
         try:
             value = read_json(file)
         except Unreadable:
-            raise InputError(f"{file} is cut short or altered; remove it, or make the pipeline again") from None
+            raise InputError(f"{file} is truncated or corrupted; remove it, or make the pipeline again") from None
         if (cleaned := without_local_paths(value)) != value:
             write_json(place, cleaned)
             return

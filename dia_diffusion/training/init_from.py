@@ -67,7 +67,7 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
 
 
 def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) -> None:
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    prediction_type = scheduler.config.get("prediction_type", process.prediction_type)
     if prediction_type != process.prediction_type:
         raise InputError(
             f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "

@@ -178,7 +178,7 @@ def test_bad_input(save: Callable[..., Path], tmp_path: Path) -> None:
         f"{way}_block_types": (f"{way.capitalize()}Block2D",) for way in ("down", "up")
     })  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    assert "holds a DDPMPipeline" in refusal(tmp_path / "ddpm", out)
+    assert "got a DDPMPipeline" in refusal(tmp_path / "ddpm", out)
 
     def altered(name: str, change: Callable[[bytes], bytes]) -> str:
         before = (source / name).read_bytes()

@@ -207,7 +207,7 @@ def test_code_runs_by_diffusers_own_flag_alone(sandbox: Sandbox) -> None:
         for path in package.rglob("*.py")
         if "trust_remote_code" in path.read_text() or "custom_pipeline" in path.read_text()
     ]
-    assert sorted(flags) == ["cli/export.py", "pipelines/card.py", "pipelines/export.py"]  # which tell a person of it
+    assert sorted(flags) == ["cli/export.py", "sharing/card.py", "sharing/export.py"]  # which tell a person of it
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", f"unet/{WEIGHTS}", "unet", "scheduler"])
