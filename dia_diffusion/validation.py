@@ -6,10 +6,11 @@ what the value must be ("a multiple of 3"); a validator of several fields raises
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dia_diffusion.errors import InputError
 
@@ -20,6 +21,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def with_floats(value: Any) -> Any:
+    """The value with text such as "1e-4" as a float: YAML 1.1 reads numbers without a point before the e as text."""
+    if isinstance(value, dict):
+        return {key: with_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_floats(inner) for inner in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value
+
+
+# Types of a recipe's values. Whole numbers fit the 64 bits of JSON records.
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+Float = Annotated[float, BeforeValidator(with_floats)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Attention = Annotated[str | None, AfterValidator(lambda name: name or "none")]
+Arguments = Annotated[dict[str, Any], BeforeValidator(with_floats)]
 
 
 MUST_BE = {
@@ -34,6 +56,7 @@ MUST_BE = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "Unicode text",
     "path_type": "a path",
     "none_required": "null",
     "list_type": "a list",

@@ -19,7 +19,7 @@ from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe_keys import AUTO
+from dia_diffusion.training.recipe import AUTO
 from dia_diffusion.training.run_folder import (
     RunFolder,
     refuse_changes,

@@ -15,8 +15,7 @@ from dia_diffusion.io import write_text
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.recipe_keys import flatten
+from dia_diffusion.training.recipe import flatten, override, read_experiment
 
 BASELINE = "none"
 """The unit that stands for none: the twin that the others are compared with."""
@@ -259,16 +258,16 @@ def _of_unit(config: StudyConfig, unit: str) -> Experiment:
 
 def _run(of_unit: Experiment, unit: str, batch_size: int, seed: int, steps: int, config: StudyConfig) -> StudyRun:
     every = math.ceil(steps / config.points)
-    train = replace(
-        of_unit.train,
-        batch_size=batch_size,
-        max_steps=steps,
-        checkpoint_every=every,
-        sample_every=every,
-        keep_last=1,
-    )
-    output = str(Path(config.output) / run_name(unit, batch_size, seed))
-    return StudyRun(unit, batch_size, seed, replace(of_unit, output=output, seed=seed, train=train))
+    keys = {
+        "output": str(Path(config.output) / run_name(unit, batch_size, seed)),
+        "seed": seed,
+        "train.batch_size": batch_size,
+        "train.max_steps": steps,
+        "train.checkpoint_every": every,
+        "train.sample_every": every,
+        "train.keep_last": 1,
+    }
+    return StudyRun(unit, batch_size, seed, override(of_unit, keys))
 
 
 def _steps(config: StudyConfig, batch_size: int, path: Path) -> int:

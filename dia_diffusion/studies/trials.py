@@ -21,10 +21,10 @@ from dia_diffusion.precision import in_precision, training_device, training_prec
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.checkpoint import newest_state
-from dia_diffusion.training.config import Experiment, changed_keys
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.randomness import RANDOMNESS
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import changed_keys, override, read_experiment
 from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
 from dia_diffusion.training.snapshot import check_samples
 
@@ -67,15 +67,14 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     steps = experiment.train.max_steps
-    train = replace(
-        experiment.train,
-        log_every=max(1, steps // LINES),
-        checkpoint_every=steps,
-        sample_every=0,
-        keep_last=1,
-        max_skipped_steps=1,  # the first is what is asked for
-    )
-    return replace(experiment, train=train)
+    loop = {
+        "log_every": max(1, steps // LINES),
+        "checkpoint_every": steps,
+        "sample_every": 0,
+        "keep_last": 1,
+        "max_skipped_steps": 1,  # the first is what is asked for
+    }
+    return override(experiment, {f"train.{key}": value for key, value in loop.items()})
 
 
 def make_trial(
@@ -86,8 +85,10 @@ def make_trial(
     Raises:
         InputError: a seed or rate that isn't accepted.
     """
-    optimizer = base.optimizer if rate is None else replace(base.optimizer, learning_rate=rate)
-    return Trial(name, about, replace(base, output=str(folder / name), seed=seed, optimizer=optimizer))
+    keys = {"output": str(folder / name), "seed": seed}
+    if rate is not None:
+        keys["optimizer.learning_rate"] = rate
+    return Trial(name, about, override(base, keys))
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
@@ -122,7 +123,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     try:
         result = verify_checksum(read_json_object(file))
         before, now = result["recipe"], trial.experiment.to_dict()
-        changed = changed_keys(before, now)
+        changed = changed_keys(before, trial.experiment)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
         if held_out is not None and result["held_out"] != held_out.described():

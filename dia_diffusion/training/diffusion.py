@@ -1,7 +1,6 @@
 """Training of a diffusion model: its images, loss, optimizer settings, sample grids and pipeline folders."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> Opti
     steps = reference_steps(train)
     beta1, beta2 = config.betas
     betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
-    return replace(config, betas=betas, warmup_steps=round(config.warmup_steps / steps))
+    return config.model_copy(update={"betas": betas, "warmup_steps": round(config.warmup_steps / steps)})
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int, peak: float | None = None) -> float:

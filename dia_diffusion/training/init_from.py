@@ -1,6 +1,5 @@
 """The first weights of a new run from a pipeline's: of the same network, or of one that gains a shared unit."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def _schedule(scheduler: SchedulerMixin) -> str:
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
-    own = asdict(experiment.model)
+    own = experiment.model.model_dump()
     if theirs.unit is None:
         return
     for key in UNIT_KEYS:

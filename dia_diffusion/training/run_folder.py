@@ -14,7 +14,7 @@ from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_
 from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
 from dia_diffusion.reading import Unreadable, complete_lines, parse_json, read_json_object
-from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.recipe import changed_keys
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -161,7 +161,7 @@ def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
     if ("noise" in old) != hasattr(experiment, "noise"):
         kind = "train" if "noise" in old else "classify"
         raise InputError(f"{path} holds a run of dia-diffusion {kind}; choose another output")
-    changed = experiment.changed_keys(old)
+    changed = changed_keys(old, experiment)
     if changed:
         raise InputError(
             f"{path} holds a run of another recipe ({'; '.join(changed)}); "
@@ -206,8 +206,7 @@ def _is_recipe_of(experiment: Any, place: Path) -> bool:
 
     try:
         training = read_json_object(place / TRAINING_FILE)
-        usual = type(experiment)().to_dict()
-        same_recipe = not differing_keys(training["recipe"], experiment.to_dict(), usual, may_differ=set())
+        same_recipe = not changed_keys(training["recipe"], experiment, may_change=frozenset())
         return same_recipe and training.get("randomness", 1) == RANDOMNESS
     except (OSError, ValueError, KeyError, AttributeError):
         return False

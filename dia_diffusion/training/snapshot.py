@@ -1,6 +1,5 @@
 """What a run shows of itself along the way: a pipeline folder of the averaged weights, a grid of its samples."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ MOST_LAYERS = 10_000
 
 def build_model(config: ModelConfig) -> Any:
     """The recipe's backbone and unit, with first weights from torch's default generator."""
-    return factory.build_model(asdict(config))
+    return factory.build_model(config.model_dump())
 
 
 def build_scheduler_of(experiment: Experiment) -> SchedulerMixin:
@@ -44,7 +43,7 @@ def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: t
 
 def check_samples(experiment: Experiment) -> None:
     """Raises InputError where the recipe's grids couldn't be drawn, hours before the first is due."""
-    check_layers(asdict(experiment.model), MOST_LAYERS)
+    check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     _settings(experiment).use(adapt_pipeline(UViTPipeline(model, build_scheduler_of(experiment))))
