@@ -89,7 +89,8 @@ def describe_error(
         return str(cause)
     # Each type of a union has its own error.
     expected = dict.fromkeys(_must_be(details) for other, details in errors if other == key)
-    return f"`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
+    each = "each of " if any(isinstance(part, int) for part in first["loc"][len(key) :]) else ""
+    return f"{each}`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

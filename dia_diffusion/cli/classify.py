@@ -1,22 +1,24 @@
 """`dia-diffusion classify`: trains a classifier, or goes on with it; under `accelerate launch` as train/classify.py."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from dia_diffusion.cli.train import run_recipe
+from dia_diffusion.cli import train
+from dia_diffusion.cli.train import parse_recipe
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.recipe import recipe_parser, recipes_folder
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains what the arguments say."""
-    run_recipe(arguments, ClassifyExperiment, help_text, _task)
+def parse(arguments: Sequence[str]) -> ClassifyExperiment:
+    """The recipe with what overrides it."""
+    experiment: ClassifyExperiment = parse_recipe(arguments, ClassifyExperiment, help_text)
+    return experiment
 
 
-def _task(experiment: ClassifyExperiment) -> Any:
+def run(experiment: ClassifyExperiment) -> None:
+    """Trains the classifier."""
     from dia_diffusion.training.classification import ClassificationTask
 
-    return ClassificationTask(experiment)
+    train.run(ClassificationTask(experiment))
 
 
 def help_text() -> str:

@@ -4,35 +4,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
-from dia_diffusion.cli.imports import imports
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains what the arguments say."""
-    run_recipe(arguments, Experiment, help_text, lambda experiment: experiment)
+def parse(arguments: Sequence[str]) -> Experiment:
+    """The recipe with what overrides it."""
+    return parse_recipe(arguments, Experiment, help_text)
 
 
-def run_recipe(
-    arguments: Sequence[str], kind: type, help_text: Callable[[], str], trained: Callable[[Any], Any]
-) -> None:
-    """Trains a recipe of a kind; `trained` makes of it what the Trainer takes."""
+def parse_recipe(arguments: Sequence[str], kind: type, help_text: Callable[[], str]) -> Any:
+    """A recipe of a kind; --help prints `help_text` and exits."""
     arguments = list(arguments)
     if not arguments or "-h" in arguments or "--help" in arguments:
         print(help_text())
-        return
+        raise SystemExit(0)
     config, overrides = split_config(arguments)
     if config is None:
         raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
-    experiment = read_experiment(config, overrides, kind=kind)
+    return read_experiment(config, overrides, kind=kind)
 
-    with imports():
-        from dia_diffusion.training.loop import Trainer
+
+def run(task: Any) -> None:
+    """Trains a recipe, or a task made of one."""
+    from dia_diffusion.training.loop import Trainer
+
     reporter = ConsoleReporter()
     try:
-        Trainer(trained(experiment), reporter).run()
+        Trainer(task, reporter).run()
     except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
         text = "ended at once; the same command goes on from the last checkpoint that was written"
         raise Stopped(number_of(interrupt), text) from None

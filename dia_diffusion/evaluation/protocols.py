@@ -14,7 +14,7 @@ import jsonargparse
 
 from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
+from dia_diffusion.evaluation.features import ACCEPTED, FEATURES
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
@@ -126,7 +126,7 @@ def _check(protocol: NamedProtocol) -> None:
     split, count = protocol.reference_split, protocol.reference_count
     check_sampler_name(protocol.sampler)
     for key, told, accepted, right in (
-        ("features", features, ACCEPTED, features in (*PACKAGED, "inception") or all(features.partition(":"))),
+        ("features", features, ACCEPTED, features in (*FEATURES, "inception") or all(features.partition(":"))),
         ("num_samples", protocol.num_samples, "2 or more", protocol.num_samples >= 2),
         ("steps", protocol.steps, "1 or more", protocol.steps >= 1),
         ("precision", protocol.precision, ", ".join(PRECISIONS), protocol.precision in PRECISIONS),
