@@ -8,11 +8,13 @@ what the value must be ("a multiple of 3"); a validator of several fields raises
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dia_diffusion.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -80,8 +82,8 @@ def describe_error(
     """
     errors = [(_key(details["loc"], model), details) for details in error.errors(include_url=False)]
     key, first = errors[0]
-    if first["type"] == "extra_forbidden":
-        unknown = spell([*key, str(first["loc"][len(key)])])
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        unknown = spell([*key, str(first["loc"][-1])])
         return f"unknown key `{unknown}`; did you mean `{nearest(unknown, map(spell, keys_of(model)))}`?"
     if first["type"] == "missing":
         return f"`{spell(key)}` is missing"
@@ -91,6 +93,14 @@ def describe_error(
     expected = dict.fromkeys(_must_be(details) for other, details in errors if other == key)
     each = "each of " if any(isinstance(part, int) for part in first["loc"][len(key) :]) else ""
     return f"{each}`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
+
+
+def validate(model: type[Model], values: Any, where: str = "") -> Model:
+    """The model of what a file or a recipe holds. Raises InputError, which begins with `where`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{where}{describe_error(error, model)}") from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -123,6 +133,8 @@ def _key(location: Sequence[str | int], model: type[BaseModel] | None) -> tuple[
     """The key of an error: of its location the names of fields, without indices and without types of a union."""
     key: list[str] = []
     for part in location:
+        if model is not None and isinstance(part, int):
+            continue  # an item of a list of models
         fields = {} if model is None else {field.alias or name: field for name, field in model.model_fields.items()}
         if part not in fields:
             break

@@ -18,8 +18,8 @@ from dia_diffusion.evaluation.protocols import NamedProtocol
 from dia_diffusion.sampling.generate import generate
 from dia_diffusion.sampling.image_pipeline import adapt_pipeline
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import override
 from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.recipe import override
 from dia_diffusion.training.snapshot import build_model, build_pipeline
 
 STEPS = 10

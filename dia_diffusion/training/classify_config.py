@@ -79,7 +79,7 @@ class ClassifyOptimizerConfig(Strict):
     schedule: Literal["steps", "cosine", "linear", "constant"] = "steps"
     """After the warm-up: times gamma at each milestone, half a cosine or a line down to zero at max_steps, or
     constant."""
-    milestones: list[Positive] = []
+    milestones: list[Positive] = Field([])
     """Steps at which the schedule "steps" lowers the rate."""
     gamma: PositiveFloat = 0.1
     """By how much."""

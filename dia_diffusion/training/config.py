@@ -77,7 +77,7 @@ class Recipe(Strict):
     """The run folder."""
     seed: NonNegative = 0
     """Decides first weights, order of images, augmentation, times and noise."""
-    trackers: list[str] = []
+    trackers: list[str] = Field([])
     """Accelerate trackers to log to besides metrics.jsonl: tensorboard, wandb, ..."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class DataConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """The backbone and its attention unit. Further keys are arguments of the backbone's class: UViT or AttachedModel."""
+    """The backbone and its attention unit. Further keys are arguments of the backbone's class."""
 
     model_config = ConfigDict(extra="allow")  # recipe.resolve checks them against the class's signature
 

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, overload
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, overload
 
 from pydantic import ValidationError, create_model
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.reading import Unreadable, parse_yaml, read_yaml
-from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment, ModelConfig, Recipe
-from dia_diffusion.validation import Float, describe_error, model_in, shown
+from dia_diffusion.validation import Float, describe_error, model_in, shown, validate
 
 AUTO = "auto"
 """A precision that each new run chooses for its device; it agrees with the one that a run began in."""
@@ -83,12 +82,12 @@ def parse_recipe(
 ) -> R:
     """The same without torch: what only registered classes know isn't checked yet, see `resolve`."""
     recipe = {} if config is None else read_yaml(recipe_path(config, kind), "recipe", "data, model, train")
-    return _validate(kind, nest({**(keys or {}), **_parse_overrides(overrides, kind)}, recipe))
+    return validate(kind, nest({**(keys or {}), **_parse_overrides(overrides, kind)}, recipe))
 
 
 def override(recipe: R, keys: Mapping[str, Any]) -> R:
     """A copy of a recipe with other values, such as {"train.max_steps": 5}. Raises InputError for refused ones."""
-    return resolve(_validate(type(recipe), nest(keys, recipe.model_dump())))
+    return resolve(validate(type(recipe), nest(keys, recipe.model_dump())))
 
 
 def resolve(recipe: R) -> R:
@@ -114,7 +113,7 @@ def resolve(recipe: R) -> R:
         section["attention"] = "none"
     kind = _section_kind(backbone)
     try:
-        values = kind.model_validate(section).model_dump()
+        values = kind.modelvalidate(section).model_dump()
     except ValidationError as error:
         raise InputError(describe_error(error, kind, lambda key: ".".join(("model", *key)))) from None
     return recipe.model_copy(update={"model": ModelConfig(**values)})
@@ -222,14 +221,6 @@ def nest(flat: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> di
     return nested
 
 
-def _validate(kind: type[R], values: dict[str, Any]) -> R:
-    flatten(values)  # refuses keys that aren't text
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise InputError(describe_error(error, kind)) from None
-
-
 def _parse_overrides(arguments: Sequence[str], kind: type[Recipe]) -> dict[str, Any]:
     """The keys of --KEY VALUE and --KEY=VALUE; a value is YAML unless its key is of text."""
     keys: dict[str, Any] = {}
@@ -254,7 +245,7 @@ def _parse_value(text: str, key: str, kind: type[Recipe]) -> Any:
         model = model_in(annotation)
         field = None if model is None else model.model_fields.get(part)
         annotation = None if field is None else field.annotation
-    parts = (annotation,) if get_origin(annotation) is Annotated else (get_args(annotation) or (annotation,))
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     types = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
     if str in types and types <= {str, NoneType}:
         return None if text == "null" and NoneType in types else text
