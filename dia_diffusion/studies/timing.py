@@ -60,7 +60,7 @@ def seconds_of_step(experiment: Experiment) -> float:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         _write_images(experiment, images)
-        keys = {
+        keys: dict[str, Any] = {
             "output": str(Path(folder) / "run"),
             "init_from": None,
             "trackers": [],

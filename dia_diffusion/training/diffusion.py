@@ -171,7 +171,11 @@ class DiffusionTask(Task):
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         config = self.optimizer_config
         return torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            groups,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def learning_rate(self, step: int, peak: float) -> float:

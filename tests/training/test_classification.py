@@ -25,7 +25,7 @@ from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyO
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.randomness import WEIGHTS, derive
-from dia_diffusion.training.recipe import read_experiment, recipes_folder
+from dia_diffusion.training.recipe import override, read_experiment, recipes_folder
 from dia_diffusion.training.run_folder import read_metrics, refuse_changes
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder
@@ -266,6 +266,5 @@ def test_shipped_recipes(path: Path) -> None:
     experiment = read_experiment(path.stem, kind=ClassifyExperiment)
     assert Path(experiment.output).name == path.stem
     for unit in ("none", "dia-lstm"):
-        experiment.model.attention = unit
-        ClassificationTask(experiment).check()
+        ClassificationTask(override(experiment, {"model.attention": unit})).check()
     assert all(milestone < experiment.train.max_steps for milestone in experiment.optimizer.milestones)

@@ -189,7 +189,7 @@ def test_override_checks_what_it_changes() -> None:
     recipe = read_experiment("digits_uvit_cpu_dia")
     changed = override(recipe, {"train.max_steps": 7, "model.attention": "se"})
     assert (changed.train.max_steps, changed.model.attention, recipe.train.max_steps) == (7, "se", 6000)
-    with pytest.raises(InputError, match="`train.max_steps` must be 1 or more, got 0"):
+    with pytest.raises(InputError, match=r"`train\.max_steps` must be 1 or more, got 0"):
         override(recipe, {"train.max_steps": 0})
 
 
