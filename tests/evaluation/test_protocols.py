@@ -56,7 +56,7 @@ def test_the_papers_protocol_is_u_vits() -> None:
     assert (paper.features, paper.weights) == ("inception", "ema")
     assert (paper.reference_split, paper.reference_count) == ("train", 50_000)
     half = read_protocol("paper-cifar10-fp16")
-    assert half.precision == "float16" and replace(half, name=paper.name, precision="float32") == paper
+    assert half.precision == "float16" and half.model_copy(update={"name": paper.name, "precision": "float32"}) == paper
     # Of records that are there already.
     assert paper.hash() == "acdb55a70b86eed82bcded4476f0e2773d68494f8eec1c0292960eaa36832f05"
 

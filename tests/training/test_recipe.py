@@ -151,7 +151,7 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ),
         ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
         ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
-        ("- a list", "", "not a recipe"),
+        ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
         ("a: [", "", "not a YAML recipe"),
         ("seed: !!python/object/apply:os.system [true]", "", "not a YAML recipe"),
     ],
