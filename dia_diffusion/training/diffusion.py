@@ -125,7 +125,11 @@ class DiffusionTask(Task):
         config = self.optimizer_config
         groups = parameter_groups(model, config.learning_rate, config.unit_learning_rate)
         return torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            groups,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def init_weights(self, model: Any) -> dict[str, Any] | None:

@@ -113,7 +113,7 @@ def resolve(recipe: R) -> R:
         section["attention"] = "none"
     kind = _section_kind(backbone)
     try:
-        values = kind.modelvalidate(section).model_dump()
+        values = kind.model_validate(section).model_dump()
     except ValidationError as error:
         raise InputError(describe_error(error, kind, lambda key: ".".join(("model", *key)))) from None
     return recipe.model_copy(update={"model": ModelConfig(**values)})
@@ -164,7 +164,7 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
     return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
 
 
-def changed_keys(old: Mapping[str, Any], recipe: Recipe, may_change: frozenset[str] | None = None) -> list[str]:
+def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] | None = None) -> list[str]:
     """Keys that differ from a run's recipe and may not: "train.batch_size: 32 -> 64".
 
     Args:

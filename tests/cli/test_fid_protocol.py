@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dia_diffusion.cli.fid_protocol import check_features
 
 from dia_diffusion.cli.main import main
+from dia_diffusion.cli.measuring import check_features
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import protocol_names, read_protocol

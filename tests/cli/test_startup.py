@@ -71,6 +71,6 @@ def test_wrong_arguments_are_refused_without_anything_slow(arguments: list[str])
 
 def test_sampling_imports_nothing_to_draw_figures_or_measure_with(run: Path, tmp_path: Path) -> None:
     code, modules = imported_by("sample", run, "--seeds", "0-1", "--steps", "1", "--grid", tmp_path / "grid.png")
-    assert code == 0 and "dia_diffusion.cli.drawing" in modules
+    assert code == 0 and "dia_diffusion.sampling.generate" in modules
     assert not modules & DRAWING
     assert not {"dia_diffusion.training", "dia_diffusion.evaluation", "dia_diffusion.data"} & modules
