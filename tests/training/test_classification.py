@@ -130,7 +130,7 @@ def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="is no classifier folder and no run with one"):
         load_classifier(tmp_path)
     (tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors").write_text("cut")
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="truncated"):
         load_classifier(tmp_path / "run")
 
 
