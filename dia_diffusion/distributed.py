@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -30,6 +30,12 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 T = TypeVar("T")
+
+
+def shard(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The items of process `rank`: every world_size-th; processes differ by one item at most."""
+    return items[rank::world_size]
+
 
 PATIENCE = timedelta(days=1)
 """How long ranks wait for one that decodes a data set, writes files or computes metrics."""

@@ -13,13 +13,12 @@ from dia_diffusion.analysis.trained_run import Batch, TrainedRun, spread
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
-from dia_diffusion.training.diffusion import image_losses, training_batch
+from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.snapshot import build_model
 from dia_diffusion.training.ssia import without_heads
 
 

@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--heads", type=int, help="attention heads, where the width is none of the published ones")
     options = parser.parse_args(arguments)
 
-    from dia_diffusion.pipelines.convert import convert_to_pipeline
+    from dia_diffusion.sharing.convert import convert_to_pipeline
 
     convert_to_pipeline(options.source, options.out, options.heads)
     console.print(f"{options.out}: try `dia-diffusion sample {options.out} --grid grid.png`")

@@ -16,7 +16,7 @@ from dia_diffusion.data.sources import accepted_sources
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.io import write_json
-from dia_diffusion.sampling.settings import parse_seeds
+from dia_diffusion.sampling.samplers import parse_seeds
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.sampling_options import load_for_sampling
-from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, start_accelerator
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, shard, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.pipelines.folder import model_hash, weights_hash
-from dia_diffusion.sampling.image_pipeline import ImagePipeline
-from dia_diffusion.sampling.settings import SamplingSettings, shard
+from dia_diffusion.sampling.generate import ImagePipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import missing_seeds, open_folder, save_grid, save_npz, save_png
 
 
@@ -29,7 +29,7 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
     pngs = None if options.out is None or as_npz else options.out
     if pngs is not None:
         model = {"weights": weights_hash(folder), "model": model_hash(folder)}
-        manifest = {**model, "precision": options.precision, **settings.to_dict(pipeline)}
+        manifest = {**model, "precision": options.precision, **pipeline.to_dict()}
         on_rank_zero(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = as_npz or options.grid is not None
@@ -41,7 +41,7 @@ def draw(folder: Path, seeds: Sequence[int], options: argparse.Namespace) -> Non
     kept: list[Tensor] = []
     with Counter("sampling", "images") as counter, _going_on(keep):
         progress = SharedProgress(counter, len(missing), accelerator)
-        batches = settings.generate(pipeline, mine, options.batch_size, progress)
+        batches = generate(pipeline, mine, options.batch_size, progress)
 
         def draw_next_batch() -> None:
             for batch, images in islice(batches, 1):  # a process may have one batch less than the others
@@ -90,7 +90,7 @@ def _going_on(keep: bool) -> Iterator[None]:
 
 
 def _gather(kept: list[Tensor], count: int, shape: tuple[int, ...], accelerator: Accelerator) -> Tensor:
-    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that shard dealt out."""
+    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that `shard` split."""
     world = accelerator.num_processes
     share = -(-count // world)
     mine = torch.zeros(share, *shape, dtype=torch.uint8)

@@ -21,8 +21,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     source = find_pipeline(options.source, options.step)
     with imports():
-        from dia_diffusion.pipelines.contents import shared_files
-        from dia_diffusion.pipelines.export import export_pipeline
+        from dia_diffusion.sharing.export import export_pipeline, shared_files
     left_out = export_pipeline(source, options.out, options.with_code)
     tell_left_out(left_out)
     files, _ = shared_files(options.out)

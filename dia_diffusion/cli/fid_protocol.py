@@ -11,7 +11,7 @@ from dia_diffusion.data.sources import find_format
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import NamedProtocol, protocol_names, read_protocol, refuse_changed
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 
 _NOT_GIVEN = object()
 

@@ -9,10 +9,8 @@ from rich.table import Table
 from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.extras import Extras
-from dia_diffusion.evaluation.protocols import NamedProtocol
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
-from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
-from dia_diffusion.pipelines.folder import EVALUATIONS, records_file, weights_hash
+from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
 
 
 def check_record_file(file: Path) -> None:
@@ -25,40 +23,6 @@ def check_record_file(file: Path) -> None:
 def records_file_of(options: argparse.Namespace, folder: Path | None) -> Path:
     """Where the records of a pipeline, or of images, are kept."""
     return options.record or (Path(EVALUATIONS) if folder is None else records_file(folder))
-
-
-def known_record(
-    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: NamedProtocol | None
-) -> EvaluationRecord | None:
-    """The newest record of these weights in this model, by this protocol, that has all that is asked for.
-
-    One under the protocol's name goes before others, whose numbers are the same.
-    """
-    asked = (protocol.hash(), origin.weights_hash, origin.model_hash)
-    known = [
-        record
-        for record in (read_records(file) if file.is_file() else [])
-        if (record.protocol_hash(), record.weights_hash, record.model_hash) == asked and record.has(extras.settings())
-    ]
-    under_the_name = [record for record in known if named is not None and named.named_in(record)]
-    return next(reversed(under_the_name or known), None)
-
-
-def keep(record: EvaluationRecord, file: Path, extras: Extras) -> None:
-    """Appends the record, and removes the work that led to it."""
-    from dia_diffusion.evaluation.evaluate import discard_work, work_folder
-
-    append_record(file, record)
-    discard_work(work_folder(file, record.protocol, record, extras))
-
-
-def update_card(folder: Path, file: Path) -> None:
-    """Puts a pipeline's records into its model card, where it is a run's and they are the run's."""
-    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
-        return
-    own = weights_hash(folder)
-    records = (record.to_dict() for record in read_records(file) if record.weights_hash == own)
-    write_card(folder, evaluation_rows(records))
 
 
 def print_records(records: list[EvaluationRecord], extras: Extras) -> None:

@@ -13,14 +13,7 @@ from dia_diffusion.cli.console import Counter, MeasuringProgress, console
 from dia_diffusion.cli.feature_options import load_features, tell_unreleased
 from dia_diffusion.cli.fid_images import open_source, reference_of
 from dia_diffusion.cli.fid_protocol import check_features
-from dia_diffusion.cli.fid_records import (
-    check_record_file,
-    keep,
-    known_record,
-    print_records,
-    records_file_of,
-    update_card,
-)
+from dia_diffusion.cli.fid_records import check_record_file, print_records, records_file_of
 from dia_diffusion.cli.sampling_options import load_for_sampling
 from dia_diffusion.distributed import all_agree, first_on_each_machine, on_rank_zero, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
@@ -29,7 +22,14 @@ from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.feature_file import FINISHED
 from dia_diffusion.evaluation.feature_pass import batches_of, widths_of
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol, pipeline_origin
+from dia_diffusion.evaluation.pipeline_distance import (
+    PipelineDistance,
+    image_protocol,
+    keep_record,
+    known_record,
+    pipeline_origin,
+    update_card,
+)
 from dia_diffusion.evaluation.protocols import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 
@@ -66,14 +66,12 @@ def _of_pipelines(
 ) -> Iterator[EvaluationRecord]:
     """One record a pipeline; what is on record already is not measured again, at most put under a protocol's name."""
     extras.check_samples(count)
-    pipeline, settings = load_for_sampling(folders[0], options, accelerator.device)
+    pipeline, _ = load_for_sampling(folders[0], options, accelerator.device)
     channels, height, size = pipeline.image_shape
     if height != size:
         raise InputError(f"{folders[0]} draws images of {height}x{size}; accepted: square ones")
     reference, features = reference_of(options, extractor, accelerator, size, channels, extras)
-    distance = PipelineDistance(
-        extractor, reference, settings, count, options.batch_size, accelerator, extras, features
-    )
+    distance = PipelineDistance(extractor, reference, count, options.batch_size, accelerator, extras, features)
     for index, folder in enumerate(folders):
         if index:
             pipeline, _ = load_for_sampling(folder, options, accelerator.device)
@@ -89,7 +87,7 @@ def _of_pipelines(
                 record = distance.measure(pipeline, protocol, origin, progress, work, progress)
         record = under_name(record, options.protocol)
         if not all_agree(accelerator, record is known):
-            on_rank_zero(accelerator, partial(keep, record, file, extras))
+            on_rank_zero(accelerator, partial(keep_record, record, file, extras))
             on_rank_zero(accelerator, partial(update_card, folder, file))
         yield record
 
@@ -126,7 +124,7 @@ def _of_images(
             )
     record = under_name(record, options.protocol)
     if not all_agree(accelerator, record is known):
-        on_rank_zero(accelerator, partial(keep, record, file, extras))
+        on_rank_zero(accelerator, partial(keep_record, record, file, extras))
         if accelerator.is_main_process:
             console.print(f"recorded in {file}")
     return record

@@ -12,7 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.pipelines.folder import find_pipeline
 
 if TYPE_CHECKING:
-    from dia_diffusion.pipelines.hub import Shipment
+    from dia_diffusion.sharing.push import Shipment
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> None:
     with imports():
         from huggingface_hub.utils import disable_progress_bars
 
-        from dia_diffusion.pipelines.hub import find_token, prepare, send
+        from dia_diffusion.sharing.push import find_token, prepare, send
     shipment = prepare(folder, options.repo_id)
     token = find_token()
     if not options.yes and not sys.stdin.isatty():

@@ -8,8 +8,7 @@ from dia_diffusion.cli.imports import imports
 from dia_diffusion.cli.sampling_options import add_sampling_options, check_batch_size
 from dia_diffusion.errors import InputError
 from dia_diffusion.pipelines.folder import find_pipeline
-from dia_diffusion.sampling.samplers import check_sampler_name
-from dia_diffusion.sampling.settings import parse_seeds
+from dia_diffusion.sampling.samplers import check_sampler_name, parse_seeds
 
 
 def run(arguments: Sequence[str]) -> None:

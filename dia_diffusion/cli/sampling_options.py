@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, SAMPLERS
-from dia_diffusion.sampling.settings import PRECISIONS, SamplingSettings
+from dia_diffusion.pipelines.folder import read_training
+from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER, OWN_SAMPLER, PRECISIONS, SAMPLERS, SamplingSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from dia_diffusion.sampling.image_pipeline import ImagePipeline
+    from dia_diffusion.sampling.generate import ImagePipeline
 
 SAMPLING = ("sampler", "steps", "batch_size", "classes", "guidance_scale", "precision")
 """What `add_sampling_options` adds, by the names that they have once parsed."""
@@ -55,7 +54,7 @@ def load_for_sampling(
     import torch
 
     from dia_diffusion.precision import best_precision
-    from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+    from dia_diffusion.sampling.generate import adapt_pipeline
     from dia_diffusion.sampling.load import load_pipeline
 
     if options.precision == "auto":
@@ -63,8 +62,9 @@ def load_for_sampling(
         options.precision = chosen.dtype  # which manifests and records keep
         if os.environ.get("RANK", "0") == "0":
             console.print(f"sampling in {chosen}")
-    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, options.precision)))
-    settings = sampling_settings(options).use(pipeline)
+    loaded = load_pipeline(folder, device, getattr(torch, options.precision))
+    pipeline = adapt_pipeline(loaded, sampling_settings(options))
+    settings = pipeline.settings
     training = read_training(folder)
     if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
         raise InputError(

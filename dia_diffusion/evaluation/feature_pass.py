@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from einops import rearrange
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, shard
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.sampling.settings import shard
 
 ImagesOf = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 """Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""
@@ -144,7 +143,7 @@ def _measure(
 
 
 def _in_order(accelerator: Accelerator, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Every process's rows (B, D) of its share of `count` images, put together as (count, D), in order of image."""
+    """Every process's rows (B, D) of its share of `count` images, put on_all_ranks as (count, D), in order of image."""
     processes = accelerator.num_processes
     if processes == 1:
         return rows

@@ -18,8 +18,7 @@ from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.reading.typed import check_types
-from dia_diffusion.sampling.samplers import check_sampler_name
-from dia_diffusion.sampling.settings import PRECISIONS
+from dia_diffusion.sampling.samplers import PRECISIONS, check_sampler_name
 
 WEIGHTS = ("ema",)
 """What a run's pipelines hold."""
@@ -36,7 +35,7 @@ class NamedProtocol:
     num_samples: int
     """Images, those of the seeds 0, 1, 2, ...; 2 or more."""
     sampler: str
-    """A name of SAMPLER_NAMES."""
+    """A name in SAMPLERS, or own."""
     steps: int
     """Of the sampler."""
     precision: str = "float32"

@@ -17,11 +17,11 @@ from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
+from dia_diffusion.training.callbacks import Reporter
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import Reporter
+from dia_diffusion.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
 

@@ -107,12 +107,12 @@ OF_OTHERS = ["backbone_kwargs", "attention_at"]
 class NoiseConfig:
     """The noise process and what the network predicts."""
 
-    schedule: Literal["vp-continuous", "ddpm-linear", "cosine"] = "vp-continuous"
-    """The VP-SDE in continuous time, or 1,000 discrete steps."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    """What the network predicts."""
-    loss_weighting: Literal["uniform", "min-snr"] = "uniform"
-    """Weight of the squared error over time."""
+    schedule: str = "vp-continuous"
+    """vp-continuous (the VP-SDE in continuous time), or ddpm-linear or cosine (1,000 discrete steps)."""
+    prediction_type: str = "epsilon"
+    """What the network predicts: epsilon, sample or v_prediction."""
+    loss_weighting: str = "uniform"
+    """Weight of the squared error over time: uniform or min-snr."""
 
 
 @dataclass

@@ -21,13 +21,12 @@ from dia_diffusion.io import sha256_of_file, write_json
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, save_classifier
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import read_training, write_card
-from dia_diffusion.pipelines.contents import check_pipeline
-from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.pipelines.folder import model_hash, read_training, weights_hash
 from dia_diffusion.report.run import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.writers import open_folder
+from dia_diffusion.sharing.card import write_card
+from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.studies.plan import Group, Plan, read_plan
 from dia_diffusion.studies.results import _known_floors

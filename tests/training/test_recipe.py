@@ -10,9 +10,9 @@ import yaml
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import MAY_CHANGE, OF_OTHERS, OF_UVIT, Experiment, ModelConfig, changed_keys
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
 from dia_diffusion.training.recipe_keys import flatten
-from dia_diffusion.training.snapshot import build_model
 
 
 def test_model_keys_are_the_models_arguments() -> None:
