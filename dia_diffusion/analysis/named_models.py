@@ -14,8 +14,8 @@ from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, 
 from dia_diffusion.models.uvit import UVIT_SIZES, UViT
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.snapshot import build_model
 
 Config = TypeVar("Config", ModelConfig, BackboneConfig)
 

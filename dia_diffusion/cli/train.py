@@ -37,7 +37,7 @@ def run(experiment: Experiment) -> None:
 
 def train(task: Any) -> None:
     """Trains a recipe, or a task made of one, with progress on the terminal."""
-    from dia_diffusion.training.loop import Trainer
+    from dia_diffusion.training.trainer import Trainer
 
     reporter = ConsoleReporter()
     try:

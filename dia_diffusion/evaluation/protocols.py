@@ -15,8 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import ACCEPTED, FEATURES
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.reading import read_yaml
-from dia_diffusion.sampling.samplers import check_sampler_name
-from dia_diffusion.sampling.settings import PRECISIONS
+from dia_diffusion.sampling.samplers import PRECISIONS, check_sampler_name
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
 
 WEIGHTS = ("ema",)
@@ -33,7 +32,7 @@ class NamedProtocol(Strict):
     num_samples: Annotated[int, Field(ge=2)]
     """Images, those of the seeds 0, 1, 2, ...; 2 or more."""
     sampler: str
-    """A name of SAMPLER_NAMES."""
+    """A name in SAMPLERS, or own."""
     steps: Positive
     """Of the sampler."""
     precision: Literal[*PRECISIONS] = "float32"  # type: ignore[valid-type]

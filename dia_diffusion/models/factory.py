@@ -42,56 +42,54 @@ def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
     parameters = inspect.signature(row.model, eval_str=True).parameters
-    return {name: parameter for name, parameter in parameters.items() if name not in left_out}
+    return {name: p for name, p in parameters.items() if name not in left_out and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:
-    """Raises InputError for a config of more layers than `most`, which would be built one after the other."""
+    """Raises InputError for a config with more layers than `most`, which would take long to build."""
     for key, value in config.items():
         counts = value if isinstance(value, list) else [value]
         largest = max((count for count in counts if isinstance(count, int | float)), default=0)
         if "layers" in key and largest > most:
-            raise InputError(f"{key} is {value}; accepted: {most:,} or fewer")
+            raise InputError(f"`{key}` must be {most:,} or less, got {value}")
         if isinstance(value, dict):
             check_layers(value, most)
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, without memory for its weights. Raises InputError for arguments that it refuses."""
+    """The result of `build`, without memory for its weights. Raises InputError if it fails."""
     try:
         with torch.device("meta"):
             return build()
     except InputError:
         raise
-    except Exception as error:  # whatever a network makes of arguments that anybody may have written
-        raise InputError(f"no network can be built by it: {first_line(error)}") from None
+    except Exception as error:  # a config may say anything
+        raise InputError(f"the network can't be built: {first_line(error)}") from None
 
 
 def check_size(build: Callable[[], nn.Module], stored: Shapes) -> nn.Module:
-    """The model on the meta device. Raises InputError for one that has more numbers than the stored tensors."""
+    """The model on the meta device. Raises InputError if it has more parameters than the stored tensors."""
     model = build_on_meta(build)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     held = sum(map(prod, stored.values()))
     if wanted > held:
-        raise InputError(f"its network has {wanted:,} numbers, and the weights {held:,}")
+        raise InputError(f"parameters of the network must be {held:,} at most, as many as its weights, got {wanted:,}")
     return model
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raises InputError for a model whose weights this machine can't hold."""
+    """Raises InputError for a model with weights larger than this machine's memory."""
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise InputError(
-            f"the model's weights take {needed >> 30:,} GiB; accepted: the {memory >> 30:,} of this machine"
-        )
+        raise InputError(f"the model's weights must fit into {memory >> 30:,} GiB of memory, got {needed >> 30:,} GiB")
 
 
 def unusable(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """What keeps tensors from being a model's weights: another kind of numbers, or some that aren't finite."""
+    """Why tensors can't be a model's weights: another kind of dtype, or values that aren't finite; None if they can."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name in own and tensor.is_floating_point() != own[name].is_floating_point():
-            return f"the type {tensor.dtype} for tensor {name}; accepted: {own[name].dtype}"
+            return f"dtype {tensor.dtype} for tensor {name}, which must be {own[name].dtype}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"values in tensor {name} that aren't finite"
     return None

@@ -20,13 +20,15 @@ from dia_diffusion.io import verify_checksum, with_checksum, write_json
 from dia_diffusion.precision import in_precision, training_device, training_precision
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.randomness import RANDOMNESS
 from dia_diffusion.training.recipe import changed_keys, override, read_experiment
-from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
-from dia_diffusion.training.snapshot import check_samples
+from dia_diffusion.training.resuming import refuse_other_randomness
+from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.trainer import StepResult, Trainer
 
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
 RESULT_FILE = "trial.json"
@@ -172,29 +174,23 @@ def _in_one_precision(trials: Sequence[Trial], results: Sequence[dict[str, Any] 
     return [resolved(trial) for trial in trials]
 
 
-class _Steps:
-    """A training's reporter: only its steps are told."""
+class _Steps(Callback):
+    """Reports the steps of a trial."""
 
     def __init__(self, name: str, before: int, total: int, watch: Watch):
         self.name, self.before, self.total, self.watch = name, before, total, watch
 
-    def message(self, text: str) -> None:
-        pass
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        pass
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        self.watch(self.before + min(step, max_steps - 1), self.total, self.name)
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        self.watch(self.before + min(trainer.step, trainer.config.max_steps - 1), self.total, self.name)
 
 
-def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
+def _run(trial: Trial, held_out: HeldOut, steps: _Steps) -> dict[str, Any]:
     """Trains a trial and writes its result."""
     recipe = trial.experiment.to_dict()
     result: dict[str, Any] = {"trial": trial.about, "recipe": recipe, "randomness": RANDOMNESS}
     result["held_out"] = held_out.described()
     try:
-        Trainer(trial.experiment, reporter).run()
+        Trainer(trial.experiment, callbacks=[steps]).run()
     except DivergedError as error:
         result |= {"outcome": NOT_FINITE, "not_finite_at": error.step, "held_out_loss": None, "constant_loss": None}
     else:

@@ -92,7 +92,7 @@ def test_the_command_sets_ours_beside_the_papers(capsys: pytest.CaptureFixture[s
     ("arguments", "named"),
     [
         (["--model", "resnet9000"], "no model 'resnet9000'; accepted:"),
-        (["--model", "S/x"], "unknown size 'S/x'"),
+        (["--model", "S/x"], "got 'S/x'"),
         (["--model", "tiny/2", "--unit", "sea"], "attention unit must be none or one of"),
         (["--model", "tiny/2", "--unit", "eca", "--kwargs", "{reduction: 8}"], "attention unit 'eca' can't be built"),
         (["--model", "tiny/2", "--kwargs", "[8]"], "--kwargs is '[8]'; accepted: names and values"),

@@ -120,7 +120,7 @@ def test_stages_and_blocks_that_carry_the_unit() -> None:
     assert len(positions()) == 9
     assert positions(attention_stages=[0, 2], attention_blocks=1) == ["stages.0.0.branch", "stages.2.0.branch"]
     for wrong in ({"attention_stages": [3]}, {"attention_stages": []}, {"attention_blocks": 0}):
-        with pytest.raises(InputError, match="accepted"):
+        with pytest.raises(InputError, match=r"`model.attention_.* must be"):
             positions(**wrong)
 
 
@@ -136,14 +136,14 @@ def test_no_norms_and_no_shortcuts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "resnet99"}, "unknown model.backbone 'resnet99'"),
-        ({"backbone": "cifar-resnet30"}, r"depth 30 gives no whole blocks; accepted: 9 n \+ 2"),
-        ({"backbone": "resnet18", "norm": "none"}, "can't be changed of resnet18"),
-        ({"norm": "layer"}, "unknown norm 'layer'"),
-        ({"num_classes": 1}, "num_classes 1"),
-        ({"backbone": "vit_s_16", "sample_size": 100}, "no multiple"),
-        ({"dropout": 0.3}, "accepted: 0, or cifar-wrn"),
-        ({"attention_blocks": 2}, "model.attention is none"),
+        ({"backbone": "resnet99"}, "must be one of resnet18, .*, got 'resnet99'"),
+        ({"backbone": "cifar-resnet30"}, r"depth must be 9 n \+ 2, such as .*, got 30"),
+        ({"backbone": "resnet18", "norm": "none"}, "must be batch and true for backbone resnet18, got none and True"),
+        ({"norm": "layer"}, "`norm` must be one of batch, none, got 'layer'"),
+        ({"num_classes": 1}, "`model.num_classes` must be 2 or more, .*, got 1, 32 and 0.0"),
+        ({"backbone": "vit_s_16", "sample_size": 100}, "must be a multiple of 16 for vit_s_16, got 100"),
+        ({"dropout": 0.3}, "must be 0 for backbone .*, got 0.3"),
+        ({"attention_blocks": 2}, "`model.attention` must be a unit"),
         ({"attention": "sa"}, "attention unit must be none or one of"),
     ],
 )

@@ -12,8 +12,8 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import changed_keys, flatten, override, read_experiment, recipes_folder, resolve
-from dia_diffusion.training.snapshot import build_model
 
 
 def test_model_keys_are_the_models_arguments() -> None:
