@@ -106,9 +106,9 @@ def resolve(recipe: R) -> R:
     backbone = recipe.model.backbone
     section = migrate({"model": recipe.model.model_dump()}, backbone)["model"]
     own, others = recipe_arguments(backbone), _arguments_of_others(backbone)
-    for key, value in section.items():
-        if key in others and key not in own:
-            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(value)}")
+    for key in section.keys() - own.keys() - {"sample_size", "in_channels"}:  # which images are read by
+        if key in others:
+            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(section[key])}")
     if "attention" not in own:
         section["attention"] = "none"
     kind = _section_kind(backbone)
