@@ -118,6 +118,14 @@ def refuse_both(options: BaseModel, first: str, second: str) -> None:
         raise InputError(f"`{flag([second])}` must be left out beside `{flag([first])}`")
 
 
+def spell(options: BaseModel, name: str) -> str:
+    """An option as it is typed, with its value: `--classes 0,1`."""
+    value = getattr(options, name)
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return flag([name]) if value is True else f"{flag([name])} {value}"
+
+
 def parse_text(text: Any, annotation: Any) -> Any:
     """The value that text stands for where a field is no plain string; left as it is where that fails."""
     kind = _without_none(annotation)

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: 
         (["sample", pipelines / "latents", "--guidance-scale", "0", *grid], "accepted: 1, which is none, or more"),
         (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "no null label"),
         (["sample", pipelines / "sde", *grid], "accepted: own"),
-        (["fid", pipelines / "wide", "--reference", "digits"], "images of 8x16; accepted: square"),
+        (["fid", pipelines / "wide", "--reference", "digits"], "must draw square images, got 8x16"),
     ):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2

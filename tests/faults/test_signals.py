@@ -54,11 +54,11 @@ def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) 
 def test_sample_keeps_its_images(number: int, code: int, trained: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "images", tmp_path / "log"
     command = ["sample", trained / "run", "--seeds", "0-49", "--steps", 1, "--out", out]
-    running = Forked(*command, log=log, prepare=partial(hold, "dia_diffusion.cli.drawing", "save_png", 5))
+    running = Forked(*command, log=log, prepare=partial(hold, "dia_diffusion.sampling.writers", "save_png", 5))
     running.until(lambda: len(list(out.glob("*.png"))) == 5)
     running.send(number)
     assert running.wait() == code
-    assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the images that are missing"
+    assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the missing images"
     made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert len(made) == 5 and not leftovers(out)
     assert Forked(*command, log=log).wait() == 0
