@@ -8,6 +8,7 @@ import argparse
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from results import Found, console, show
 from safetensors.torch import load_file
-from steps import Silent
 from torch import Tensor
 
 from dia_diffusion.cli.main import main as command
@@ -28,9 +28,10 @@ from dia_diffusion.errors import Stopped
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import step_name, write_json
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.trainer import StepResult, Trainer
 
 RECIPE, STEPS = "digits_uvit_cpu_dia", 20
 OPTIONS = {
@@ -77,15 +78,26 @@ def _process(rank: int, count: int, port: int, work: Callable[..., None], argume
     work(*arguments)
 
 
+class StopAt(Callback):
+    """Sends SIGTERM after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def due(self, step: int) -> bool:
+        return step == self.step
+
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def train(folder: str, dtype: str, options: dict[str, Any], stop_at: int = 0) -> None:
     """Trains the recipe in this process's part; up to a step, where it is stopped as by a signal."""
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
     precision = {"train.mixed_precision": "bf16" if dtype == "bf16" else "none"}
-    trainer = Trainer(read_experiment(RECIPE, keys={**OPTIONS, **precision, **options, "output": folder}), Silent())
-    if stop_at:
-        trainer.reporter.progress = lambda step, *_: os.kill(os.getpid(), 15) if step == stop_at else None
+    experiment = read_experiment(RECIPE, keys={**OPTIONS, **precision, **options, "output": folder})
     with suppress(Stopped):
-        trainer.run()
+        Trainer(experiment, callbacks=[StopAt(stop_at)]).run()
 
 
 def measure_fid(run: str, record: str, batch_size: int) -> None:

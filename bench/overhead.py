@@ -49,7 +49,7 @@ def _calls(setting: Setting, rounds: int, device: torch.device, told: Callable[[
     """Of the network, which sampling is 95 % or more of."""
     sample, contenders = torch.randn(setting.batch_size, 3, 32, 32, device=device), []
     for name, attention in ATTENTIONS.items():
-        network = pipeline_of(attention, setting.precision, device).runner.unet  # type: ignore[attr-defined]
+        network = pipeline_of(attention, setting.precision, device).unet
         noisy = sample.to(network.dtype)
 
         def call(network: torch.nn.Module = network, noisy: torch.Tensor = noisy) -> None:

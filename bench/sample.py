@@ -19,9 +19,8 @@ from steps import OFFICIAL, OURS
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
-from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings
 
 ATTENTIONS = {OURS: None, f"{OURS}, DIA-LSTM": "dia-lstm", f"{OURS}, Light": "dia-lstm-light"}
 START_STEPS = 1
@@ -59,18 +58,18 @@ def measure(
     ]
 
 
-def pipeline_of(attention: str | None, precision: str, device: torch.device) -> ImagePipeline:
+def pipeline_of(attention: str | None, precision: str, device: torch.device) -> UViTPipeline:
     """U-ViT-S/2 with first weights, sampling by Euler-Maruyama."""
     network = UViT(attention=attention).to(device, DTYPES[precision])
-    return adapt_pipeline(UViTPipeline(network.eval(), _scheduler()))
+    return UViTPipeline(network.eval(), _scheduler())
 
 
 def _scheduler() -> EulerMaruyamaScheduler:
     return EulerMaruyamaScheduler.from_config(NoiseProcess().scheduler_config())
 
 
-def _draw(pipeline: ImagePipeline, seeds: list[int], steps: int) -> None:
-    for _ in generate(pipeline, seeds, batch_size=len(seeds), num_inference_steps=steps):
+def _draw(pipeline: UViTPipeline, seeds: list[int], steps: int, sampler: str = OWN_SAMPLER) -> None:
+    for _ in generate(adapt_pipeline(pipeline, SamplingSettings(sampler, steps)), seeds, batch_size=len(seeds)):
         pass
 
 
@@ -79,13 +78,12 @@ def _shares(steps: int, precision: str, device: torch.device, told: Callable[[st
     if device.type != "cpu":
         return [{"what": "not measured on a GPU", "% in the network": "-"}]
     pipeline, rows = pipeline_of("dia-lstm", precision, device), []
-    clock = _Clock(pipeline.runner.unet)  # type: ignore[attr-defined]
+    clock = _Clock(pipeline.unet)
     for name in SAMPLERS:
         told(f"share of the loop: {name}")
-        pipeline.runner.scheduler = build_scheduler(name, pipeline.own_scheduler)  # type: ignore[attr-defined]
         clock.seconds = 0.0
         started = time.perf_counter()
-        _draw(pipeline, list(range(SHARE_IMAGES)), max(steps, 7))
+        _draw(pipeline, list(range(SHARE_IMAGES)), max(steps, 7), name)
         whole = time.perf_counter() - started
         rows.append({"what": name, "% in the network": 100 * clock.seconds / whole})
     return rows

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 from results import console
 
 from dia_diffusion.data import open_images
@@ -25,10 +26,9 @@ from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import Reference, floor_distance, reference_statistics
 from dia_diffusion.io import write_json
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
-from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.samplers import SAMPLERS
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.samplers import SAMPLERS, SamplingSettings
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     device = Accelerator().device
     folder = find_pipeline(options.run)
-    shape = adapt_pipeline(load_pipeline(folder, device, torch.float32)).image_shape
+    shape = adapt_pipeline(load_pipeline(folder, device, torch.float32), SamplingSettings()).image_shape
     extractor = build_features(options.features, device)
     images = open_images(options.reference, size=shape[1], channels=shape[0])
     reference = reference_statistics(images, extractor)
@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str
     }
     rows = []
     for precision in options.precisions.split(","):
-        pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)))
+        pipeline = load_pipeline(folder, device, getattr(torch, precision))
         for calls in map(int, options.calls.split(",")):
             for name in options.samplers.split(","):
                 try:
@@ -101,16 +101,21 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str
 
 
 def _row(
-    pipeline: ImagePipeline, name: str, calls: int, options: argparse.Namespace, extractor: Any, reference: Reference
+    pipeline: DiffusionPipeline,
+    name: str,
+    calls: int,
+    options: argparse.Namespace,
+    extractor: Any,
+    reference: Reference,
 ) -> dict[str, Any]:
     steps = -(-calls // CALLS_A_STEP.get(name, 1))
-    settings = SamplingSettings(name, steps).use(pipeline)
+    adapted = adapt_pipeline(pipeline, SamplingSettings(name, steps))
     seeds = range(options.first_seed, options.first_seed + options.num)
     seconds: list[float] = []
 
     def batches() -> Any:
         started = time.perf_counter()
-        for _, images in settings.generate(pipeline, seeds, options.batch_size):
+        for _, images in generate(adapted, seeds, options.batch_size):
             seconds.append((time.perf_counter() - started) / len(images))
             yield images
             started = time.perf_counter()

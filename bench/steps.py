@@ -1,9 +1,8 @@
 """Training steps by name, each as its project's own code takes them, of networks of about U-ViT-S/2's size."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ from diffusers.training_utils import EMAModel
 from official import Official
 
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import override, read_experiment
+from dia_diffusion.training.trainer import Trainer
 
 OURS = "dia-diffusion"
 OFFICIAL = "official U-ViT"
@@ -33,16 +32,6 @@ class Setting:
     official: Official | None = None
     recipe: str = "cifar10_uvit_s2"
     """Ours; of other recipes than U-ViT-S/2's there are no peers."""
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def message(self, text: str) -> None: ...
-
-    def reading(self, unit: str, done: int, total: int) -> None: ...
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None: ...
 
 
 Step = Callable[[], object]
@@ -86,25 +75,22 @@ def experiment_of(name: str, setting: Setting) -> Experiment:
         setting.recipe,
         ["--train.batch_size", str(setting.batch_size), "--train.mixed_precision", setting.precision],
     )
-    return replace(
-        experiment,
-        output=str(setting.work / name.replace(", ", "-")),
-        data=replace(experiment.data, source=str(made_up_images(setting.work, experiment.model.sample_size))),
-        model=replace(experiment.model, attention=attention),
-        train=replace(
-            experiment.train,
-            compile="cuda-graphs" if name.endswith(GRAPHS) else name.endswith(COMPILED),
-            gradient_checkpointing="checkpointing" in name,
-            sample_every=0,
-        ),
-    )
+    keys = {
+        "output": str(setting.work / name.replace(", ", "-")),
+        "data.source": str(made_up_images(setting.work, experiment.model.sample_size)),
+        "model.attention": attention,
+        "train.compile": "cuda-graphs" if name.endswith(GRAPHS) else name.endswith(COMPILED),
+        "train.gradient_checkpointing": "checkpointing" in name,
+        "train.sample_every": 0,
+    }
+    return override(experiment, keys)
 
 
 def own_step(experiment: Experiment) -> Step:
     """Our trainer's step: draws, images, network, optimizer, average, look for what isn't finite."""
-    trainer = Trainer(experiment, Silent())
+    trainer = Trainer(experiment)
     trainer.folder.unlock()  # one process may hold several
-    return trainer.advance
+    return trainer.train_step
 
 
 def made_up_images(work: Path, size: int, count: int = 2048) -> Path:

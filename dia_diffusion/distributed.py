@@ -1,10 +1,10 @@
-"""The processes of a launch: how they start, agree, fail and stop together, and copies to their devices."""
+"""The ranks of a launch: start, collective calls that raise on all ranks or none, stop signals, copies to devices."""
 
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
@@ -22,19 +22,25 @@ from dia_diffusion.launch import check_launch, choose_gloo_interface
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, in its own dtype: convert it first, so that a device without float64 never sees one.
+    """A CPU tensor copied to the device, in its own dtype; convert float64 first, which some devices lack.
 
-    A copy from pageable memory would wait until a GPU has done all its earlier work; one from pinned memory is queued.
+    The copy is from pinned memory, which is queued; one from pageable memory would wait for a GPU's earlier work.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=1)
-"""How long processes wait for one that decodes a data set, writes files or computes metrics."""
 
-# How gloo, NCCL and torch's store say that another process is gone.
+def shard(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+    """The items of process `rank`: every world_size-th; processes differ by one item at most."""
+    return items[rank::world_size]
+
+
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for one that decodes a data set, writes files or computes metrics."""
+
+# How gloo, NCCL and torch's store report that another process is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
 
 
@@ -64,7 +70,7 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
             "N (or unset MASTER_ADDR where one process is meant)"
         )
     if accelerator.num_processes > 1:
-        gloo_group()  # connected here, where no process is busy or has failed yet
+        gloo_group()  # connected here, before any process is busy or has failed
     number = {"no": 0, "bf16": 1, "fp16": 2}[accelerator.mixed_precision]
     numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
     if not bool((numbers == numbers[0]).all()):
@@ -76,11 +82,13 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises InputError for a tracker that Accelerate does not know or that is not installed; it would skip it."""
+    """Raises InputError for a tracker that Accelerate doesn't know or that isn't installed, which it would skip."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in available:
-            raise InputError(f"tracker {name!r} is not installed; accepted here: {', '.join(available) or 'none'}")
+            raise InputError(
+                f"`trackers` must be installed, which are {', '.join(available) or 'none'} here, got {name!r}"
+            )
 
 
 def _started_alone() -> bool:
@@ -96,10 +104,10 @@ _gloo_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # world's group
 
 
 def gloo_group() -> Any:
-    """All processes of a launch of several, connected by gloo; the first call connects them, so all must make it.
+    """The gloo process group of all ranks. The first call creates it, so all ranks must make it.
 
-    Whatever may take long on one process is waited for in this group. NCCL kills a process that has waited for another
-    for 10 minutes. Gloo waits for `PATIENCE` but ends at once where a process has died, and doesn't synchronize a GPU.
+    For waits that may be long: NCCL kills a process that has waited for 10 minutes. Gloo waits for `PATIENCE`, fails at
+    once if a process dies, and doesn't synchronize a GPU.
     """
     world = torch.distributed.group.WORLD
     if world not in _gloo_groups:
@@ -108,12 +116,12 @@ def gloo_group() -> Any:
 
 
 def all_agree(accelerator: Accelerator, value: bool) -> bool:
-    """Whether the value is true on every process."""
+    """Whether the value is true on all ranks."""
     return all(_gather(accelerator, value))
 
 
 def _gather(accelerator: Accelerator, number: int) -> list[int]:
-    """The number on each process, in order of rank."""
+    """The number of each rank, in order."""
     if accelerator.num_processes == 1:
         return [number]
     numbers = [torch.zeros((), dtype=torch.int64) for _ in range(accelerator.num_processes)]
@@ -131,7 +139,7 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], T]) -> T:
     failure: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # whatever it is, the others would wait for this process for ever
+    except Exception as error:  # of any kind, or the other ranks would wait for this one
         failure = error
     if accelerator.num_processes > 1:
         failure = _failure_anywhere(accelerator, failure)
@@ -151,36 +159,36 @@ def broadcast_from_rank_zero(accelerator: Accelerator, work: Callable[[], T]) ->
     on_rank_zero(accelerator, lambda: result.append(work()))
     if accelerator.num_processes == 1:
         return result[0]
-    told: T = json.loads(_broadcast(accelerator, json.dumps(result[0]) if result else "", source=0))
-    return told
+    value: T = json.loads(_broadcast(accelerator, json.dumps(result[0]) if result else "", source=0))
+    return value
 
 
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Does work on one process of each machine, then on all: the others find what the first has put into the cache."""
+    """Runs work on one rank per machine, then on all, which find the first one's results in the cache."""
     if accelerator.num_processes > 1:
         on_all_ranks(accelerator, work if accelerator.is_local_main_process else lambda: None)
     return on_all_ranks(accelerator, work)
 
 
 def _failure_anywhere(accelerator: Accelerator, failure: Exception | None) -> Exception | None:
-    """This process's failure, else that of the first process that has one."""
+    """This rank's failure, else that of the first rank that has one."""
     kind = 0 if failure is None else 1 if isinstance(failure, InputError) else 2
     kinds = _gather(accelerator, kind)
     if not any(kinds):
         return None
     source = next(rank for rank, kind in enumerate(kinds) if kind)
-    told = _broadcast(accelerator, str(failure) or type(failure).__name__, source)
+    message = _broadcast(accelerator, str(failure) or type(failure).__name__, source)
     if failure is not None:
         return failure
     if kinds[source] == 1:
-        return InputError(told)
-    elsewhere = RunError(told)
-    elsewhere.told = True
+        return InputError(message)
+    elsewhere = RunError(message)
+    elsewhere.reported = True
     return elsewhere
 
 
 def _broadcast(accelerator: Accelerator, text: str, source: int) -> str:
-    """The text that process `source` gives, on all of them."""
+    """The text of rank `source`, on all ranks."""
     encoded = bytearray(text.encode())
     length = torch.tensor(len(encoded))
     torch.distributed.broadcast(length, src=source, group=gloo_group())
@@ -192,7 +200,7 @@ def _broadcast(accelerator: Accelerator, text: str, source: int) -> str:
 
 
 def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> int:
-    """Images a process takes at once.
+    """Images per forward pass of a rank.
 
     Raises:
         InputError: the global batch can't be split evenly.
@@ -200,14 +208,14 @@ def micro_batch_size(batch_size: int, num_processes: int, accumulation: int) -> 
     parts = num_processes * accumulation
     if batch_size % parts:
         raise InputError(
-            f"train.batch_size {batch_size} is not divisible by {num_processes} processes x {accumulation} "
-            f"accumulations; accepted: a multiple of {parts}"
+            f"`train.batch_size` must be a multiple of {parts}, which is {num_processes} processes x {accumulation} "
+            f"accumulations, got {batch_size}"
         )
     return batch_size // parts
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, for all processes to stop at the same step; a second SIGINT ends at once."""
+    """Records SIGINT and SIGTERM, so that all ranks stop at the same step; a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.received = 0
@@ -227,7 +235,7 @@ class StopSignal:
         self.received = number
 
     def agreed(self) -> int:
-        """The highest signal number that any process has received, 0 for none."""
+        """The highest signal number that any rank has received, 0 for none."""
         if not self._several:
             return self.received
         received = torch.tensor(self.received)
@@ -236,12 +244,12 @@ class StopSignal:
 
 
 def lost_a_process(error: RuntimeError) -> str | None:
-    """What a process meets where another one of its launch has ended or its machine is gone; None for another error."""
-    return next((told for told in LOST if told in str(error)), None)
+    """How the error reports that another process or its machine is gone; None for other errors."""
+    return next((text for text in LOST if text in str(error)), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes this process has held so far: of the GPU's memory on a GPU, else of the machine's."""
+    """Peak bytes of this process: of the GPU's memory on a GPU, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # which Windows doesn't have

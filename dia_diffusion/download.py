@@ -1,4 +1,4 @@
-"""Files fetched by name: checked by sha256, kept in a cache, there whole or not at all."""
+"""Downloads into a cache, checked by sha256 and written atomically."""
 
 import http.client
 import urllib.request
@@ -24,7 +24,7 @@ class Download:
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows an answer that sends elsewhere only where that is as secure."""
+    """Follows redirects only to secure addresses."""
 
     def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
         request = super().redirect_request(*arguments)
@@ -34,10 +34,10 @@ class _SecureRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _check_secure(url: str) -> None:
-    """Raises OSError for an address that anybody on the way could answer for."""
+    """Raises OSError for an address without https."""
     address = urlsplit(url)
     if address.scheme != "https" and (address.scheme, address.hostname) != ("http", "127.0.0.1"):
-        raise OSError(f"{address.scheme}://{address.hostname} is not secure; accepted: https")
+        raise OSError(f"the address must be https, got {address.scheme}://{address.hostname}")
 
 
 def fetch(
@@ -46,10 +46,14 @@ def fetch(
     progress: Callable[[int, int], None] | None = None,
     instead: str = "instead of the name",
 ) -> Path:
-    """The path of the file in `folder`, downloaded unless it is there already; `progress(bytes, of how many)`.
+    """The path of the file in `folder`, downloaded if missing.
 
-    `instead` says where a person gives the file's own path, in the message that ends a download that failed.
-    Raises RunError where it can't be had, or isn't what it should be.
+    Args:
+        progress: called with (bytes done, total).
+        instead: for the message of a failed download: where to give the path of a file fetched by other means.
+
+    Raises:
+        RunError: the download failed, or the file has another sha256.
     """
     path = folder / download.file
     if path.is_file() and sha256_of_file(path) == download.sha256:
@@ -60,7 +64,7 @@ def fetch(
         with atomic_file(path) as temporary:
             with opener.open(download.url, timeout=30) as response, temporary.open("wb") as file:
                 done = 0
-                # A byte more than expected is enough to know that it is another file.
+                # One byte more than expected is enough to know that it is another file.
                 while done <= download.num_bytes and (chunk := response.read(1 << 20)):
                     file.write(chunk)
                     done += len(chunk)

@@ -1,4 +1,4 @@
-"""The machine: versions, device, cores, and how a CPU process gets its memory."""
+"""The machine: versions, device, cores, and malloc settings."""
 
 import ctypes
 import os
@@ -12,14 +12,15 @@ RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-f
 
 
 def installed_versions() -> dict[str, str]:
-    """package -> version, of what a measured number depends on."""
+    """package -> version, of the packages that a measured number depends on."""
     return {"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
 
 
 def environment(processes: int = 1) -> dict[str, str]:
-    """The versions, and what they run on, for people to read.
+    """Versions, device and system, for people to read.
 
-    processes: of the launch, each with such a device.
+    Args:
+        processes: number of processes of the launch, each with its own device.
     """
     return {"python": platform.python_version(), **installed_versions()} | {
         "device": device_name() if processes == 1 else f"{processes} x {device_name()}",
@@ -47,10 +48,10 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Lets the process use large blocks again that it has freed, where the C library is glibc.
+    """Lets glibc keep large freed blocks for reuse; does nothing with other C libraries.
 
-    By itself glibc takes each block above 32 MiB from the kernel anew and gives it back when it is freed. A training
-    step frees and takes gigabytes of such activations, and the kernel clears every page of them.
+    By default glibc maps each block above 32 MiB anew and unmaps it when it is freed. A training step frees and
+    allocates gigabytes of such activations, and the kernel clears every page of them.
     """
     if sys.platform != "linux":
         return

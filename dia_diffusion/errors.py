@@ -1,67 +1,67 @@
-"""How a command ends other than well, the exit code of each, and text that fits its one line."""
+"""The errors that end a command, their exit codes, and one-line messages."""
 
 import re
 import signal
 
 NOT_ON_WINDOWS = "dia-diffusion needs Linux or macOS; on Windows, run it in WSL (the Windows Subsystem for Linux)"
 LONGEST = 2000
-# What an address may carry besides its place: a name with a password, or a token among its parameters.
-USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^/@\s]+@", re.IGNORECASE)  # a path has but one stroke
+# Secrets in a URL: a user name with a password, or a token among the parameters.
+USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})[^/@\s]+@", re.IGNORECASE)  # a path has only one slash
 PARAMETER = re.compile(r"([?&][\w-]*(?:token|key|password|secret|signature)[\w-]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def one_line(text: str) -> str:
-    """Text from outside, fit for a one-line message: no control characters, of a bounded length."""
+    """Untrusted text for a one-line message: no control characters, at most 300 characters."""
     text = " ".join(text.split())
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 300 else text[:300] + "..."
 
 
 def printable(text: str) -> str:
-    """Text that a terminal only shows: what it would obey is written out, as '\\x1b', and no address tells secrets."""
+    """Text that is safe for a terminal: control characters are escaped, as '\\x1b', and secrets in URLs are masked."""
     text = PARAMETER.sub(r"\1***", USER.sub(r"\1***@", text))
     text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, which goes on for many lines at times; its type where it says nothing."""
+    """The first line of another library's error; its type if it has no text."""
     return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 class InputError(ValueError):
-    """What was given can't be used: a recipe, a dataset, a checkpoint, an argument. Exit code 2.
+    """Unusable input: a recipe, a dataset, a checkpoint, an argument. Exit code 2.
 
-    The message is one line that names the value and what is accepted instead.
+    The message is one line: "`X` must be Z, got Y".
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))  # which quotes names and values that anybody may have chosen
+        super().__init__(printable(message))  # it quotes untrusted names and values
 
     alone = False
-    """Whether the other processes don't meet it, so that this one has to tell it."""
+    """Whether only this rank raises it, and so has to report it."""
 
 
 class RunError(RuntimeError):
-    """Something failed while running, with valid input: a non-finite loss, no disk space. Exit code 1."""
+    """A failure at run time with valid input: a non-finite loss, a full disk. Exit code 1."""
 
-    told = False  # whether another process tells it
+    reported = False  # whether another rank reports it
 
     def __init__(self, message: str):
         super().__init__(printable(message))
 
 
 class DivergedError(RunError):
-    """A training's loss or gradient was not finite."""
+    """The loss or gradient of a training was not finite."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
         self.step = step
-        """The first such step, counted from 1."""
+        """The first non-finite step, counted from 1."""
 
 
 class Stopped(Exception):
-    """A signal ended the work at a place it can go on from. Exit code 128 + signal."""
+    """A signal stopped the work where it can be resumed. Exit code 128 + signal."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
@@ -69,7 +69,7 @@ class Stopped(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends what Ctrl-C ends and in the same way."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def number_of(interrupt: KeyboardInterrupt) -> int:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, checksummed lines of JSON, and a folder's lock."""
+"""Atomic writes of files and folders, JSON with a checksum, and locks."""
 
 import errno
 import hashlib
@@ -12,8 +12,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import Timeout, UnixFileLock, has_fcntl
 from safetensors import SafetensorError
 
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError
@@ -22,21 +23,21 @@ KEY = "crc32"
 
 
 def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with its checksum, which is its last item."""
-    return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read: tuples are lists then
+    """The object with its checksum as last item."""
+    return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read, with lists for tuples
 
 
 def verify_checksum(value: Any) -> dict[str, Any]:
-    """The object without its checksum; one that was written without, as by an older version, is taken as it is.
+    """The object without its checksum. An object without one, as older versions wrote, is returned unchanged.
 
     Raises:
-        ValueError: it was altered since, or is no object.
+        ValueError: it is corrupted, or not an object.
     """
     if not isinstance(value, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     *items, (_, checksum) = [*value.items()] or [("", "")]
     rest = dict(items)
-    if checksum == _checksum(rest):  # whatever its key, which may have had the flipped bit
+    if checksum == _checksum(rest):  # whatever its key, since that may hold the flipped bit
         return rest
     if KEY in value:
         raise ValueError("its checksum differs")
@@ -49,12 +50,12 @@ def _checksum(value: dict[str, Any]) -> str:
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
-REPLACED = re.compile(r"\.(.+)\.replaced\.")  # how `atomic_dir` names what it sets aside
+REPLACED = re.compile(r"\.(.+)\.replaced\.")  # the name of a folder that `atomic_dir` replaces
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what is written there takes `path`'s place when the block ends well."""
+    """Yields a temporary path beside `path`, flushed and renamed to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -66,17 +67,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             _flush(path.parent)
     finally:
-        with suppress(OSError):  # mostly because it has its name by now
+        with suppress(OSError):  # it was renamed, or never written
             temporary.unlink()
 
 
 @contextmanager
 def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which takes that name when the block ends well.
+    """Yields a temporary folder beside `path`, flushed and renamed to `path` if the block succeeds.
 
-    A folder that is already at `path` is replaced, and only once the new one is complete. With replace False whatever
-    is there stays, as what another process puts there meanwhile, and InputError is raised. `needed` bytes, where they
-    are known before, are looked for first.
+    Args:
+        replace: replace a folder at `path` once the new one is complete; False raises InputError for anything there,
+            be it put there while the block runs.
+        needed: bytes to be written, if known; checked against the free space first.
     """
     path = Path(path)
     if not replace:
@@ -98,7 +100,7 @@ def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Itera
             if not replace:
                 refuse_existing(path)
             elif path.exists():
-                os.rename(path, replaced)  # removing it first would leave neither for as long as that takes
+                os.rename(path, replaced)  # removing it takes long, with neither folder in place
             os.rename(temporary, path)
             _flush(path.parent)
     finally:
@@ -109,16 +111,16 @@ def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Itera
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises InputError where anything is at `path`, be it a broken link."""
+    """Raises InputError if anything is at `path`, even a broken link."""
     if os.path.lexists(path):
         raise InputError(f"{path} exists; choose another name, or remove it")
 
 
 def remove_partial(folder: Path) -> None:
-    """Removes what processes that were killed while writing have left in a folder.
+    """Removes the temporary files that killed processes left in a folder.
 
-    A folder that one of them had set aside, and put no other in its place, is put back. What a process of this machine
-    writes that is still there is left alone.
+    A folder that was being replaced is put back if the new one is missing. Files of processes of this machine that
+    still run are kept.
     """
     for path in folder.glob(f".*{PARTIAL}"):
         written, _, process = path.name.removesuffix(PARTIAL).rpartition(".")  # as `_beside` names them
@@ -134,12 +136,12 @@ def remove_partial(folder: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of this machine has this number."""
+    """Whether another process of this machine has this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # of another user
         return True
     return process != os.getpid()
 
@@ -164,7 +166,7 @@ def step_name(step: int) -> str:
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """step -> folder, in rising order, for the finished step folders in `folder`."""
+    """step -> folder, in ascending order, of the complete step folders in `folder`."""
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_FOLDER.fullmatch(path.name)
@@ -174,13 +176,13 @@ def step_folders(folder: Path) -> dict[int, Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole text file."""
+    """Writes a text file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a whole JSON file, indented for a reader."""
+    """Writes an indented JSON file atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -207,13 +209,14 @@ def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
 
 @contextmanager
 def naming(path: Path, needed: int = 0) -> Iterator[None]:
-    """Makes an OSError name the path meant, not a temporary one, and a full disk say what is free.
+    """Makes an OSError name `path` instead of a temporary file, and adds the free space to "disk full".
 
-    needed: the bytes to be written, where they are known before.
+    Args:
+        needed: bytes to be written, if known.
     """
     try:
         yield
-    except SafetensorError as error:  # which it raises for a full disk too
+    except SafetensorError as error:  # raised for a full disk too
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise _full(errno.ENOSPC, path, needed) from None
@@ -249,7 +252,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where derived files that can be made again are kept: $DIA_DIFFUSION_CACHE, else ~/.cache/dia-diffusion."""
+    """The folder of downloads and derived files: $DIA_DIFFUSION_CACHE, else ~/.cache/dia-diffusion."""
     return Path(os.environ.get("DIA_DIFFUSION_CACHE") or Path.home() / ".cache" / "dia-diffusion")
 
 
@@ -258,7 +261,7 @@ def _beside(path: Path) -> Path:
 
 
 def _usual_mode() -> int:
-    """The mode of a newly created file; safetensors' own writer leaves files that only their owner can read."""
+    """The mode of a newly created file; safetensors writes files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
@@ -272,69 +275,60 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-try:
-    import fcntl
-except ModuleNotFoundError:
-    raise ImportError(NOT_ON_WINDOWS) from None
+if not has_fcntl:
+    raise ImportError(NOT_ON_WINDOWS)
 
 
-def lock(file: IO[str] | int, *, wait: bool = False) -> None:
-    """Locks an open file or folder for this process, until it is closed or the process ends.
+def native_lock(path: Path) -> UnixFileLock:
+    """A lock file: exclusive between processes and threads of a machine, and freed by the system when its holder dies.
 
-    Raises:
-        BlockingIOError: another process has locked it, and `wait` is False.
-        OSError: a file system without locks.
+    The file stays behind when the lock is released. On a file system without locks `acquire` raises OSError.
     """
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return UnixFileLock(path, thread_local=False, fallback_to_soft=False)
 
 
 class FolderLock:
-    """The lock of a folder: its file `.lock`, which says who holds it, and which the system frees when they end."""
+    """The lock of a folder: its file `.lock`, which names the holder."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / ".lock"
-        self._file: IO[str] | None = None
+        self._lock = native_lock(self.path)
 
-    def take(self) -> None:
-        """Takes the folder, which is made if need be, for this process until it gives it back or ends.
+    def acquire(self) -> None:
+        """Locks the folder, which is created if missing, until `release` or the end of this process.
 
         Raises:
-            InputError: another process has it, or the folder can't be written.
+            InputError: another process holds the lock, or the folder can't be written or locked.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.path.open("a+", encoding="utf-8")
+            self._lock.acquire(timeout=0)
+            self.path.write_text(
+                f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n", encoding="utf-8"
+            )
+        except Timeout:
+            holder = self.text().partition("\n")[0] or "another process"
+            raise InputError(f"{self.folder} is in use by {holder}; stop it, or choose another output") from None
         except OSError as error:
-            raise InputError(f"output {self.folder} can't be written: {error.strerror}") from None
-        try:
-            lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.readline().strip() or "another process"
-            raise InputError(f"{self.folder} is in use by {owner}; stop it, or choose another output") from None
-        except OSError as error:
-            raise InputError(f"output {self.folder} can't be locked on this disk: {error.strerror}") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{secrets.token_hex(16)}\n")
-        file.flush()
-        self._file = file
+            self.release()
+            raise InputError(
+                f"output must be a folder that can be written and locked, got {self.folder}: {error.strerror}"
+            ) from None
 
-    def give_back(self) -> None:
-        """Does nothing where it is not held."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def release(self) -> None:
+        """Releases the lock; does nothing if it is not held."""
+        self._lock.release()
 
     def text(self) -> str:
-        """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
+        """The lock file's text, new each time the lock is acquired: processes that share the folder read the same."""
         try:
             return self.path.read_text(encoding="utf-8")
         except OSError:
             return ""
 
     def __enter__(self) -> "FolderLock":
-        self.take()
+        self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back()
+        self.release()

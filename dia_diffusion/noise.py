@@ -1,24 +1,30 @@
-"""The noise process, in closed form: the project's one definition of alpha and sigma.
+"""Noise processes in closed form: the one definition of alpha, sigma, targets and loss weights.
 
-    x_t = alpha(t) x_0 + sigma(t) epsilon,   alpha^2 + sigma^2 = 1
+    x_t = alpha(t) x_0 + sigma(t) noise
 
-Training draws t and mixes with it here; samplers get the same process as diffusers' `trained_betas`. Time is what the
-network sees: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the discrete ones.
+Training mixes images with noise here, and pipelines get the scheduler that runs the same process backwards. Time is
+what the network sees, called network time: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the
+discrete ones. Recipes choose from four tables: PROCESSES, PREDICTION_TYPES, LOSS_WEIGHTINGS and TIMES.
 
-Everything that depends on time alone is computed in float64 on the CPU and sent to the device in the sample's dtype:
-some devices, such as Apple's MPS, have no float64, and a CUDA GPU is not waited for.
+What depends on time alone is computed in float64 on the CPU and copied to the device in the sample's dtype: some
+devices, such as Apple's MPS, have no float64, and a CUDA GPU is not waited for.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.distributed import sent
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise_names import LOSS_WEIGHTINGS, PREDICTION_TYPES, SCHEDULES
+from dia_diffusion.registry import Registry
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
@@ -27,99 +33,248 @@ MIN_SNR_GAMMA = 5.0  # of Hang et al. 2023
 SMALLEST_TABLE_TIME = 1e-4
 
 
+@dataclass(frozen=True)
+class PredictionType:
+    """What a network predicts; alpha and sigma are floats, or tensors that broadcast with the images.
+
+    target: (x_0, noise, alpha, sigma) -> what the network should predict.
+    noise: (prediction, x_t, alpha, sigma) -> the noise in x_t according to the network.
+    error_scale: signal-to-noise ratio -> squared error of the prediction over that of the x_0 it implies.
+    """
+
+    target: Callable[[Tensor, Tensor, Any, Any], Tensor]
+    noise: Callable[[Tensor, Tensor, Any, Any], Tensor]
+    error_scale: Callable[[Tensor], Tensor]
+
+
+PREDICTION_TYPES: Registry[PredictionType] = Registry("prediction type")
+PREDICTION_TYPES.register(
+    "epsilon",
+    PredictionType(
+        target=lambda image, noise, alpha, sigma: noise,
+        noise=lambda prediction, sample, alpha, sigma: prediction,
+        error_scale=lambda snr: snr,
+    ),
+)
+PREDICTION_TYPES.register(
+    "sample",
+    PredictionType(
+        target=lambda image, noise, alpha, sigma: image,
+        noise=lambda prediction, sample, alpha, sigma: (sample - alpha * prediction) / sigma,
+        error_scale=torch.ones_like,
+    ),
+)
+PREDICTION_TYPES.register(  # Salimans and Ho 2022; inverted with alpha^2 + sigma^2 = 1
+    "v_prediction",
+    PredictionType(
+        target=lambda image, noise, alpha, sigma: alpha * noise - sigma * image,
+        noise=lambda prediction, sample, alpha, sigma: alpha * prediction + sigma * sample,
+        error_scale=lambda snr: snr + 1,
+    ),
+)
+
+LOSS_WEIGHTINGS: Registry[Callable[[Tensor, PredictionType], Tensor]] = Registry("loss weighting")
+"""(signal-to-noise ratios (B,), prediction type) -> weights (B,) of the squared errors of the prediction."""
+LOSS_WEIGHTINGS.register("uniform", lambda snr, prediction: torch.ones_like(snr))
+# min(snr, gamma) weights the errors of x_0. At t = 0 the ratio is infinite, which makes an epsilon's weight 0.
+LOSS_WEIGHTINGS.register("min-snr", lambda snr, prediction: snr.clamp(max=MIN_SNR_GAMMA) / prediction.error_scale(snr))
+
+TIMES: Registry[Callable[[Tensor], Tensor]] = Registry("time distribution")
+"""Quantile functions: numbers (B,) drawn uniformly from [0, 1) -> t (B,) in [0, 1)."""
+TIMES.register("uniform", lambda uniform: uniform)
+
+
+class Process(ABC):
+    """How images turn into noise; PROCESSES holds one object of each subclass.
+
+    prediction_types: the names in PREDICTION_TYPES of what its networks may predict.
+    scheduler_class: of the scheduler that its pipelines are saved with, diffusers' or another SchedulerMixin.
+    scheduler_settings: that scheduler's settings that say how it steps.
+    """
+
+    prediction_types: tuple[str, ...]
+    scheduler_class: type[SchedulerMixin]
+    scheduler_settings: Mapping[str, Any] = MappingProxyType({})
+
+    @abstractmethod
+    def network_time(self, t: Tensor) -> Tensor:
+        """Network times (B,) of t (B,) in [0, 1)."""
+
+    @abstractmethod
+    def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (B,), float64 on the CPU, at network times (B,)."""
+
+    def snr(self, timestep: Tensor) -> Tensor:
+        """Signal-to-noise ratios alpha^2 / sigma^2 (B,), float64 on the CPU, at network times (B,)."""
+        alpha, sigma = self.alpha_sigma(timestep)
+        return (alpha / sigma) ** 2
+
+    def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
+        """The scheduler's settings that define the process."""
+        return {}
+
+    def build_scheduler(self, prediction_type: str) -> SchedulerMixin:
+        """The scheduler that pipelines of this process are saved with."""
+        return self.scheduler_class(**self.scheduler_config(prediction_type), **self.scheduler_settings)
+
+    def is_run_by(self, scheduler: SchedulerMixin) -> bool:
+        """Whether a pipeline's scheduler runs this process."""
+        wanted = self.scheduler_config(scheduler.config.get("prediction_type", "epsilon"))
+        same = all(scheduler.config.get(key) == value for key, value in wanted.items())
+        return isinstance(scheduler, self.scheduler_class) and same
+
+
+class VPProcess(Process):
+    """A variance-preserving process, alpha^2 + sigma^2 = 1, which schedulers know by its betas."""
+
+    prediction_types = ("epsilon", "sample", "v_prediction")
+    scheduler_class = DPMSolverMultistepScheduler
+    scheduler_settings = MappingProxyType({"solver_order": 2, "use_lu_lambdas": True})  # as the sampler "dpmsolver++"
+
+    @abstractmethod
+    def log_alpha_bar(self, timestep: Tensor) -> Tensor:
+        """log alpha^2 (B,), float64 on the CPU, at network times (B,)."""
+
+    @cached_property
+    @abstractmethod
+    def betas(self) -> Tensor:
+        """beta (1000,), float64, with prod(1 - beta) = alpha^2 at the network times 0..999."""
+
+    def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha_bar = self.log_alpha_bar(timestep)
+        return (0.5 * log_alpha_bar).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
+
+    def snr(self, timestep: Tensor) -> Tensor:
+        return 1 / torch.expm1(-self.log_alpha_bar(timestep))
+
+    def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
+        """What any scheduler that goes by betas needs to run this process backwards."""
+        return {
+            "num_train_timesteps": NUM_TIMESTEPS,
+            "trained_betas": self.betas.tolist(),
+            "prediction_type": prediction_type,
+        }
+
+    def is_run_by(self, scheduler: SchedulerMixin) -> bool:
+        betas = getattr(scheduler, "betas", scheduler.config.get("trained_betas"))
+        if betas is None or len(betas) != NUM_TIMESTEPS or scheduler.config.get("snr_shift_scale", 1) != 1:
+            return False
+        # The tolerance is that of betas that went through float32.
+        return torch.allclose(torch.as_tensor(betas, dtype=torch.float64), self.betas, rtol=1e-4, atol=1e-7)
+
+
 def vp_log_alpha_bar(t: Tensor) -> Tensor:
-    """log alpha^2 of the VP process at t in [0, 1]: minus the integral of beta from 0 to t."""
+    """log alpha^2 of the continuous VP process at t in [0, 1]: minus the integral of beta from 0 to t."""
     return -(BETA_MIN * t + 0.5 * (BETA_MAX - BETA_MIN) * t**2)
+
+
+class ContinuousVP(VPProcess):
+    """The VP-SDE with beta 0.1..20 (Song et al. 2021) in continuous time."""
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t * (NUM_TIMESTEPS - 1)
+
+    def log_alpha_bar(self, timestep: Tensor) -> Tensor:
+        return vp_log_alpha_bar(timestep.cpu().double() / (NUM_TIMESTEPS - 1))
+
+    @cached_property
+    def betas(self) -> Tensor:
+        t = torch.arange(NUM_TIMESTEPS, dtype=torch.float64) / (NUM_TIMESTEPS - 1)
+        log_alpha_bar = vp_log_alpha_bar(t.clamp(min=SMALLEST_TABLE_TIME))
+        return -torch.expm1(torch.diff(log_alpha_bar, prepend=torch.zeros(1, dtype=torch.float64)))
+
+
+class DiscreteVP(VPProcess):
+    """1,000 steps of given betas."""
+
+    def __init__(self, build_betas: Callable[[], Tensor]):
+        self.build_betas = build_betas
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return (t * NUM_TIMESTEPS).long()
+
+    def log_alpha_bar(self, timestep: Tensor) -> Tensor:
+        return torch.log1p(-self.betas).cumsum(0)[timestep.cpu()]
+
+    @cached_property
+    def betas(self) -> Tensor:
+        return self.build_betas()
+
+
+def linear_betas() -> Tensor:
+    """Of Ho et al. 2020."""
+    return torch.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=torch.float64)
+
+
+def cosine_betas() -> Tensor:
+    """Of Nichol and Dhariwal 2021."""
+    edges = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
+    alpha_bar = ((edges + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+PROCESSES: Registry[Process] = Registry("noise process")
+PROCESSES.register("vp-continuous", ContinuousVP())
+PROCESSES.register("ddpm-linear", DiscreteVP(linear_betas))
+PROCESSES.register("cosine", DiscreteVP(cosine_betas))
 
 
 @dataclass(frozen=True)
 class NoiseProcess:
-    """A noise schedule with what the network predicts.
+    """A recipe's noise: the process, what the network predicts, and how errors and times are weighted.
 
     Args:
-        schedule: "vp-continuous" (VP-SDE, beta 0.1..20, t uniform on [0, 1]), "ddpm-linear" (Ho et al. 2020) or
-            "cosine" (Nichol and Dhariwal 2021), the last two with 1,000 discrete steps.
-        prediction_type: "epsilon", "sample" (x_0) or "v_prediction" (alpha epsilon - sigma x_0).
-        loss_weighting: "uniform", or "min-snr" (Hang et al. 2023).
+        schedule: a name in PROCESSES.
+        prediction_type: a name in PREDICTION_TYPES that the process has.
+        loss_weighting: a name in LOSS_WEIGHTINGS.
+        times: a name in TIMES.
+
+    Raises:
+        InputError: an unknown name, or a prediction type that the process doesn't have.
     """
 
     schedule: str = "vp-continuous"
     prediction_type: str = "epsilon"
     loss_weighting: str = "uniform"
+    times: str = "uniform"
 
     def __post_init__(self) -> None:
-        for value, accepted in (
-            (self.schedule, SCHEDULES),
-            (self.prediction_type, PREDICTION_TYPES),
-            (self.loss_weighting, LOSS_WEIGHTINGS),
-        ):
-            if value not in accepted:
-                raise InputError(f"unknown noise setting {value!r}; accepted: {', '.join(accepted)}")
+        process = PROCESSES.choose(self.schedule, "noise.schedule")
+        if self.prediction_type not in process.prediction_types:
+            accepted = ", ".join(process.prediction_types)
+            raise InputError(f"`noise.prediction_type` must be one of {accepted}, got {self.prediction_type!r}")
+        LOSS_WEIGHTINGS.choose(self.loss_weighting, "noise.loss_weighting")
+        TIMES.choose(self.times, "noise.times")
+
+    @property
+    def process(self) -> Process:
+        return PROCESSES[self.schedule]
 
     def timestep(self, uniform: Tensor) -> Tensor:
         """Network times (B,) from numbers drawn uniformly from [0, 1)."""
-        if self.schedule == "vp-continuous":
-            return uniform * (NUM_TIMESTEPS - 1)
-        return (uniform * NUM_TIMESTEPS).long()
-
-    def log_alpha_bar(self, timestep: Tensor) -> Tensor:
-        """log alpha^2 (B,), float64 on the CPU, at network times (B,); the device is waited for if they are on one."""
-        timestep = timestep.cpu()
-        if self.schedule == "vp-continuous":
-            return vp_log_alpha_bar(timestep.double() / (NUM_TIMESTEPS - 1))
-        return torch.log1p(-self._betas).cumsum(0)[timestep]
-
-    def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma (B,), float64 on the CPU, at network times (B,)."""
-        log_alpha_bar = self.log_alpha_bar(timestep)
-        return (0.5 * log_alpha_bar).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
+        return self.process.network_time(TIMES[self.times](uniform))
 
     def mix(self, sample: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample x_t and the network's target, both like sample (B, C, H, W).
 
         timestep: (B,), on the CPU, so that no device is waited for.
         """
-        factors = torch.stack(self.alpha_sigma(timestep)).to(sample.dtype)  # (2, B)
-        alpha, sigma = sent(factors, sample.device)[..., None, None, None]
-        noisy = alpha * sample + sigma * noise
-        if self.prediction_type == "epsilon":
-            return noisy, noise
-        if self.prediction_type == "sample":
-            return noisy, sample
-        return noisy, alpha * noise - sigma * sample
+        factors = torch.stack(self.process.alpha_sigma(timestep)).to(sample.dtype)  # (2, B)
+        if sample.is_cuda:
+            factors = factors.pin_memory()  # a copy from pageable memory would wait for the GPU's earlier work
+        alpha, sigma = factors.to(sample.device, non_blocking=sample.is_cuda)[..., None, None, None]
+        target = PREDICTION_TYPES[self.prediction_type].target(sample, noise, alpha, sigma)
+        return alpha * sample + sigma * noise, target
 
     def loss_weight(self, timestep: Tensor) -> Tensor:
         """Weights (B,), float32 on the CPU, of the squared errors at network times (B,)."""
-        if self.loss_weighting == "uniform":
-            return torch.ones(timestep.shape, dtype=torch.float32)
-        log_alpha_bar = self.log_alpha_bar(timestep)
-        snr = 1 / torch.expm1(-log_alpha_bar)
-        clipped = snr.clamp(max=MIN_SNR_GAMMA)
-        # min(snr, gamma) weighs errors in x_0; the other predictions' errors are those times snr or snr + 1, which is
-        # infinite at t = 0 and makes the weight 0 there.
-        scale = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[self.prediction_type]
-        return (clipped / scale).float()
+        weights = LOSS_WEIGHTINGS[self.loss_weighting]
+        return weights(self.process.snr(timestep), PREDICTION_TYPES[self.prediction_type]).float()
 
-    def scheduler_config(self) -> dict[str, object]:
-        """What any diffusers scheduler needs to run this process backwards."""
-        return {
-            "num_train_timesteps": NUM_TIMESTEPS,
-            "trained_betas": self.betas().tolist(),
-            "prediction_type": self.prediction_type,
-        }
+    def scheduler_config(self) -> dict[str, Any]:
+        """The settings of any scheduler for this process that define it."""
+        return self.process.scheduler_config(self.prediction_type)
 
-    def betas(self) -> Tensor:
-        """beta (1000,), float64, with prod(1 - beta) = alpha^2 at the network times 0..999."""
-        return self._betas.clone()
-
-    @cached_property
-    def _betas(self) -> Tensor:
-        steps = torch.arange(NUM_TIMESTEPS, dtype=torch.float64)
-        if self.schedule == "ddpm-linear":
-            return torch.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=torch.float64)
-        if self.schedule == "cosine":
-            edges = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
-            alpha_bar = ((edges + 0.008) / 1.008 * math.pi / 2).cos() ** 2
-            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        log_alpha_bar = vp_log_alpha_bar((steps / (NUM_TIMESTEPS - 1)).clamp(min=SMALLEST_TABLE_TIME))
-        return -torch.expm1(torch.diff(log_alpha_bar, prepend=torch.zeros(1, dtype=torch.float64)))
+    def build_scheduler(self) -> SchedulerMixin:
+        """The scheduler that pipelines of this process and prediction type are saved with."""
+        return self.process.build_scheduler(self.prediction_type)

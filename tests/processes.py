@@ -28,7 +28,7 @@ FORKED.set_forkserver_preload(
     [
         "tests.processes",
         "dia_diffusion.cli.train",
-        "dia_diffusion.training.loop",
+        "dia_diffusion.training.trainer",
         "dia_diffusion.cli.classify",
         "dia_diffusion.training.classification",
         "dia_diffusion.cli.sample",
@@ -229,7 +229,7 @@ def hold(owner: str, name: str, calls: int, gate: Path | None = None, rank: int 
 
 def hold_steps(steps: int, gate: Path | None = None, rank: int | None = None) -> None:
     """Makes a training wait within step number `steps`, before its line of metrics is written."""
-    hold("dia_diffusion.training.loop:Trainer", "advance", steps, gate, rank)
+    hold("dia_diffusion.training.trainer:Trainer", "train_step", steps, gate, rank)
 
 
 def hold_checkpoints(files: int) -> None:

@@ -136,7 +136,7 @@ def test_only_secure_addresses_are_asked(tmp_path, url, monkeypatch):
         raise AssertionError("a connection was tried")
 
     monkeypatch.setattr("socket.create_connection", connected)
-    with pytest.raises(RunError, match="is not secure; accepted: https") as error:
+    with pytest.raises(RunError, match="the address must be https") as error:
         fetch(Download(url, "0" * 64, 10), tmp_path)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 

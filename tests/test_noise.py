@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess
 
 
 def test_vp_is_the_integral_of_beta() -> None:
-    process = NoiseProcess("vp-continuous")
+    process = PROCESSES["vp-continuous"]
     for t in (0.001, 0.1, 0.5, 1.0):
         grid = np.linspace(0, t, 20001)
         integral = np.trapezoid(0.1 + grid * 19.9, grid)
@@ -22,7 +22,7 @@ def test_vp_is_the_integral_of_beta() -> None:
 def test_betas_give_the_same_process_at_whole_times() -> None:
     process = NoiseProcess("vp-continuous")
     scheduler = DDPMScheduler(**process.scheduler_config())
-    alpha, sigma = process.alpha_sigma(torch.arange(1, 1000))
+    alpha, sigma = process.process.alpha_sigma(torch.arange(1, 1000))
     table = scheduler.alphas_cumprod[1:].double()
     half_log_snr = 0.5 * (table.log() - torch.log1p(-table))
     assert (half_log_snr - (alpha / sigma).log()).abs().max() < 2e-3
@@ -55,7 +55,7 @@ def test_min_snr_weighs_all_predictions_alike(schedule: str) -> None:
     losses = []
     for prediction_type in ("epsilon", "sample", "v_prediction"):
         process = NoiseProcess(schedule, prediction_type, "min-snr")
-        alpha, sigma = (f[:, None, None, None] for f in process.alpha_sigma(timestep))
+        alpha, sigma = (f[:, None, None, None] for f in PROCESSES[schedule].alpha_sigma(timestep))
         noisy, target = process.mix(x, noise, timestep)
         wrong_noise = (noisy - alpha * wrong_x) / sigma
         prediction = {
@@ -77,6 +77,27 @@ def test_weights_at_the_ends() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    for wrong in (("linear",), ("cosine", "noise"), ("cosine", "epsilon", "snr")):
-        with pytest.raises(InputError, match="accepted"):
+    for wrong, key in (
+        (("linear",), "schedule` must be one of vp-continuous, ddpm-linear, cosine, got 'linear'"),
+        (("cosine", "noise"), "prediction_type` must be one of epsilon, sample, v_prediction, got 'noise'"),
+        (("cosine", "epsilon", "snr"), "loss_weighting` must be one of uniform, min-snr, got 'snr'"),
+        (("cosine", "epsilon", "uniform", "late"), "times` must be one of uniform, got 'late'"),
+    ):
+        with pytest.raises(InputError, match=f"`noise.{key}"):
             NoiseProcess(*wrong)
+
+
+@pytest.mark.parametrize("name", PREDICTION_TYPES)
+def test_predictions_and_the_noise_in_a_sample_follow_from_each_other(name: str) -> None:
+    kind, alpha, sigma = PREDICTION_TYPES[name], 0.6, 0.8
+    image, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    back = kind.noise(kind.target(image, noise, alpha, sigma), alpha * image + sigma * noise, alpha, sigma)
+    torch.testing.assert_close(back, noise)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_scheduler_is_known_by_its_process(name: str) -> None:
+    saved = NoiseProcess(name, "v_prediction").build_scheduler()
+    others = [DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()]
+    assert [other for other, process in PROCESSES.items() if process.is_run_by(saved)] == [name]
+    assert not any(process.is_run_by(other) for other in others for process in PROCESSES.values())

@@ -107,7 +107,7 @@ sys.modules.update(fcntl=None, resource=None)  # which Windows doesn't have
 import dia_diffusion, dia_diffusion.distributed
 
 assert dia_diffusion.UViT and dia_diffusion.UViTPipeline
-for name in ("dia_diffusion.training.loop", "dia_diffusion.evaluation.evaluate"):
+for name in ("dia_diffusion.training.trainer", "dia_diffusion.evaluation.evaluate"):
     try:
         __import__(name)
     except ImportError as error:

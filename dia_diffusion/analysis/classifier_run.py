@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.trained_run import Batch, TrainedRun
-from dia_diffusion.data import open_images
-from dia_diffusion.data.encoded import open_encoded
+from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, normalized
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
-from dia_diffusion.training.classification import AnySet, Batches
+from dia_diffusion.training.classification import Batches
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import read_experiment
@@ -59,11 +58,9 @@ class ClassifierRun(TrainedRun):
         size = None if data.augmentation == "resized-crop" else self.experiment.model.sample_size
         return (source or data.source, data.split, size)
 
-    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> AnySet:
+    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> ImageSet:
         place, split, size = self.images_key(source)
-        if size is None:
-            return open_encoded(place, split)
-        return open_images(place, split=split, size=size, channels=3, progress=progress)
+        return open_images(place, split=split, size=size, channels=3, decode=size is not None, progress=progress)
 
     def trained_on(self) -> str | None:
         training = load_classifier(list(self.classifiers.values())[-1]).training

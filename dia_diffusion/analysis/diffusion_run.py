@@ -13,13 +13,12 @@ from dia_diffusion.analysis.trained_run import Batch, TrainedRun, spread
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
-from dia_diffusion.training.diffusion import image_losses, training_batch
+from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.snapshot import build_model
 from dia_diffusion.training.ssia import without_heads
 
 
@@ -76,16 +75,11 @@ class DiffusionRun(TrainedRun):
         return training["data"].get("fingerprint") if training else None
 
     def draw(self, seed: int, number: int, count: int) -> StepDraws:
-        return draw_step(seed, number, count, len(self.images), self._decoded.images.shape[1:])
-
-    @property
-    def _decoded(self) -> ImageSet:
-        assert isinstance(self.images, ImageSet)
-        return self.images
+        return draw_step(seed, number, count, len(self.images), self.images.shape)
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor | None]:
         """Images (B, C, H, W) in [-1, 1] and labels (B,), prepared as the run's training does."""
-        return training_batch(self._decoded, self.experiment, draws, self.device, torch.float32)
+        return training_batch(self.images, self.experiment, draws, self.device, torch.float32)
 
     def batches(self, draws: StepDraws, num_times: int, batch_size: int) -> Iterator[Batch]:
         count = len(draws.indices)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from dia_diffusion.attention.insertion_points import positions_of
+from dia_diffusion.attention.insertion_points import insertion_points
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import save_figure
 from dia_diffusion.models.classifiers import SavedClassifier
@@ -66,7 +66,7 @@ def last_block(model: nn.Module) -> tuple[nn.Module, bool]:
     Raises:
         InputError: a network without blocks that are known.
     """
-    block = model.get_submodule(positions_of(model)[-1].module.rpartition(".")[0])
+    block = model.get_submodule(insertion_points(model)[-1].module.rpartition(".")[0])
     return (block.ln_1, True) if isinstance(block, EncoderBlock) else (block, False)
 
 

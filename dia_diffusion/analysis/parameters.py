@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.insertion_points import in_stages, positions_of
+from dia_diffusion.attention.insertion_points import group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 
@@ -51,7 +51,7 @@ def stages_of(model: nn.Module) -> list[Stage]:
     """
     if isinstance(model, UViT):
         return [Stage(model.hidden_size, model.config.num_layers)]
-    return [Stage(run[0].channels or 0, len(run)) for run in in_stages(positions_of(model))]
+    return [Stage(run[0].channels or 0, len(run)) for run in group_by_channels(insertion_points(model))]
 
 
 def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:

@@ -9,9 +9,9 @@ import torch
 from dia_diffusion.analysis.classifier_run import ClassifierRun
 from dia_diffusion.analysis.diffusion_run import DiffusionRun
 from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
 from dia_diffusion.reading import read_yaml
-from dia_diffusion.training.classification import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 
 
@@ -30,7 +30,7 @@ def open_runs(
         InputError: no such run or images, or other images than a run was trained on.
     """
     runs = [open_run(path, device) for path in paths]
-    opened: dict[tuple[Any, ...], AnySet] = {}
+    opened: dict[tuple[Any, ...], ImageSet] = {}
     for run in runs:
         key = run.images_key(source)
         if key not in opened:

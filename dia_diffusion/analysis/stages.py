@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
-from dia_diffusion.attention.insertion_points import BRANCH_END, Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import BRANCH_END, Position, group_by_channels, insertion_points
 from dia_diffusion.attention.layers import is_map
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import Block, UViT
@@ -88,7 +88,7 @@ def _uvit_stage(model: UViT) -> Stage:
 def _known_runs(model: nn.Module) -> list[tuple[Position, ...]]:
     """The runs of positions with one channel count that attach() finds by itself; none in a network of another kind."""
     try:
-        return in_stages(positions_of(model))
+        return group_by_channels(insertion_points(model))
     except InputError:
         return []
 

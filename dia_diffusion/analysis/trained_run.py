@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.classification import AnySet
 from dia_diffusion.training.run_folder import RunFolder
 
 WEIGHTS = ("ema", "raw")
@@ -63,17 +63,17 @@ class TrainedRun(ABC):
         self.folder = RunFolder(path)
         self.name = self.folder.path.resolve().name
         self.device = device or torch.device("cpu")
-        self._images: AnySet | None = None
+        self._images: ImageSet | None = None
 
     @property
-    def images(self) -> AnySet:
+    def images(self) -> ImageSet:
         """What the run was trained on."""
         if self._images is None:
             raise ValueError(f"{self.name} was opened without its images; use open_runs")
         return self._images
 
     @images.setter
-    def images(self, images: AnySet) -> None:
+    def images(self, images: ImageSet) -> None:
         self._images = images
 
     unit: str
@@ -102,7 +102,7 @@ class TrainedRun(ABC):
         """The network with a step's weights, in evaluation mode, on the device."""
 
     @abstractmethod
-    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> AnySet:
+    def open_images(self, source: str | None, progress: Callable[[int, int], None] | None) -> ImageSet:
         """Reads what the run was trained on, from where it is now. Raises InputError: no such images."""
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """Attention units put into any network from outside, by hooks (arXiv 2210.16101, eq. 2 and 4).
 
-One unit for each stage, a maximal run of positions with one channel count in the order in which the network runs them.
+One unit per stage, a maximal run of insertion points with one channel count in the order of execution.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.insertion_points import PlaceHook, Places, Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import (
+    InsertionHook,
+    InsertionPoints,
+    Position,
+    group_by_channels,
+    insertion_points,
+)
 from dia_diffusion.attention.passes import Pass, Passes, in_checkpoint
 from dia_diffusion.attention.units import UNITS, build_attention, forked_rng
 from dia_diffusion.errors import InputError
@@ -18,12 +24,12 @@ from dia_diffusion.models.registry import wrapped_networks
 
 UNITS_NAME = "attention_units"
 SAVE = "save_pretrained"
-DECIDED_BY_ATTACH = {"name", "channels", "num_blocks"}  # what attach() builds units with
+SET_BY_ATTACH = {"name", "channels", "num_blocks"}  # arguments of build_attention
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of positions that share a unit."""
+    """Insertion points that share a unit."""
 
     channels: int
     positions: tuple[Position, ...]
@@ -31,9 +37,9 @@ class Stage:
 
 
 class AttentionUnits(nn.Module):
-    """An attached model's units, one a stage; the model has them as `attention_units`.
+    """The units of an attached model, one per stage, its `attention_units`.
 
-    Not an nn.ModuleList, whose modules diffusers' group offloading takes for blocks that run once each, in turn.
+    Not an nn.ModuleList: diffusers' group offloading assumes that its modules run once each, in turn.
     """
 
     attachment: "Attachment"
@@ -53,50 +59,58 @@ class AttentionUnits(nn.Module):
         return self.children()
 
     def forward(self, output: Any) -> Any:
-        """A Sequential calls all it has, these last: its output stays what it is."""
+        """Identity: a Sequential that is the model calls its units last."""
         return output
 
 
-def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, **unit_kwargs: Any) -> "Attachment":
-    """Puts attention units into a model: one a stage, shared by the stage's positions.
+def attach(
+    model: nn.Module, unit: str = "dia-lstm", at: InsertionPoints | None = None, **unit_kwargs: Any
+) -> "Attachment":
+    """Inserts attention units into a model: one per stage, shared by the stage's insertion points.
 
-    The units become part of the model (`model.attention_units`), so this comes before optimizers, DDP and
-    torch.compile are given the model. They start from a generator of their own: the model's other weights, and what is
-    drawn later, are the same with any unit.
+    The units become part of the model (`model.attention_units`), so attach before you create optimizers, DDP and
+    torch.compile. Their first weights come from a forked generator: the model's other weights and later draws don't
+    depend on the unit.
 
     Args:
         model: a UNet2DModel or DiTTransformer2DModel of diffusers, a ResNet or ViT of torchvision, a model that holds
             one, or any other with `at`. Every forward pass must run each position once, in the order given.
         unit: its name; see build_attention.
-        at: names of modules, whose outputs the unit recalibrates; Positions; or a function of (name, module) that
-            chooses modules. None is after each resnet block of a UNet, at the end of a ResNet's residual branches,
-            and between norm and MLP of a transformer.
+        at: names of modules whose outputs the unit recalibrates; Positions; or a predicate of (name, module). None is
+            after each resnet block of a UNet, at the end of a ResNet's residual branches, and between norm and MLP of
+            a transformer.
         unit_kwargs: further arguments of the unit, such as reduction=16.
 
     Returns:
-        What was attached; its detach() takes it off again.
+        The attachment; its detach() removes the units again.
 
     Raises:
-        InputError: no place for a unit, an unknown one, one that needs the time, a model that has units already, or one
-            wrapped by DDP or torch.compile.
+        InputError: no insertion point, an unknown unit or one that needs the time, or a model that has units already or
+            is wrapped by DDP or torch.compile.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise InputError(f"attach() was given a {type(model).__name__}; accepted: the model within it, before wrapping")
+        raise InputError(f"`model` must be the model before it is wrapped, got a {type(model).__name__}")
     if (attached := attachment_in(model)) is not None:
-        raise InputError(f"{type(attached.model).__name__} has attached units already; detach() them first")
+        raise InputError(
+            f"`model` must be without attached units, got a {type(attached.model).__name__} with some; detach() first"
+        )
     if hasattr(model, UNITS_NAME):
-        raise InputError(f"{type(model).__name__} has an attribute {UNITS_NAME} of its own, which units are named")
-    if decided := DECIDED_BY_ATTACH & unit_kwargs.keys():
-        raise InputError(f"attach() was given {min(decided)}, which it decides itself; leave it out")
+        raise InputError(
+            f"`model` must have no attribute {UNITS_NAME} of its own, got a {type(model).__name__} with one"
+        )
+    if decided := SET_BY_ATTACH & unit_kwargs.keys():
+        raise InputError(f"`{min(decided)}` is set by attach(); leave it out")
     if unit in (None, "none"):
-        raise InputError(f"attach() was given unit {unit!r}; accepted: the name of a unit")
+        raise InputError(f"`unit` must be the name of a unit, got {unit!r}")
     if unit in UNITS and UNITS[unit].needs_time:
-        raise InputError(f"`unit` must be one that doesn't need the time, which only a UViT gives, got {unit!r}")
-    positions = positions_of(model, at)
+        raise InputError(f"`unit` must not need the time, which only a UViT gives its unit, got {unit!r}")
+    positions = insertion_points(model, at)
     for position in positions:
-        if _has_unit(model.get_submodule(position.module)):  # a network around this model was attached to
-            raise InputError(f"{position.module} has an attached unit already; detach() it first")
-    stages = in_stages(positions)
+        if _has_unit(model.get_submodule(position.module)):  # by attach() of a network around this model
+            raise InputError(
+                f"`at` must name modules without an attached unit, got {position.module}; detach() its unit first"
+            )
+    stages = group_by_channels(positions)
     units: list[nn.Module] = []
     with forked_rng():
         for run in stages:
@@ -107,16 +121,16 @@ def attach(model: nn.Module, unit: str = "dia-lstm", at: Places | None = None, *
 
 
 def attachment_in(model: nn.Module) -> "Attachment | None":
-    """What is attached to a model or to one within it."""
+    """The attachment of a model or of one within it."""
     return next((module.attachment for module in model.modules() if isinstance(module, AttentionUnits)), None)
 
 
 class Attachment:
-    """Units on a model, the hooks that call them, and the state of the forward pass that runs.
+    """A model's units, the hooks that call them, and the state of the current forward pass.
 
     model: the attached model.
-    stages: the runs of positions in order of execution, each with its unit.
-    unit_name, unit_kwargs: what the units were built of.
+    stages: in the order of execution, each with its insertion points and its unit.
+    unit_name, unit_kwargs: the arguments of attach().
     """
 
     def __init__(
@@ -132,7 +146,7 @@ class Attachment:
         self.calls = [_Call(self, stage, position) for stage in self.stages for position in stage.positions]
         for index, call in enumerate(self.calls):
             call.index = index
-        # Modules that diffusers' enable_gradient_checkpointing() turns on and off.
+        # The modules that diffusers' enable_gradient_checkpointing() switches.
         self.checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self.current: Pass | None = None
         self.passes = Passes()
@@ -143,7 +157,7 @@ class Attachment:
         units.attachment = self
         setattr(model, UNITS_NAME, units)
         if hasattr(model, SAVE):
-            setattr(model, SAVE, self._save)  # the model's own would write tensors that its class can't load
+            setattr(model, SAVE, self._save)  # the model's own would write tensors that its class doesn't load
         self.hooks = [
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._finish),
@@ -158,11 +172,11 @@ class Attachment:
 
     @property
     def positions(self) -> list[Position]:
-        """All positions in order of execution."""
+        """All insertion points in the order of execution."""
         return [call.position for call in self.calls]
 
     def detach(self) -> None:
-        """Makes the model again what it was: the function, the parameters and the names of its tensors."""
+        """Restores the model: its function, parameters and tensor names."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -186,14 +200,11 @@ class Attachment:
 
     def _finish(self, model: nn.Module, args: Any, output: Any) -> None:
         current = self.current
-        if current is None:  # a pass within this one has ended it
+        if current is None:  # ended by a pass within this one
             return
         if current.position != len(self.calls):
             skipped = self.calls[current.position].position.module
-            raise InputError(
-                f"the forward pass left out {skipped}, which has an attached unit; accepted: places that every pass "
-                "runs once"
-            )
+            raise InputError(f"every forward pass must run each insertion point once, got one that left out {skipped}")
         self.passes.hold(current, output)
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -207,8 +218,8 @@ def _has_unit(module: nn.Module) -> bool:
     return any(isinstance(getattr(hook, "__self__", None), _Call) for hook in hooks)
 
 
-class _Call(PlaceHook):
-    """The hook of one position, which calls the unit."""
+class _Call(InsertionHook):
+    """The hook of one insertion point, which calls the unit."""
 
     def __init__(self, attachment: Attachment, stage: Stage, position: Position):
         super().__init__(position)
@@ -227,7 +238,7 @@ class _Call(PlaceHook):
             state = None if self.is_first else current.state
             if in_checkpoint():
                 current.keep(state)
-        features, state = self.stage.unit(features, state, num_extra_tokens=self.position.num_extra_tokens)
+        features, state = self.stage.unit(features, state, 0, self.position.num_prefix_tokens)
         if current is not None:
             attachment.passes.hold(current, features)
             current.state = state
@@ -240,13 +251,13 @@ class _Call(PlaceHook):
             expected = "nothing" if current.position == len(self.attachment.calls) else self._name(current.position)
             how = "again" if current.position > self.index else "too early"
             raise InputError(
-                f"{name}, which has an attached unit, ran {how}, where {expected} was next; accepted: places that "
-                "every pass runs once, named in the order in which it runs them"
+                "every forward pass must run each insertion point once, in the order in which they are named, got "
+                f"{name} {how}, where {expected} was next"
             )
         if current.grad_enabled and not torch.is_grad_enabled():
             raise InputError(
-                f"{name} runs without gradients in a forward pass with them, in which its unit's would be lost; "
-                "accepted: gradient checkpointing with use_reentrant=False"
+                f"{name} must run with gradients in a forward pass with gradients, got none; use gradient "
+                "checkpointing with use_reentrant=False"
             )
 
     def _name(self, index: int) -> str:
@@ -255,8 +266,8 @@ class _Call(PlaceHook):
     def _check(self, features: Any) -> None:
         name, side, channels = self.position.module, self.position.side, self.stage.channels
         if not isinstance(features, Tensor) or features.dim() not in (3, 4):
-            what = f"shape {tuple(features.shape)}" if isinstance(features, Tensor) else f"a {type(features).__name__}"
-            raise InputError(f"the {side} of {name} is {what}; accepted for a unit: (B, L, N) or (B, N, H, W)")
-        found = features.shape[1 if features.dim() == 4 else 2]
-        if found != channels:
-            raise InputError(f"the {side} of {name} has {found} channels, and its unit is for {channels}")
+            what = str(tuple(features.shape)) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+            raise InputError(f"the {side} of {name} must have shape (B, L, N) or (B, N, H, W) for a unit, got {what}")
+        actual = features.shape[1 if features.dim() == 4 else 2]
+        if actual != channels:
+            raise InputError(f"the {side} of {name} must have {channels} channels, as its unit, got {actual}")

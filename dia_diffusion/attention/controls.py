@@ -1,8 +1,8 @@
-"""Controls for the shared unit: scales in its place that see no features, to tell what of its effect is attention.
+"""Controls for the shared unit: scales that see no features, to measure how much of its effect is attention.
 
 DIA-LSTM's attention map starts near 0.25 in every channel of every block (both gates at zero: sigmoid(0) * sigmoid(0)).
-These start there too, and keep it, or learn a number a block, or learn a vector of channels a block. Another one, which
-starts at 1, also knows the time: what is left of DIA-LSTM's effect beside it needs the image.
+These start there too, and keep it, or learn a scalar per block, or a per-channel vector per block. Another one, which
+starts at 1, also depends on the time: whatever DIA-LSTM does beyond it needs the image.
 """
 
 import torch
@@ -14,11 +14,11 @@ from dia_diffusion.errors import InputError
 
 
 class FixedScale(nn.Module):
-    """Every channel of every block times one number that nothing trains.
+    """Every channel of every block times one constant.
 
     Args:
-        channels: N; not used, as every unit is built from it.
-        scale: the number.
+        channels: N; not used.
+        scale: the constant.
 
     Raises:
         InputError: scale is not a finite number.
@@ -29,28 +29,27 @@ class FixedScale(nn.Module):
         self.scale = finite("scale", scale)
 
     def forward(
-        self, features: Tensor, state: None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+        self, features: Tensor, state: None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, None]:
         """As DIALSTM's; there is no state."""
         return features * self.scale, None
 
     def attention_map(self, state: None) -> Tensor:
-        """What each call multiplies with, ()."""
+        """The constant, ()."""
         return torch.tensor(self.scale)
 
 
 class BlockScale(nn.Module):
-    """Each block times its own learned number or channel vector, the same for every image and time.
+    """Each block times its own learned scalar or per-channel vector, the same for every image and time.
 
-    AdamW decays these parameters as it does all others, so what the loss doesn't hold drifts to `decay_to`.
+    AdamW decays these parameters as it does all others, so scales that the loss doesn't depend on drift to `decay_to`.
 
     Args:
         channels: N, the channels of the features.
         num_blocks: the calls of one forward pass of the model.
-        by_channel: a vector of N a block instead of a number.
-        start: what every scale starts at.
-        decay_to: what weight decay pulls every scale to. The parameters are the scales less this, so 1 stores a scale
-            1 + s as s.
+        by_channel: a vector of N per block instead of a scalar.
+        start: the initial value of every scale.
+        decay_to: the value that weight decay pulls every scale to. The parameters are the scales minus this value.
 
     Raises:
         InputError: start or decay_to is not a finite number.
@@ -65,16 +64,16 @@ class BlockScale(nn.Module):
         self.scale = nn.Parameter(torch.full(shape, finite("start", start) - self.decay_to))
 
     def forward(
-        self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+        self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, int]:
         """As DIALSTM's; the state is the number of calls so far."""
         state = (state or 0) + 1
         if state > len(self.scale):
-            raise InputError(f"the unit was built for {len(self.scale)} blocks and is called in block {state}")
+            raise InputError(f"calls of the unit per forward pass must be {len(self.scale)} at most, got call {state}")
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: int) -> Tensor:
-        """What the call that returned this state multiplied with, (N,) or (1,)."""
+        """The scales of the call that returned this state, (N,) or (1,)."""
         return self.scale[state - 1] + self.decay_to
 
 
@@ -82,7 +81,7 @@ TimeState = tuple[int, Tensor]  # the calls so far, and the embedding of the tim
 
 
 class BlockTimeScale(nn.Module):
-    """Each block times a learned channel vector that knows the time: what DIA-LSTM could do without seeing features.
+    """Each block times a learned per-channel vector that depends on the time: DIA-LSTM's effect without the features.
 
         s_l(t) = 1 + W_l SiLU(V e(t) + u) + b_l
 
@@ -109,17 +108,19 @@ class BlockTimeScale(nn.Module):
         return 0, embedding
 
     def forward(
-        self, features: Tensor, state: TimeState, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+        self, features: Tensor, state: TimeState, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, TimeState]:
         """As DIALSTM's, but the first state is that of `first_state`."""
         calls, embedding = state
         if calls == len(self.bias):
-            raise InputError(f"the unit was built for {len(self.bias)} blocks and is called in block {calls + 1}")
+            raise InputError(
+                f"calls of the unit per forward pass must be {len(self.bias)} at most, got call {calls + 1}"
+            )
         state = calls + 1, embedding
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: TimeState) -> Tensor:
-        """What the call that returned this state multiplied with, (B, N)."""
+        """The scales of the call that returned this state, (B, N)."""
         calls, embedding = state
         with torch.autocast(embedding.device.type, enabled=False):
             hidden = F.silu(self.hidden(embedding.to(self.hidden.weight.dtype)))  # (B, N/r)

@@ -15,7 +15,7 @@ from dia_diffusion.errors import InputError
 
 
 class FullGates(nn.Module):
-    """Standard LSTM: one full linear map an input, 8 N^2 + 8 N parameters."""
+    """Standard LSTM: one full linear map per input, 8 N^2 + 8 N parameters."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -24,7 +24,7 @@ class FullGates(nn.Module):
         # As torch.nn.LSTMCell starts; nn.Linear's default has the same bound, 1 / sqrt(N).
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
         return [*self.from_input.parameters(), *self.from_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ class FullGates(nn.Module):
 
 
 class BottleneckGates(nn.Module):
-    """DIA-LSTM: Linear N -> N/r, ReLU, Linear N/r -> 4 N an input, 10 N^2/r + 2 N/r + 8 N parameters (III-C)."""
+    """DIA-LSTM: Linear N -> N/r, ReLU, Linear N/r -> 4 N per input, 10 N^2/r + 2 N/r + 8 N parameters (III-C)."""
 
     def __init__(self, channels: int, reduction: int):
         super().__init__()
@@ -43,7 +43,7 @@ class BottleneckGates(nn.Module):
         self.expand_hidden = CastLinear(width, 4 * channels)
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
         return [*self.expand_input.parameters(), *self.expand_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class BottleneckGates(nn.Module):
 
 
 class LightGates(nn.Module):
-    """DIA-LSTM (Light): Linear N -> N/r, ReLU, then four element-wise maps W * x + b an input (eq. 5).
+    """DIA-LSTM (Light): Linear N -> N/r, ReLU, then four element-wise maps W * x + b per input (eq. 5).
 
     2 N^2/r + 2 N/r + 16 N parameters. The paper leaves open how the N/r values meet the N element-wise weights; its
     count leaves room for no weights between them, so the vector is repeated r times.
@@ -77,7 +77,7 @@ class LightGates(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """Those next to the gates: with all of them 0, so are the gates' inputs."""
+        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
         return [self.input_weight, self.input_bias, self.hidden_weight, self.hidden_bias]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class DIALSTM(nn.Module):
         (h_t, c_t) = LSTM(GAP(a_t), h_{t-1}, c_{t-1}),  h_0 = c_0 = 0;  returns a_t * h_t
 
     The model holds ONE instance and calls it in every block, handing each call the state the last one returned; the
-    state runs along depth and starts anew with each forward pass of the model.
+    state runs along depth and is reset at each forward pass of the model.
 
     Args:
         channels: N, the channels of the features.
@@ -124,7 +124,7 @@ class DIALSTM(nn.Module):
         num_cells: stacked cells (Table XIV). Only the first has the named form, the deeper ones are full linear maps
             fed by the hidden state of the one below; the last one's hidden state recalibrates.
         dropout: probability of dropping an element of a hidden state on its way to the next cell.
-        scale: the features are multiplied by scale * h instead of h; the LSTM goes on with h. With 4 and a sigmoid
+        scale: the features are multiplied by scale * h instead of h; the LSTM keeps h. With 4 and a sigmoid
             the unit starts near the identity instead of near a quarter.
         initialization: "torch" starts the maps as torch does, as the published DIANet code; "zero" starts those next
             to the gates at 0, so that h starts at exactly 1/4 with a sigmoid (tanh and relu: 0) in every channel.
@@ -148,17 +148,17 @@ class DIALSTM(nn.Module):
     ):
         super().__init__()
         if sharing != "shared":
-            raise InputError(f"sharing is {sharing!r}; accepted for {cell}: shared, as its LSTM runs along the blocks")
+            raise InputError(f"`sharing` must be shared for {cell}, whose LSTM runs along the blocks, got {sharing!r}")
         if cell not in CELL_ACTIVATION:
-            raise InputError(f"unknown cell {cell!r}; accepted: {', '.join(CELL_ACTIVATION)}")
+            raise InputError(f"`cell` must be one of {', '.join(CELL_ACTIVATION)}, got {cell!r}")
         activation = activation or CELL_ACTIVATION[cell]
         if activation not in ACTIVATIONS:
-            raise InputError(f"unknown activation {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
+            raise InputError(f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if num_cells < 1:
-            raise InputError(f"num_cells is {num_cells}; accepted: 1 or more")
+            raise InputError(f"`num_cells` must be 1 or more, got {num_cells}")
         if initialization not in UNIT_INITIALIZATIONS:
             names = ", ".join(UNIT_INITIALIZATIONS)
-            raise InputError(f"unknown initialization {initialization!r} of the unit; accepted: {names}")
+            raise InputError(f"`initialization` of the unit must be one of {names}, got {initialization!r}")
         self.channels = channels
         self.scale = finite("scale", scale)
         self.activation = ACTIVATIONS[activation]
@@ -177,7 +177,7 @@ class DIALSTM(nn.Module):
         self.cells = nn.ModuleList(cells)
 
     def forward(
-        self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+        self, features: Tensor, state: State | None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, State]:
         """Recalibrates features by the attention map h_t.
 
@@ -185,7 +185,7 @@ class DIALSTM(nn.Module):
             features: a_t, tokens (B, L, N) or maps (B, N, H, W).
             state: what the previous block's call returned; None at the first block.
             num_unpooled_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated too.
-            num_extra_tokens: leading tokens on no grid; only units with a spatial part need it.
+            num_prefix_tokens: leading tokens that are no patches; only units with a spatial map need it.
 
         Returns:
             (features * scale * h_t, in the shape and dtype of features; the state for the next block).
@@ -196,7 +196,7 @@ class DIALSTM(nn.Module):
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: State) -> Tensor:
-        """What the call that returned this state multiplied the features with, (B, N) float32."""
+        """The map that the call that returned this state multiplied the features by, (B, N) float32."""
         return state[0][-1] * self.scale
 
     def step(self, pooled: Tensor, state: State | None) -> State:

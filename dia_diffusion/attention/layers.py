@@ -1,8 +1,7 @@
-"""Parts that attention units are built of: layers, extraction and recalibration (arXiv 2210.16101, Fig. 4).
+"""Layers, extraction and recalibration that attention units share (arXiv 2210.16101, Fig. 4).
 
 Features are tokens (B, L, N) or maps (B, N, H, W). Statistics are float32, or float64 of float64 features. Layers
-compute in the precision of their input, by casting weights in their forward, so that what replaces or hooks a module
-(LoRA, offloading) works on them.
+compute in the precision of their input by casting weights in forward, so that LoRA and offload hooks work on them.
 """
 
 import math
@@ -20,7 +19,7 @@ from dia_diffusion.errors import InputError
 def bottleneck_width(channels: int, reduction: int) -> int:
     """N / r, the width of the first linear map; r must divide N."""
     if reduction < 1 or channels % reduction:
-        raise InputError(f"reduction {reduction} does not divide the {channels} channels; use a divisor of {channels}")
+        raise InputError(f"`reduction` must divide the {channels} channels, got {reduction}")
     return channels // reduction
 
 
@@ -56,7 +55,8 @@ def _cast(parameter: Tensor | None, like: Tensor) -> Any:
 
 
 def batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """A BatchNorm layer of x (B, N, H, W); its running statistics stay while gradient checkpointing recomputes.
+    """Applies a BatchNorm to x (B, N, H, W), without updating its running statistics in gradient checkpointing's second
+    forward pass.
 
     torch's own layer would count a recomputed batch twice.
 
@@ -64,19 +64,17 @@ def batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
         layer: a CastBatchNorm2d, or the nn.SyncBatchNorm it was converted to.
 
     Raises:
-        InputError: training with one value a channel, which has no variance.
+        InputError: training with one value per channel, which has no variance.
     """
     if layer.training and x.shape[0] * x.shape[2] * x.shape[3] < 2:
-        raise InputError(
-            "the unit's BatchNorm has one value a channel; accepted in training: batches of 2 images or more"
-        )
+        raise InputError("batches must have 2 images or more for the unit's BatchNorm, got one value per channel")
     with running_statistics_kept(layer) if layer.training and recomputing() else nullcontext():
         return layer(x)
 
 
 @contextmanager
 def running_statistics_kept(layer: nn.Module) -> Iterator[None]:
-    """While it lasts, the layer updates copies of its running statistics."""
+    """Restores the layer's running statistics at exit."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     kept = {name: getattr(layer, name) for name in names}
     for name, statistic in kept.items():
@@ -97,12 +95,12 @@ def recomputing() -> bool:
 def is_map(features: Tensor) -> bool:
     """Whether features are maps (B, N, H, W) rather than tokens (B, L, N). Raises InputError for other shapes."""
     if features.dim() not in (3, 4):
-        raise InputError(f"features have shape {tuple(features.shape)}; accepted: (B, L, N) or (B, N, H, W)")
+        raise InputError(f"features must have shape (B, L, N) or (B, N, H, W), got {tuple(features.shape)}")
     return features.dim() == 4
 
 
 def statistics_dtype(features: Tensor) -> torch.dtype:
-    """float32 of half precisions."""
+    """float32 for half precisions."""
     return torch.promote_types(features.dtype, torch.float32)
 
 
@@ -114,39 +112,39 @@ def mean_pool(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
     return features[:, num_unpooled_tokens:].mean(dim=1, dtype=dtype)
 
 
-def positions(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
-    """The same features by channel, (B, N, P): pixels, or all but the leading tokens."""
+def channels_first(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
+    """Features as (B, N, P), P pixels, or all tokens but the leading ones."""
     if is_map(features):
         return features.flatten(2).to(statistics_dtype(features))
     return features[:, num_unpooled_tokens:].transpose(1, 2).to(statistics_dtype(features))
 
 
-def grid(features: Tensor, num_extra_tokens: int = 0) -> Tensor:
-    """Maps as they are, or tokens as (B, N, H, W) with H = W, without the leading ones that lie on no grid.
+def grid(features: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """Maps as they are, or patch tokens as (B, N, H, W) with H = W, without the prefix tokens.
 
     Raises:
-        InputError: the tokens are not as many as a square has.
+        InputError: the number of patch tokens is no square.
     """
     if is_map(features):
         return features.to(statistics_dtype(features))
-    by_channel = positions(features, num_extra_tokens)  # (B, N, P)
+    by_channel = channels_first(features, num_prefix_tokens)  # (B, N, P)
     side = math.isqrt(by_channel.shape[2])
     if side * side != by_channel.shape[2]:
         raise InputError(
-            f"{by_channel.shape[2]} tokens, {num_extra_tokens} leading ones left out, are no square grid; "
-            "accepted: square images for a unit with a spatial part"
+            f"the patches must form a square grid for a unit with a spatial map, got {by_channel.shape[2]} tokens "
+            f"after {num_prefix_tokens} prefix tokens"
         )
     return by_channel.unflatten(2, (side, side))
 
 
-def recalibrate(features: Tensor, attention_map: Tensor, num_extra_tokens: int = 0) -> Tensor:
+def recalibrate(features: Tensor, attention_map: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Features times an attention map, in features' shape and dtype.
 
     Args:
         features: tokens (B, L, N) or maps (B, N, H, W).
-        attention_map: what broadcasts to (B, N), or a map over places (B, G, H, W), of tokens over their grid, each of
-            whose G channels scales N/G consecutive ones.
-        num_extra_tokens: leading tokens on no grid, which a map over places leaves as they are.
+        attention_map: broadcasts to (B, N), or a spatial map (B, G, H, W) over pixels or the grid of patches; each of
+            the G channels scales N/G consecutive channels of the features.
+        num_prefix_tokens: leading tokens (class, time), which a spatial map doesn't scale.
     """
     attention_map = attention_map.to(features.dtype)
     if attention_map.dim() < 4:
@@ -155,12 +153,12 @@ def recalibrate(features: Tensor, attention_map: Tensor, num_extra_tokens: int =
     if is_map(features):
         return (features.unflatten(1, (groups, -1)) * attention_map[:, :, None]).flatten(1, 2)
     by_token = attention_map.flatten(2).transpose(1, 2)[..., None]  # (B, H W, G, 1)
-    placed = features[:, num_extra_tokens:].unflatten(2, (groups, -1)) * by_token
-    return torch.cat([features[:, :num_extra_tokens], placed.flatten(2)], dim=1)
+    placed = features[:, num_prefix_tokens:].unflatten(2, (groups, -1)) * by_token
+    return torch.cat([features[:, :num_prefix_tokens], placed.flatten(2)], dim=1)
 
 
 def finite(name: str, value: float) -> float:
-    """A unit's argument of that name as a float. Raises InputError for anything but a finite number."""
+    """A unit's argument as a float. Raises InputError unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"the attention unit's {name} is {value!r}; accepted: a finite number")
+        raise InputError(f"`{name}` of the attention unit must be a finite number, got {value!r}")
     return float(value)

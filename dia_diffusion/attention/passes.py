@@ -1,7 +1,7 @@
-"""One forward pass of a model with attached units: the state along depth, also when parts are computed again.
+"""The state along depth of one forward pass of a model with attached units, also when parts are recomputed.
 
 Gradient checkpointing (torch.utils.checkpoint, use_reentrant=False) runs parts of a model a second time in the backward
-pass, without the parts before them. Each position in such a part then takes the state that it was given the first time.
+pass, without the parts before them. Each position in such a part then gets the state of the first time.
 """
 
 import weakref
@@ -20,11 +20,11 @@ class Pass:
     """The state of one forward pass.
 
     position: the index of the position that runs next.
-    state: what the unit returned last.
-    grad_enabled: whether the pass is one with gradients.
+    state: the state that the unit returned last.
+    grad_enabled: whether the pass records gradients.
 
     Args:
-        checkpointing: whether the model says that it computes parts again.
+        checkpointing: whether the model has gradient checkpointing enabled.
     """
 
     def __init__(self, checkpointing: bool):
@@ -32,27 +32,27 @@ class Pass:
         self.state: Any = None
         self.grad_enabled = torch.is_grad_enabled()
         self.incoming: dict[int, Any] = {}
-        # Nodes of the autograd graph are numbered as they are made, which tells later whose a node is. Reading the
-        # number breaks a compiled graph in two, and a whole one computes nothing again.
+        # Nodes of the autograd graph are numbered as they are made, so that a node's pass can be found by its number.
+        # Reading the number would break a compiled graph in two, and a compiled graph recomputes nothing.
         self.numbered = checkpointing or not torch.compiler.is_compiling()
         self.first_node = self.last_node = next_node() if self.numbered else 0
 
     def end(self) -> None:
-        """No position runs in this pass any more, other than again."""
+        """Marks the end of the pass: from now on its positions only run to be recomputed."""
         self.state = None
         if self.numbered:
             self.last_node = next_node()
 
     def keep(self, incoming: Any) -> None:
-        """Keeps the state that the next position is given.
+        """Keeps the state that the next position gets, for its recomputation.
 
         Raises:
-            InputError: a compiled pass that didn't expect to need it.
+            InputError: a checkpoint in a compiled model that didn't announce it.
         """
         if not self.numbered:
             raise InputError(
-                "a checkpoint within a compiled model with attached units; accepted: gradient checkpointing by the "
-                "model's enable_gradient_checkpointing(), or a model that isn't compiled"
+                "gradient checkpointing in a compiled model with attached units must be enabled by its "
+                "enable_gradient_checkpointing(), got a checkpoint of another kind"
             )
 
         def leaf(value: Any) -> Any:
@@ -64,7 +64,7 @@ class Pass:
 
 
 class Passes:
-    """The passes whose parts may be computed again. Each lives as long as the autograd graph it was held by."""
+    """The passes that may be recomputed. Each lives as long as the autograd graph that holds it."""
 
     def __init__(self) -> None:
         self.kept: weakref.WeakSet[Pass] = weakref.WeakSet()
@@ -76,7 +76,7 @@ class Passes:
         return Passes, ()
 
     def hold(self, current: Pass, output: Any) -> None:
-        """Lets the graph of these tensors hold the pass, where it has states to take again."""
+        """Ties the lifetime of the pass to the graph of these tensors, if it kept states."""
         if torch.compiler.is_compiling() or not current.incoming:
             return
         self.kept.add(current)
@@ -86,25 +86,27 @@ class Passes:
                 metadata[NODE_KEY, id(self)] = current
 
     def incoming_again(self, position: int, name: str) -> Any:
-        """The state that a position, which runs outside of a forward pass, was given in the pass it belongs to.
+        """The state that a position had in its forward pass, when it is recomputed in the backward pass.
 
         Raises:
-            InputError: it belongs to none.
+            InputError: no single forward pass fits.
         """
         node = torch._C._current_autograd_node()
         if node is None:
             raise InputError(
-                f"{name} has an attached unit and was called outside the forward pass of the model that attach() was "
-                "given; accepted: calls of the whole model"
+                f"{name} has an attached unit and must be called in the forward pass of its whole model, got a call "
+                "outside it"
             )
         number = node._sequence_nr()
-        found = [kept for kept in self.kept if kept.first_node <= number < kept.last_node and position in kept.incoming]
-        if len(found) != 1:
+        matches = [
+            kept for kept in self.kept if kept.first_node <= number < kept.last_node and position in kept.incoming
+        ]
+        if len(matches) != 1:
             raise InputError(
-                f"{name} has an attached unit and runs again in a backward pass that belongs to {len(found)} forward "
-                "passes; accepted: gradient checkpointing with use_reentrant=False, in one thread"
+                f"{name} has an attached unit and must be recomputed with use_reentrant=False, in one thread, got a "
+                f"backward pass that belongs to {len(matches)} forward passes"
             )
-        return found[0].incoming[position]
+        return matches[0].incoming[position]
 
 
 @torch.compiler.disable
@@ -114,7 +116,7 @@ def next_node() -> int:
 
 
 def in_checkpoint() -> bool:
-    """Whether what runs now may run again in the backward pass."""
+    """Whether the code that runs now may be recomputed in the backward pass."""
     if torch.compiler.is_compiling():  # compiled, both are one graph
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,4 +1,4 @@
-"""Self-attention modules (SAMs), each a block's extraction and processing (arXiv 2210.16101, Fig. 4, Table II)."""
+"""Self-attention modules (SAMs), each the extraction and processing of a block (arXiv 2210.16101, Fig. 4, Table II)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,10 +12,10 @@ from dia_diffusion.attention.layers import (
     CastConv2d,
     CastLinear,
     bottleneck_width,
+    channels_first,
     finite,
     grid,
     mean_pool,
-    positions,
     recalibrate,
 )
 from dia_diffusion.errors import InputError
@@ -35,26 +35,26 @@ class SelfAttentionModule(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_prefix_tokens: int
     ) -> tuple[Tensor, ...]:
-        """The maps whose product scales the features; see SelfAttentionUnit.forward for the arguments."""
+        """Returns the maps that scale the features by their product. Arguments as in SelfAttentionUnit.forward."""
 
 
 class OneMapModule(SelfAttentionModule):
-    """A module whose two parts follow each other and give one map."""
+    """A module with one map: extraction, then processing."""
 
     @abstractmethod
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
-        """What is read of tokens (B, L, N) or maps (B, N, H, W), in float32 or more."""
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
+        """Statistics of tokens (B, L, N) or maps (B, N, H, W), in float32 or float64."""
 
     @abstractmethod
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         """The attention map: (B, N), or of G channels that divide N, (B, G, H, W)."""
 
     def forward(
-        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_prefix_tokens: int
     ) -> tuple[Tensor, ...]:
-        return (self.process(self.extract(features, num_unpooled_tokens, num_extra_tokens), norm),)
+        return (self.process(self.extract(features, num_unpooled_tokens, num_prefix_tokens), norm),)
 
 
 class SqueezeExcitation(OneMapModule):
@@ -83,7 +83,7 @@ class SqueezeExcitation(OneMapModule):
             for parameter in self.expand.parameters():
                 nn.init.zeros_(parameter)
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -121,10 +121,10 @@ class EfficientChannelAttention(OneMapModule):
         super().__init__()
         size = eca_kernel_size(channels) if kernel_size is None else kernel_size
         if size < 1 or size % 2 == 0:
-            raise InputError(f"kernel_size is {kernel_size}; accepted: an odd number, or null for the paper's")
+            raise InputError(f"`kernel_size` must be odd, or null for the paper's, got {kernel_size}")
         self.conv = ChannelConvolution(size)
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -132,11 +132,11 @@ class EfficientChannelAttention(OneMapModule):
 
 
 class ConvolutionalBlockAttention(SelfAttentionModule):
-    """A map over channels (eq. 2), then one over places (eq. 3) of the features that the first has scaled.
+    """A channel map (eq. 2), then a spatial map (eq. 3) of the features scaled by the first.
 
-        channel = sigmoid(MLP(mean a) + MLP(max a)),  place = sigmoid(conv7x7([mean over N, max over N]))
+        channel = sigmoid(MLP(mean a) + MLP(max a)),  spatial = sigmoid(conv7x7([mean over N, max over N]))
 
-    2 N^2/r + N/r + N + 98 parameters with biases. Tokens on no grid are scaled by the channel map alone.
+    2 N^2/r + N/r + N + 98 parameters with biases. Prefix tokens are scaled by the channel map alone.
 
     Args:
         channels: N.
@@ -157,22 +157,22 @@ class ConvolutionalBlockAttention(SelfAttentionModule):
         self.conv = CastConv2d(2, 1, kernel_size=7, padding=3, bias=False)
 
     def forward(
-        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_extra_tokens: int
+        self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_prefix_tokens: int
     ) -> tuple[Tensor, ...]:
-        by_channel = positions(features, num_unpooled_tokens)  # (B, N, P)
+        by_channel = channels_first(features, num_unpooled_tokens)  # (B, N, P)
         channel = (self._mlp(by_channel.mean(dim=2)) + self._mlp(by_channel.amax(dim=2))).sigmoid()  # (B, N)
-        refined = recalibrate(grid(features, num_extra_tokens), channel)  # (B, N, H, W)
+        refined = recalibrate(grid(features, num_prefix_tokens), channel)  # (B, N, H, W)
         described = torch.cat([refined.mean(dim=1, keepdim=True), refined.amax(dim=1, keepdim=True)], dim=1)
-        place = self.conv(described)  # (B, 1, H, W)
+        spatial = self.conv(described)  # (B, 1, H, W)
         if norm is not None:
-            place = norm(place)
-        return channel, place.sigmoid()
+            spatial = norm(spatial)
+        return channel, spatial.sigmoid()
 
     def _mlp(self, pooled: Tensor) -> Tensor:
         return self.expand(self.reduce(pooled).relu())
 
 
-VARIANCE_FLOOR = 1e-5  # keeps the gradient of the deviation finite where a channel is constant
+VARIANCE_FLOOR = 1e-5  # keeps the gradient of the deviation finite for constant channels
 
 
 class StyleRecalibration(OneMapModule):
@@ -191,8 +191,8 @@ class StyleRecalibration(OneMapModule):
         self.norm_channels = channels
         self.weight = nn.Parameter(torch.zeros(channels, 2))
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
-        by_channel = positions(features, num_unpooled_tokens)  # (B, N, P)
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
+        by_channel = channels_first(features, num_unpooled_tokens)  # (B, N, P)
         variance, mean = torch.var_mean(by_channel, dim=2, correction=0)
         return torch.stack([mean, (variance + VARIANCE_FLOOR).sqrt()], dim=2)  # (B, N, 2)
 
@@ -208,7 +208,7 @@ PYRAMID = (1, 2, 4)  # sides of the adaptive average pools
 class SpatialPyramidAttention(OneMapModule):
     """sigmoid(W2 relu(W1 p)) of p, the concatenated pools of sides 1, 2 and 4: 22 N^2/r parameters without biases.
 
-    Needs places, so that of tokens those on no grid are left out whatever is pooled elsewhere.
+    Pools over the grid of patches: prefix tokens are left out whatever `num_unpooled_tokens` says.
 
     Args:
         channels: N.
@@ -225,8 +225,8 @@ class SpatialPyramidAttention(OneMapModule):
         self.reduce = CastLinear(sum(side * side for side in PYRAMID) * channels, width, bias=bias)
         self.expand = CastLinear(width, channels, bias=bias)
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
-        placed = grid(features, num_extra_tokens)
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
+        placed = grid(features, num_prefix_tokens)
         return torch.cat([F.adaptive_avg_pool2d(placed, side).flatten(1) for side in PYRAMID], dim=1)  # (B, 21 N)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -259,7 +259,7 @@ class SwitchableAttention(OneMapModule):
         self.weight = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.full((channels,), -1.0))
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
         return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -271,7 +271,7 @@ class SwitchableAttention(OneMapModule):
 
 
 class MixPoolingAttention(OneMapModule):
-    """A learned mixture of max and min pooling, with an affine map a channel in place of layers.
+    """A learned mixture of max and min pooling, with an affine map per channel in place of layers.
 
         u = w2 max(a) + b2,  v = w2 min(a) + b2,  (p, q) = l^2 / sum(l^2)
         map = sigmoid(u + v) * sigmoid(w1 (p u + q v) + b1)
@@ -291,8 +291,8 @@ class MixPoolingAttention(OneMapModule):
         self.mixed_weight = nn.Parameter(torch.zeros(channels))
         self.mixed_bias = nn.Parameter(torch.full((channels,), -1.0))
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
-        by_channel = positions(features, num_unpooled_tokens)  # (B, N, P)
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
+        by_channel = channels_first(features, num_unpooled_tokens)  # (B, N, P)
         return torch.stack([by_channel.amax(dim=2), by_channel.amin(dim=2)], dim=1)  # (B, 2, N)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -308,12 +308,12 @@ DEVIATION_FLOOR = 1e-5  # the paper's epsilon
 
 
 class SpatialGroupEnhance(OneMapModule):
-    """A map over places for each group of consecutive channels: how much a place is like the group's mean.
+    """A spatial map for each group of consecutive channels: the similarity of each position to the group's mean.
 
         c_i = GAP(group) . x_i,  map_i = sigmoid(gamma (c_i - mean c) / (deviation c + eps) + beta)
 
-    2 G parameters; gamma starts at 0 and beta at 1, as in the published code. Purely spatial: tokens on no grid are
-    left as they are.
+    2 G parameters; gamma starts at 0 and beta at 1, as in the published code. Purely spatial:
+    prefix tokens are not scaled.
 
     Args:
         channels: N.
@@ -327,18 +327,18 @@ class SpatialGroupEnhance(OneMapModule):
         super().__init__()
         groups = math.gcd(64, channels) if groups is None else groups
         if groups < 1 or channels % groups:
-            raise InputError(f"groups {groups} does not divide the {channels} channels; use a divisor of {channels}")
+            raise InputError(f"`groups` must divide the {channels} channels, got {groups}")
         self.gamma = nn.Parameter(torch.zeros(groups))
         self.beta = nn.Parameter(torch.ones(groups))
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_extra_tokens: int) -> Tensor:
-        grouped = grid(features, num_extra_tokens).unflatten(1, (len(self.gamma), -1))  # (B, G, N/G, H, W)
+    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
+        grouped = grid(features, num_prefix_tokens).unflatten(1, (len(self.gamma), -1))  # (B, G, N/G, H, W)
         means = grouped.mean(dim=(3, 4), keepdim=True)
         return (grouped * means).sum(dim=2)  # (B, G, H, W)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         variance, mean = torch.var_mean(extracted, dim=(2, 3), correction=0, keepdim=True)
-        # The floor within the root too, whose gradient is infinite where all places are alike.
+        # The floor within the root too, whose gradient is infinite where all positions are equal.
         normalized = (extracted - mean) / ((variance + DEVIATION_FLOOR**2).sqrt() + DEVIATION_FLOOR)
         gamma, beta = (p.to(extracted.dtype)[:, None, None] for p in (self.gamma, self.beta))
         return (gamma * normalized + beta).sigmoid()  # (B, G, H, W)

@@ -33,24 +33,24 @@ from dia_diffusion.registry import Registry
 
 SHARINGS = ("shared", "individual")
 
-UnitState = tuple[Any, ...]  # the calls so far, an int, and the maps that the last one multiplied features with
+UnitState = tuple[Any, ...]  # (number of calls so far, *maps of the last one)
 
 
 class SelfAttentionUnit(nn.Module):
-    """All blocks' self-attention modules.
+    """The self-attention modules of all blocks.
 
     Args:
         channels: N, the channels of the features.
-        module: what makes a block's module, called with channels and options.
-        num_blocks: the calls of one forward pass of the model; needed where blocks have parts of their own.
-        sharing: "shared" is one set of parameters for all blocks, "individual" one set a block.
-        share_norm: one BatchNorm for all blocks too, of a module that has one. Its statistics then mix the blocks',
-            with which training collapses in the paper (VI-B2, Fig. 15).
+        module: the class of the modules, called with channels and options.
+        num_blocks: the calls per forward pass; needed if blocks have parameters or a BatchNorm of their own.
+        sharing: "shared" is one set of parameters for all blocks, "individual" one set per block.
+        share_norm: share the BatchNorm too, of a module that has one. Its statistics then mix all blocks, with which
+            training collapses in the paper (VI-B2, Fig. 15).
         options: the module's own arguments.
 
     Raises:
-        InputError: an unknown sharing, no num_blocks where it is needed, share_norm of a module that shares nothing
-            or has no BatchNorm, or what the module refuses.
+        InputError: an unknown sharing, no num_blocks where it is needed, share_norm with individual sharing or without
+            a BatchNorm, or arguments that the module refuses.
     """
 
     def __init__(
@@ -64,17 +64,17 @@ class SelfAttentionUnit(nn.Module):
     ):
         super().__init__()
         if sharing not in SHARINGS:
-            raise InputError(f"unknown sharing {sharing!r}; accepted: {', '.join(SHARINGS)}")
+            raise InputError(f"`sharing` must be one of {', '.join(SHARINGS)}, got {sharing!r}")
         if not isinstance(share_norm, bool):
-            raise InputError(f"share_norm is {share_norm!r}; accepted: true or false")
+            raise InputError(f"`share_norm` must be true or false, got {share_norm!r}")
         individual = sharing == "individual"
         first = module(channels, **options)
         if share_norm and (individual or first.norm_channels is None):
-            why = "sharing is individual" if individual else "the unit has no BatchNorm"
-            raise InputError(f"share_norm is true, but {why}; leave it out")
+            why = "with individual sharing" if individual else "for a unit without BatchNorm"
+            raise InputError(f"`share_norm` must be false {why}, got true")
         per_block = individual or (first.norm_channels is not None and not share_norm)
         if per_block and (num_blocks is None or num_blocks < 1):
-            raise InputError(f"num_blocks is {num_blocks}; accepted: 1 or more, as this unit has parts for each block")
+            raise InputError(f"`num_blocks` must be 1 or more for a unit with parts per block, got {num_blocks}")
 
         self.channels = channels
         self.num_blocks = num_blocks if per_block else None
@@ -87,50 +87,51 @@ class SelfAttentionUnit(nn.Module):
             )
 
     def forward(
-        self, features: Tensor, state: UnitState | None = None, num_unpooled_tokens: int = 0, num_extra_tokens: int = 0
+        self, features: Tensor, state: UnitState | None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, UnitState]:
         """Recalibrates one block's features.
 
         Args:
             features: a_t, tokens (B, L, N) or maps (B, N, H, W).
             state: what the previous block's call returned; None at the first block.
-            num_unpooled_tokens: leading tokens (time, class) left out of statistics over tokens; the channel maps made
-                of them scale them too.
-            num_extra_tokens: leading tokens on no grid: parts that need places leave them out, and maps over places
-                leave them as they are.
+            num_unpooled_tokens: leading tokens (time, class) left out of statistics over tokens; channel maps scale
+                them too.
+            num_prefix_tokens: leading tokens (time, class) that are no patches: spatial maps are made without them and
+                don't scale them.
 
         Returns:
             (features times the maps, in the shape and dtype of features; the state for the next block).
 
         Raises:
-            InputError: more calls than num_blocks, or tokens on no square grid where the module needs one.
+            InputError: more calls than num_blocks, or patches that form no square grid where the module needs one.
         """
         calls = 0 if state is None else state[0]
         if self.num_blocks is not None and calls >= self.num_blocks:
-            raise InputError(f"the unit was built for {self.num_blocks} blocks and is called in block {calls + 1}")
+            raise InputError(
+                f"calls of the unit per forward pass must be {self.num_blocks} at most, got call {calls + 1}"
+            )
         sam = self.sams[calls if len(self.sams) > 1 else 0]
         norm = None
         if len(self.norms) > 0:
-            # Not the module itself, which a hook on the SAM would move to another device.
+            # Not the module itself, which an offload hook on the SAM would move to another device.
             norm = partial(batch_norm, self.norms[calls if len(self.norms) > 1 else 0])
         with torch.autocast(features.device.type, enabled=False):
-            maps = sam(features, norm, num_unpooled_tokens, num_extra_tokens)
+            maps = sam(features, norm, num_unpooled_tokens, num_prefix_tokens)
             for attention_map in maps:
-                features = recalibrate(features, attention_map, num_extra_tokens)
+                features = recalibrate(features, attention_map, num_prefix_tokens)
         return features, (calls + 1, *maps)
 
     def attention_map(self, state: UnitState) -> Tensor:
-        """What the call that returned this state multiplied features with, float32.
+        """The map of the call that returned this state, float32.
 
-        Of channel modules (B, N); of those with maps over places what broadcasts to (B, N, H, W), of tokens their
-        grid, on which the extra tokens are not.
+        (B, N) of channel modules; with spatial maps it broadcasts to (B, N, H, W), without prefix tokens.
         """
         maps = state[1:]
         if all(attention_map.dim() == 2 for attention_map in maps):
             return reduce(torch.mul, maps)
-        return reduce(torch.mul, (self._over_places(attention_map) for attention_map in maps))
+        return reduce(torch.mul, (self._spatial(attention_map) for attention_map in maps))
 
-    def _over_places(self, attention_map: Tensor) -> Tensor:
+    def _spatial(self, attention_map: Tensor) -> Tensor:
         """Any map as (B, N or 1, H or 1, W or 1)."""
         if attention_map.dim() == 2:
             return attention_map[..., None, None]

@@ -21,7 +21,7 @@ class Options(Strict):
 
 def run(options: Options) -> None:
     """Converts the weights."""
-    from dia_diffusion.pipelines.convert import convert_to_pipeline
+    from dia_diffusion.sharing.convert import convert_to_pipeline
 
     convert_to_pipeline(options.source, options.out, options.heads)
     console.print(f"{options.out}: try `dia-diffusion sample {options.out} --grid grid.png`")

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     from dia_diffusion.evaluation.distortions import cases, draw_spoilt
     from dia_diffusion.evaluation.record import distance_name
     from dia_diffusion.evaluation.reference import reference_statistics
-    from dia_diffusion.sampling.settings import parse_seeds
+    from dia_diffusion.sampling.samplers import parse_seeds
 
     seeds = parse_seeds(options.seeds)
     if options.out is not None and options.out.suffix != ".json":

@@ -23,9 +23,8 @@ class Options(Strict):
 
 def run(options: Options) -> None:
     """Exports the pipeline."""
-    from dia_diffusion.pipelines.contents import shared_files
-    from dia_diffusion.pipelines.export import export_pipeline
     from dia_diffusion.pipelines.folder import find_pipeline
+    from dia_diffusion.sharing.export import export_pipeline, shared_files
 
     source = find_pipeline(options.source, options.step)
     print_left_out(export_pipeline(source, options.out, options.with_code))

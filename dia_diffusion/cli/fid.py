@@ -175,9 +175,9 @@ def _pipelines(options: Options) -> list[Path]:
 
 def _training_images(pipeline: Path) -> str:
     """The images that a pipeline's run was trained on, as its recipe names them."""
-    from dia_diffusion.data.hf_datasets import PREFIX
+    from dia_diffusion.data.hf import PREFIX
     from dia_diffusion.data.sources import DOWNLOADS
-    from dia_diffusion.pipelines.card import read_training
+    from dia_diffusion.pipelines.folder import read_training
 
     training = read_training(pipeline)
     if training is None:
@@ -199,7 +199,7 @@ def _check_against(protocol: "NamedProtocol", request: Request) -> None:
     """Raises InputError for pipelines of other weights, and for records of this protocol with other settings."""
     from dia_diffusion.evaluation.protocols import refuse_changed
     from dia_diffusion.evaluation.record import read_records
-    from dia_diffusion.pipelines.card import read_training
+    from dia_diffusion.pipelines.folder import read_training
 
     for pipeline in request.pipelines:
         weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # others' don't say which they are

@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     source = open_images(options.images, split=options.split, size=first.config.sample_size)
     count = min(options.count, len(source))
     chosen = np.sort(np.random.default_rng(options.seed).choice(len(source), count, replace=False))
-    pictures = np.array(source.images[chosen])
+    pictures = source.read(chosen)
     pixels = torch.from_numpy(pictures)
     if options.number is not None:
         classes = [options.number] * count

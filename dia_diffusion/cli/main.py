@@ -83,7 +83,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     except InputError as error:
         return _end(name, f"error: {error}", 2, told=False if error.alone else None)
     except RunError as error:
-        return _end(name, f"failed: {error}", 1, told=error.told)
+        return _end(name, f"failed: {error}", 1, told=error.reported)
     except Stopped as stopped:
         return _end(name, str(stopped), 128 + stopped.signal_number)
     except KeyboardInterrupt as interrupt:

@@ -15,22 +15,27 @@ from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgres
 from dia_diffusion.cli.fid import DEFAULT_COUNT, Request, check_record_file
 from dia_diffusion.cli.shared_options import load_features, load_for_sampling, warn_unreleased
 from dia_diffusion.data import ImageSet
-from dia_diffusion.data.sources import open_images_together
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import all_agree, first_on_each_machine, on_all_ranks, on_rank_zero, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, discard_work, evaluate, few_images, work_folder
+from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images, work_folder
 from dia_diffusion.evaluation.extras import Extras
 from dia_diffusion.evaluation.feature_file import FINISHED
 from dia_diffusion.evaluation.feature_pass import batches_of, widths_of
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.pipeline_distance import PipelineDistance, image_protocol, pipeline_origin
-from dia_diffusion.evaluation.protocols import NamedProtocol, under_name
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
+from dia_diffusion.evaluation.pipeline_distance import (
+    PipelineDistance,
+    image_protocol,
+    keep_record,
+    known_record,
+    pipeline_origin,
+    update_card,
+)
+from dia_diffusion.evaluation.protocols import under_name
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 from dia_diffusion.evaluation.reference import Reference, choose, reference_statistics
 from dia_diffusion.evaluation.reference_features import reference_features
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, open_reference
-from dia_diffusion.pipelines.card import TRAINING_FILE, evaluation_rows, write_card
-from dia_diffusion.pipelines.folder import records_file, weights_hash
 
 
 def measure(request: Request) -> None:
@@ -72,20 +77,18 @@ def _of_pipelines(
     options, extras, count = request.options, request.extras, request.options.num or DEFAULT_COUNT
     extras.check_samples(count)
     first = request.pipelines[0]
-    pipeline, settings, _ = load_for_sampling(first, options, accelerator.device)
+    pipeline, _ = load_for_sampling(first, options, accelerator.device)
     channels, height, size = pipeline.image_shape
     if height != size:
         raise InputError(f"{first} must draw square images, got {height}x{size}")
     reference, features = _reference(request, extractor, accelerator, size, channels)
-    distance = PipelineDistance(
-        extractor, reference, settings, count, options.batch_size, accelerator, extras, features
-    )
+    distance = PipelineDistance(extractor, reference, count, options.batch_size, accelerator, extras, features)
     for index, folder in enumerate(request.pipelines):
         if index:
-            pipeline, _, _ = load_for_sampling(folder, options, accelerator.device)
+            pipeline, _ = load_for_sampling(folder, options, accelerator.device)
         file = request.records_file(folder)
         protocol, origin = distance.protocol(pipeline, folder), pipeline_origin(folder)
-        known = _seen_by_all(accelerator, _known_record(file, protocol, origin, extras, request.protocol))
+        known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, request.protocol))
         record = known
         if record is None:
             on_rank_zero(accelerator, partial(check_record_file, file))
@@ -95,8 +98,8 @@ def _of_pipelines(
                 record = distance.measure(pipeline, protocol, origin, progress, work, progress)
         record = under_name(record, request.protocol)
         if not all_agree(accelerator, record is known):
-            on_rank_zero(accelerator, partial(_keep, record, file, extras))
-            on_rank_zero(accelerator, partial(_update_card, folder, file))
+            on_rank_zero(accelerator, partial(keep_record, record, file, extras))
+            on_rank_zero(accelerator, partial(update_card, folder, file))
         yield record
 
 
@@ -106,11 +109,11 @@ def _of_images(request: Request, extractor: FeatureExtractor, accelerator: Accel
     if len(images) < 2:
         raise InputError(f"{options.source} must have 2 images or more, got {len(images)}")
     extras.check_samples(len(images))
-    reference, features = _reference(request, extractor, accelerator, images.images.shape[2], options.channels)
+    reference, features = _reference(request, extractor, accelerator, images.shape[1], options.channels)
     protocol = image_protocol(extractor, reference, len(images))
     origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
     file = request.records_file(None)
-    known = _seen_by_all(accelerator, _known_record(file, protocol, origin, extras, request.protocol))
+    known = _seen_by_all(accelerator, known_record(file, protocol, origin, extras, request.protocol))
     record = known
     if record is None:
         on_rank_zero(accelerator, partial(check_record_file, file))
@@ -131,7 +134,7 @@ def _of_images(request: Request, extractor: FeatureExtractor, accelerator: Accel
             )
     record = under_name(record, request.protocol)
     if not all_agree(accelerator, record is known):
-        on_rank_zero(accelerator, partial(_keep, record, file, extras))
+        on_rank_zero(accelerator, partial(keep_record, record, file, extras))
         if accelerator.is_main_process:
             console.print(f"recorded in {file}")
     return record
@@ -165,7 +168,7 @@ def _open_source(request: Request, accelerator: Accelerator) -> ImageSet:
         if options.num > len(images):
             raise InputError(f"{request.spell('num')}: {options.source} has {len(images)} images")
         images = images.subset(choose(len(images), options.num, seed=0))
-    height, width = images.images.shape[2:]
+    height, width = images.shape[1:]
     if height != width:
         raise InputError(f"{options.source} must have square images, got {height}x{width}")
     return images
@@ -211,42 +214,10 @@ def _check_count(request: Request, count: int | None) -> None:
 
 
 def _open(source: str, split: str | None, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
-    return open_images_together(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)
+    return open_images_on_ranks(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)
 
 
 # Records.
-
-
-def _known_record(
-    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: NamedProtocol | None
-) -> EvaluationRecord | None:
-    """The newest record of these weights in this model, by this protocol, that has all that is asked for.
-
-    One under the protocol's name is preferred to others, whose numbers are the same.
-    """
-    asked = (protocol.hash(), origin.weights_hash, origin.model_hash)
-    known = [
-        record
-        for record in (read_records(file) if file.is_file() else [])
-        if (record.protocol_hash(), record.weights_hash, record.model_hash) == asked and record.has(extras.settings())
-    ]
-    under_the_name = [record for record in known if named is not None and named.named_in(record)]
-    return next(reversed(under_the_name or known), None)
-
-
-def _keep(record: EvaluationRecord, file: Path, extras: Extras) -> None:
-    """Appends the record, and removes the work that led to it."""
-    append_record(file, record)
-    discard_work(work_folder(file, record.protocol, record, extras))
-
-
-def _update_card(folder: Path, file: Path) -> None:
-    """Puts a pipeline's records into its model card, where it is a run's and they are the run's."""
-    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
-        return
-    own = weights_hash(folder)
-    records = (record.to_dict() for record in read_records(file) if record.weights_hash == own)
-    write_card(folder, evaluation_rows(records))
 
 
 def print_records(records: list[EvaluationRecord], extras: Extras) -> None:

@@ -81,7 +81,14 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    groups: dict[str, Any] = {}
     for path, field in fields_of(model):
+        section = parser
+        if len(path) > 1:
+            if path[0] not in groups:
+                about = model_in(model.model_fields[path[0]].annotation).__doc__
+                groups[path[0]] = parser.add_argument_group(path[0], about)
+            section = groups[path[0]]
         kwargs: dict[str, Any] = {"help": _help(field)}
         if field.annotation is bool and len(path) == 1:
             kwargs["action"] = "store_true"
@@ -92,7 +99,7 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         if _is_positional(field):
             parser.add_argument(".".join(path), **kwargs)
         else:
-            parser.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
+            section.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
     return parser
 
 
@@ -164,6 +171,6 @@ def _help(field: FieldInfo) -> str:
     text = " ".join((field.description or "").split())
     if isinstance(default, tuple | list):
         default = (" " if isinstance(default, tuple) else ",").join(map(str, default))
-    if default not in (PydanticUndefined, None, False, ""):
+    if default not in (PydanticUndefined, None, "") and default is not False:
         text += f" (default: {default})"
     return text.replace("%", "%%")

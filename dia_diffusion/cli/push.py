@@ -10,7 +10,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
-    from dia_diffusion.pipelines.hub import Shipment
+    from dia_diffusion.sharing.push import Shipment
 
 
 class Options(Strict):
@@ -35,7 +35,7 @@ def run(options: Options) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     from dia_diffusion.pipelines.folder import find_pipeline
-    from dia_diffusion.pipelines.hub import find_token, prepare, send
+    from dia_diffusion.sharing.push import find_token, prepare, send
 
     folder = find_pipeline(options.source, options.step)
     shipment = prepare(folder, options.repo_id)

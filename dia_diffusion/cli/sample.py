@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from dia_diffusion.sampling.image_pipeline import ImagePipeline
-    from dia_diffusion.sampling.settings import SamplingSettings
+    from dia_diffusion.sampling.generate import ImagePipeline
 
 
 class Options(SamplingOptions):
@@ -38,10 +37,16 @@ class Options(SamplingOptions):
 
 def run(options: Options) -> None:
     """Each process draws its share of the images and writes its PNGs; the grid and the npz are gathered."""
-    from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, start_accelerator
+    from dia_diffusion.distributed import (
+        broadcast_from_rank_zero,
+        on_all_ranks,
+        on_rank_zero,
+        shard,
+        start_accelerator,
+    )
     from dia_diffusion.pipelines.folder import find_pipeline, model_hash, weights_hash
-    from dia_diffusion.sampling.samplers import check_sampler_name
-    from dia_diffusion.sampling.settings import parse_seeds, shard
+    from dia_diffusion.sampling.generate import generate
+    from dia_diffusion.sampling.samplers import check_sampler_name, parse_seeds
     from dia_diffusion.sampling.writers import missing_seeds, open_folder, save_grid, save_npz, save_png
 
     grid, out = options.grid, options.out
@@ -54,12 +59,12 @@ def run(options: Options) -> None:
     folder = find_pipeline(options.source, options.step)
 
     accelerator = start_accelerator()
-    pipeline, settings, precision = on_all_ranks(accelerator, partial(_prepare, folder, options, accelerator.device))
+    pipeline, precision = on_all_ranks(accelerator, partial(_prepare, folder, options, accelerator.device))
     npz = out if out is not None and out.suffix == ".npz" else None
     pngs = out if npz is None else None
     if pngs is not None:
         model = {"weights": weights_hash(folder), "model": model_hash(folder)}
-        manifest = {**model, "precision": precision, **settings.to_dict(pipeline)}
+        manifest = {**model, "precision": precision, **pipeline.to_dict()}
         on_rank_zero(accelerator, lambda: open_folder(pngs, manifest))
 
     keep = npz is not None or grid is not None
@@ -71,7 +76,7 @@ def run(options: Options) -> None:
     kept: list[Tensor] = []
     with Counter("sampling", "images") as counter, _explain_interrupt(keep):
         progress = SharedProgress(counter, len(missing), accelerator)
-        batches = settings.generate(pipeline, mine, options.batch_size, progress)
+        batches = generate(pipeline, mine, options.batch_size, progress)
 
         def draw_next_batch() -> None:
             for batch, images in islice(batches, 1):  # a process may have one batch less than the others
@@ -89,7 +94,7 @@ def run(options: Options) -> None:
         if npz is not None:
             on_rank_zero(accelerator, lambda: save_npz(npz, seeds, images))
         if grid is not None:
-            on_rank_zero(accelerator, lambda: save_grid(images, grid, settings.grid_columns(seeds)))
+            on_rank_zero(accelerator, lambda: save_grid(images, grid, pipeline.settings.grid_columns(seeds)))
     if accelerator.is_main_process:
         for path in (grid, out):
             if path is not None:
@@ -97,7 +102,7 @@ def run(options: Options) -> None:
     accelerator.end_training()
 
 
-def _prepare(folder: Path, options: Options, device: "torch.device") -> tuple["ImagePipeline", "SamplingSettings", str]:
+def _prepare(folder: Path, options: Options, device: "torch.device") -> tuple["ImagePipeline", str]:
     """What `load_for_sampling` returns; raises here, not after the sampling, where the files can't be written."""
     if options.out is not None and options.out.suffix == ".npz" and options.out.exists():
         raise InputError(f"`--out` must be a new file, got {options.out}, which exists")

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from dia_diffusion.evaluation.features import FeatureExtractor
-    from dia_diffusion.sampling.image_pipeline import ImagePipeline
-    from dia_diffusion.sampling.settings import SamplingSettings
+    from dia_diffusion.sampling.generate import ImagePipeline
 
 Split = Literal["train", "test"]
 """The part of a dataset that has parts."""
@@ -39,17 +38,15 @@ class SamplingOptions(Strict):
     """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
 
 
-def load_for_sampling(
-    folder: Path, options: SamplingOptions, device: "torch.device"
-) -> tuple["ImagePipeline", "SamplingSettings", str]:
-    """The pipeline of a folder with the options' sampler in use, the settings that apply to it, and its precision."""
+def load_for_sampling(folder: Path, options: SamplingOptions, device: "torch.device") -> tuple["ImagePipeline", str]:
+    """The pipeline of a folder, adapted with the options' sampling settings, and its precision."""
     import torch
 
-    from dia_diffusion.pipelines.card import read_training
+    from dia_diffusion.pipelines.folder import read_training
     from dia_diffusion.precision import best_precision
-    from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+    from dia_diffusion.sampling.generate import adapt_pipeline
     from dia_diffusion.sampling.load import load_pipeline
-    from dia_diffusion.sampling.settings import SamplingSettings
+    from dia_diffusion.sampling.samplers import SamplingSettings
 
     precision: str = options.precision
     if precision == "auto":
@@ -57,16 +54,16 @@ def load_for_sampling(
         precision = chosen.dtype
         if os.environ.get("RANK", "0") == "0":
             console.print(f"sampling in {chosen}")
-    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)))
     classes = None if options.classes is None else tuple(options.classes)
-    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale).use(pipeline)
+    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
+    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)), settings)
     training = read_training(folder)
     if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
         raise InputError(
             f"`--guidance-scale` must be 1 for {folder}, which was trained with data.label_dropout 0 and so without a "
             f"null label, got {settings.guidance_scale}"
         )
-    return pipeline, settings, precision
+    return pipeline, precision
 
 
 class FeatureOptions(Strict):

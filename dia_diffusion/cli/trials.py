@@ -73,7 +73,7 @@ def placement(options: PlacementOptions) -> None:
     if protocol is not None:
         with Counter("measuring distances", "trials") as counter:
             metric = measure_trials(trials, results, protocol, str(options.protocol), counter)
-    rows = summarise_placement(results, trials[0].experiment.model.num_layers)
+    rows = summarise_placement(results, trials[0].experiment.to_dict()["model"]["num_layers"])
     _write(options, "placement", {"unit": options.unit, "metric": metric}, results, rows, draw_placement)
     _print_placement(rows, metric)
 

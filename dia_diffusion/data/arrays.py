@@ -3,28 +3,30 @@
 import io
 import pickle
 import pickletools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dia_diffusion.data.image_set import Pixels, Undecoded, undecoded_array
+from dia_diffusion.data.decode import Pixels
+from dia_diffusion.data.image_set import ImageSource, array_source
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.reading import refuse_bomb
 
-CLASS_LIMIT = 1 << 16  # as each class up to the highest has a name, and later an embedding
+CLASS_LIMIT = 1 << 16  # each class up to the highest gets a name, and later an embedding
 
 
-def numpy_file(path: Path) -> Undecoded:
+def numpy_file(path: Path) -> ImageSource:
     """A .npy file of uint8 (N, H, W, C) with 1 to 4 channels, or (N, H, W), as a memory map."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a broken header is evaluated as Python literals, and raises accordingly
         raise InputError(f"{path} can't be read as a numpy file ({one_line(str(error))})") from error
-    return undecoded_array(str(path), _pixels(images, path))
+    return array_source(str(path), _pixels(images, path))
 
 
-def numpy_archive(path: Path) -> Undecoded:
+def numpy_archive(path: Path) -> ImageSource:
     """A .npz file: uint8 `images` as `sample` writes them, or `arr_0` as ADM does, (N, H, W, C) or (N, H, W).
 
     Class numbers (N,) may come as `labels` or `arr_1`.
@@ -36,45 +38,45 @@ def numpy_archive(path: Path) -> Undecoded:
             labels_name = next((name for name in ("labels", "arr_1") if name in archive.files), None)
             if images_name is None:
                 if {"mu", "sigma"} & set(archive.files):  # which ADM's archives of images have beside them
-                    raise InputError(f"{path} holds statistics (mu, sigma) and no images")
+                    raise InputError(f"{path} must hold images, got statistics (mu, sigma)")
                 holds = one_line(", ".join(archive.files)) or "nothing"
-                raise InputError(f"{path} holds {holds}; accepted: an .npz file with images, or arr_0")
+                raise InputError(f"{path} must hold images or arr_0, got {holds}")
             images = archive[images_name]
             labels = None if labels_name is None else archive[labels_name]
-            if isinstance(images, bytes) or isinstance(labels, bytes):  # as numpy gives what is in no .npy format
-                raise ValueError("its entries are no arrays")
+            if isinstance(images, bytes) or isinstance(labels, bytes):  # as numpy returns what isn't .npy
+                raise ValueError("its entries are not arrays")
     except InputError:
         raise
     except Exception as error:  # as above; objects among them, which only unpickling could read
         raise InputError(f"{path} can't be read as an .npz file ({one_line(str(error))})") from error
     pixels = _pixels(images, path)
     if labels is None:
-        return undecoded_array(str(path), pixels)
+        return array_source(str(path), pixels)
     if labels.dtype.kind not in "iu" or labels.shape != (len(pixels),) or labels.min() < 0:
         raise InputError(
-            f"{path} holds the labels {labels_name}, {labels.dtype} {labels.shape}; accepted: a class number an image"
+            f"`{labels_name}` of {path} must be a class number per image, got {labels.dtype} {labels.shape}"
         )
     if labels.max() >= CLASS_LIMIT:
-        raise InputError(f"{path} holds the class {labels.max()} in {labels_name}; accepted: below {CLASS_LIMIT:,}")
+        raise InputError(f"`{labels_name}` of {path} must be below {CLASS_LIMIT:,}, got {labels.max()}")
     class_names = tuple(str(number) for number in range(int(labels.max()) + 1))
-    return undecoded_array(str(path), pixels, labels.astype(np.int64), class_names)
+    return array_source(str(path), pixels, labels.astype(np.int64), class_names)
 
 
 def _pixels(images: np.ndarray, path: Path) -> Pixels:
     """Images (N, H, W, C); InputError for other arrays."""
     pixels = images[:, :, :, None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or pixels.ndim != 4 or not 1 <= pixels.shape[3] <= 4 or 0 in pixels.shape:
-        accepted = "uint8 (N, H, W, C) with 1 to 4 channels, or (N, H, W)"
-        raise InputError(f"{path} holds {images.dtype} {images.shape}; accepted: {accepted}")
+        expected = "uint8 (N, H, W, C) with 1 to 4 channels, or (N, H, W)"
+        raise InputError(f"{path} must hold {expected}, got {images.dtype} {images.shape}")
     return pixels
 
 
-def digits(split: str) -> Undecoded:
+def digits(split: str) -> ImageSource:
     """scikit-learn's 1797 handwritten digits, 8 x 8 grey, their values 0..16 scaled to 0..255.
 
-    Of every class each third image, in the order of the data set, is held out as split "test"; the others are "train".
+    Every third image of each class, in the order of the data set, is in split "test"; the others are in "train".
     """
-    from sklearn.datasets import load_digits  # slow to import, and needed for these images alone
+    from sklearn.datasets import load_digits  # slow to import, and needed only here
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, :, :, None]
@@ -84,7 +86,7 @@ def digits(split: str) -> Undecoded:
         rank_in_class[labels == digit] = np.arange(np.sum(labels == digit))
     chosen = (rank_in_class % 3 == 2) == (split == "test")
     class_names = tuple(str(digit) for digit in range(10))
-    return undecoded_array("digits", images[chosen], labels[chosen], class_names, split)
+    return replace(array_source("digits", images[chosen], labels[chosen], class_names, split), name="digits")
 
 
 class PickledArray:

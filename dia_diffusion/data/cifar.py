@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from dia_diffusion.data.arrays import PickledArray, load_arrays
-from dia_diffusion.data.image_set import Labels, Pixels, Undecoded, undecoded_array
+from dia_diffusion.data.decode import Pixels
+from dia_diffusion.data.image_set import ImageSource, Labels, array_source
 from dia_diffusion.errors import InputError, one_line
 
 BYTES_LIMIT = 1 << 29
-"""An archive may hold this many bytes after decompression; the real ones hold less than 190 million."""
+"""Bytes of an archive after decompression; the real ones hold less than 190 million."""
 _PIXELS = 3 * 32 * 32
 
 
@@ -49,18 +50,30 @@ _LAYOUTS = (
 FOLDERS = tuple(layout.folder for layout in _LAYOUTS)
 
 
-def cifar_folder(folder: Path, split: str) -> Undecoded | None:
-    """The images of an extracted archive, or of the folder that it lies in; None where there is none."""
+def is_cifar_folder(folder: Path) -> bool:
+    """Whether it is an extracted archive, or the folder that one lies in."""
+    return _find(folder) is not None
+
+
+def cifar_folder(folder: Path, split: str) -> ImageSource:
+    """The images of an extracted archive, or of the one in this folder."""
+    found = _find(folder)
+    assert found is not None
+    layout, place = found
+    wanted = (*layout.files(split), layout.names)
+    files = {name: _bytes_of(place / name) for name in wanted if (place / name).is_file()}
+    return _parse(layout, files, split, str(place))
+
+
+def _find(folder: Path) -> tuple[_Layout, Path] | None:
     for layout in _LAYOUTS:
         for place in (folder, folder / layout.folder):
             if any((place / name).is_file() for name in layout.train + layout.test):
-                wanted = (*layout.files(split), layout.names)
-                files = {name: _bytes_of(place / name) for name in wanted if (place / name).is_file()}
-                return _parse(layout, files, split, str(place))
+                return layout, place
     return None
 
 
-def cifar_archive(path: Path, split: str) -> Undecoded:
+def cifar_archive(path: Path, split: str) -> ImageSource:
     """The images of a tar.gz archive, read in memory: nothing is extracted."""
     wanted = {name for layout in _LAYOUTS for name in (*layout.files(split), layout.names)}
     files: dict[str, bytes] = {}
@@ -80,11 +93,11 @@ def cifar_archive(path: Path, split: str) -> Undecoded:
     for layout in _LAYOUTS:
         if any(name in files for name in layout.files(split)):
             return _parse(layout, files, split, str(path))
-    raise InputError(f"{path} holds no CIFAR {split} files; accepted as tar.gz: the archives of {', '.join(FOLDERS)}")
+    raise InputError(f"{path} must be a CIFAR archive ({', '.join(FOLDERS)}), got a tar.gz without its {split} files")
 
 
 class _Limited(gzip.GzipFile):
-    """Stops reading where a small archive turns out to unpack to no end."""
+    """Stops reading an archive that unpacks to more than BYTES_LIMIT."""
 
     def read(self, size: int | None = -1) -> bytes:
         if self.tell() > BYTES_LIMIT:
@@ -98,29 +111,29 @@ def _bytes_of(path: Path) -> bytes:
             return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror})") from error
-    raise InputError(f"{path} holds more than {BYTES_LIMIT} bytes, and is no part of a CIFAR archive")
+    raise InputError(f"{path} must be a part of a CIFAR archive, got more than {BYTES_LIMIT} bytes")
 
 
-def _parse(layout: _Layout, files: dict[str, bytes], split: str, where: str) -> Undecoded:
+def _parse(layout: _Layout, files: dict[str, bytes], split: str, where: str) -> ImageSource:
     parts = []
     for name in layout.files(split):
         if name not in files:
-            raise InputError(f"{where} is an incomplete {layout.folder}: it lacks {name}")
+            raise InputError(f"{where} is an incomplete {layout.folder}: {name} is missing")
         try:
             parts.append((_binary if layout.is_binary else _python)(files[name], layout))
         except Exception as error:  # broken or hostile pickles can raise almost anything
-            raise InputError(f"{where}: {name} is no part of {layout.folder} ({one_line(str(error))})") from error
+            raise InputError(f"{where}: {name} is not a part of {layout.folder} ({one_line(str(error))})") from error
     images = np.concatenate([pixels for pixels, _ in parts]).reshape(-1, 3, 32, 32)
     labels = np.concatenate([numbers for _, numbers in parts])
     names = _class_names(layout, files.get(layout.names), where)
-    return undecoded_array(where, images.transpose(0, 2, 3, 1), labels, names, split)
+    return array_source(where, images.transpose(0, 2, 3, 1), labels, names, split)
 
 
 def _binary(data: bytes, layout: _Layout) -> tuple[Pixels, Labels]:
     """Records of label bytes, the class last, and 3072 bytes of pixels, plane by plane."""
     num_labels = 2 if layout.num_classes == 100 else 1
     if not data or len(data) % (num_labels + _PIXELS):
-        raise ValueError(f"{len(data)} bytes are no whole number of records of {num_labels + _PIXELS}")
+        raise ValueError(f"must hold whole records of {num_labels + _PIXELS} bytes, got {len(data)} bytes")
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, num_labels + _PIXELS)
     return records[:, num_labels:], _checked(records[:, num_labels - 1].astype(np.int64), layout)
 
@@ -130,13 +143,13 @@ def _python(data: bytes, layout: _Layout) -> tuple[Pixels, Labels]:
     batch = _text_keys(load_arrays(data))
     array, labels = batch["data"], batch["fine_labels" if layout.num_classes == 100 else "labels"]
     if not isinstance(array, PickledArray) or array.pixels.shape != (len(labels), _PIXELS):
-        raise ValueError(f"its data isn't one row of {_PIXELS} for each label")
+        raise ValueError(f"its data must be one row of {_PIXELS} per label")
     return array.pixels, _checked(np.array(labels, dtype=np.int64), layout)
 
 
 def _checked(labels: Labels, layout: _Layout) -> Labels:
     if len(labels) and not 0 <= labels.min() <= labels.max() < layout.num_classes:
-        raise ValueError(f"a label outside of 0..{layout.num_classes - 1}")
+        raise ValueError(f"labels must be in 0..{layout.num_classes - 1}")
     return labels
 
 
@@ -152,7 +165,7 @@ def _class_names(layout: _Layout, data: bytes | None, where: str) -> tuple[str, 
     except Exception as error:  # as above
         raise InputError(f"{where}: {layout.names} can't be read ({one_line(str(error))})") from error
     if len(names) != layout.num_classes:
-        raise InputError(f"{where}: {layout.names} has {len(names)} class names instead of {layout.num_classes}")
+        raise InputError(f"{where}: {layout.names} must have {layout.num_classes} class names, got {len(names)}")
     return names
 
 

@@ -72,7 +72,7 @@ class Case:
         """uint8 images (B, C, H, W)."""
         generator = torch.Generator().manual_seed(self.seed)
         for start in range(0, len(self.indices), BATCH):
-            batch = torch.from_numpy(self.images.images[self.indices[start : start + BATCH]])
+            batch = torch.from_numpy(self.images.read(self.indices[start : start + BATCH]))
             yield batch if self.spoil is None else self.spoil(batch, self.amount or 0.0, generator)
 
     def distance(self, extractor: FeatureExtractor, reference: Moments) -> float:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import Timeout
 
 from dia_diffusion.errors import RunError
-from dia_diffusion.io import lock, naming, write_json
+from dia_diffusion.io import naming, native_lock, write_json
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import fits
 
@@ -108,14 +109,14 @@ def open_feature_file(folder: Path, widths: dict[str, int], count: int, *, wait:
     Where another one is writing to it: with `wait`, once that has finished or died; else raises RunError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)  # its lock ends with the process, however that ends
+    lock = native_lock(folder / ".lock")
     try:
-        try:
-            lock(descriptor, wait=wait)
-        except BlockingIOError:
-            raise RunError(f"another process is measuring the same images into {folder}") from None
-        except OSError:
-            pass  # a file system without locks
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise RunError(f"another process is measuring the same images into {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
         yield FeatureFile(folder, widths, count)
     finally:
-        os.close(descriptor)
+        lock.release()

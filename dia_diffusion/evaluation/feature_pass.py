@@ -8,18 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from einops import rearrange
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero
+from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on_rank_zero, shard
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_file import FeatureFile, open_feature_file
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.sampling.settings import shard
 
 ImagesOf = Callable[[Sequence[int]], Iterable[torch.Tensor]]
 """Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""
@@ -53,7 +51,7 @@ def batches_of(images: ImageSet, progress: Callable[[float], None] | None = None
 
     def batches(indices: Sequence[int]) -> Iterator[torch.Tensor]:
         for start in range(0, len(indices), BATCH):
-            batch = images.images[np.asarray(indices[start : start + BATCH])]
+            batch = images.read(indices[start : start + BATCH])
             yield torch.from_numpy(batch)
             if progress is not None:  # the caller has measured the batch when it asks for the next
                 progress(len(batch))
@@ -145,7 +143,7 @@ def _measure(
 
 
 def _in_order(accelerator: Accelerator, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Every process's rows (B, D) of its share of `count` images, put together as (count, D), in order of image."""
+    """Every process's rows (B, D) of its share of `count` images, put on_all_ranks as (count, D), in order of image."""
     processes = accelerator.num_processes
     if processes == 1:
         return rows

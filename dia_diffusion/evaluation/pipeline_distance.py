@@ -1,4 +1,4 @@
-"""The distance of a pipeline's images: sampled and measured in one stream, nothing kept but features."""
+"""The distance of a pipeline's images, sampled and measured in one stream, and where its records are kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from dia_diffusion.evaluation.evaluate import evaluate
+from dia_diffusion.evaluation.evaluate import discard_work, evaluate, work_folder
 from dia_diffusion.evaluation.extras import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol
+from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
 from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.card import read_training
-from dia_diffusion.pipelines.folder import model_hash, weights_hash
-from dia_diffusion.sampling.image_pipeline import ImagePipeline
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
+from dia_diffusion.sampling.generate import ImagePipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.sharing.card import evaluation_rows, write_card
 
 
 def image_protocol(
@@ -72,14 +73,13 @@ def pipeline_origin(folder: Path) -> Origin:
 
 @dataclass
 class PipelineDistance:
-    """A way of measuring pipelines, the same for each: reference, features, sampler, number of images.
+    """A way of measuring pipelines, the same for each: reference, features, number of images.
 
     Image k is that of seed k, whichever process draws it, so that they are the same for any number of processes.
     """
 
     extractor: FeatureExtractor
     reference: Reference
-    settings: SamplingSettings
     num_samples: int
     batch_size: int
     accelerator: Accelerator
@@ -88,12 +88,17 @@ class PipelineDistance:
     """(M, D), on the main process, where the extras need them."""
 
     def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
-        """The protocol of the distance of a pipeline that the settings are in use on."""
-        scheduler = pipeline.sampler_settings()
+        """The protocol of the distance."""
         dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
         return image_protocol(
-            self.extractor, self.reference, self.num_samples, self.settings, scheduler, dtype, weights
+            self.extractor,
+            self.reference,
+            self.num_samples,
+            pipeline.settings,
+            pipeline.scheduler_settings,
+            dtype,
+            weights,
         )
 
     def measure(
@@ -105,7 +110,7 @@ class PipelineDistance:
         work: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> EvaluationRecord:
-        """Samples from a pipeline that the settings are in use on, and measures.
+        """Samples from a pipeline, and measures.
 
         protocol, origin: `protocol` and `pipeline_origin` of the pipeline and its folder.
         progress: is told how many images have been drawn.
@@ -113,7 +118,7 @@ class PipelineDistance:
         """
 
         def images(seeds: Sequence[int]) -> Iterator[Tensor]:
-            for _, batch in self.settings.generate(pipeline, seeds, self.batch_size, progress):
+            for _, batch in generate(pipeline, seeds, self.batch_size, progress):
                 yield batch
 
         return evaluate(
@@ -128,3 +133,35 @@ class PipelineDistance:
             work=work,
             reporter=reporter,
         )
+
+
+def known_record(
+    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: NamedProtocol | None
+) -> EvaluationRecord | None:
+    """The newest record of these weights by this protocol, with all that the extras ask for; None if there is none.
+
+    A record under the protocol's name comes before others, which have the same numbers.
+    """
+    asked = (protocol.hash(), origin.weights_hash, origin.model_hash)
+    known = [
+        record
+        for record in (read_records(file) if file.is_file() else [])
+        if (record.protocol_hash(), record.weights_hash, record.model_hash) == asked and record.has(extras.settings())
+    ]
+    under_the_name = [record for record in known if named is not None and named.named_in(record)]
+    return next(reversed(under_the_name or known), None)
+
+
+def keep_record(record: EvaluationRecord, file: Path, extras: Extras) -> None:
+    """Appends the record and removes its work folder."""
+    append_record(file, record)
+    discard_work(work_folder(file, record.protocol, record, extras))
+
+
+def update_card(folder: Path, file: Path) -> None:
+    """Writes the records in `file` of a pipeline of a run into its model card, if they are the run's records."""
+    if file != records_file(folder) or not (folder / TRAINING_FILE).is_file():
+        return
+    own = weights_hash(folder)
+    records = (record.to_dict() for record in read_records(file) if record.weights_hash == own)
+    write_card(folder, evaluation_rows(records))

@@ -53,7 +53,7 @@ def reference_statistics(
     indices = choose(len(images), count, seed)
     if len(indices) < 2:
         raise InputError(f"{images.name}: a covariance of 1 image; accepted: 2 or more")
-    channels, height, width = images.images.shape[1:]
+    channels, height, width = images.shape
     image_hash = hash_of_images(images, indices)
     provenance: dict[str, object] = {
         "source": images.name,
@@ -69,7 +69,7 @@ def reference_statistics(
         statistics, _ = FeatureStatistics.load(path)
     except InputError:  # not there yet, or cut short
         if features is None:
-            statistics = measure(_batches(images.images, indices, progress), extractor)
+            statistics = measure(_batches(images, indices, progress), extractor)
         else:
             statistics = sums(features.split(BLOCK), extractor.num_features)
         with suppress(OSError):  # a cache that can't be written is done without
@@ -100,10 +100,10 @@ def choose(total: int, count: int | None = None, seed: int | None = None) -> np.
 
 
 def _batches(
-    images: np.ndarray, indices: np.ndarray, progress: Callable[[int, int], None] | None, size: int = 64
+    images: ImageSet, indices: np.ndarray, progress: Callable[[int, int], None] | None, size: int = 64
 ) -> Iterator[torch.Tensor]:
     for start in range(0, len(indices), size):
-        yield torch.from_numpy(images[indices[start : start + size]])
+        yield torch.from_numpy(images.read(indices[start : start + size]))
         if progress is not None:  # the caller has measured the batch when it asks for the next
             progress(min(start + size, len(indices)), len(indices))
 

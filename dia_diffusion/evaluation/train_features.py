@@ -17,11 +17,11 @@ from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
+from dia_diffusion.training.callbacks import Reporter
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import Reporter
+from dia_diffusion.training.trainer import Trainer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +46,7 @@ def _fit_digits(
 
     assert train.labels is not None
     progress = partial(reporter.progress, values={})
-    fitted = fit_digits(train.images, train.labels, recipe, seed=seed, progress=progress)
+    fitted = fit_digits(train.read(range(len(train))), train.labels, recipe, seed=seed, progress=progress)
     return Fitted(fitted.state_dict(), asdict(recipe), train, test)
 
 
@@ -174,7 +174,7 @@ def _store(name: str, training: Training, fitted: Fitted, seed: int, out: Path) 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: ImageSet) -> float:
     """The share of images, at the classifier's size, whose label is the classifier's first choice."""
-    pixels = torch.from_numpy(images.images)
+    pixels = torch.from_numpy(images.read(range(len(images))))
     choices = torch.cat([classifier(batch.float() / 255).argmax(1) for batch in pixels.split(500)])
     return (choices.numpy() == images.labels).mean().item()
 

@@ -1,4 +1,4 @@
-"""diffusers' UNet2DModel or DiTTransformer2DModel with attached units, called, saved and loaded as one model."""
+"""diffusers' UNet2DModel or DiTTransformer2DModel, with or without attached units, as one model."""
 
 import inspect
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import Attachment, attach, attachment_in
-from dia_diffusion.attention.insertion_points import Position, positions_of
+from dia_diffusion.attention.insertion_points import Position, insertion_points
 from dia_diffusion.attention.units import forked_rng
 from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.registry import BACKBONES, Backbone, wrapped_networks
@@ -21,11 +21,11 @@ ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
 
 class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A backbone of diffusers, in pixels, with units or none, that is called as a UViT is.
+    """A network of diffusers, in pixels, with or without units, that is called as a UViT is.
 
     Args:
         backbone: "unet2d" (UNet2DModel) or "dit" (DiTTransformer2DModel).
-        backbone_kwargs: that class's arguments, but for those below.
+        backbone_kwargs: further arguments of that class.
         sample_size: height and width of the images.
         in_channels: channels of the images.
         num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
@@ -35,8 +35,8 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_kwargs: further arguments of the units.
         attention_at: names of the network's modules whose outputs the units recalibrate, or lists of a Position's
             fields; None is where attach() puts them.
-        down_block_types: not to be given, like norm_type. They stand in the config so that diffusers' classes, which
-            ignore what they don't know and would start at random weights, refuse a saved folder.
+        down_block_types: leave it out, and norm_type too. They are in the config so that diffusers' own classes, which
+            ignore unknown keys and would start at random weights, refuse a saved folder.
         norm_type: as down_block_types.
 
     Raises:
@@ -81,9 +81,11 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.network = build_network(row.network, backbone_kwargs or {}, given)
         if attention in (None, "none"):
             if attention_kwargs or attention_at is not None:
-                what = "attention_kwargs" if attention_kwargs else "attention_at"
-                raise InputError(f"{what} is given and attention none; accepted: null")
-            with forked_rng():  # so that what is drawn after is the same as with a unit
+                key, value = (
+                    ("attention_kwargs", attention_kwargs) if attention_kwargs else ("attention_at", attention_at)
+                )
+                raise InputError(f"`{key}` must be null without attention, got {value}")
+            with forked_rng():  # so that later draws are the same as with a unit
                 pass
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
@@ -111,26 +113,28 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if row is None:
             accepted = " or ".join(row.name for row in wrapped_networks().values())
             raise InputError(f"`model` must be a {accepted}, got a {type(model).__name__}")
-        known = inspect.signature(type(model)).parameters  # a moving average of diffusers' leaves its own keys there
+        known = inspect.signature(type(model)).parameters  # diffusers' EMAModel adds keys of its own
         config = {key: value for key, value in model.config.items() if key in known}
         if config["sample_size"] is None:
-            raise InputError("the model has no sample_size; accepted: one made for images of a size")
+            raise InputError("`sample_size` of the model must be the size of its images, got None")
         if config.get("class_embed_type"):
-            raise InputError(f"the model takes a {config['class_embed_type']} as its label; accepted: class numbers")
+            raise InputError(
+                f"`class_embed_type` of the model must be None (class numbers), got {config['class_embed_type']!r}"
+            )
         attachment = attachment_in(model)
         if attachment is None and attention not in (None, "none"):
             attachment = attach(model, str(attention), at, **attention_kwargs)
         arguments: dict[str, Any] = {"attention": "none"}
         if attachment is not None:
-            places = [[p.module, p.side, p.channels, p.num_extra_tokens] for p in attachment.positions]
-            usual = attachment.positions == positions_of(model)
+            places = [[p.module, p.side, p.channels, p.num_prefix_tokens] for p in attachment.positions]
+            usual = attachment.positions == insertion_points(model)
             arguments = {
                 "attention": attachment.unit_name,
                 "attention_kwargs": attachment.unit_kwargs or None,
                 "attention_at": None if usual else places,
             }
         own = {"sample_size", "in_channels", row.classes_argument}
-        with torch.device("meta"):  # everything but the backbone, which takes its place
+        with torch.device("meta"):  # the network takes its place below
             wrapped = cls(
                 backbone=name,
                 backbone_kwargs={key: value for key, value in config.items() if key not in own},
@@ -148,18 +152,18 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """As every model of diffusers.
 
         Raises:
-            InputError: units were put on the network or taken off it since the model was made.
+            InputError: units were attached or detached since the model was made.
         """
         if (self.unit is None) != (self.config.attention in (None, "none")):
             raise InputError(
-                f"the model was made with attention {self.config.attention} and its units have changed since; "
-                "accepted: AttachedModel.from_backbone(model.network), which knows them"
+                f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
+                "saved, got others; save AttachedModel.from_backbone(model.network) instead"
             )
         super().save_pretrained(*args, **kwargs)
 
     @property
     def unit(self) -> nn.Module | None:
-        """The units, one a stage of the backbone; None where there are none."""
+        """The units, one per stage of the network; None without units."""
         attachment = self.attachment
         return None if attachment is None else attachment.units
 
@@ -185,17 +189,17 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return_dict: False returns a tuple.
         """
         if sample.dim() != 4 or sample.shape[1] != self.in_channels:
-            raise InputError(f"sample has shape {tuple(sample.shape)}; accepted: (B, {self.in_channels}, H, W)")
+            raise InputError(f"`sample` must have shape (B, {self.in_channels}, H, W), got {tuple(sample.shape)}")
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         if self.num_classes is None:
             if class_labels is not None:
-                raise InputError("class_labels were given to an unconditional model (num_classes is None)")
+                raise InputError("`class_labels` must be None for an unconditional model, got labels")
             if self.needs_label:
                 class_labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)  # its one class
         elif class_labels is None:
             if not self.has_null_label:
                 raise InputError(
-                    f"the model has no null label; accepted: class_labels of 0..{self.num_classes - 1} for all images"
+                    f"`class_labels` must be 0..{self.num_classes - 1} for a model without a null label, got None"
                 )
             class_labels = torch.full((len(sample),), self.num_classes, device=sample.device)
         (prediction,) = self.network(sample, timestep, class_labels=class_labels, return_dict=False)
@@ -216,32 +220,34 @@ def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[st
     known = sorted(inspect.signature(kind).parameters)
     for key, value in kwargs.items():
         if key not in known:
-            raise InputError(f"{kind.__name__} has no argument {key!r}; accepted: {', '.join(known)}")
+            raise InputError(f"`backbone_kwargs` must be of {', '.join(known)} for {kind.__name__}, got {key!r}")
         if key in given and value != given[key] and key != "out_channels":
-            raise InputError(f"backbone_kwargs has {key} {value!r}, which the model decides; leave it out")
+            raise InputError(
+                f"`backbone_kwargs` must not have {key}, which the model sets to {given[key]!r}, got {value!r}"
+            )
     if embedded := kwargs.get("class_embed_type"):
-        raise InputError(f"backbone_kwargs has class_embed_type {embedded!r}; accepted: class numbers, which is null")
+        raise InputError(f"`backbone_kwargs.class_embed_type` must be null (class numbers), got {embedded!r}")
     try:
         return kind(**{**given, **kwargs})
-    except Exception as error:  # diffusers checks its arguments here and there, or not at all
+    except Exception as error:  # diffusers checks its arguments late, or not at all
         raise InputError(f"{kind.__name__} can't be built of backbone_kwargs: {first_line(error)}") from None
 
 
 def _without_label_dropout(network: Any) -> None:
-    """A DiT drops labels by itself, unseeded; a recipe's data.label_dropout is seeded."""
+    """Turns off a DiT's own, unseeded label dropout; a recipe's data.label_dropout is seeded."""
     for module in network.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
 
 
 def _position(place: Any) -> str | Position:
-    """A place from a config."""
+    """An insertion point from a config."""
     if isinstance(place, str | Position):
         return place
     try:
         return Position(*place)
     except TypeError:
-        raise InputError(f"attention_at has {place!r}; accepted: names of the network's modules") from None
+        raise InputError(f"`attention_at` must hold names of the network's modules, got {place!r}") from None
 
 
 INTERNAL = ("has_null_label", "down_block_types", "norm_type")

@@ -1,7 +1,7 @@
 """Residual networks for 32x32 images: ResNet, Wide ResNet and ResNeXt of the sizes that arXiv 2210.16101 trains.
 
 Shapes are those of the published DIANet code: three stages, the second and third beginning with stride 2, then the mean
-over the last map. A block ends its residual branch in `branch`, after whose last layer an attention unit stands.
+over the last map. An attention unit stands at the end of a block's `branch`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ NUM_STAGES = 3
 class Block(nn.Module):
     """A residual block: relu(branch(x) + shortcut(x)), the shortcut being a projection where the shape changes."""
 
-    branch_end = "branch"  # which attach() looks for
+    branch_end = "branch"  # for attach()
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None):
         super().__init__()
@@ -47,17 +47,17 @@ class PreActivationBlock(nn.Module):
 
 
 class Layers:
-    """Makes the layers of one network.
+    """Makes the layers of a network.
 
     Args:
-        norm: "batch", or "none": no norms, and nothing in their place (the paper's VI-A2, whose counts have no biases).
+        norm: "batch", or "none": no norms, and no biases instead (the paper's VI-A2).
         residual: whether blocks have shortcuts.
-        branch_norm: a norm at the end of branches that have none, which the published code adds where a unit stands.
+        branch_norm: a norm at the end of branches that have none, which the published code adds before a unit.
     """
 
     def __init__(self, norm: str, residual: bool, branch_norm: bool):
         if norm not in NORMS:
-            raise InputError(f"unknown norm {norm!r}; accepted: {', '.join(NORMS)}")
+            raise InputError(f"`norm` must be one of {', '.join(NORMS)}, got {norm!r}")
         self.has_norm, self.residual, self.branch_norm = norm == "batch", residual, branch_norm
 
     def convolution(self, n_in: int, n_out: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -70,7 +70,7 @@ class Layers:
         return [self.convolution(n_in, n_out, size, stride, groups), *self.norm(n_out)]
 
     def activation(self, channels: int | None = None) -> list[nn.Module]:
-        """A norm of so many channels, if any, and a ReLU."""
+        """A norm of `channels`, if any, and a ReLU."""
         return [*([] if channels is None else self.norm(channels)), nn.ReLU(inplace=channels is None)]
 
     def shortcut(self, n_in: int, n_out: int, stride: int) -> nn.Module | None:
@@ -118,11 +118,11 @@ class CifarResNet(nn.Module):
     """Images (B, 3, H, W) -> logits (B, num_classes).
 
     Args:
-        layers: what its convolutions and norms are made by.
-        block: what makes a block.
-        stem: channels of the first convolution.
-        widths: channels that each stage's blocks return.
-        blocks: in each stage.
+        layers: makes convolutions and norms.
+        block: makes a block.
+        stem: output channels of the first convolution.
+        widths: output channels per stage.
+        blocks: blocks per stage.
         pre_activation: norm and ReLU come before the head instead of after the first convolution.
         num_classes: classes.
     """
@@ -165,7 +165,7 @@ class CifarResNet(nn.Module):
 
 def cifar_resnet(depth: int, num_classes: int, layers: Layers, basic: bool = False) -> CifarResNet:
     """ResNet of depth 9 n + 2 with bottleneck blocks, or 6 n + 2 with basic ones (He et al., CVPR 2016, 4.2)."""
-    blocks = blocks_a_stage(depth, 6 if basic else 9, 2)
+    blocks = blocks_per_stage(depth, 6 if basic else 9, 2)
     if basic:
         return CifarResNet(
             layers, lambda i, o, s, _: layers.basic(i, o, s), 16, (16, 32, 64), blocks, False, num_classes
@@ -177,7 +177,7 @@ def cifar_resnet(depth: int, num_classes: int, layers: Layers, basic: bool = Fal
 
 def cifar_wrn(depth: int, widen: int, num_classes: int, layers: Layers, dropout: float = 0.0) -> CifarResNet:
     """Wide ResNet of depth 6 n + 4 (Zagoruyko and Komodakis, BMVC 2016)."""
-    blocks, widths = blocks_a_stage(depth, 6, 4), (16 * widen, 32 * widen, 64 * widen)
+    blocks, widths = blocks_per_stage(depth, 6, 4), (16 * widen, 32 * widen, 64 * widen)
     return CifarResNet(
         layers, lambda i, o, s, _: layers.pre_activation(i, o, s, dropout), 16, widths, blocks, True, num_classes
     )
@@ -186,9 +186,9 @@ def cifar_wrn(depth: int, widen: int, num_classes: int, layers: Layers, dropout:
 def cifar_resnext(depth: int, cardinality: int, width: int, num_classes: int, layers: Layers) -> CifarResNet:
     """ResNeXt of depth 9 n + 2, with `cardinality` groups of `width` channels in the first stage.
 
-    As the published DIANet code has it: half the widths of Xie et al. (CVPR 2017), a stem of 32 channels.
+    As in the published DIANet code: half the widths of Xie et al. (CVPR 2017), a stem of 32 channels.
     """
-    blocks, groups = blocks_a_stage(depth, 9, 2), cardinality
+    blocks, groups = blocks_per_stage(depth, 9, 2), cardinality
 
     def block(n_in: int, n_out: int, stride: int, stage: int) -> nn.Module:
         return layers.bottleneck(n_in, n_out, stride, cardinality * width * 2**stage, groups)
@@ -196,12 +196,10 @@ def cifar_resnext(depth: int, cardinality: int, width: int, num_classes: int, la
     return CifarResNet(layers, block, 32, (128, 256, 512), blocks, False, num_classes)
 
 
-def blocks_a_stage(depth: int, layers_a_block: int, other_layers: int) -> int:
-    """The blocks of each of three stages. Raises InputError for a depth that gives no whole number of them."""
-    blocks, rest = divmod(depth - other_layers, layers_a_block)
+def blocks_per_stage(depth: int, layers_per_block: int, other_layers: int) -> int:
+    """Blocks in each of the three stages. Raises InputError for a depth that gives no whole number."""
+    blocks, rest = divmod(depth - other_layers, layers_per_block)
     if rest or blocks < 1:
-        examples = ", ".join(str(layers_a_block * n + other_layers) for n in (1, 2, 3, 9, 18))
-        raise InputError(
-            f"depth {depth} gives no whole blocks; accepted: {layers_a_block} n + {other_layers}: {examples}"
-        )
+        examples = ", ".join(str(layers_per_block * n + other_layers) for n in (1, 2, 3, 9, 18))
+        raise InputError(f"depth must be {layers_per_block} n + {other_layers}, such as {examples}, got {depth}")
     return blocks

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet18, resnet34, resnet50
 
 from dia_diffusion.attention.attach import attach
-from dia_diffusion.attention.insertion_points import Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import Position, group_by_channels, insertion_points
 from dia_diffusion.distributed import sent
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import atomic_dir, step_folders, write_json
@@ -22,7 +22,7 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.factory import check_size, unusable
 from dia_diffusion.models.feature_resnet import FeatureResNet
 from dia_diffusion.reading import read_json_object, stored_shapes
-from dia_diffusion.reading.typed import fits, from_json
+from dia_diffusion.reading.typed import fits
 
 FEATURE_RESNET = "feature-resnet"
 RESNETS: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
@@ -60,11 +60,15 @@ def build_classifier(config: BackboneConfig, sync_batchnorm: bool = False) -> nn
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if has_unit:
         assert config.attention is not None
-        attachment = attach(model, config.attention, at=_places(model, config), **(config.attention_kwargs or {}))
+        attachment = attach(
+            model, config.attention, at=_insertion_points(model, config), **(config.attention_kwargs or {})
+        )
         if sync_batchnorm:
             nn.SyncBatchNorm.convert_sync_batchnorm(attachment.units)
     elif config.attention_kwargs or config.attention_stages is not None or config.attention_blocks is not None:
-        raise InputError("model.attention is none; accepted: no attention_kwargs, attention_stages, attention_blocks")
+        raise InputError(
+            "`model.attention` must be a unit for attention_kwargs, attention_stages or attention_blocks, got none"
+        )
     return model
 
 
@@ -72,26 +76,31 @@ def _backbone(config: BackboneConfig, has_unit: bool) -> nn.Module:
     name, classes = config.backbone, config.num_classes
     if classes < 2 or config.sample_size < 8 or not 0 <= config.dropout < 1:
         raise InputError(
-            f"model.num_classes {classes}, sample_size {config.sample_size}, dropout {config.dropout}; accepted: 2 or "
-            "more, 8 or more, from 0 to below 1"
+            "`model.num_classes` must be 2 or more, `sample_size` 8 or more and `dropout` from 0 to below 1, got "
+            f"{classes}, {config.sample_size} and {config.dropout}"
         )
     if config.dropout and not name.startswith("cifar-wrn"):
-        raise InputError(f"model.dropout is {config.dropout} and model.backbone {name}; accepted: 0, or cifar-wrn")
+        raise InputError(
+            f"`model.dropout` must be 0 for backbone {name}, only cifar-wrn has dropout, got {config.dropout}"
+        )
     # A norm before the unit, where a branch has none: as the published networks have it, and with units only.
     network = _cifar_network(config, Layers(config.norm, config.residual, branch_norm=has_unit))
     if network is not None:
         return network
     if config.norm != "batch" or not config.residual:
-        raise InputError(f"model.norm and residual can't be changed of {name}; accepted: batch and true, or cifar-...")
+        raise InputError(
+            f"`model.norm` and `residual` must be batch and true for backbone {name}, got {config.norm} and "
+            f"{config.residual}"
+        )
     if name == FEATURE_RESNET:
         return FeatureResNet(classes)
     if name in RESNETS:
         return RESNETS[name](weights=None, num_classes=classes)
     if name in VITS:
         if config.sample_size % 16:
-            raise InputError(f"model.sample_size {config.sample_size} is no multiple of {name}'s patches of 16")
+            raise InputError(f"`model.sample_size` must be a multiple of 16 for {name}, got {config.sample_size}")
         return VisionTransformer(config.sample_size, 16, num_classes=classes, **VITS[name])
-    raise InputError(f"unknown model.backbone {name!r}; accepted: {ACCEPTED}")
+    raise InputError(f"`model.backbone` must be one of {ACCEPTED}, got {name!r}")
 
 
 def _cifar_network(config: BackboneConfig, layers: Layers) -> nn.Module | None:
@@ -108,14 +117,14 @@ def _cifar_network(config: BackboneConfig, layers: Layers) -> nn.Module | None:
     return None
 
 
-def _places(model: nn.Module, config: BackboneConfig) -> list[Position]:
-    """The positions that carry the unit: in the chosen stages, the runs of one channel count, their first blocks."""
-    stages = in_stages(positions_of(model))
+def _insertion_points(model: nn.Module, config: BackboneConfig) -> list[Position]:
+    """The insertion points that carry the unit: the first blocks of the chosen stages."""
+    stages = group_by_channels(insertion_points(model))
     chosen, first = config.attention_stages, config.attention_blocks
     if chosen is not None and (not chosen or not set(chosen) <= set(range(len(stages)))):
-        raise InputError(f"model.attention_stages is {chosen}; accepted: some of 0 to {len(stages) - 1}, or null")
+        raise InputError(f"`model.attention_stages` must be some of 0 to {len(stages) - 1}, or null, got {chosen}")
     if first is not None and first < 1:
-        raise InputError(f"model.attention_blocks is {first}; accepted: 1 or more, or null for all")
+        raise InputError(f"`model.attention_blocks` must be 1 or more, or null for all, got {first}")
     return [
         position
         for index, stage in enumerate(stages)
@@ -129,7 +138,7 @@ WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE = "model.safetensors", "config.json", "
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """A trained classifier, and how it wants its images."""
+    """A trained classifier with the normalization of its images."""
 
     model: nn.Module
     """Prepared images (B, 3, H, W) -> logits (B, num_classes); in evaluation mode, without gradients of its weights."""
@@ -138,15 +147,15 @@ class SavedClassifier:
     std: list[float]
     class_names: list[str] | None
     training: dict[str, Any] | None
-    """Where the weights come from: run, step, recipe, data; None where nothing says."""
+    """Where the weights come from: run, step, recipe, data; None if unknown."""
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, H, W) -> what the network takes, float32."""
+        """uint8 images (B, 3, H, W) -> normalized float32 images."""
         return normalized(images, self.mean, self.std)
 
 
 def normalized(images: Tensor, mean: list[float], std: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images (B, 3, H, W) -> each channel over 255, less its mean, over its deviation."""
+    """uint8 images (B, 3, H, W) -> (images / 255 - mean) / std per channel."""
     shift, scale = (sent(torch.tensor(values, dtype=dtype), images.device)[:, None, None] for values in (mean, std))
     return (images.to(dtype) / 255 - shift) / scale
 
@@ -160,12 +169,12 @@ def save_classifier(
     class_names: tuple[str, ...] | None,
     training: dict[str, Any],
 ) -> None:
-    """Writes a classifier folder, whole or not at all."""
+    """Writes a classifier folder atomically."""
     with atomic_dir(place) as temporary:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS_FILE)
         names = None if class_names is None else list(class_names)
-        about = {"model": asdict(config), "mean": mean, "std": std, "class_names": names}
+        about = {"model": config.model_dump(), "mean": mean, "std": std, "class_names": names}
         write_json(temporary / CONFIG_FILE, about)
         write_json(temporary / TRAINING_FILE, training)
 
@@ -174,19 +183,17 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
     """Loads a classifier folder, or the newest of a run of `dia-diffusion classify`.
 
     Raises:
-        InputError: there is none, or its files are cut short, altered, or don't fit each other.
+        InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
     """
     folder = Path(place)
     if not (folder / CONFIG_FILE).is_file():
         newest = next(reversed(step_folders(folder / "classifiers").values()), None)
         if newest is None:
-            raise InputError(
-                f"{place} is no classifier folder and no run with one; accepted: what classify has written"
-            )
+            raise InputError(f"{place} must be a classifier folder or a run of `dia-diffusion classify`, got neither")
         folder = newest
     try:
         about = read_json_object(folder / CONFIG_FILE)
-        config = from_json(BackboneConfig, about["model"])
+        config = BackboneConfig.model_validate(about["model"])
         mean, std, class_names = about["mean"], about["std"], about["class_names"]
         if not all(fits(values, list[float]) and len(values) == 3 for values in (mean, std)):
             raise ValueError("mean and std of three channels")
@@ -195,7 +202,7 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
         training_file = folder / TRAINING_FILE
         training = read_json_object(training_file) if training_file.is_file() else None
     except (OSError, ValueError, KeyError):
-        raise InputError(f"{folder / CONFIG_FILE} or {TRAINING_FILE} is cut short or altered") from None
+        raise InputError(f"{folder / CONFIG_FILE} or {TRAINING_FILE} is truncated or corrupted") from None
     weights = folder / WEIGHTS_FILE
     check_size(lambda: build_classifier(config), stored_shapes(weights))
     try:
@@ -204,5 +211,5 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
             raise InputError(f"{weights} has {problem}")
         model.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError):
-        raise InputError(f"{weights} is missing, cut short, or of another network than {CONFIG_FILE} says") from None
+        raise InputError(f"{weights} is missing, truncated, or of another network than {CONFIG_FILE} says") from None
     return SavedClassifier(model.eval().requires_grad_(False).to(device), config, mean, std, class_names, training)

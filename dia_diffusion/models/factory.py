@@ -1,6 +1,5 @@
 """Models built from what a recipe or a config says, with checks before memory is taken: configs may be made up."""
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -24,97 +23,73 @@ def build_model(config: Mapping[str, Any]) -> Any:
         config: the recipe's `model:`, a `backbone` of BACKBONES and arguments of its class.
 
     Raises:
-        InputError: an unknown backbone, or arguments that it doesn't have or refuses.
+        InputError: an unknown backbone, or arguments that it refuses.
     """
     backbone = config.get("backbone", "uvit")
-    return BACKBONES.choose(backbone, "model.backbone").model(**model_arguments(backbone, config))
+    accepted = recipe_arguments(backbone)
+    arguments = {key: value for key, value in config.items() if key in accepted or value not in (None, "none")}
+    if BACKBONES[backbone].network is None:
+        arguments.pop("backbone", None)
+    return BACKBONES[backbone].model(**arguments)
 
 
-def model_arguments(backbone: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a backbone's class from a recipe's `model:`.
-
-    Another backbone's keys are dropped where they have its default, since older recipes hold the keys of all backbones.
-
-    Raises:
-        InputError: an unknown backbone, a key that it doesn't have, or another backbone's with a value.
-    """
-    accepted = recipe_defaults(backbone)
-    others = [recipe_defaults(name) for name in BACKBONES if name != backbone]
-    arguments = {"backbone": backbone} if BACKBONES[backbone].network is not None else {}
-    for key, value in config.items():
-        if key == "backbone":
-            continue
-        if key in accepted:
-            arguments[key] = value
-            continue
-        defaults = [other[key] for other in others if key in other]
-        if not defaults:
-            nearest = difflib.get_close_matches(key, [*accepted], n=1, cutoff=0.0)
-            raise InputError(f"`model.{key}` is no key of backbone {backbone}; the nearest is {' '.join(nearest)}")
-        if value not in defaults:
-            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {value!r}")
-    return arguments
-
-
-def recipe_defaults(backbone: str) -> dict[str, Any]:
-    """The keys of a recipe's `model:` beside `backbone`, with their defaults (inspect.Parameter.empty where needed).
+def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a backbone's class that a recipe's `model:` may have.
 
     Raises:
         InputError: an unknown backbone.
     """
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
-    parameters = inspect.signature(row.model).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.name not in left_out}
+    parameters = inspect.signature(row.model, eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if name not in left_out and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:
-    """Raises InputError for a config of more layers than `most`, which would be built one after the other."""
+    """Raises InputError for a config with more layers than `most`, which would take long to build."""
     for key, value in config.items():
         counts = value if isinstance(value, list) else [value]
         largest = max((count for count in counts if isinstance(count, int | float)), default=0)
         if "layers" in key and largest > most:
-            raise InputError(f"{key} is {value}; accepted: {most:,} or fewer")
+            raise InputError(f"`{key}` must be {most:,} or less, got {value}")
         if isinstance(value, dict):
             check_layers(value, most)
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes, without memory for its weights. Raises InputError for arguments that it refuses."""
+    """The result of `build`, without memory for its weights. Raises InputError if it fails."""
     try:
         with torch.device("meta"):
             return build()
     except InputError:
         raise
-    except Exception as error:  # whatever a network makes of arguments that anybody may have written
-        raise InputError(f"no network can be built by it: {first_line(error)}") from None
+    except Exception as error:  # a config may say anything
+        raise InputError(f"the network can't be built: {first_line(error)}") from None
 
 
 def check_size(build: Callable[[], nn.Module], stored: Shapes) -> nn.Module:
-    """The model on the meta device. Raises InputError for one that has more numbers than the stored tensors."""
+    """The model on the meta device. Raises InputError if it has more parameters than the stored tensors."""
     model = build_on_meta(build)
     wanted = sum(parameter.numel() for parameter in model.parameters())
     held = sum(map(prod, stored.values()))
     if wanted > held:
-        raise InputError(f"its network has {wanted:,} numbers, and the weights {held:,}")
+        raise InputError(f"parameters of the network must be {held:,} at most, as many as its weights, got {wanted:,}")
     return model
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raises InputError for a model whose weights this machine can't hold."""
+    """Raises InputError for a model with weights larger than this machine's memory."""
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise InputError(
-            f"the model's weights take {needed >> 30:,} GiB; accepted: the {memory >> 30:,} of this machine"
-        )
+        raise InputError(f"the model's weights must fit into {memory >> 30:,} GiB of memory, got {needed >> 30:,} GiB")
 
 
 def unusable(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """What keeps tensors from being a model's weights: another kind of numbers, or some that aren't finite."""
+    """Why tensors can't be a model's weights: another kind of dtype, or values that aren't finite; None if they can."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name in own and tensor.is_floating_point() != own[name].is_floating_point():
-            return f"the type {tensor.dtype} for tensor {name}; accepted: {own[name].dtype}"
+            return f"dtype {tensor.dtype} for tensor {name}, which must be {own[name].dtype}"
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return f"values in tensor {name} that aren't finite"
     return None

@@ -33,29 +33,29 @@ UVIT_SIZES: dict[str, dict[str, int]] = {
 }
 INITIALIZATIONS = ("uvit", "xavier")
 POOLINGS = ("all", "patch")
-DECIDED = {"name", "channels", "num_blocks"}  # what the model builds its unit with
+SET_BY_MODEL = {"name", "channels", "num_blocks"}  # arguments of build_attention
 
 
 @dataclass
 class UViTOutput(BaseOutput):
-    """sample: (B, C, H, W), what the noise process's prediction_type names."""
+    """sample: (B, C, H, W), the prediction, of the noise process's prediction_type."""
 
     sample: Tensor
 
 
 def blocks_with_unit(chosen: list[int] | None, num_layers: int, attention: str | None) -> list[int]:
-    """The blocks that carry the unit, in the order in which they run; None is all of them.
+    """The blocks that carry the unit, in the order in which they run; None is all.
 
     Raises:
-        InputError: a block that there isn't, one named twice, none at all, or blocks for no unit.
+        InputError: no block, an unknown one, one named twice, or blocks without a unit.
     """
     if chosen is None:
         return list(range(num_layers))
     if attention in (None, "none"):
-        raise InputError(f"attention_blocks is {chosen} and attention none; accepted: null")
+        raise InputError(f"`attention_blocks` must be null without attention, got {chosen}")
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(num_layers)):
         raise InputError(
-            f"attention_blocks is {chosen}; accepted: one or more of 0 to {num_layers - 1}, each once, or null for all"
+            f"`attention_blocks` must be one or more of 0 to {num_layers - 1}, each once, or null for all, got {chosen}"
         )
     return sorted(chosen)
 
@@ -83,15 +83,15 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         qkv_bias: a bias on queries, keys and values.
         time_embed_mlp: an MLP on the sinusoidal time embedding.
         num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
-        final_conv: a 3x3 convolution after the patches are put together.
+        final_conv: a 3x3 convolution on the image made of the patches.
         long_skips: long skips from in blocks to out blocks.
-        residual_skips: attention and MLP are added to what they are given; without, each takes its place.
+        residual_skips: residual connections around attention and MLP.
         layer_norm: LayerNorms in the blocks and before the decoder.
         attention: the shared unit by name (see build_attention), None or "none" for plain U-ViT.
         attention_kwargs: further arguments of the unit, such as {"reduction": 16}.
         attention_blocks: the blocks that carry the unit, counted from 0 in the order in which they run (in, middle, out
             blocks); None is all.
-        pool_tokens: what the unit pools over, "all" tokens or the "patch" tokens only.
+        pool_tokens: the tokens that the unit pools over, "all" or "patch".
         initialization: "uvit" (everything normal with deviation 0.02), or "xavier" (Xavier-uniform linear maps,
             positions of unit variance), with which narrow networks find the positions of their patches early.
 
@@ -128,29 +128,29 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if min(hidden_size, in_channels) < 1 or mlp_ratio <= 0 or (num_classes is not None and num_classes < 1):
             raise InputError(
-                f"hidden_size {hidden_size}, in_channels {in_channels}, mlp_ratio {mlp_ratio} and num_classes "
-                f"{num_classes}: accepted are numbers above 0"
+                "`hidden_size`, `in_channels`, `mlp_ratio` and `num_classes` must be above 0, got "
+                f"{hidden_size}, {in_channels}, {mlp_ratio} and {num_classes}"
             )
         if num_layers < 1 or num_layers % 2 == 0:
-            raise InputError(f"num_layers is {num_layers}; accepted: an odd number (in, middle and out blocks)")
+            raise InputError(f"`num_layers` must be odd (in, middle and out blocks), got {num_layers}")
         if patch_size < 1 or sample_size < 1 or sample_size % patch_size:
-            raise InputError(f"sample_size {sample_size} is not a multiple of patch_size {patch_size}")
+            raise InputError(f"`sample_size` must be a multiple of patch_size {patch_size}, got {sample_size}")
         if num_attention_heads < 1 or hidden_size % num_attention_heads:
-            raise InputError(f"num_attention_heads {num_attention_heads} does not divide hidden_size {hidden_size}")
+            raise InputError(f"`num_attention_heads` must divide hidden_size {hidden_size}, got {num_attention_heads}")
         if pool_tokens not in POOLINGS:
-            raise InputError(f"unknown pool_tokens {pool_tokens!r}; accepted: {', '.join(POOLINGS)}")
+            raise InputError(f"`pool_tokens` must be one of {', '.join(POOLINGS)}, got {pool_tokens!r}")
         if initialization not in INITIALIZATIONS:
-            raise InputError(f"unknown initialization {initialization!r}; accepted: {', '.join(INITIALIZATIONS)}")
-        if decided := DECIDED & (attention_kwargs or {}).keys():
-            raise InputError(f"attention_kwargs has {min(decided)}, which the model decides; leave it out")
+            raise InputError(f"`initialization` must be one of {', '.join(INITIALIZATIONS)}, got {initialization!r}")
+        if decided := SET_BY_MODEL & (attention_kwargs or {}).keys():
+            raise InputError(f"`attention_kwargs` must not have {min(decided)}, which the model sets")
 
         self.attention_blocks = blocks_with_unit(attention_blocks, num_layers, attention)
 
         self.gradient_checkpointing = False
         self.sample_size, self.patch_size, self.in_channels = sample_size, patch_size, in_channels
         self.hidden_size, self.num_classes = hidden_size, num_classes
-        self.num_extra_tokens = 1 if num_classes is None else 2
-        self.num_unpooled_tokens = self.num_extra_tokens if pool_tokens == "patch" else 0
+        self.num_prefix_tokens = 1 if num_classes is None else 2
+        self.num_unpooled_tokens = self.num_prefix_tokens if pool_tokens == "patch" else 0
         num_patches = (sample_size // patch_size) ** 2
         half = num_layers // 2
 
@@ -174,7 +174,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         # The last row is the null label, which stands for "no class".
         self.label_embed = None if num_classes is None else nn.Embedding(num_classes + 1, hidden_size)
-        self.pos_embed = nn.Parameter(torch.empty(1, self.num_extra_tokens + num_patches, hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + num_patches, hidden_size))
         self.in_blocks = nn.ModuleList(block(index) for index in range(half))
         self.mid_block = block(half)
         self.out_blocks = nn.ModuleList(block(index) for index in range(half + 1, num_layers))
@@ -197,7 +197,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         name, _, patch = size.partition("/")
         if name not in UVIT_SIZES or not patch.isdecimal():
             names = ", ".join(UVIT_SIZES)
-            raise InputError(f"unknown size {size!r}; accepted: SIZE/PATCH with SIZE one of {names}, such as S/2")
+            raise InputError(f"size must be SIZE/PATCH with SIZE one of {names}, such as S/2, got {size!r}")
         return cls(**{**UVIT_SIZES[name], "patch_size": int(patch), **kwargs})
 
     def _initialize(self, initialization: str) -> None:
@@ -232,14 +232,14 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         channels, size = self.in_channels, self.sample_size
         if tuple(sample.shape[1:]) != (channels, size, size):
-            raise InputError(f"sample has shape {tuple(sample.shape)}; accepted: (B, {channels}, {size}, {size})")
+            raise InputError(f"`sample` must have shape (B, {channels}, {size}, {size}), got {tuple(sample.shape)}")
         x = rearrange(self.patch_embed(sample), "B N h w -> B (h w) N")  # (B, L, N)
         embedding = self._sinusoidal_embedding(timestep, x)
         tokens = [self.time_embed(embedding.to(self.pos_embed.dtype))[:, None], x]
         if self.label_embed is not None:
             tokens.insert(0, self._label_token(class_labels, x))
         elif class_labels is not None:
-            raise InputError("class_labels were given to an unconditional model (num_classes is None)")
+            raise InputError("`class_labels` must be None for an unconditional model, got labels")
         x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra + L, N)
 
         unit: Any = self.unit
@@ -252,7 +252,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for block in self.out_blocks:
             x, state = self._run(block, x, state, skips.pop())
 
-        patches = self.decoder(self.norm(x[:, self.num_extra_tokens :]))  # (B, L, p p C)
+        patches = self.decoder(self.norm(x[:, self.num_prefix_tokens :]))  # (B, L, p p C)
         p, h = self.patch_size, self.sample_size // self.patch_size
         image = rearrange(patches, "B (h w) (p q C) -> B C (h p) (w q)", h=h, p=p, q=p)
         prediction = self.output_conv(image)
@@ -266,10 +266,10 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _recalibrate(self, features: Tensor, state: Any) -> tuple[Tensor, Any]:
         assert self.unit is not None
-        return self.unit(features, state, self.num_unpooled_tokens, self.num_extra_tokens)
+        return self.unit(features, state, self.num_unpooled_tokens, self.num_prefix_tokens)
 
     def _sinusoidal_embedding(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
-        """Of the time, (B, N)."""
+        """Embedding (B, N) of the time."""
         # Sines of times up to 999 need float32 whatever the model's precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, dtype=dtype, device=x.device).expand(x.shape[0])
@@ -295,7 +295,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
-    """x as matrix products take it under the autocast that is on; without one, as it is."""
+    """x in the dtype of the enabled autocast, if any."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -327,17 +327,17 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; the unit it is handed stands between the second norm and the MLP.
+    """A transformer block; the unit stands between the second norm and the MLP.
 
     Args:
         dim: width N of the tokens.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over dim.
         qkv_bias: a bias on queries, keys and values.
-        long_skip: joins the tokens of an in block to its own.
-        residual: adds attention and MLP to what they are given; without, each takes its place.
-        layer_norm: norms before attention and MLP; without, both see the tokens as they are.
-        carries_unit: whether it calls the unit; without, features and state pass by.
+        long_skip: concatenates the tokens of an in block to its own.
+        residual: residual connections around attention and MLP.
+        layer_norm: LayerNorms before attention and MLP.
+        carries_unit: whether it calls the unit.
     """
 
     def __init__(
@@ -373,8 +373,8 @@ class Block(nn.Module):
             x: (B, L, N).
             unit: (features, state) to (features, state); a function, as a hook that moves a block's arguments to a
                 device would move a module too.
-            state: what the unit returned in the last block.
-            skip: (B, L, N), the tokens of the in block that the long skip starts from.
+            state: the state that the unit returned in the previous block.
+            skip: (B, L, N), the output of the in block that the long skip starts from.
         """
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))

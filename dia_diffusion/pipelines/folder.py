@@ -11,11 +11,33 @@ from dia_diffusion.reading import Unreadable, read_json_object, stored_shapes
 
 INDEX = "model_index.json"
 EVALUATIONS = "evaluations.jsonl"
+CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
+TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 INCIDENTAL = ("_diffusers_version", "_name_or_path")
 """What a model's config says of who wrote it, not of the model."""
+
+# What is read of training.json, by dotted names, with the types.
+NEEDED: dict[str, Any] = {
+    "run": str,
+    "step": int,
+    "images": int,
+    "weights": str,
+    "recipe.seed": int,
+    "recipe.data": dict,
+    "recipe.train.batch_size": int,
+    "recipe.model.attention": str | None,
+    "recipe.model.num_classes": int | None,
+    "recipe.model.hidden_size": object,
+    "recipe.model.num_layers": object,
+    "recipe.model.sample_size": object,
+    "recipe.samples.count": int,
+    "data.name": str,
+    "data.count": int,
+}
+STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 
 
 def find_pipeline(path: str | Path, step: int | None = None) -> Path:
@@ -26,7 +48,7 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; accepted: a pipeline folder or a run folder")
+        raise InputError(f"a pipeline must be in a pipeline folder or a run folder, but {path} does not exist")
     if (path / INDEX).is_file():
         if step is not None:
             raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
@@ -38,7 +60,9 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
         )
     chosen = max(steps) if step is None else step
     if chosen not in steps:
-        raise InputError(f"{path} has no pipeline of step {step}; accepted: {', '.join(map(str, sorted(steps)))}")
+        raise InputError(
+            f"the step of a pipeline in {path} must be one of {', '.join(map(str, sorted(steps)))}, got {step}"
+        )
     return steps[chosen]
 
 
@@ -161,13 +185,50 @@ def model_files(model: Path) -> list[Path]:
                 raise ValueError
             files = [model / name for name in sorted(shards)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            accepted = "accepted: names of safetensors files beside it"
-            raise InputError(f"{model / SHARDS} is not an index of safetensors files; {accepted}") from None
+            raise InputError(f"{model / SHARDS} must be an index of safetensors files beside it") from None
     else:
         files = [model / WEIGHTS]
     for file in files:
         if not file.is_file():
             pickles = sorted(other.name for other in model.glob("*") if other.suffix in PICKLES)
             instead = f"; {pickles[0]} beside it is a pickle, which is never read" if pickles else ""
-            raise InputError(f"{file} is missing{instead}; accepted: weights as safetensors")
+            raise InputError(f"weights must be safetensors: {file} is missing{instead}")
     return files
+
+
+def read_training(folder: str | Path) -> dict[str, Any] | None:
+    """The training.json of a pipeline folder; None where there is none, as of converted weights.
+
+    Raises:
+        InputError: the file is truncated or not a run's.
+    """
+    path = Path(folder) / TRAINING_FILE
+    if not path.is_file():
+        return None
+    training = read_record(path, NEEDED)
+    if training.get("init_from"):
+        read_record(path, STARTED_FROM)
+    if "randomness" in training:
+        read_record(path, {"randomness": int})
+    if training["data"].get("class_names"):
+        read_record(path, {"data.class_names": list})
+    return training
+
+
+def read_record(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with these keys (dotted) and types.
+
+    Raises:
+        InputError: the file is truncated, or a key is missing or of another type.
+    """
+    try:
+        read = read_json_object(path)
+        for name, kind in needed.items():
+            value: Any = read
+            for key in name.split("."):
+                value = value[key]
+            if not isinstance(value, kind):
+                raise ValueError
+        return read
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is truncated or corrupted; remove it, or make the pipeline again") from None

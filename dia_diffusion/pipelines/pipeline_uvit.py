@@ -1,16 +1,16 @@
 """UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.step_noise import step_noise
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -19,7 +19,7 @@ class UViTPipeline(DiffusionPipeline):
     """Pixel-space image generation, unconditional or by class.
 
     Args:
-        unet: the backbone, a UViT or what is called alike and has its in_channels, sample_size and num_classes;
+        unet: the backbone, a UViT or one with its signature, in_channels, sample_size and num_classes;
             diffusers' image pipelines call it so whatever its architecture.
         scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
     """
@@ -64,16 +64,16 @@ class UViTPipeline(DiffusionPipeline):
         """Generates images.
 
         Args:
-            batch_size: how many; None is one per class label, generator or latent, or 1 where none of these is a list.
+            batch_size: number of images; None is one per class label, generator or latent, or 1 if none is a list.
             generator: one, or a list with one per image: then image k depends on generator k alone.
             num_inference_steps: steps of the scheduler.
             class_labels: one class for all images, or one per image; None draws from the model's null label.
             guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none.
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float32 (B, C, H, W) in [0, 1]) or
-                "latent" (what the sampler ends with, (B, C, H, W), neither decoded nor clipped).
+                "latent" (the last sample, (B, C, H, W), neither decoded nor clipped).
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as callback(pipe, step, timestep, {"latents": x_t}); a
-                returned "latents" goes on in its place.
+                returned "latents" replaces it.
             callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
             latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
 
@@ -84,9 +84,10 @@ class UViTPipeline(DiffusionPipeline):
         """
         batch_size = _batch_size(batch_size, class_labels, generator, latents)
         if output_type not in OUTPUT_TYPES:
-            raise InputError(f"unknown output_type {output_type!r}; accepted: {', '.join(OUTPUT_TYPES)}")
+            raise InputError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise InputError(f"a callback can be given latents, not {list(callback_on_step_end_tensor_inputs)}")
+            given = list(callback_on_step_end_tensor_inputs)
+            raise InputError(f"`callback_on_step_end_tensor_inputs` must be latents or none, got {given}")
         self._guidance_scale, self._interrupt = guidance_scale, False
         labels = self._check_labels(class_labels, batch_size)
         self._check_guidance(labels)
@@ -98,20 +99,22 @@ class UViTPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
         elif tuple(latents.shape) != shape:
-            raise InputError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+            raise InputError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
             # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
             self.scheduler.set_begin_index(0)
-        sample = latents.to(device, sample_dtype) * self.scheduler.init_noise_sigma
+        # Schedulers of flow matching have no scale.
+        sample = latents.to(device, sample_dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
-            model_input = self.scheduler.scale_model_input(sample, timestep).to(dtype)
+            model_input = scale_model_input(sample, timestep).to(dtype)
             prediction = self._predict(model_input, timestep, labels, self.guidance_scale).to(sample_dtype)
-            noise = step_noise(self.scheduler, index, sample, generator)
+            noise = _step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
@@ -132,15 +135,22 @@ class UViTPipeline(DiffusionPipeline):
         return (sample / 2 + 0.5).clamp(0, 1)
 
     def _predict(self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
-        if labels is None or guidance_scale == 1.0:
-            return self.unet(sample, timestep, labels).sample
-        null = torch.full_like(labels, self.unet.num_classes)
-        both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
-        unconditional, conditional = both.chunk(2)
         channels = self.unet.in_channels
-        guided = (unconditional + guidance_scale * (conditional - unconditional))[:, :channels]
-        # What a network predicts beyond the image's channels, as a variance, is not guided.
-        return torch.cat([guided, conditional[:, channels:]], dim=1)
+        if labels is None or guidance_scale == 1.0:
+            prediction = self.unet(sample, timestep, labels).sample
+        else:
+            null = torch.full_like(labels, self.unet.num_classes)
+            both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
+            unconditional, conditional = both.chunk(2)
+            guided = (unconditional + guidance_scale * (conditional - unconditional))[:, :channels]
+            # What a network predicts beyond the image's channels, as a variance, is not guided.
+            prediction = torch.cat([guided, conditional[:, channels:]], dim=1)
+        # Of all schedulers, only DDPM's uses a predicted variance.
+        takes_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
+            "learned",
+            "learned_range",
+        )
+        return prediction if takes_variance else prediction[:, :channels]
 
     def _check_guidance(self, labels: Tensor | None) -> None:
         scale = self.guidance_scale
@@ -149,11 +159,11 @@ class UViTPipeline(DiffusionPipeline):
         if self.unet.num_classes is None:
             raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
         if not 1 <= scale < float("inf"):
-            raise InputError(f"guidance_scale must be 1, which is none, or more, got {scale}")
+            raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
         if labels is None:
             raise InputError(f"guidance_scale {scale} needs class_labels")
         if not getattr(self.unet, "has_null_label", True):  # a UViT by class has one
-            raise InputError(f"guidance_scale must be 1 for a model without a null label, got {scale}")
+            raise InputError(f"`guidance_scale` must be 1 for a model without a null label, got {scale}")
 
     def _check_labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int) -> Tensor | None:
         num_classes = self.unet.num_classes
@@ -163,16 +173,16 @@ class UViTPipeline(DiffusionPipeline):
             raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
         labels = torch.as_tensor(class_labels, device=self._execution_device)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise InputError(f"class_labels {labels.tolist()} are no whole numbers; accepted: 0..{num_classes - 1}")
+            raise InputError(f"`class_labels` must be integers 0 to {num_classes - 1}, got {labels.tolist()}")
         labels = labels.long()
         labels = labels.expand(batch_size) if labels.dim() == 0 else labels.reshape(-1)
         if labels.min() < 0 or labels.max() >= num_classes:
-            raise InputError(f"class_labels {labels.tolist()} out of range; accepted: 0..{num_classes - 1}")
+            raise InputError(f"`class_labels` must be 0 to {num_classes - 1}, got {labels.tolist()}")
         return labels
 
 
 def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
-    """How many images the arguments of a call are for.
+    """The number of images that the arguments of a call are for.
 
     Raises:
         InputError: they are for different numbers, or for none.
@@ -190,5 +200,46 @@ def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, laten
         raise InputError(f"{' and '.join(given)} must be for the same number of images, got {sources}")
     size = next(iter(given.values()), 1)
     if size < 1:
-        raise InputError(f"batch_size must be 1 or more, got {size}")
+        raise InputError(f"`batch_size` must be 1 or more, got {size}")
     return size
+
+
+def _step_noise(
+    scheduler: SchedulerMixin, index: int, sample: Tensor, generator: Generator | list[Generator] | None
+) -> dict[str, Any]:
+    """The arguments of `scheduler.step` that decide its noise: ready noise, the generator to draw it from, or none.
+
+    Either way the step draws the same numbers. A scheduler copies its CPU noise to a GPU by a call that waits until the
+    GPU has finished the network's; the copy of ready noise doesn't wait, so that the next call can be queued.
+
+    Args:
+        scheduler: with timesteps set.
+        index: of the step.
+        sample: (B, C, H, W), what the step is given.
+        generator: one, or one per image.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    if "generator" not in accepted:
+        return {}
+    generators = generator if isinstance(generator, list) else [generator]
+    on_cpu = all(each is not None and each.device.type == "cpu" for each in generators)
+    dtype = _ready_noise_dtype(scheduler, index, sample)
+    if dtype is None or not on_cpu:
+        return {"generator": generator}
+    noise = torch.empty(sample.shape, dtype=dtype, pin_memory=sample.device.type == "cuda")
+    for part, each in zip(noise.chunk(len(generators)), generators, strict=True):
+        part.normal_(generator=each)
+    return {"variance_noise": noise.to(sample.device, non_blocking=True)}
+
+
+def _ready_noise_dtype(scheduler: SchedulerMixin, index: int, sample: Tensor) -> torch.dtype | None:
+    """What the scheduler draws this step's noise in; None where it draws none or takes none ready.
+
+    DDIM takes it too, but adds noise only for an eta above 0, which UViTPipeline doesn't pass.
+    """
+    name = type(scheduler).__name__
+    if name == "DPMSolverMultistepScheduler" and scheduler.config.algorithm_type.startswith("sde"):
+        return torch.float32
+    if name == "EulerMaruyamaScheduler" and index + 1 < len(scheduler.timesteps):
+        return sample.dtype
+    return None

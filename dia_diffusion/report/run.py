@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
-from dia_diffusion.pipelines.card import NETWORK_NAMES
+from dia_diffusion.models.registry import BACKBONES
 from dia_diffusion.report.grids import grid_files, grid_picture, spread
 from dia_diffusion.report.metrics import MOST_POINTS, Metrics, metrics_of, peak_memory, running_mean, thin
 from dia_diffusion.report.page import Block, Code, Frames, Page, Plot, Plots, Section, Text
@@ -16,9 +16,9 @@ from dia_diffusion.report.tables import environment_table, protocol_label, proto
 from dia_diffusion.studies.costs import training_seconds
 from dia_diffusion.studies.table import told_time
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
 
 MOST_GRIDS = 24
 QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm", RATE: "lr"}
@@ -52,7 +52,7 @@ def describe(experiment: Experiment) -> str:
     """The model in a few words."""
     model = experiment.model
     size = f"{model.sample_size}x{model.sample_size} images"
-    network = NETWORK_NAMES[model.backbone]
+    network = BACKBONES[model.backbone].name
     if model.backbone == "uvit":
         network += f" {model.hidden_size} wide with {model.num_layers} blocks"
     return f"{network} on {size}, attention unit {model.attention}"

@@ -18,8 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import BETA_MAX, BETA_MIN, NUM_TIMESTEPS, PREDICTION_TYPES, NoiseProcess, vp_log_alpha_bar
+from dia_diffusion.noise import BETA_MAX, BETA_MIN, NUM_TIMESTEPS, PREDICTION_TYPES, ContinuousVP, vp_log_alpha_bar
 
+VP = ContinuousVP()
 SMALLEST_TIME = 1e-3  # the last time the network sees
 
 
@@ -38,7 +39,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         num_train_timesteps: 1000.
-        trained_betas: those of `NoiseProcess("vp-continuous")`.
+        trained_betas: those of the process "vp-continuous".
         prediction_type: "epsilon", "sample" or "v_prediction".
 
     Raises:
@@ -57,15 +58,14 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: list[float] | None = None,
         prediction_type: str = "epsilon",
     ):
-        if prediction_type not in PREDICTION_TYPES:
-            raise InputError(f"unknown prediction_type {prediction_type!r}; accepted: {', '.join(PREDICTION_TYPES)}")
+        if prediction_type not in VP.prediction_types:
+            accepted = ", ".join(VP.prediction_types)
+            raise InputError(f"`prediction_type` must be one of {accepted}, got {prediction_type!r}")
         betas = torch.as_tensor(trained_betas if trained_betas is not None else [], dtype=torch.float64)
-        expected = NoiseProcess().betas()
         # The tolerance is that of betas that went through float32.
-        if betas.shape != expected.shape or not torch.allclose(betas, expected, rtol=1e-5, atol=0):
+        if betas.shape != VP.betas.shape or not torch.allclose(betas, VP.betas, rtol=1e-5, atol=0):
             raise InputError(
-                "euler-maruyama solves the continuous VP process, and this scheduler's betas are of another; "
-                "accepted: a model trained with schedule vp-continuous"
+                "`trained_betas` must be those of the process vp-continuous, which euler-maruyama solves, got others"
             )
         self.set_timesteps(NUM_TIMESTEPS)
 
@@ -125,8 +125,4 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         """sigma(t), and the noise in the sample according to the network."""
         log_alpha_bar = float(vp_log_alpha_bar(torch.tensor(t, dtype=torch.float64)))
         alpha, sigma = math.exp(log_alpha_bar / 2), math.sqrt(-math.expm1(log_alpha_bar))
-        if self.config.prediction_type == "epsilon":
-            return sigma, model_output
-        if self.config.prediction_type == "sample":
-            return sigma, (sample - alpha * model_output) / sigma
-        return sigma, alpha * model_output + sigma * sample
+        return sigma, PREDICTION_TYPES[self.config.prediction_type].noise(model_output, sample, alpha, sigma)

@@ -1,26 +1,59 @@
-"""Images by seed: image k depends on seed k alone, whatever the batch, the order and the number of processes."""
+"""Images by seed: image k depends on seed k alone, whatever the batch, the order and the number of processes.
 
+A pipeline of this project or of diffusers is adapted once, together with the sampling settings, which are checked
+against it there. Most are drawn from by UViTPipeline's loop around their network; others by their own loop.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    VQModel,
+)
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.sampling.image_pipeline import ImagePipeline, adapt_pipeline
-from dia_diffusion.sampling.samplers import check_steps
-from dia_diffusion.sampling.settings import MAX_SEED
+from dia_diffusion.errors import InputError, RunError, Stopped, first_line
+from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.registry import wrapped_networks
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.samplers import (
+    MAX_SEED,
+    OWN_SAMPLER,
+    SamplingSettings,
+    build_scheduler,
+    check_sampler_name,
+    check_steps,
+    scheduler_settings,
+)
+
+# Pipelines whose own loop is UViTPipeline's: the names of their network, and of the decoder of its latents.
+SHARED_LOOPS: dict[str, tuple[str, str | None]] = {
+    "UViTPipeline": ("unet", None),
+    "DDPMPipeline": ("unet", None),
+    "DDIMPipeline": ("unet", None),
+    "PNDMPipeline": ("unet", None),
+    "ConsistencyModelPipeline": ("unet", None),
+    "LDMPipeline": ("unet", "vqvae"),
+    "DiTPipeline": ("transformer", "vae"),
+}
+DECODERS = (AutoencoderKL, VQModel, AutoencoderTiny)
+
+Progress = Callable[[float], None]
+"""Called with the number of images, in fractions, that have been drawn since the last call."""
 
 
 def generate(
-    pipeline: DiffusionPipeline | ImagePipeline,
-    seeds: Sequence[int],
-    *,
-    batch_size: int,
-    num_inference_steps: int,
-    class_labels: int | Sequence[int] | None = None,
-    guidance_scale: float = 1.0,
-    progress: Callable[[float], None] | None = None,
+    pipeline: "ImagePipeline", seeds: Sequence[int], batch_size: int = 64, progress: Progress | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generates the images of seeds, batch by batch.
 
@@ -28,49 +61,258 @@ def generate(
     float32 it is the same to one grey level however it is batched.
 
     Args:
-        pipeline: this project's or an unconditional or class-conditional one of diffusers, with the scheduler to use.
+        pipeline: of `adapt_pipeline`, with the settings to sample by.
         seeds: one per image, each 0 to 2**32 - 1.
-        batch_size: images at a time.
-        num_inference_steps: steps of the scheduler.
-        class_labels: a class for all images, or one a seed, or None.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        progress: called after each network call with the number of images, in fractions, that it amounts to.
+        batch_size: images per batch.
+        progress: called after each network call.
 
     Yields:
         Seeds of the batch in the order of `seeds`, and uint8 images (B, C, H, W) on the CPU.
 
     Raises:
-        InputError: seeds, numbers of steps, images or labels that can't be.
+        InputError: a seed or a batch size out of range.
         RunError: a sample that is not finite.
     """
     if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; accepted: 1 or more")
+        raise InputError(f"`batch_size` must be 1 or more, got {batch_size}")
     if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
-        raise InputError(f"seeds must be 0 to {MAX_SEED}, got {wrong[0]}")
-    labels = None
-    if class_labels is not None:
-        labels = [class_labels] * len(seeds) if isinstance(class_labels, int) else list(class_labels)
-    if labels is not None and len(labels) != len(seeds):
-        raise InputError(f"{len(labels)} class_labels for {len(seeds)} seeds; accepted: one, or one a seed")
-    adapted = adapt_pipeline(pipeline)
-    check_steps(adapted.scheduler, num_inference_steps)
-    adapted.check_labels(labels, guidance_scale)
-    return _batches(adapted, list(seeds), batch_size, num_inference_steps, labels, guidance_scale, progress)
+        raise InputError(f"`seeds` must be 0 to {MAX_SEED}, got {wrong[0]}")
+    batches = (list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size))
+    return ((batch, _to_uint8(pipeline.draw(batch, progress), batch)) for batch in batches)
 
 
-def _batches(
-    pipeline: ImagePipeline,
-    seeds: list[int],
-    batch_size: int,
-    num_inference_steps: int,
-    labels: list[int] | None,
-    guidance_scale: float,
-    progress: Callable[[float], None] | None,
-) -> Iterator[tuple[list[int], Tensor]]:
-    for start in range(0, len(seeds), batch_size):
-        batch = seeds[start : start + batch_size]
-        batch_labels = None if labels is None else labels[start : start + batch_size]
-        images = pipeline.draw(batch, num_inference_steps, batch_labels, guidance_scale, progress)
-        if not images.isfinite().all():
-            raise RunError(f"the sample of one of the seeds {batch[0]}..{batch[-1]} is not finite")
-        yield batch, (images * 255).round().to("cpu", torch.uint8)
+def _to_uint8(images: Tensor, seeds: list[int]) -> Tensor:
+    if not images.isfinite().all():
+        raise RunError(f"the sample of one of the seeds {seeds[0]}..{seeds[-1]} is not finite")
+    return (images * 255).round().to("cpu", torch.uint8)
+
+
+def adapt_pipeline(pipeline: DiffusionPipeline, settings: SamplingSettings) -> "ImagePipeline":
+    """Makes a pipeline ready to draw by the settings. The pipeline keeps its own scheduler.
+
+    Args:
+        pipeline: this project's, or an unconditional or class-conditional one of diffusers.
+        settings: sampler, steps and classes.
+
+    Raises:
+        InputError: a pipeline that can't be sampled, or a sampler, a number of steps, classes or a guidance scale that
+            don't fit it.
+    """
+    name = type(pipeline).__name__
+    if getattr(pipeline, "scheduler", None) is None:
+        raise InputError(f"the pipeline must have a scheduler, got a {name} without one")
+    if isinstance(pipeline, UViTPipeline) and type(pipeline) is not UViTPipeline:
+        raise InputError(
+            f"the pipeline must be a UViTPipeline itself, got its subclass {name}, whose changes would be lost"
+        )
+    if name in SHARED_LOOPS:
+        return SharedLoop(pipeline, settings)
+    if getattr(pipeline, "unet", None) is not None:
+        return OwnLoop(pipeline, settings)
+    raise InputError(f"the pipeline must have a unet or be one of {', '.join(SHARED_LOOPS)}, got a {name}")
+
+
+class ImagePipeline(ABC):
+    """A pipeline that draws images by seed with settings that were checked against it.
+
+    name: the pipeline's class.
+    settings: the sampling settings, with a conditional model's classes filled in.
+    scheduler_settings: the settings of the scheduler in use, as plain values for records.
+    image_shape: (C, H, W) of the images.
+    num_classes: the classes it takes, 0..num_classes - 1; None is unconditional.
+    has_null_label: whether it can draw without a class too, which guidance needs.
+    dtype: of the network.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: SamplingSettings,
+        scheduler: SchedulerMixin,
+        image_shape: tuple[int, int, int],
+        num_classes: int | None,
+        has_null_label: bool,
+    ):
+        self.name, self.image_shape = name, image_shape
+        self.num_classes, self.has_null_label = num_classes, has_null_label
+        if image_shape[0] not in (1, 3):
+            raise InputError(f"the images of a {name} must have 1 or 3 channels, got {image_shape[0]}")
+        check_steps(scheduler, settings.steps)
+        if settings.classes is None and num_classes is not None:
+            settings = replace(settings, classes=tuple(range(num_classes)))
+        self.settings = settings
+        self.scheduler_settings: dict[str, Any] = {}
+        self._check_labels()
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype: ...
+
+    @abstractmethod
+    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+        """Float images (B, C, H, W) in [0, 1], one per seed, each the same whatever the other seeds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values for JSON, those of the scheduler included."""
+        return self.settings.to_dict(self.scheduler_settings)
+
+    def _check_labels(self) -> None:
+        classes, scale = self.settings.classes, self.settings.guidance_scale
+        if self.num_classes is None:
+            if classes is not None or scale != 1.0:
+                raise InputError("this model is unconditional: it takes neither classes nor a guidance scale")
+            return
+        if not 1 <= scale < float("inf"):
+            raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
+        if scale != 1.0 and not self.has_null_label:
+            raise InputError(f"`guidance_scale` must be 1 for this {self.name}, which has no null label, got {scale}")
+        if any(not 0 <= label < self.num_classes for label in classes or ()):
+            raise InputError(f"`classes` must be 0 to {self.num_classes - 1}, got {list(classes or ())}")
+
+
+class SharedLoop(ImagePipeline):
+    """One that UViTPipeline's loop samples, with a generator per image and every sampler of its noise process."""
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
+        name = type(pipeline).__name__
+        network_name, decoder_name = SHARED_LOOPS[name]
+        network = getattr(pipeline, network_name)
+        wrapped = tuple(row.network for row in wrapped_networks().values())
+        if isinstance(network, wrapped):
+            network = AttachedModel.from_backbone(network, "none")
+        elif not hasattr(network, "num_classes"):  # neither a UViT nor called like one
+            accepted = f"a UViT or {' or '.join(kind.__name__ for kind in wrapped)}"
+            raise InputError(f"the {network_name} of a {name} must be {accepted}, got a {type(network).__name__}")
+        decoder = None if decoder_name is None else getattr(pipeline, decoder_name)
+        if decoder_name is not None and not isinstance(decoder, DECODERS):
+            accepted = ", ".join(kind.__name__ for kind in DECODERS)
+            raise InputError(
+                f"the {decoder_name} of a {name} must be one of {accepted}, got a {type(decoder).__name__}"
+            )
+        latent = decoder is not None
+        scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent)
+        self.runner = LatentPipeline(network, scheduler, decoder) if latent else UViTPipeline(network, scheduler)
+        self.runner.set_progress_bar_config(disable=True)
+        super().__init__(
+            name,
+            settings,
+            scheduler,
+            image_shape(name, network.in_channels, network.sample_size, decoder),
+            network.num_classes,
+            getattr(network, "has_null_label", True),  # a class-conditional UViT always has one
+        )
+        self.scheduler_settings = scheduler_settings(settings.sampler, pipeline.scheduler, latent)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.runner.unet.dtype
+
+    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+        def on_step_end(runner: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if progress is not None:
+                progress(len(seeds) / len(runner.scheduler.timesteps))
+            return tensors
+
+        with _one_line(self.name):
+            return self.runner(
+                batch_size=len(seeds),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=self.settings.steps,
+                class_labels=self.settings.labels(seeds),
+                guidance_scale=self.settings.guidance_scale,
+                output_type="pt",
+                callback_on_step_end=on_step_end,
+            )[0]
+
+
+class LatentPipeline(UViTPipeline):
+    """UViTPipeline's loop around a network of latents, with their decoder."""
+
+    def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any):
+        super().__init__(unet=unet, scheduler=scheduler)
+        self.register_modules(vae=vae)
+
+    def _to_images(self, sample: Tensor) -> Tensor:
+        latents = (sample / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return super()._to_images(self.vae.decode(latents).sample.float())
+
+
+class OwnLoop(ImagePipeline):
+    """One that is called image by image, with a loop and a scheduler of its own.
+
+    Such loops may take averages over a batch or draw from torch's global generator, which is seeded for each image.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
+        name, config = type(pipeline).__name__, pipeline.unet.config
+        self.pipeline, self.parameters = pipeline, inspect.signature(pipeline.__call__).parameters
+        check_sampler_name(settings.sampler)
+        if settings.sampler != OWN_SAMPLER:
+            raise InputError(f"`sampler` must be own for a {name}, which has its own loop, got {settings.sampler!r}")
+        decoder = getattr(pipeline, "vae", getattr(pipeline, "vqvae", None))
+        super().__init__(
+            name,
+            settings,
+            pipeline.scheduler,
+            image_shape(name, config.get("in_channels"), config.get("sample_size"), decoder),
+            config.get("num_class_embeds") if "class_labels" in self.parameters else None,
+            has_null_label=False,
+        )
+        self.scheduler_settings = scheduler_settings(OWN_SAMPLER, pipeline.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.unet.dtype
+
+    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+        images, device, labels = [], self.pipeline.device, self.settings.labels(seeds)
+        for index, seed in enumerate(seeds):
+            given = {
+                "batch_size": 1,
+                "generator": torch.Generator().manual_seed(seed),
+                "num_inference_steps": self.settings.steps,
+                "class_labels": None if labels is None else [labels[index]],
+                "output_type": "np",
+            }
+            known = {name: value for name, value in given.items() if name in self.parameters and value is not None}
+            with _one_line(self.name), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                output = self.pipeline(**known)[0]  # (1, H, W, C), in [0, 1]
+            image = torch.from_numpy(np.asarray(output)).permute(0, 3, 1, 2)
+            if tuple(image.shape[1:]) != self.image_shape:
+                raise RunError(f"the images of a {self.name} must be {self.image_shape}, got {tuple(image.shape[1:])}")
+            images.append(image)
+            if progress is not None:
+                progress(1)
+        return torch.cat(images)
+
+
+def image_shape(name: str, channels: Any, sample_size: Any, decoder: Any = None) -> tuple[int, int, int]:
+    """(C, H, W) of a pipeline's images: those of its network's samples, or what its decoder makes of them.
+
+    Raises:
+        InputError: a network that doesn't say its size.
+    """
+    pair = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
+    if not isinstance(channels, int) or not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise InputError(
+            f"the network of a {name} must have in_channels, and as sample_size one number or height and width, got "
+            f"in_channels {channels} and sample_size {sample_size}"
+        )
+    height, width = pair
+    if decoder is None:
+        return channels, height, width
+    factor = 2 ** (len(decoder.config.block_out_channels) - 1)  # each block but the last doubles the size
+    return decoder.config.out_channels, factor * height, factor * width
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Makes what others' code raises a RunError of one line, with the whole as its cause."""
+    try:
+        yield
+    except (InputError, RunError, Stopped):
+        raise
+    except Exception as error:
+        raise RunError(f"{name} failed while sampling: {first_line(error)}") from error

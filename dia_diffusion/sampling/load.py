@@ -14,9 +14,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.factory import check_layers, check_size, unusable
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.registry import BACKBONES
+from dia_diffusion.noise import PROCESSES
 from dia_diffusion.pipelines.folder import (
     check_weights,
     components,
@@ -29,8 +29,8 @@ from dia_diffusion.pipelines.folder import (
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sampling.samplers import SAMPLERS
 
-OUR_PARTS = {kind.__name__: kind for kind in (UViT, AttachedModel, EulerMaruyamaScheduler)}
 # Parts, by how their names begin, that tell what a pipeline needs even where diffusers can't import its class.
 NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_encoder": "an input image"}
 GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
@@ -56,8 +56,8 @@ def load_pipeline(
         step: of a run's pipelines; None is the newest.
 
     Raises:
-        InputError: no pipeline there, one that needs more than noise and classes, or weights that are missing, cut
-            short, of another model or not safetensors.
+        InputError: no pipeline there, one that needs more than noise and classes, or weights that are missing,
+            truncated, of another model or not safetensors.
     """
     folder = find_pipeline(path, step)
     index = read_index(folder)
@@ -79,28 +79,37 @@ def load_pipeline(
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[DiffusionPipeline]:
-    name, accepted = index["_class_name"], "accepted: pipelines that draw images from noise alone, or by class"
+    name = index["_class_name"]
+    wanted = f"the pipeline in {folder} must draw images from noise alone or by class"
     carries_code = isinstance(name, list)  # then it is [module in the folder, class]
     name = name[-1] if carries_code and name else name
     if name == UViTPipeline.__name__:
         return UViTPipeline
     kind = None if carries_code else _of_diffusers(name)
     if kind is None:
-        whose = "code of its own, which is never run" if carries_code else "which is no class of diffusers"
-        raise InputError(f"{folder} holds a {name}, {whose}; {accepted}")
+        reason = "code of its own, which is never run" if carries_code else "which is not a class of diffusers"
+        raise InputError(f"{wanted}, got a {name}, {reason}")
     if needed := _needs(kind, index):
-        raise InputError(f"{folder} holds a {name}, which needs {needed}; {accepted}")
+        raise InputError(f"{wanted}, got a {name}, which needs {needed}")
     if not issubclass(kind, DiffusionPipeline) or "output_type" not in inspect.signature(kind.__call__).parameters:
-        raise InputError(f"{folder} holds a {name}, which draws no images; {accepted}")
+        raise InputError(f"{wanted}, got a {name}, which draws no images")
     return kind
 
 
 def _part_class(folder: Path, name: str, library: str, class_name: str) -> type:
-    kind = _of_diffusers(class_name) if library == "diffusers" else OUR_PARTS.get(class_name)
+    kind = _of_diffusers(class_name) if library == "diffusers" else _known_parts().get(class_name)
     if kind is None or not issubclass(kind, ModelMixin | SchedulerMixin):
-        accepted = f"models and schedulers that diffusers {diffusers.__version__} or this project has"
-        raise InputError(f"the {name} of {folder} is a {library}.{class_name}; accepted: {accepted}")
+        accepted = f"a model or scheduler of diffusers {diffusers.__version__} or this project"
+        raise InputError(f"the {name} of {folder} must be {accepted}, got a {library}.{class_name}")
     return kind
+
+
+def _known_parts() -> dict[str, type]:
+    """The classes of registered backbones, and the schedulers of registered processes and samplers, by name."""
+    kinds: list[Any] = [EulerMaruyamaScheduler, *(row.model for row in BACKBONES.values())]
+    kinds += [process.scheduler_class for process in PROCESSES.values()]
+    kinds += [sampler.scheduler for sampler in SAMPLERS.values() if not isinstance(sampler.scheduler, str)]
+    return {kind.__name__: kind for kind in kinds}
 
 
 def _of_diffusers(name: Any) -> type | None:
@@ -134,7 +143,7 @@ def _load_part(folder: Path, kind: Any) -> Any:
             return kind.from_pretrained(folder, local_files_only=True)
         _check_before_loading(folder, kind)
         if "quantization_config" in kind.load_config(folder, local_files_only=True):
-            raise ValueError("its config.json has a quantization_config; accepted: models that aren't quantized")
+            raise ValueError("its config.json must have no quantization_config, got one")
         model, info = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
@@ -165,7 +174,7 @@ def _check_before_loading(folder: Path, kind: Any) -> None:
     for name, (_, dtype) in header.items():
         if name in own and own[name].is_floating_point() and not dtype.startswith(FLOATS):
             raise InputError(
-                f"{folder} holds weights of type {dtype} in tensor {name}; accepted: floating point numbers"
+                f"the weights in {folder} must be floating point numbers, got type {dtype} in tensor {name}"
             )
 
 

@@ -1,9 +1,12 @@
-"""Samplers by name: rows of a table over diffusers' schedulers, each with the settings that suit the VP process.
+"""Samplers by name, and what a sampling asks for: sampler, steps, classes, seeds.
 
-Near t = 0 the process's log signal-to-noise ratio changes by more in one timestep than elsewhere in a hundred. Solvers
-of higher order extrapolate over a step, so they step evenly in that ratio. Solvers of first order and ancestral ones
-step evenly in time ("trailing": the first step from timestep 999, the last one to sigma 0). tests/sampling checks each
-against the closed form of a Gaussian.
+Samplers are rows of a table over schedulers, each with the settings that suit the VP process. Near t = 0 the process's
+log signal-to-noise ratio changes by more in one timestep than elsewhere in a hundred. Solvers of higher order
+extrapolate over a step, so they step evenly in that ratio. Solvers of first order and ancestral ones step evenly in
+time ("trailing": the first step from timestep 999, the last one to sigma 0). tests/sampling checks each against the
+closed form of a Gaussian.
+
+Nothing here imports torch or diffusers until a scheduler is built: commands read names and seeds before that.
 """
 
 import copy
@@ -11,17 +14,19 @@ import hashlib
 import inspect
 import json
 import math
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.noise_names import PREDICTION_TYPES
+from dia_diffusion.errors import InputError, first_line, one_line
+from dia_diffusion.registry import Registry
 
-if TYPE_CHECKING:  # the table is read for its names by what doesn't wait for diffusers
+if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-# The settings of a scheduler that define the noise process; all others belong to the sampler.
-PROCESS_SETTINGS = (
+# The settings of a scheduler that define a process given by betas; all others belong to the sampler.
+BETA_SETTINGS = (
     "num_train_timesteps",
     "beta_start",
     "beta_end",
@@ -30,26 +35,47 @@ PROCESS_SETTINGS = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-# Below this, Heun's corrector weighs a network call at a far smaller sigma than its step starts from, and diverges.
+# Below this, Heun's corrector weights a network call at a far smaller sigma than its step starts from, and diverges.
 HEUN_MIN_STEPS = 7
+
+
+def has_betas(scheduler: "SchedulerMixin") -> bool:
+    """Whether a scheduler's config gives its process by betas, unchanged, and says what the network predicts."""
+    config = scheduler.config
+    by_betas = "trained_betas" in config or "beta_start" in config
+    return by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler class by name, its settings, and the prediction types that it can take."""
+    """A way to run a pipeline's noise process backwards."""
 
-    scheduler: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    prediction_types: tuple[str, ...] = PREDICTION_TYPES
+    scheduler: "str | type[SchedulerMixin]"
+    """A scheduler class, or the name of one of diffusers."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The scheduler's settings, as plain values: records keep them."""
+    prediction_types: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
+    """What the network may predict, where the pipeline's scheduler says that."""
+    process_settings: tuple[str, ...] = BETA_SETTINGS
+    """The settings that it takes over from the pipeline's scheduler."""
+    follows: "Callable[[SchedulerMixin], bool]" = has_betas
+    """Whether it can run the process of a pipeline's scheduler."""
 
     def scheduler_class(self) -> "type[SchedulerMixin]":
-        """The class, of diffusers or this project's own."""
+        """The class, of diffusers or another."""
+        if not isinstance(self.scheduler, str):
+            return self.scheduler
         import diffusers
 
         from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
         ours = self.scheduler == EulerMaruyamaScheduler.__name__
         return EulerMaruyamaScheduler if ours else getattr(diffusers, self.scheduler)
+
+    def settings_for(self, latent: bool) -> dict[str, Any]:
+        """The settings for images or for latents, which have no range to be clipped to."""
+        clips = latent and "clip_sample" in self.settings
+        return {**self.settings, **({"clip_sample": False} if clips else {})}
 
 
 EVEN_TIME = {"timestep_spacing": "trailing"}
@@ -58,40 +84,44 @@ EVEN_LOG_SNR = {"use_lu_lambdas": True}
 DEFAULT_SAMPLER = "dpmsolver++"
 OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
 
-SAMPLERS: dict[str, Sampler] = {
-    # Images lie in [-1, 1], so their expectation does too: clipping the predicted image can only correct it.
-    "ddpm": Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": True}),
-    # DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
-    # steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
-    "ddim": Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}),
-    "dpmsolver++": Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2}),
-    "dpmsolver++3m": Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 3}),
-    "dpmsolver++sde": Sampler(
-        "DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
-    ),
-    # Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
-    "unipc": Sampler("UniPCMultistepScheduler", {"use_exponential_sigmas": True}),
-    "euler": Sampler("EulerDiscreteScheduler", EVEN_TIME),
-    "euler-ancestral": Sampler("EulerAncestralDiscreteScheduler", EVEN_TIME, ("epsilon", "v_prediction")),
-    "heun": Sampler("HeunDiscreteScheduler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True}),
-    "euler-maruyama": Sampler("EulerMaruyamaScheduler"),
-}
-
-
-SAMPLER_NAMES = (*SAMPLERS, OWN_SAMPLER)
+SAMPLERS: Registry[Sampler] = Registry("sampler")
+# Images lie in [-1, 1], so their expectation does too: clipping the predicted image can only correct it.
+SAMPLERS.register("ddpm", Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": True}))
+# DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
+# steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
+SAMPLERS.register("ddim", Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}))
+SAMPLERS.register("dpmsolver++", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2}))
+SAMPLERS.register("dpmsolver++3m", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 3}))
+SAMPLERS.register(
+    "dpmsolver++sde",
+    Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+)
+# Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
+SAMPLERS.register("unipc", Sampler("UniPCMultistepScheduler", {"use_exponential_sigmas": True}))
+SAMPLERS.register("euler", Sampler("EulerDiscreteScheduler", EVEN_TIME))
+SAMPLERS.register("euler-ancestral", Sampler("EulerAncestralDiscreteScheduler", EVEN_TIME, ("epsilon", "v_prediction")))
+SAMPLERS.register(
+    "heun", Sampler("HeunDiscreteScheduler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True})
+)
+SAMPLERS.register("euler-maruyama", Sampler("EulerMaruyamaScheduler"))
 
 
 def check_sampler_name(name: str) -> None:
     """Raises InputError unless there is such a sampler."""
-    if name not in SAMPLER_NAMES:
-        raise InputError(f"unknown sampler {name!r}; accepted: {', '.join(SAMPLER_NAMES)}")
+    if name != OWN_SAMPLER and name not in SAMPLERS:
+        raise InputError(f"`sampler` must be one of {', '.join([*SAMPLERS, OWN_SAMPLER])}, got {name!r}")
+
+
+def samplers_of(scheduler: "SchedulerMixin") -> list[str]:
+    """The samplers that can run the process of a pipeline's scheduler."""
+    return [*(name for name, sampler in SAMPLERS.items() if sampler.follows(scheduler)), OWN_SAMPLER]
 
 
 def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> "SchedulerMixin":
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
 
     Args:
-        name: of SAMPLER_NAMES; `own` is a copy of the pipeline's scheduler.
+        name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
         latent: whether it samples latents, which have no range to be clipped to.
 
@@ -102,24 +132,24 @@ def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False
     if name == OWN_SAMPLER:
         return copy.deepcopy(scheduler)
     sampler, config, theirs = SAMPLERS[name], scheduler.config, type(scheduler).__name__
-    by_betas = {"trained_betas", "beta_start"} & config.keys() and config.get("snr_shift_scale", 1) == 1
-    if "prediction_type" not in config or not by_betas:
-        raise InputError(f"sampler {name} can't follow the process of a {theirs}; accepted: {OWN_SAMPLER}")
-    prediction_type = config["prediction_type"]
-    if prediction_type not in sampler.prediction_types:
+    if not sampler.follows(scheduler):
+        accepted = ", ".join(samplers_of(scheduler))
+        raise InputError(f"`sampler` must be one of {accepted} for the process of a {theirs}, got {name!r}")
+    prediction_type = config.get("prediction_type")
+    if prediction_type is not None and prediction_type not in sampler.prediction_types:
         accepted = ", ".join(sampler.prediction_types)
-        raise InputError(f"sampler {name} takes no model that predicts {prediction_type!r}; accepted: {accepted}")
+        raise InputError(f"the prediction type must be one of {accepted} for sampler {name}, got {prediction_type!r}")
     kind = sampler.scheduler_class()
-    process = {key: config[key] for key in PROCESS_SETTINGS if key in config}
+    process = {key: config[key] for key in sampler.process_settings if key in config}
     if not process.get("rescale_betas_zero_snr"):
         process.pop("rescale_betas_zero_snr", None)
     elif "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
-        raise InputError(f"sampler {name} can't follow the zero-SNR process of this {theirs}; accepted: {OWN_SAMPLER}")
+        raise InputError(f"`sampler` must be one for zero SNR, such as {OWN_SAMPLER}, for this {theirs}, got {name!r}")
     try:
-        return kind.from_config(process, **_settings(sampler, latent))
+        return kind.from_config(process, **sampler.settings_for(latent))
     except NotImplementedError:  # not every scheduler knows every beta_schedule
         betas = f"beta_schedule {config.get('beta_schedule')!r}"
-        raise InputError(f"sampler {name} can't follow {betas} of this {theirs}; accepted: {OWN_SAMPLER}") from None
+        raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
 
 
 def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:
@@ -128,7 +158,7 @@ def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = Fa
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
     """
     if name != OWN_SAMPLER:
-        return _settings(SAMPLERS[name], latent)
+        return SAMPLERS[name].settings_for(latent)
     settings = {
         key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
         for key, value in dict(scheduler.config).items()
@@ -140,27 +170,96 @@ def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = Fa
     return {"class": type(scheduler).__name__, **json.loads(json.dumps(settings, default=str))}
 
 
-def _settings(sampler: Sampler, latent: bool) -> dict[str, Any]:
-    return (
-        {**sampler.settings, "clip_sample": False} if latent and "clip_sample" in sampler.settings else sampler.settings
-    )
-
-
 def check_steps(scheduler: "SchedulerMixin", num_inference_steps: int) -> None:
     """Raises InputError unless the scheduler can take that many steps. Sets its timesteps."""
     name = type(scheduler).__name__
-    lowest = HEUN_MIN_STEPS if name == SAMPLERS["heun"].scheduler else 1
-    highest = None if name == SAMPLERS["euler-maruyama"].scheduler else scheduler.config.get("num_train_timesteps")
+    lowest = HEUN_MIN_STEPS if name == "HeunDiscreteScheduler" else 1
+    highest = None if name == "EulerMaruyamaScheduler" else scheduler.config.get("num_train_timesteps")
     if highest is not None and highest < lowest:
-        raise InputError(f"this {name} has num_train_timesteps {highest}; accepted: {lowest} or more")
+        raise InputError(f"`num_train_timesteps` must be {lowest} or more for {name}, got {highest}")
     if num_inference_steps < lowest or (highest is not None and num_inference_steps > highest):
-        accepted = f"at least {lowest}" if highest is None else f"{lowest}..{highest}"
-        raise InputError(f"{num_inference_steps} steps; {name} accepts {accepted}")
+        accepted = f"{lowest} or more" if highest is None else f"{lowest} to {highest}"
+        raise InputError(f"`steps` must be {accepted} for {name}, got {num_inference_steps}")
     try:
         scheduler.set_timesteps(num_inference_steps)
-    except Exception as error:  # what a scheduler makes of a number that it didn't foresee
-        told = f"{name} accepts other numbers ({first_line(error)})"
-        raise InputError(f"{num_inference_steps} steps; {told}") from None
+    except Exception as error:  # schedulers check numbers of steps in their own ways, or not at all
+        reason = first_line(error)
+        raise InputError(
+            f"`steps` must be a number that {name} accepts ({reason}), got {num_inference_steps}"
+        ) from None
     # diffusers' "trailing" timesteps come from a floating-point arange, which now and then holds one too many.
     if scheduler.config.get("timestep_spacing") == "trailing" and scheduler.timesteps.min() < 0:
-        raise InputError(f"{name} can't space {num_inference_steps} steps evenly; accepted: a few more or fewer")
+        raise InputError(
+            f"`steps` must be a few more or fewer, since {name} can't space them evenly, got {num_inference_steps}"
+        )
+
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Of the network while sampling, by torch's names."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Sampler, steps and classes; the seeds come on top."""
+
+    sampler: str = DEFAULT_SAMPLER
+    """A name in SAMPLERS, or OWN_SAMPLER."""
+    steps: int = 50
+    """Steps of the sampler."""
+    classes: tuple[int, ...] | None = None
+    """Of class-conditional models: the image of seed s has class classes[s mod their number]; None is all in turn."""
+    guidance_scale: float = 1.0
+    """Of classifier-free guidance; 1 is none."""
+
+    def labels(self, seeds: Sequence[int]) -> list[int] | None:
+        """The class of each seed's image."""
+        return None if self.classes is None else [self.classes[seed % len(self.classes)] for seed in seeds]
+
+    def grid_columns(self, seeds: Sequence[int]) -> int | None:
+        """The number of columns with which each column of a grid of these seeds shows one class, if there is one.
+
+        One column per class, or several where the grid would else be much higher than wide.
+        """
+        num_classes = len(self.classes or ())
+        if not 0 < num_classes <= len(seeds):
+            return None
+        if any((seed - seeds[0] - index) % num_classes for index, seed in enumerate(seeds)):
+            return None
+        return num_classes * max(1, round(math.sqrt(len(seeds)) / num_classes))
+
+    def class_text(self) -> str | None:
+        """The classes as text, such as "0,1,2"."""
+        return None if self.classes is None else ",".join(map(str, self.classes))
+
+    def to_dict(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain values for JSON, with the settings of the scheduler."""
+        return {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
+
+
+MAX_SEEDS = 10_000_000
+MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits: 7 and 7 + 2**32 would draw the same image
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from text such as "0-63,100,7", in that order.
+
+    Raises:
+        InputError: no such list, a seed of 2**32 or more, a seed twice, or more than ten million seeds.
+    """
+    seeds: list[int] = []
+    shown = one_line(text)
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part.strip(), flags=re.ASCII)
+        if match is None:
+            raise InputError(f"`seeds` must be seeds and ranges such as 0-63,100,7, got {one_line(part)!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last > MAX_SEED:
+            raise InputError(f"`seeds` must be 0 to {MAX_SEED}, got {one_line(part)!r}")
+        if last < first:
+            raise InputError(f"a range of `seeds` must go upwards, got {one_line(part)!r}")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise InputError(f"`seeds` must be {MAX_SEEDS} or fewer, got {shown!r}")
+        seeds.extend(range(first, last + 1))
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"`seeds` must name each seed once, got {shown!r}")
+    return seeds

@@ -25,7 +25,7 @@ def png_path(folder: str | Path, seed: int) -> Path:
 
 
 def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
-    """Makes a folder for the images of one protocol (model, sampler, steps, labels, ...), or goes on with it.
+    """Makes a folder for the images of one protocol (model, sampler, steps, labels, ...), or resumes it.
 
     The protocol, any JSON, is kept in the folder as samples.json. Images that are there (see `png_path`) are then known
     to be those that would be generated again. Several processes may call this at the same time.
@@ -36,10 +36,10 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
     folder = Path(folder)
     manifest = folder / MANIFEST
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; accepted: a new folder, or one whose images are to be completed")
+        raise InputError(f"{folder} must be a new folder, or one with images of the same protocol, got a file")
     if not manifest.exists():
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and has no {MANIFEST}; accepted: a new or an empty folder")
+            raise InputError(f"{folder} must be new, empty, or have a {MANIFEST}, got other files")
         write_json(manifest, protocol)
         return
     try:
@@ -113,6 +113,6 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, min_
 
 def _to_pil(image: Tensor) -> Image.Image:
     if image.shape[0] not in (1, 3):
-        raise InputError(f"an image of {image.shape[0]} channels can't be a PNG; accepted: 1 or 3")
+        raise InputError(f"a PNG must have 1 or 3 channels, got {image.shape[0]}")
     array = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(array[:, :, 0] if image.shape[0] == 1 else array)

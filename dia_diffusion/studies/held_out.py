@@ -32,7 +32,7 @@ class HeldOut:
     def losses(self, experiment: Experiment) -> tuple[float, float]:
         """The mean loss of the averaged weights that a training has left, and that of the best constant."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        draws = draw_step(0, 0, self.count, len(self.images), self.images.images.shape[1:])
+        draws = draw_step(0, 0, self.count, len(self.images), self.images.shape)
         images, labels = training_batch(self.images, experiment, draws, device, torch.float32)
         process, model = experiment.noise_process(), load_pipeline(experiment.output, device).unet
         of_model, of_constant = [], []

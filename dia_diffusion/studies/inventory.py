@@ -12,21 +12,17 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
 from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe_keys import AUTO
-from dia_diffusion.training.run_folder import (
-    RunFolder,
-    refuse_changes,
-    refuse_other_randomness,
-    refuse_rewriting,
-)
-from dia_diffusion.training.snapshot import check_samples
+from dia_diffusion.training.diffusion import check_samples
+from dia_diffusion.training.recipe import AUTO
+from dia_diffusion.training.resuming import check_new_run, refuse_changes, refuse_other_randomness
+from dia_diffusion.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -182,7 +178,7 @@ def _check_run(state: RunState) -> dict[str, Any] | None:
     if origin["step"] > last:
         raise InputError(f"{run.folder} is trained for {origin['step']:,} steps; the study's runs end after {last:,}")
     if not folder.newest_checkpoint() and not state.trained:
-        refuse_rewriting(folder, run.experiment)
+        check_new_run(folder, run.experiment)
         return origin
     for step in sorted(_to_measure(run, state.unmeasured, state.final_unmeasured)):
         if step <= origin["step"] and step not in pipelines:

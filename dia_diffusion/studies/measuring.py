@@ -12,7 +12,7 @@ from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.evaluation.reference import hash_of_images
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
 from dia_diffusion.io import sha256_of_file, step_folders
-from dia_diffusion.pipelines.card import read_training
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.studies.points import measured
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder

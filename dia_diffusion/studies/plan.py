@@ -29,8 +29,8 @@ from dia_diffusion.studies.timing import (
     threads,
 )
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
 
 PLAN_FILE = "plan.json"
 BYTES_OF_FLOAT = 4

@@ -6,9 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +14,13 @@ from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
-from dia_diffusion.training.snapshot import build_model, build_pipeline
+from dia_diffusion.training.diffusion import build_model, build_pipeline
+from dia_diffusion.training.recipe import override
+from dia_diffusion.training.trainer import StepResult, Trainer
 
 STEPS = 10
 """Timed, after as many to warm up."""
@@ -51,7 +51,7 @@ def machine() -> str:
 def seconds_of_start() -> float:
     """Of a process of this program, before it does anything."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import dia_diffusion.training.loop"], check=True)
+    subprocess.run([sys.executable, "-c", "import dia_diffusion.training.trainer"], check=True)
     return time.perf_counter() - started
 
 
@@ -60,20 +60,23 @@ def seconds_of_step(experiment: Experiment) -> float:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         _write_images(experiment, images)
-        trial = replace(
-            experiment,
-            output=str(Path(folder) / "run"),
-            init_from=None,
-            trackers=[],
-            data=replace(experiment.data, source=str(images), split="train"),
+        keys = {
+            "output": str(Path(folder) / "run"),
+            "init_from": None,
+            "trackers": [],
+            "data.source": str(images),
+            "data.split": "train",
+            "train.max_steps": 2 * STEPS + 1,
             # What a line logs is read from the device, so that the clock is that of finished steps.
-            train=replace(experiment.train, max_steps=2 * STEPS + 1, log_every=STEPS, sample_every=0),
-        )
+            "train.log_every": STEPS,
+            "train.sample_every": 0,
+        }
+        trial = override(experiment, keys)
         AcceleratorState._reset_state()  # a study's variants can differ in precision
         torch.compiler.reset()
         clock = _Clock()
         with suppress(_Enough):
-            Trainer(trial, clock).run()
+            Trainer(trial, callbacks=[clock]).run()
         AcceleratorState._reset_state()
         return clock.seconds_of_step()
 
@@ -83,12 +86,11 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
     pipeline.unet.to(getattr(torch, precision))
-    adapted, count = adapt_pipeline(pipeline), IMAGES_AT_ONCE[device]
-    adapted.use_sampler(sampler)
-    labels = None if experiment.model.num_classes is None else 0
+    classes = None if experiment.model.num_classes is None else (0,)
+    adapted, count = adapt_pipeline(pipeline, SamplingSettings(sampler, SAMPLER_STEPS, classes)), IMAGES_AT_ONCE[device]
     for _ in range(2):  # the first to warm up
         started = time.perf_counter()
-        list(generate(adapted, range(count), batch_size=count, num_inference_steps=SAMPLER_STEPS, class_labels=labels))
+        list(generate(adapted, range(count), batch_size=count))
         seconds = time.perf_counter() - started
     return seconds / (count * SAMPLER_STEPS)
 
@@ -111,21 +113,15 @@ class _Enough(Exception):
     """Enough steps are timed."""
 
 
-class _Clock:
-    """A run's reporter that notes when its steps end, and ends the run."""
+class _Clock(Callback):
+    """Notes when steps end, and ends the run after enough of them."""
 
     def __init__(self) -> None:
         self.times = [time.perf_counter()]
 
-    def message(self, text: str) -> None:
-        pass
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        pass
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
         self.times.append(time.perf_counter())
-        if step == 2 * STEPS or (step >= 2 and self.times[-1] - self.times[0] > ENOUGH_SECONDS):
+        if trainer.step == 2 * STEPS or (trainer.step >= 2 and self.times[-1] - self.times[0] > ENOUGH_SECONDS):
             raise _Enough
 
     def seconds_of_step(self) -> float:

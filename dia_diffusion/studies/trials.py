@@ -20,13 +20,15 @@ from dia_diffusion.io import verify_checksum, with_checksum, write_json
 from dia_diffusion.precision import in_precision, training_device, training_precision
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.checkpoint import newest_state
-from dia_diffusion.training.config import Experiment, changed_keys
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.randomness import RANDOMNESS
-from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
-from dia_diffusion.training.snapshot import check_samples
+from dia_diffusion.training.recipe import changed_keys, override, read_experiment
+from dia_diffusion.training.resuming import refuse_other_randomness
+from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.trainer import StepResult, Trainer
 
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
 RESULT_FILE = "trial.json"
@@ -67,15 +69,14 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     steps = experiment.train.max_steps
-    train = replace(
-        experiment.train,
-        log_every=max(1, steps // LINES),
-        checkpoint_every=steps,
-        sample_every=0,
-        keep_last=1,
-        max_skipped_steps=1,  # the first is what is asked for
-    )
-    return replace(experiment, train=train)
+    loop = {
+        "log_every": max(1, steps // LINES),
+        "checkpoint_every": steps,
+        "sample_every": 0,
+        "keep_last": 1,
+        "max_skipped_steps": 1,  # the first is what is asked for
+    }
+    return override(experiment, {f"train.{key}": value for key, value in loop.items()})
 
 
 def make_trial(
@@ -86,8 +87,10 @@ def make_trial(
     Raises:
         InputError: a seed or rate that isn't accepted.
     """
-    optimizer = base.optimizer if rate is None else replace(base.optimizer, learning_rate=rate)
-    return Trial(name, about, replace(base, output=str(folder / name), seed=seed, optimizer=optimizer))
+    keys = {"output": str(folder / name), "seed": seed}
+    if rate is not None:
+        keys["optimizer.learning_rate"] = rate
+    return Trial(name, about, override(base, keys))
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
@@ -122,7 +125,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     try:
         result = verify_checksum(read_json_object(file))
         before, now = result["recipe"], trial.experiment.to_dict()
-        changed = changed_keys(before, now)
+        changed = changed_keys(before, trial.experiment)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
         if held_out is not None and result["held_out"] != held_out.described():
@@ -171,29 +174,23 @@ def _in_one_precision(trials: Sequence[Trial], results: Sequence[dict[str, Any] 
     return [resolved(trial) for trial in trials]
 
 
-class _Steps:
-    """A training's reporter: only its steps are told."""
+class _Steps(Callback):
+    """Reports the steps of a trial."""
 
     def __init__(self, name: str, before: int, total: int, watch: Watch):
         self.name, self.before, self.total, self.watch = name, before, total, watch
 
-    def message(self, text: str) -> None:
-        pass
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        pass
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        self.watch(self.before + min(step, max_steps - 1), self.total, self.name)
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        self.watch(self.before + min(trainer.step, trainer.config.max_steps - 1), self.total, self.name)
 
 
-def _run(trial: Trial, held_out: HeldOut, reporter: _Steps) -> dict[str, Any]:
+def _run(trial: Trial, held_out: HeldOut, steps: _Steps) -> dict[str, Any]:
     """Trains a trial and writes its result."""
     recipe = trial.experiment.to_dict()
     result: dict[str, Any] = {"trial": trial.about, "recipe": recipe, "randomness": RANDOMNESS}
     result["held_out"] = held_out.described()
     try:
-        Trainer(trial.experiment, reporter).run()
+        Trainer(trial.experiment, callbacks=[steps]).run()
     except DivergedError as error:
         result |= {"outcome": NOT_FINITE, "not_finite_at": error.step, "held_out_loss": None, "constant_loss": None}
     else:

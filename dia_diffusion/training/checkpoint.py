@@ -5,7 +5,7 @@
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
-Where the newest is damaged and an older one is whole, a training goes on from that, and keeps the damaged one as
+If the newest is damaged and an older one is whole, training resumes from that one, and renames the damaged one to
 step-00010000.damaged.
 
 Nothing random is in it: a step's randomness is a function of the seed and the step.
@@ -91,7 +91,7 @@ def check_checkpoint(place: Path) -> dict[str, Any]:
     """Compares every file of a checkpoint with its checksum, and returns its state.
 
     Raises:
-        InputError: a file is missing, cut short or altered.
+        InputError: a file is missing, truncated or corrupted.
     """
     state = read_state(place)
     for name, sha256 in state["sha256"].items():
@@ -99,7 +99,7 @@ def check_checkpoint(place: Path) -> dict[str, Any]:
         if not file.is_file():
             raise InputError(f"checkpoint file {file} is missing")
         if sha256_of_file(file) != sha256:
-            raise InputError(f"checkpoint file {file} is cut short or altered (its sha256 differs)")
+            raise InputError(f"checkpoint file {file} is truncated or corrupted (its sha256 differs)")
     return state
 
 
@@ -107,7 +107,7 @@ def load_checkpoint(place: Path, checked: bool = False) -> Checkpoint:
     """Reads a checkpoint, comparing every file with its checksum unless the caller just has.
 
     Raises:
-        InputError: a file is missing, cut short or altered.
+        InputError: a file is missing, truncated or corrupted.
     """
     state, tensors = read_state(place) if checked else check_checkpoint(place), {}
     for file in (place / name for name in state["sha256"]):
@@ -122,7 +122,7 @@ def read_state(place: Path) -> dict[str, Any]:
     """A checkpoint's state.json: step, recipe, data, sha256 of the other files, which are not read.
 
     Raises:
-        InputError: it is missing, cut short or altered.
+        InputError: it is missing, truncated or corrupted.
     """
     try:
         state = verify_checksum(read_json_object(place / "state.json"))
@@ -134,7 +134,7 @@ def read_state(place: Path) -> dict[str, Any]:
     # Other errors of the disk may pass, and then it is as good as before.
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"checkpoint file {place / 'state.json'} is missing, cut short or altered")
+    raise InputError(f"checkpoint file {place / 'state.json'} is missing, truncated or corrupted")
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:

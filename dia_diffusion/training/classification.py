@@ -3,9 +3,9 @@
 import math
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,27 +17,28 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.decode import to_pixels
-from dia_diffusion.data.encoded import EncodedSet, gather, open_encoded
-from dia_diffusion.data.sources import open_images_together
-from dia_diffusion.distributed import first_on_each_machine, on_all_ranks, on_rank_zero, sent
-from dia_diffusion.errors import InputError
+from dia_diffusion.data.sources import open_images_on_ranks
+from dia_diffusion.distributed import on_all_ranks, on_rank_zero, sent
+from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
 from dia_diffusion.models.factory import build_on_meta, check_memory
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
-from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig, LabelledDataConfig
+from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
+from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
+from dia_diffusion.training.optimizer import parameter_groups
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
-from dia_diffusion.training.run_folder import Reporter, RunFolder
 from dia_diffusion.training.ssia import Guidance, without_heads
-from dia_diffusion.training.task import Moment, Task
+from dia_diffusion.training.task import Task
+
+if TYPE_CHECKING:
+    from dia_diffusion.training.trainer import StepResult, Trainer
 
 TEST_CROP = 0.875
 """The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
 
-AnySet = ImageSet | EncodedSet
 
-
-def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, reporter: Reporter) -> AnySet:
+def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
     """The recipe's training or test images, on each process.
 
     Raises:
@@ -45,20 +46,17 @@ def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accel
     """
     data, model = experiment.data, experiment.model
     source, split = (data.source, data.split) if not test else _test_place(data)
-    images: AnySet
-    if data.augmentation == "resized-crop":
-        images = first_on_each_machine(accelerator, lambda: open_encoded(source, split))
-    else:
-        options = {"size": model.sample_size, "channels": 3, "split": split}
-        images = open_images_together(source, accelerator, reporter.reading, **options)
+    decode = data.augmentation != "resized-crop"  # which crops each image anew at each step
+    options = {"size": model.sample_size, "channels": 3, "split": split, "decode": decode}
+    images = open_images_on_ranks(source, accelerator, reporter.reading, **options)
     if images.labels is None:
-        raise InputError(f"{source} has no classes; accepted: class folders, or a data set with labels")
+        raise InputError(f"`data.source` must be class folders or a data set with labels, got {source}")
     present = int(images.labels.max()) + 1
     if images.class_names is not None:
         present = len(images.class_names)
     if present != model.num_classes:
         raise InputError(
-            f"{source} has {present} classes and model.num_classes is {model.num_classes}; make them equal"
+            f"`model.num_classes` must be {present}, the number of classes of {source}, got {model.num_classes}"
         )
     return images
 
@@ -69,7 +67,7 @@ def _test_place(data: LabelledDataConfig) -> tuple[str, str]:
     return data.test_source, data.test_split or "train"
 
 
-def check_apart(train: AnySet, test: AnySet) -> None:
+def check_apart(train: ImageSet, test: ImageSet) -> None:
     """Raises InputError where the test images are the training images, or their classes have other names."""
     if train.fingerprint == test.fingerprint:
         raise InputError(f"the test images are the training images ({train.name}); name others as data.test_source")
@@ -88,76 +86,77 @@ class Batches:
             device computes.
     """
 
-    def __init__(self, images: AnySet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]):
+    def __init__(
+        self, images: ImageSet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]
+    ):
         self.images, self.draws_of = images, draws_of
         self.data, self.size = experiment.data, experiment.model.sample_size
         self.max_steps = experiment.train.max_steps
-        self.ahead: dict[tuple[int, int], list[Future[np.ndarray]]] = {}
+        self.ahead: dict[tuple[int, int], Future[np.ndarray]] = {}
+        self.reader = ThreadPoolExecutor(1)
 
     def take(self, draws: ImageDraws, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images (B, 3, H, W), uint8, and labels (B,) of a slice of a step's draws."""
         assert self.images.labels is not None
         labels = sent(torch.from_numpy(self.images.labels[draws.indices]), device)
-        if isinstance(self.images, EncodedSet):
-            pixels = mirrored(sent(torch.from_numpy(self._decoded(self.images, draws)), device), draws.uniform)
+        if self.data.augmentation == "resized-crop":
+            pixels = mirrored(sent(torch.from_numpy(self._decoded(draws)), device), draws.uniform)
         else:
-            pixels = sent(torch.from_numpy(self.images.images[draws.indices]), device)
+            pixels = sent(torch.from_numpy(self.images.read(draws.indices)), device)
             if self.data.augmentation == "pad-crop":
                 reflected = self.data.border == "reflected"
                 pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)
         return cut_out(pixels, draws.uniform, self.data.cutout) if self.data.cutout else pixels, labels
 
-    def _decoded(self, images: EncodedSet, draws: ImageDraws) -> np.ndarray:
-        futures = self.ahead.pop((draws.step, draws.first), None) or self._start(images, draws)
+    def _decoded(self, draws: ImageDraws) -> np.ndarray:
+        batch = self.ahead.pop((draws.step, draws.first), None) or self._start(draws)
         if draws.step + 1 < self.max_steps:
             following = self.draws_of(draws.step + 1, draws.first, draws.first + len(draws.indices))
-            self.ahead[following.step, following.first] = self._start(images, following)
-        return gather(futures)
+            self.ahead[following.step, following.first] = self._start(following)
+        return batch.result()
 
-    def _start(self, images: EncodedSet, draws: ImageDraws) -> "list[Future[np.ndarray]]":
-        return images.start(draws.indices, lambda k, image: resized_crop(image, self.size, draws.uniform[k]))
+    def _start(self, draws: ImageDraws) -> "Future[np.ndarray]":
+        def crop(k: int, image: Image.Image) -> np.ndarray:
+            return resized_crop(image, self.size, draws.uniform[k])
+
+        return self.reader.submit(self.images.read, draws.indices, crop)
 
 
-def test_pixels(images: AnySet, indices: np.ndarray, size: int) -> Tensor:
+def test_pixels(images: ImageSet, indices: np.ndarray, size: int) -> Tensor:
     """Test images (B, 3, size, size), uint8, without augmentation."""
-    if isinstance(images, ImageSet):
-        return torch.from_numpy(images.images[indices])
+    if images.source is None:
+        return torch.from_numpy(images.read(indices))
 
     def centre(_: int, image: Image.Image) -> np.ndarray:
         whole = round(size / TEST_CROP)
         edge = (whole - size) // 2
         return to_pixels(image, whole, 3)[edge : edge + size, edge : edge + size].transpose(2, 0, 1)
 
-    return torch.from_numpy(gather(images.start(indices, centre)))
+    return torch.from_numpy(images.read(indices, centre))
 
 
 RESULT_FILE = "result.json"
 """In a run's folder: how it ended, and its last test."""
 FEW_CLASSES = 20
-"""So many classes, at most, have an accuracy each."""
+"""With more classes, accuracies per class are not logged."""
 TEST_BATCH = 250
 
 
 class ClassificationTask(Task):
     """A recipe's images, cross entropy, tests and classifier folders."""
 
-    ema = None
-
     def __init__(self, experiment: ClassifyExperiment):
+        check_memory(build_on_meta(lambda: build_classifier(experiment.model)))
+        if experiment.train.sync_batchnorm and not torch.cuda.is_available():
+            raise InputError("`train.sync_batchnorm` must be false without CUDA GPUs, got true")
         self.experiment = experiment
-        self.train_images: AnySet
-        self.test_images: AnySet
+        self.description = f"{experiment.model.backbone}, attention {experiment.model.attention}"
+        self.optimizer_config = experiment.optimizer
+        self.train_images: ImageSet
+        self.test_images: ImageSet
         self.batches: Batches
         self.num_parameters = 0
         self.guidance: Guidance | None = None
-
-    def check(self) -> None:
-        check_memory(build_on_meta(lambda: build_classifier(self.experiment.model)))
-        if self.experiment.train.sync_batchnorm and not torch.cuda.is_available():
-            raise InputError("train.sync_batchnorm is true, which needs CUDA GPUs; accepted here: false")
-
-    def about(self) -> str:
-        return f"{self.experiment.model.backbone}, attention {self.experiment.model.attention}"
 
     def build_model(self) -> nn.Module:
         model = build_classifier(self.experiment.model, self.experiment.train.sync_batchnorm)
@@ -167,26 +166,21 @@ class ClassificationTask(Task):
             self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model.to(memory_format=torch.channels_last) if self.experiment.train.channels_last else model
 
-    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        return [{"params": list(model.parameters()), "peak_rate": self.experiment.optimizer.learning_rate}]
-
-    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.experiment.optimizer
         rate, decay = config.learning_rate, config.weight_decay
+        groups = parameter_groups(model, rate)
         if config.name == "adamw":
             betas = (config.betas[0], config.betas[1])
             return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
         momentum, nesterov = config.momentum, config.nesterov
         sgd = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
         for group in groups if momentum else ():
-            for parameter in group["params"]:  # its first step would leave them as they come, were it skipped
+            for parameter in group["params"]:  # its first step creates them, even if it is skipped
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
 
-    def learning_rate(self, step: int, peak: float) -> float:
-        return scheduled_rate(self.experiment.optimizer, step, self.experiment.train.max_steps, peak)
-
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> AnySet:
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
         self.train_images = open_labelled(self.experiment, False, accelerator, reporter)
         self.test_images = open_labelled(self.experiment, True, accelerator, reporter)
         check_apart(self.train_images, self.test_images)
@@ -199,31 +193,52 @@ class ClassificationTask(Task):
 
     def loss(self, network: nn.Module, draws: ImageDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         pixels, labels = self.batches.take(draws, device)
-        logits = network(self._prepared(pixels, dtype))
+        logits = network(self.prepare(pixels, dtype))
         smoothing = self.experiment.train.label_smoothing
         loss = F.cross_entropy(logits.to(dtype), labels, label_smoothing=smoothing)
         return loss if self.guidance is None else loss + self.experiment.ssia.weight * self.guidance.take()
 
-    def _prepared(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    def prepare(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """The network's input from uint8 images (B, 3, H, W)."""
         images = normalized(pixels, self.experiment.data.mean, self.experiment.data.std, dtype)
         last = self.experiment.train.channels_last
         return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-    def shows_at(self, step: int) -> bool:
-        every = self.experiment.train.evaluate_every
-        return every > 0 and step % every == 0
+    def callbacks(self) -> list[Callback]:
+        return [TestClassifier(self)]
 
-    def show(self, moment: Moment) -> dict[str, float]:
-        """Tests the classifier where that is due, and leaves it as a folder where a checkpoint is written."""
-        tested = self._test(moment) if moment.last or self.shows_at(moment.step) else {}
-        on_rank_zero(moment.accelerator, lambda: self._write(moment, tested))
-        return tested
 
-    def _test(self, moment: Moment) -> dict[str, float]:
-        """Accuracy and loss on the test images, which the processes share out, of the classifier that rank 0 saves."""
-        accelerator, model = moment.accelerator, moment.model
-        # Each process has added its own images to BatchNorm's statistics. DDP would replace them by rank 0's at the
-        # next step's forward.
+class TestClassifier(Callback):
+    """Tests the classifier, saves it as a folder with each checkpoint, and writes result.json at the end."""
+
+    __test__ = False  # no test class of pytest
+
+    def __init__(self, task: ClassificationTask):
+        self.task, self.experiment, self.config = task, task.experiment, task.experiment.train
+
+    def due(self, step: int) -> bool:
+        return self._test_due(step) or checkpoint_due(self.config, step)
+
+    def _test_due(self, step: int) -> bool:
+        every = self.config.evaluate_every
+        return step == self.config.max_steps or (every > 0 and step % every == 0)
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        trainer.check_finite()
+        values = self._test(trainer) if self._test_due(trainer.step) else {}
+        on_rank_zero(trainer.accelerator, lambda: self._save(trainer, values))
+        if values:
+            trainer.log(values)
+
+    def end(self, trainer: "Trainer", error: Exception | None) -> None:
+        if isinstance(error, DivergedError):
+            step = error.step
+            on_rank_zero(trainer.accelerator, lambda: self._write_result(trainer, step, step, {}))
+
+    def _test(self, trainer: "Trainer") -> dict[str, float]:
+        """Accuracy and loss on the test images, sharded over the ranks, of the classifier that rank 0 saves."""
+        accelerator, model = trainer.accelerator, trainer.model
+        # BatchNorm's statistics are each rank's own. DDP would replace them by rank 0's at the next step's forward.
         broadcast(list(model.buffers()))
         model.eval()
         with torch.no_grad():
@@ -234,23 +249,23 @@ class ClassificationTask(Task):
         return self._summary(counts, float(loss))
 
     def _count(self, model: nn.Module, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        """Of this process's share: images (2, num_classes) classified correctly, images in all; the summed loss ()."""
-        classes, device = self.experiment.model.num_classes, accelerator.device
-        mine = np.arange(accelerator.process_index, len(self.test_images), accelerator.num_processes)
-        assert self.test_images.labels is not None
+        """Of this rank's shard: correct and all images per class (2, num_classes), and the summed loss ()."""
+        images, classes, device = self.task.test_images, self.experiment.model.num_classes, accelerator.device
+        mine = np.arange(accelerator.process_index, len(images), accelerator.num_processes)
+        assert images.labels is not None
         dtype = next(model.parameters()).dtype
         losses = [torch.zeros((), dtype=dtype, device=device)]
         hits = [torch.zeros(0, dtype=torch.bool, device=device)]
         for start in range(0, len(mine), TEST_BATCH):
             chosen = mine[start : start + TEST_BATCH]
-            pixels = test_pixels(self.test_images, chosen, self.experiment.model.sample_size).to(device)
-            labels = torch.from_numpy(self.test_images.labels[chosen]).to(device)
+            pixels = test_pixels(images, chosen, self.experiment.model.sample_size).to(device)
+            labels = torch.from_numpy(images.labels[chosen]).to(device)
             with accelerator.autocast():
-                logits = model(self._prepared(pixels, dtype))
+                logits = model(self.task.prepare(pixels, dtype))
             losses.append(F.cross_entropy(logits.to(dtype), labels, reduction="sum"))
             hits.append(logits.argmax(1) == labels)
         # Summed on the CPU, since not every device has float64.
-        shown, right = self.test_images.labels[mine], torch.cat(hits).cpu().numpy()
+        shown, right = images.labels[mine], torch.cat(hits).cpu().numpy()
         counts = torch.from_numpy(np.stack([np.bincount(of, minlength=classes) for of in (shown[right], shown)]))
         return counts, torch.stack(losses).cpu().double().sum()
 
@@ -259,52 +274,37 @@ class ClassificationTask(Task):
         values = {"test_accuracy": sum(right) / sum(every)}
         if math.isfinite(loss):  # JSON has no other numbers
             values["test_loss"] = loss / sum(every)
-        names = self.test_images.class_names or tuple(str(number) for number in range(len(every)))
+        names = self.task.test_images.class_names or tuple(str(number) for number in range(len(every)))
         if len(names) <= FEW_CLASSES:
             values |= {f"test_accuracy/{name}": a / b for name, a, b in zip(names, right, every, strict=True) if b}
         return values
 
-    def _write(self, moment: Moment, tested: dict[str, float]) -> None:
-        experiment, folder = self.experiment, moment.folder
-        if tested:
-            moment.reporter.message(f"step {moment.step:,}: test accuracy {tested['test_accuracy']:.2%}")
-        if moment.checkpoint:
-            data, names = experiment.data, self.train_images.class_names
-            place = folder.classifiers / step_name(moment.step)
+    def _save(self, trainer: "Trainer", values: dict[str, float]) -> None:
+        experiment, step = self.experiment, trainer.step
+        if values:
+            trainer.message(f"step {step:,}: test accuracy {values['test_accuracy']:.2%}")
+        if checkpoint_due(self.config, step):
+            data, names = experiment.data, self.task.train_images.class_names
+            place = trainer.folder.classifiers / step_name(step)
             if not place.exists():
-                weights = without_heads(moment.model.state_dict())
-                save_classifier(place, weights, experiment.model, data.mean, data.std, names, moment.origin)
-            for old in list(step_folders(folder.classifiers).values())[: -experiment.train.keep_last]:
+                weights = without_heads(trainer.model.state_dict())
+                save_classifier(place, weights, experiment.model, data.mean, data.std, names, trainer.origin())
+            for old in list(step_folders(trainer.folder.classifiers).values())[: -self.config.keep_last]:
                 shutil.rmtree(old)
-        if moment.last:
-            self._record(folder, moment.step, None, tested)
+        if step == self.config.max_steps:
+            self._write_result(trainer, step, None, values)
 
-    def diverged(self, folder: RunFolder, step: int) -> None:
-        self._record(folder, step, step, {})
-
-    def _record(self, folder: RunFolder, step: int, diverged_at: int | None, tested: dict[str, float]) -> None:
+    def _write_result(self, trainer: "Trainer", step: int, diverged_at: int | None, values: dict[str, float]) -> None:
         """Writes how the run ended."""
-        train, test = self.train_images, self.test_images
+        train, test = self.task.train_images, self.task.test_images
         record = {
             "step": step,
             "diverged_at": diverged_at,
-            **tested,
-            "parameters": self.num_parameters,
+            **values,
+            "parameters": self.task.num_parameters,
             "randomness": RANDOMNESS,
             "train_data": {"name": train.name, "count": len(train), "fingerprint": train.fingerprint},
             "test_data": {"name": test.name, "count": len(test), "fingerprint": test.fingerprint},
             "recipe": self.experiment.to_dict(),
         }
-        write_json(folder.path / RESULT_FILE, with_checksum(record))
-
-
-def scheduled_rate(config: ClassifyOptimizerConfig, step: int, max_steps: int, peak: float) -> float:
-    """The rate of a step, counted from 0: linear warm-up to `peak`, then as the schedule says."""
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    progress = min((step - config.warmup_steps) / max(1, max_steps - config.warmup_steps), 1.0)
-    if config.schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    if config.schedule == "linear":
-        return peak * (1 - progress)
-    return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)
+        write_json(trainer.folder.path / RESULT_FILE, with_checksum(record))

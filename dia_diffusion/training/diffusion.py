@@ -1,28 +1,40 @@
 """Training of a diffusion model: its images, loss, optimizer settings, sample grids and pipeline folders."""
 
-import math
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.data.sources import open_images_together
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.io import step_name
-from dia_diffusion.models.attached import AttachedModel
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.io import atomic_dir, step_name, write_json
+from dia_diffusion.models import factory
+from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.training.config import Experiment, OptimizerConfig, TrainConfig
-from dia_diffusion.training.init_from import same_start, start_from
+from dia_diffusion.pipelines.folder import TRAINING_FILE
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.sampling.writers import save_grid
+from dia_diffusion.sharing.card import write_card
+from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due, log_image
+from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.init_from import start_from
+from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
-from dia_diffusion.training.run_folder import Reporter
-from dia_diffusion.training.snapshot import build_model, build_pipeline, check_samples, save_pipeline, save_samples
 from dia_diffusion.training.ssia import Guidance, without_heads
-from dia_diffusion.training.task import Moment, Task
+from dia_diffusion.training.task import Task
+
+if TYPE_CHECKING:
+    from dia_diffusion.training.trainer import StepResult, Trainer
+
+MOST_LAYERS = 10_000
 
 
 def diffusion_loss(
@@ -43,59 +55,6 @@ def image_losses(
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
 
-def parameter_groups(model: UViT | AttachedModel, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, each with its "peak_rate": every parameter, or the unit's apart where it has a rate of its own.
-
-    The unit is what either model registers last, so the groups together are in the order of model.parameters().
-
-    Raises:
-        InputError: a rate for a unit without parameters.
-    """
-    parameters = list(model.parameters())
-    if config.unit_learning_rate is None:
-        return [{"params": parameters, "peak_rate": config.learning_rate}]
-    count = 0 if model.unit is None else len(list(model.unit.parameters()))
-    if count == 0:
-        raise InputError(
-            f"optimizer.unit_learning_rate is {config.unit_learning_rate} and the unit {model.config.attention!r} has "
-            "no parameters; accepted: null"
-        )
-    return [
-        {"params": parameters[:-count], "peak_rate": config.learning_rate},
-        {"params": parameters[-count:], "peak_rate": config.unit_learning_rate},
-    ]
-
-
-def reference_steps(config: TrainConfig) -> float:
-    """The steps of the reference batch size that one step has the images of; 1 without a reference."""
-    return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
-
-
-def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
-    """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
-
-    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 likewise where the recipe says so.
-    """
-    steps = reference_steps(train)
-    beta1, beta2 = config.betas
-    betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
-    return replace(config, betas=betas, warmup_steps=round(config.warmup_steps / steps))
-
-
-def learning_rate(config: OptimizerConfig, step: int, max_steps: int, peak: float | None = None) -> float:
-    """The rate of a step, counted from 0: linear warm-up to `peak`, then constant or half a cosine down to zero.
-
-    peak: None is config.learning_rate.
-    """
-    peak = config.learning_rate if peak is None else peak
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return peak
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
 def open_training_images(experiment: Experiment, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
     """The recipe's images at its model's size, on each process.
 
@@ -104,7 +63,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
     """
     data, model = experiment.data, experiment.model
     options = {"size": model.sample_size, "channels": model.in_channels, "split": data.split}
-    images = open_images_together(data.source, accelerator, reporter.reading, **options)
+    images = open_images_on_ranks(data.source, accelerator, reporter.reading, **options)
     if model.num_classes is None:
         return images
     if images.labels is None:
@@ -112,8 +71,8 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
     present = int(images.labels.max()) + 1
     if present > model.num_classes:
         raise InputError(
-            f"data.source {data.source} has {present} classes and model.num_classes is {model.num_classes}; "
-            f"accepted: {present} or more"
+            f"`model.num_classes` must be {present} or more for data.source {data.source}, which has {present} "
+            f"classes, got {model.num_classes}"
         )
     return images
 
@@ -122,7 +81,7 @@ def training_batch(
     images: ImageSet, experiment: Experiment, draws: StepDraws, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) where the model has classes."""
-    pixels = sent(torch.from_numpy(images.images[draws.indices]), device)  # (B, C, H, W) uint8
+    pixels = sent(torch.from_numpy(images.read(draws.indices)), device)  # (B, C, H, W) uint8
     batch = pixels.to(dtype) / 127.5 - 1
     if experiment.data.random_flip:
         batch = torch.where(sent(draws.flips, device)[:, None, None, None], batch.flip(-1), batch)
@@ -142,20 +101,16 @@ class DiffusionTask(Task):
     """A recipe's noise process, loss, sample grids and pipeline folders."""
 
     def __init__(self, experiment: Experiment):
+        check_samples(experiment)
         self.experiment = experiment
-        self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
-        self.ema = experiment.ema
+        self.description = f"attention {experiment.model.attention}"
         self.optimizer_config = optimizer_at_batch_size(experiment.optimizer, experiment.train)
+        self.ema = experiment.ema
         self.reference_steps = reference_steps(experiment.train)
+        self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.process = experiment.noise_process()
         self.images: ImageSet
         self.guidance: Guidance | None = None
-
-    def check(self) -> None:
-        check_samples(self.experiment)
-
-    def about(self) -> str:
-        return f"attention {self.experiment.model.attention}"
 
     def build_model(self) -> nn.Module:
         model = build_model(self.experiment.model)
@@ -166,31 +121,23 @@ class DiffusionTask(Task):
             self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model
 
-    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
-        return parameter_groups(model, self.optimizer_config)
-
-    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.optimizer_config
+        groups = parameter_groups(model, config.learning_rate, config.unit_learning_rate)
         return torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
-    def learning_rate(self, step: int, peak: float) -> float:
-        return learning_rate(self.optimizer_config, step, self.experiment.train.max_steps, peak)
-
-    def first_weights(self, model: Any) -> dict[str, Any] | None:
+    def init_weights(self, model: Any) -> dict[str, Any] | None:
         source = self.experiment.init_from
         return None if source is None else start_from(source, model, self.experiment)
-
-    def same_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
-        return same_start(kept, self.experiment.init_from)
 
     def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
         self.images = open_training_images(self.experiment, accelerator, reporter)
         return self.images
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:
-        seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.images.shape[1:]
+        seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.shape
         return draw_step(seed, step, batch_size, len(self.images), shape, start, stop)
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -198,23 +145,85 @@ class DiffusionTask(Task):
         loss = diffusion_loss(network, self.process, images, draws, labels)
         return loss if self.guidance is None else loss + self.experiment.ssia.weight * self.guidance.take()
 
-    def shows_at(self, step: int) -> bool:
-        every = self.experiment.train.sample_every
-        return every > 0 and step % every == 0
+    def callbacks(self) -> list[Callback]:
+        return [SaveSamples(self.experiment)]
 
-    def show(self, moment: Moment) -> dict[str, float]:
-        """Draws the grid that is due, and leaves the averaged weights as a pipeline folder."""
-        on_rank_zero(moment.accelerator, lambda: self._draw_and_save(moment))
-        return {}
 
-    def _draw_and_save(self, moment: Moment) -> None:
-        assert moment.weights is not None
-        grid = moment.folder.samples / f"{step_name(moment.step)}.png"
-        pipeline = build_pipeline(self.experiment, without_heads(moment.weights), moment.accelerator.device)
-        if self.experiment.train.sample_every and (self.shows_at(moment.step) or moment.checkpoint):
+class SaveSamples(Callback):
+    """Draws the sample grids, and saves the averaged weights as a pipeline folder with each checkpoint."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment, self.config = experiment, experiment.train
+
+    def due(self, step: int) -> bool:
+        return self._grid_due(step) or checkpoint_due(self.config, step)
+
+    def _grid_due(self, step: int) -> bool:
+        every = self.config.sample_every
+        return every > 0 and (step % every == 0 or checkpoint_due(self.config, step))
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        trainer.check_finite()
+        on_rank_zero(trainer.accelerator, lambda: self._save(trainer))
+
+    def _save(self, trainer: "Trainer") -> None:
+        step, weights = trainer.step, trainer.averaged_weights()
+        assert weights is not None
+        grid = trainer.folder.samples / f"{step_name(step)}.png"
+        pipeline = build_pipeline(self.experiment, without_heads(weights), trainer.accelerator.device)
+        if self._grid_due(step):
             try:
                 save_samples(pipeline, self.experiment, grid)
-            except (InputError, RunError) as error:  # as too little memory; the training needs no grid
-                moment.reporter.message(f"step {moment.step:,}: no grid, {error}")
-        if moment.checkpoint:
-            save_pipeline(pipeline, moment.folder.pipelines / step_name(moment.step), moment.origin, grid)
+                log_image(trainer, "samples", np.asarray(Image.open(grid).convert("RGB")))
+            except (InputError, RunError) as error:  # such as too little memory; training needs no grid
+                trainer.message(f"step {step:,}: no grid, {error}")
+        if checkpoint_due(self.config, step):
+            save_pipeline(pipeline, trainer.folder.pipelines / step_name(step), trainer.origin(), grid)
+
+
+def build_model(config: ModelConfig) -> Any:
+    """The recipe's backbone and unit, with first weights from torch's default generator."""
+    return factory.build_model(config.model_dump())
+
+
+def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
+    """A pipeline of the recipe's model with these weights."""
+    model = build_model(experiment.model).eval().requires_grad_(False)
+    model.load_state_dict(weights)
+    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def check_samples(experiment: Experiment, settings: SamplingSettings | None = None) -> None:
+    """Raises InputError if no images could be drawn of the recipe's model, by default its grids, or if it is too large.
+
+    settings: other ones than those of the grids.
+    """
+    check_layers(experiment.model.model_dump(), MOST_LAYERS)
+    model = build_on_meta(lambda: build_model(experiment.model))
+    check_memory(model)
+    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
+    adapt_pipeline(pipeline, settings or _settings(experiment))
+
+
+def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
+    """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
+    adapted, seeds = adapt_pipeline(pipeline, _settings(experiment)), range(experiment.samples.count)
+    images = torch.cat([images for _, images in generate(adapted, seeds)])
+    save_grid(images, path, adapted.settings.grid_columns(seeds))
+
+
+def _settings(experiment: Experiment) -> SamplingSettings:
+    samples = experiment.samples
+    return SamplingSettings(samples.sampler, samples.steps, guidance_scale=samples.guidance_scale)
+
+
+def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
+    """Writes the pipeline folder with a record of its training and a model card."""
+    with atomic_dir(place) as temporary:
+        pipeline.save_pretrained(temporary)
+        write_json(temporary / TRAINING_FILE, training)
+        if grid is not None and grid.is_file():
+            (temporary / "samples.png").write_bytes(grid.read_bytes())
+        write_card(temporary)

@@ -6,13 +6,13 @@ from torch import Tensor
 from dia_diffusion.training.config import EmaConfig
 
 
-class MovingAverage:
-    """Parameters averaged over the steps of a training; a step that is skipped leaves it as it was.
+class EMA:
+    """The average of a model's parameters over the steps; a skipped step leaves it as it was.
 
     Args:
         parameters: the model's.
         config: its decay, and the decay's warm-up.
-        reference_steps: the steps that a step counts as: the average decays as much as it would over as many.
+        reference_steps: how many steps of the average one step counts as.
     """
 
     def __init__(self, parameters: list[Tensor], config: EmaConfig, reference_steps: float = 1.0):
@@ -23,14 +23,14 @@ class MovingAverage:
         self.steps = 0
 
     def load(self, averaged: list[Tensor], steps: int) -> None:
-        """Goes on from averages that were kept after so many steps."""
+        """Restores the averages of an earlier run after `steps` steps."""
         for own, kept in zip(self.parameters, averaged, strict=True):
             own.copy_(kept)
         self.steps = steps
 
     @torch.no_grad()
-    def step(self, parameters: list[Tensor], skip: Tensor) -> None:
-        """Moves towards the model's parameters, unless `skip`, a bool on their device, says not to."""
+    def update(self, parameters: list[Tensor], skip: Tensor) -> None:
+        """Moves toward the model's parameters, unless `skip`, a bool () on their device, is true."""
         self.steps += 1
         decay = self.config.decay
         if self.config.warmup:

@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: skipped, counted, and too many in a row the end of a training.
+"""Steps whose loss or gradient is not finite: they are skipped and counted, and too many in a row end a training.
 
-All of it is decided on the device, which is not waited for at each step. Every process hands in the same numbers.
+This is decided on the device, without waiting for it at each step. All ranks pass in the same numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dia_diffusion.errors import DivergedError
@@ -15,7 +16,7 @@ from dia_diffusion.errors import DivergedError
 
 @dataclass(frozen=True)
 class Streak:
-    """So many skipped steps in a row that the training is over; the numbers are those of the first."""
+    """The skipped steps in a row that end a training; the numbers are those of the first."""
 
     length: int
     step: int
@@ -23,27 +24,15 @@ class Streak:
     loss: float
     gradient_norm: float
 
-    def error(self, rate: float, module: str | None) -> DivergedError:
-        """What ends the training; rate: the step's learning rate; module: the first whose output was not finite."""
-        others = f" and the {self.length - 1} after it" if self.length > 1 else ""
-        where = "the outputs of all modules are finite" if module is None else f"first not finite: output of {module}"
-        return DivergedError(
-            f"loss or gradient not finite at step {self.step + 1:,}{others}: loss {self.loss:.4g}, gradient norm "
-            f"{self.gradient_norm:.4g}, learning rate {rate:.4g}, {where}; no such step was applied and the "
-            "checkpoints are kept; try a lower optimizer.learning_rate, a train.clip_grad_norm, or "
-            "train.mixed_precision none",
-            self.step + 1,
-        )
-
 
 class FiniteWatch:
-    """Says of each step whether it is to be skipped, and how many were.
+    """Decides for each step whether to skip it, and counts the skipped ones.
 
     Args:
-        device: where losses and gradients are.
+        device: of losses and gradients.
         most_in_a_row: skipped steps that end the training.
-        skipped: how many were before this process.
-        scaled: fp16's scaler is at work, which meets infinite gradients as part of it: they end nothing.
+        skipped: steps skipped before this process started.
+        scaled: fp16's scaler is in use, which expects infinite gradients now and then: they don't end the training.
     """
 
     def __init__(self, device: torch.device, most_in_a_row: int, skipped: int, scaled: bool):
@@ -55,19 +44,19 @@ class FiniteWatch:
         self._first_values = torch.zeros(2, device=device)  # loss, gradient norm
 
     def note(self, step: int, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Whether a step, counted from 0, is to be skipped: a bool on the device."""
+        """Whether to skip a step, counted from 0: a bool () on the device."""
         skip = ~(loss.isfinite() & gradient_norm.isfinite())
         bad = ~loss.isfinite() if self.scaled else skip
         first = bad & (self._in_a_row == 0)
         self._first_step = torch.where(first, step, self._first_step)
         self._first_values = torch.where(first, torch.stack([loss.float(), gradient_norm.float()]), self._first_values)
-        over = self._in_a_row >= self.most_in_a_row  # which stays so until somebody asks
+        over = self._in_a_row >= self.most_in_a_row  # and stays so until `streak` is read
         self._in_a_row = torch.where(over, self._in_a_row, (self._in_a_row + 1) * bad)
         self.skipped = self.skipped + skip
         return skip | (self._in_a_row >= self.most_in_a_row)
 
     def streak(self) -> Streak | None:
-        """The skipped steps that end the training, if they do; waits for the device."""
+        """The skipped steps that end the training, if any; waits for the device."""
         if int(self._in_a_row) < self.most_in_a_row:
             return None
         loss, gradient_norm = self._first_values.tolist()
@@ -75,7 +64,7 @@ class FiniteWatch:
 
 
 class KeptBuffers:
-    """A model's buffers, such as BatchNorms' statistics, as they were before a step; few launches for many of them."""
+    """A copy of a model's buffers, such as BatchNorm's statistics, to undo a step; few launches for many buffers."""
 
     def __init__(self, model: nn.Module):
         buffers = list(model.buffers())
@@ -84,11 +73,11 @@ class KeptBuffers:
         self._kept: list[Tensor] = []
 
     def keep(self) -> None:
-        """Notes them as they are."""
+        """Copies the buffers."""
         self._kept = [_flat(group) for group in self._groups]
 
     def put_back(self, skip: Tensor) -> None:
-        """Makes them what was noted, where `skip`, a bool on their device, says so."""
+        """Restores the copies if `skip`, a bool () on their device, is true."""
         for group, kept in zip(self._groups, self._kept, strict=True):
             parts = torch.where(skip, kept, _flat(group)).split([buffer.numel() for buffer in group])
             torch._foreach_copy_(group, [part.view_as(buffer) for part, buffer in zip(parts, group, strict=True)])
@@ -96,6 +85,37 @@ class KeptBuffers:
 
 def _flat(group: list[Tensor]) -> Tensor:
     return torch.cat([buffer.flatten() for buffer in group])
+
+
+def divergence(
+    streak: Streak, rate: float, model: nn.Module, forward: Callable[[], object], accelerator: Accelerator
+) -> DivergedError:
+    """The error that ends a training, on all ranks; it names the first module whose output was not finite.
+
+    Args:
+        rate: the learning rate of the streak's first step.
+        model: as it was before that step.
+        forward: runs that step's forward pass.
+    """
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            own = first_not_finite(model, forward)
+    except Exception:  # such as too little memory without compilation; the divergence is still reported
+        own = None
+    modules = [name for name, _ in model.named_modules()]
+    index = torch.tensor([-1 if own is None else modules.index(own)], device=accelerator.device)
+    indices = [number for number in accelerator.gather(index).tolist() if number >= 0]
+    where = f"first not finite: output of {modules[indices[0]]}" if indices else "the outputs of all modules are finite"
+    others = f" and the {streak.length - 1} after it" if streak.length > 1 else ""
+    error = DivergedError(
+        f"loss or gradient not finite at step {streak.step + 1:,}{others}: loss {streak.loss:.4g}, gradient norm "
+        f"{streak.gradient_norm:.4g}, learning rate {rate:.4g}, {where}; no such step was applied and the "
+        "checkpoints are kept; try a lower optimizer.learning_rate, a train.clip_grad_norm, or "
+        "train.mixed_precision none",
+        streak.step + 1,
+    )
+    error.reported = not accelerator.is_main_process
+    return error
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:

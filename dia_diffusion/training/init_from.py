@@ -1,9 +1,7 @@
 """The first weights of a new run from a pipeline's: of the same network, or of one that gains a shared unit."""
 
-from dataclasses import asdict
 from typing import Any
 
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from dia_diffusion.attention.attach import UNITS_NAME
@@ -11,10 +9,9 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.models.uvit import UViT
-from dia_diffusion.noise import SCHEDULES, NoiseProcess
+from dia_diffusion.noise import PROCESSES, NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.samplers import build_scheduler
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.ssia import without_heads
 
@@ -40,8 +37,8 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
     if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as of diffusers' DDPMPipeline
         theirs = AttachedModel.from_backbone(theirs, "none")
     if not isinstance(theirs, Model):
-        accepted = "UViT, AttachedModel or UNet2DModel"
-        raise InputError(f"init_from {source} holds a {type(pipeline).__name__} of a network that is no {accepted}")
+        kinds = "UViT, AttachedModel or UNet2DModel"
+        raise InputError(f"`init_from` must be a pipeline of a {kinds}, got {source}, a {type(pipeline).__name__}")
     _check_noise(source, pipeline.scheduler, experiment.noise_process())
     _check_unit(source, theirs, experiment)
     _check_backbone(source, theirs, model)
@@ -51,9 +48,9 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
 
 
 def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any] | None:
-    """What `start_from` said when a run that now goes on was new.
+    """What `start_from` returned when a resumed run was new.
 
-    The same words mean the same weights, which needn't be there any more; other words are compared by what lies there.
+    The same path means the same weights, which may be gone by now; those of another path are compared.
 
     Raises:
         InputError: `source` holds other weights than the run started from.
@@ -64,47 +61,30 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
     if source is not None and kept is not None and weights_hash(find_pipeline(source)) == kept["weights_sha256"]:
         return {**kept, "path": source}
     raise InputError(
-        f"the run started with init_from: {path}, and is given init_from: {source}; "
-        "go on with its own, or choose another output"
+        f"`init_from` must be {path}, as when the run started, got {source}; choose another output for another start"
     )
 
 
 def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) -> None:
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    prediction_type = scheduler.config.get("prediction_type", process.prediction_type)
     if prediction_type != process.prediction_type:
         raise InputError(
-            f"init_from {source} predicts {prediction_type!r}, and noise.prediction_type is {process.prediction_type!r}"
+            f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "
+            f"{process.prediction_type!r}"
         )
-    schedule = _schedule(scheduler)
+    schedule = next((name for name, kind in PROCESSES.items() if kind.is_run_by(scheduler)), "of no known name")
     if schedule != process.schedule:
-        raise InputError(
-            f"init_from {source} was trained on the noise process {schedule!r}, and noise.schedule is "
-            f"{process.schedule!r}"
-        )
-
-
-def _schedule(scheduler: SchedulerMixin) -> str:
-    """The name of the noise process that a scheduler's betas are of."""
-    betas = build_scheduler("ddpm", scheduler).betas.double()
-    for name in SCHEDULES:
-        expected = NoiseProcess(name).betas()
-        # The tolerance is that of betas that went through float32.
-        if betas.shape == expected.shape and torch.allclose(betas, expected, rtol=1e-4, atol=1e-7):
-            return name
-    return "of other betas"
+        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
-    own = asdict(experiment.model)
+    own = experiment.model.model_dump()
     if theirs.unit is None:
         return
     for key in UNIT_KEYS:
         there, here = theirs.config.get(key) or None, own[key] or None
         if key in theirs.config and there != here:
-            raise InputError(
-                f"init_from {source} has a shared unit with model.{key} {there}, and the recipe's is {here}; "
-                "accepted: the same unit, or weights without one"
-            )
+            raise InputError(f"`model.{key}` must be {there}, as of the shared unit of init_from {source}, got {here}")
 
 
 def _check_backbone(source: str, theirs: Model, model: Model) -> None:
@@ -119,7 +99,7 @@ def _check_backbone(source: str, theirs: Model, model: Model) -> None:
             )
     for key, here in _hidden(model).items():
         if (there := _hidden(theirs).get(key, here)) != here:
-            raise InputError(f"init_from {source} has model.{key} {there}, and the recipe's is {here}")
+            raise InputError(f"`model.{key}` must be {there}, as of init_from {source}, got {here}")
 
 
 def _hidden(model: Model) -> dict[str, Any]:

@@ -1,33 +1,20 @@
 """A run's folder: its paths, its lock, its recipe and its metrics."""
 
 import math
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import yaml
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, verify_checksum, write_text
-from dia_diffusion.pipelines.card import TRAINING_FILE
 from dia_diffusion.pipelines.folder import EVALUATIONS
-from dia_diffusion.reading import Unreadable, complete_lines, parse_json, read_json_object
-from dia_diffusion.training.recipe_keys import differing_keys
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-
-SECONDS_TO_SEE_A_FILE = 90.0
-"""Until one machine sees what another has written to a shared disk. NFS remembers for 30 to 60 s (acdirmax) that a
-folder or file doesn't exist."""
-SECONDS_UNTIL_MESSAGE = 10.0
+from dia_diffusion.reading import Unreadable, complete_lines, parse_json
 
 
 class RunFolder:
-    """Where a run keeps what it makes; see the attributes for what lies where."""
+    """The paths of what a run writes."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -46,29 +33,29 @@ class RunFolder:
         return next(reversed(step_folders(self.checkpoints).values()), None)
 
     def lock(self) -> None:
-        """Takes the folder for this process until it gives it back or ends.
+        """Locks the folder for this process until `unlock` or its end.
 
         Raises:
-            InputError: another process has it, or the folder can't be written.
+            InputError: another process holds the lock, or the folder can't be written or locked.
         """
-        self._lock.take()
+        self._lock.acquire()
         for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
-        """What the lock holds, another at each time it is taken: processes that share the folder read the same."""
+        """The lock file's text, new each time the lock is acquired; ranks that share the folder read the same."""
         return self._lock.text()
 
     def unlock(self) -> None:
-        """Gives the folder back; does nothing where it is not held."""
-        self._lock.give_back()
+        """Releases the lock, if it is held."""
+        self._lock.release()
 
     def write_config(self, experiment: Any) -> None:
         """Writes the recipe as resolved."""
         write_text(self.config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run will write again."""
+        """Drops the lines after `step`, which a resumed run writes again."""
         if self.metrics.is_file():
             kept = [text for text, line in _metric_lines(self.metrics) if line["step"] <= step]
             write_text(self.metrics, "".join(f"{text}\n" for text in kept))
@@ -79,27 +66,27 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash cut short is left out.
+    """The lines of a metrics.jsonl; a last line that a crash truncated is left out.
 
     Raises:
-        InputError: another kind of file, or another line was altered or doesn't tell numbers at a step.
+        InputError: the file can't be read, or another line is corrupted or holds no numbers of a step.
     """
     return [line for _, line in _metric_lines(path)]
 
 
 def _metric_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line as it is, and what it says."""
+    """Each line as text, and parsed."""
     try:
         for number, text in enumerate(complete_lines(path), start=1):
             if (line := _metrics_in(text)) is None:
-                raise InputError(f"{path}, line {number} is cut short or altered; remove that line")
+                raise InputError(f"{path}, line {number} is truncated or corrupted; remove that line")
             yield text, line
     except (OSError, Unreadable) as error:
         raise InputError(f"{path} can't be read as a run's metrics ({error})") from None
 
 
 def _metrics_in(text: str) -> dict[str, Any] | None:
-    """The numbers at a step that a line tells; None where it doesn't, or was altered."""
+    """The numbers of a step in a line; None if there are none, or it is corrupted."""
     try:
         line = verify_checksum(parse_json(text))
     except ValueError:
@@ -109,14 +96,14 @@ def _metrics_in(text: str) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is none, or a number that is finite and of 64 bits."""
-    if type(value) is int:  # and no truth value, which isinstance takes for one
+    """Whether it is None, or a finite number of at most 64 bits."""
+    if type(value) is int:  # isinstance would accept a bool
         return abs(value) < 1 << 63
     return value is None or (type(value) is float and math.isfinite(value))
 
 
 def logged_step(path: Path) -> int:
-    """The step of a metrics.jsonl's last whole line, by its end alone; 0 where there is none."""
+    """The step of a metrics.jsonl's last whole line, read from its end; 0 if there is none."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -125,102 +112,6 @@ def logged_step(path: Path) -> int:
     for line in reversed(lines):
         try:
             return int(parse_json(line)["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):  # cut short, at the front or by a crash
+        except (ValueError, KeyError, TypeError, OverflowError):  # truncated, by the seek or a crash
             continue
     return 0
-
-
-def check_shared(folder: RunFolder, accelerator: "Accelerator", tell: Callable[[str], None]) -> None:
-    """Refuses processes that see another folder than the main one, which would train something else.
-
-    Called while the main process holds the lock. Raises InputError on all processes.
-
-    tell: called with a line on a process that has to wait for a slow shared disk.
-    """
-    from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks
-
-    lock = broadcast_from_rank_zero(accelerator, folder.lock_text)
-
-    def check() -> None:
-        started, reported = time.monotonic(), False
-        while folder.lock_text() != lock:
-            waited = time.monotonic() - started
-            if waited > SECONDS_TO_SEE_A_FILE:
-                raise InputError(f"output {folder.path} is not one folder; all machines must share it")
-            if waited > SECONDS_UNTIL_MESSAGE and not reported:
-                seconds = round(SECONDS_TO_SEE_A_FILE)
-                tell(f"waiting up to {seconds} s for {folder.path} to appear on {socket.gethostname()}")
-                reported = True
-            time.sleep(0.5)
-
-    on_all_ranks(accelerator, check)
-
-
-def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
-    """Raises InputError where a run's recipe has changed in more than may change on resuming."""
-    if ("noise" in old) != hasattr(experiment, "noise"):
-        kind = "train" if "noise" in old else "classify"
-        raise InputError(f"{path} holds a run of dia-diffusion {kind}; choose another output")
-    changed = experiment.changed_keys(old)
-    if changed:
-        raise InputError(
-            f"{path} holds a run of another recipe ({'; '.join(changed)}); "
-            "go on with its own recipe, or choose another output"
-        )
-
-
-def refuse_other_randomness(origin: dict[str, Any], path: Path) -> None:
-    """Raises InputError where a run can't be trained on because other random streams than this version's began it.
-
-    origin: a checkpoint's state, a pipeline's training.json or a trial's result; those of version 1 don't name it.
-    """
-    from dia_diffusion.training.randomness import RANDOMNESS
-
-    version = origin.get("randomness", 1)
-    if version != RANDOMNESS:
-        raise InputError(
-            f"{path} was trained with randomness {version}, and this version of dia-diffusion trains with randomness "
-            f"{RANDOMNESS} (other image order, noise and augmentation); finish it with the version that began it, or "
-            "choose another output (dia-diffusion train --init-from starts from its weights)"
-        )
-
-
-def refuse_rewriting(folder: RunFolder, experiment: Any) -> None:
-    """Raises InputError where a new run would write over pipelines or classifiers whose checkpoints are gone.
-
-    A run that was killed between the first of them and its first checkpoint begins again: it makes that one again.
-    """
-    first = min(experiment.train.checkpoint_every, experiment.train.max_steps)
-    for made in (folder.pipelines, folder.classifiers):
-        places = step_folders(made)
-        if places and not (places.keys() == {first} and _is_recipe_of(experiment, places[first])):
-            raise InputError(
-                f"{folder.path} has {made.name} and no checkpoint to go on from, and a new run would write over them; "
-                "choose another output"
-            )
-
-
-def _is_recipe_of(experiment: Any, place: Path) -> bool:
-    """Whether a new run of this recipe makes this pipeline or classifier again; an older one lacks newer keys."""
-    from dia_diffusion.training.randomness import RANDOMNESS
-
-    try:
-        training = read_json_object(place / TRAINING_FILE)
-        usual = type(experiment)().to_dict()
-        same_recipe = not differing_keys(training["recipe"], experiment.to_dict(), usual, may_differ=set())
-        return same_recipe and training.get("randomness", 1) == RANDOMNESS
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False
-
-
-class Reporter(Protocol):
-    """Where a run tells a person how it goes; only the main process reports."""
-
-    def message(self, text: str) -> None:
-        """A line that stays."""
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        """So many of the images are read, or so many bytes of their download."""
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        """A step is done; values are those of the last logged step."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.attention.attach import attachment_in
-from dia_diffusion.attention.insertion_points import PlaceHook, Position, in_stages, positions_of
+from dia_diffusion.attention.insertion_points import InsertionHook, Position, group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 
@@ -47,8 +47,8 @@ class Guidance:
         network, stages = _stages(model)
         widths = [stage[0].channels or 0 for stage in stages]
         if reduction < 1 or any(width % reduction for width in widths):
-            told = ", ".join(str(width) for width in sorted(set(widths)))
-            raise InputError(f"ssia.reduction is {reduction}; accepted: what divides the blocks' widths, {told}")
+            each = ", ".join(str(width) for width in sorted(set(widths)))
+            raise InputError(f"`ssia.reduction` must divide the blocks' widths, {each}, got {reduction}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = [_head(width, reduction) for width, stage in zip(widths, stages, strict=True) for _ in stage[1:]]
@@ -85,7 +85,7 @@ class Guidance:
         self.loss = torch.stack(errors).mean()
 
 
-class _Place(PlaceHook):
+class _Place(InsertionHook):
     """Keeps the pooled features (B, N) of a forward pass in training."""
 
     def __init__(self, position: Position, guidance: Guidance):
@@ -117,17 +117,16 @@ def _stages(model: nn.Module) -> tuple[nn.Module, list[tuple[Position, ...]]]:
         network, stages = attachment.model, [stage.positions for stage in attachment.stages]
     else:
         try:
-            stages = in_stages(positions_of(model))
+            stages = group_by_channels(insertion_points(model))
         except InputError:
             raise InputError(
-                f"ssia.weight is above 0 for a {type(model).__name__}, of whose blocks no place is known; accepted: 0, "
-                "or a model that attach() knows or was given"
+                f"`ssia.weight` must be 0 for a {type(model).__name__}, whose insertion points attach() doesn't know"
             ) from None
     stages = [stage for stage in stages if len(stage) > 1]
     if not stages:
         raise InputError(
-            f"ssia.weight is above 0 for a {type(model).__name__} without two blocks of one width in a row, the "
-            "later of which could teach the earlier; accepted: a deeper one, such as a UViT with in blocks, or 0"
+            f"`ssia.weight` must be 0 for a {type(model).__name__} without two blocks of one width in a row, the "
+            "later of which could teach the earlier"
         )
     return network, stages
 

@@ -11,8 +11,8 @@ from dia_diffusion.analysis.gradients import gradients_of_run
 from dia_diffusion.analysis.runs import open_runs
 from dia_diffusion.analysis.trained_run import Coverage
 from dia_diffusion.cli.main import main
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 
 TINY_UNET = """

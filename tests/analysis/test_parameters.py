@@ -50,7 +50,9 @@ def test_counted_is_what_a_built_network_has(unit: str) -> None:
     name = "cifar-resnet20-basic"
     stages = stages_of(model_named(name))
     assert stages == [Stage(16, 3), Stage(32, 3), Stage(64, 3)]
-    plain, with_unit = (build_classifier(BackboneConfig(name, num_classes=100, attention=a)) for a in ("none", unit))
+    plain, with_unit = (
+        build_classifier(BackboneConfig(backbone=name, num_classes=100, attention=a)) for a in ("none", unit)
+    )
     assert count_parameters(with_unit) - count_parameters(plain) == unit_parameters(stages, unit)
 
     (stage,) = stages_of(model_named("tiny/2"))
@@ -90,7 +92,7 @@ def test_the_command_sets_ours_beside_the_papers(capsys: pytest.CaptureFixture[s
     ("arguments", "named"),
     [
         (["--model", "resnet9000"], "no model 'resnet9000'; accepted:"),
-        (["--model", "S/x"], "unknown size 'S/x'"),
+        (["--model", "S/x"], "got 'S/x'"),
         (["--model", "tiny/2", "--unit", "sea"], "attention unit must be none or one of"),
         (["--model", "tiny/2", "--unit", "eca", "--kwargs", "{reduction: 8}"], "attention unit 'eca' can't be built"),
         (["--model", "tiny/2", "--kwargs", "[8]"], "`--kwargs` must be a mapping, got [8]"),

@@ -49,7 +49,7 @@ def test_it_has_scales_for_the_blocks_that_carry_it() -> None:
     model = scrambled(attention_blocks=[0, 2])
     assert model.unit.bias.shape == (2, 32)
     assert sum(p.numel() for p in model.unit.parameters()) == 32 * 8 + 8 + 2 * (32 * 8 + 32)
-    with pytest.raises(InputError, match="built for 2 blocks and is called in block 3"):
+    with pytest.raises(InputError, match="must be 2 at most, got call 3"):
         model.unit(torch.randn(1, 3, 32), (2, torch.zeros(1, 32)))
 
 
@@ -71,6 +71,6 @@ def test_precision_is_that_of_the_features(tmp_path: Path) -> None:
 
 
 def test_networks_without_a_time_for_it_refuse_it() -> None:
-    with pytest.raises(InputError, match=f"one that doesn't need the time, which only a UViT gives, got '{NAME}'"):
+    with pytest.raises(InputError, match=f"must not need the time, which only a UViT gives its unit, got '{NAME}'"):
         attach(tiny_unet(), NAME)
     assert build_attention(NAME, 8, num_blocks=2) is not None

@@ -129,24 +129,28 @@ def test_more_blocks_than_it_has_are_refused() -> None:
     state = None
     for _ in range(2):
         _, state = unit(torch.randn(1, 3, 4), state)
-    with pytest.raises(InputError, match="built for 2 blocks and is called in block 3"):
+    with pytest.raises(InputError, match="must be 2 at most, got call 3"):
         unit(torch.randn(1, 3, 4), state)
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "named"),
     [
-        ("block-channels", {"num_blocks": 2, "decay_to": float("inf")}, "decay_to is inf"),
+        (
+            "block-channels",
+            {"num_blocks": 2, "decay_to": float("inf")},
+            "`decay_to` .* must be a finite number, got inf",
+        ),
         ("block-channels-time", {}, "`num_blocks` must be given"),
-        ("block-channels-time", {"num_blocks": 2, "reduction": 3}, "reduction 3 does not divide the 8 channels"),
+        ("block-channels-time", {"num_blocks": 2, "reduction": 3}, "`reduction` must divide the 8 channels, got 3"),
         ("block-scale", {}, "`num_blocks` must be given"),
-        ("block-scale", {"num_blocks": 2, "start": "half"}, "start is 'half'; accepted: a finite number"),
-        ("block-channels", {"num_blocks": 2, "start": float("nan")}, "start is nan"),
+        ("block-scale", {"num_blocks": 2, "start": "half"}, "`start` .* must be a finite number, got 'half'"),
+        ("block-channels", {"num_blocks": 2, "start": float("nan")}, "must be a finite number, got nan"),
         ("block-channels", {"num_blocks": 2, "by_channel": False}, "`by_channel` is set by"),
-        ("fixed-scale", {"scale": True}, "scale is True"),
+        ("fixed-scale", {"scale": True}, "must be a finite number, got True"),
         ("fixed-scale", {"start": 1}, "can't be built"),
-        ("dia-lstm", {"scale": "x"}, "scale is 'x'"),
-        ("dia-lstm", {"initialization": "one"}, "'one' of the unit; accepted: torch, zero"),
+        ("dia-lstm", {"scale": "x"}, "must be a finite number, got 'x'"),
+        ("dia-lstm", {"initialization": "one"}, "must be one of torch, zero, got 'one'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(name: str, kwargs: dict, named: str) -> None:
@@ -156,5 +160,5 @@ def test_arguments_that_do_not_fit_are_named(name: str, kwargs: dict, named: str
 
 def test_what_the_model_decides_is_no_argument_of_its_unit() -> None:
     for decided in ("num_blocks", "channels", "name"):
-        with pytest.raises(InputError, match=f"attention_kwargs has {decided}, which the model decides"):
+        with pytest.raises(InputError, match=f"`attention_kwargs` must not have {decided}"):
             UViT(**SMALL, attention="block-scale", attention_kwargs={decided: 3})

@@ -24,7 +24,7 @@ def test_places_of_known_networks() -> None:
     assert stages(tiny_dit()) == [(16, [f"transformer_blocks.{i}.ff" for i in range(3)])]
     vit = tiny_vit()
     assert stages(vit) == [(16, [f"encoder.layers.encoder_layer_{i}.mlp" for i in range(2)])]
-    assert vit.attention_units.attachment.stages[0].positions[0].num_extra_tokens == 1
+    assert vit.attention_units.attachment.stages[0].positions[0].num_prefix_tokens == 1
     basic = ResNet(BasicBlock, [1, 2, 1, 1])
     assert stages(basic)[1] == (128, ["layer2.0.bn2", "layer2.1.bn2"])
     detector = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
@@ -50,15 +50,18 @@ def test_known_networks_train_with_a_unit(model: nn.Module, inputs: tuple[Tensor
 @pytest.mark.parametrize(
     ("at", "error"),
     [
-        (None, "Network has no block whose place"),
+        (None, "in a Network, which has no known block"),
         ([], "empty list"),
-        ("first", "is the text 'first'"),
-        (lambda name, module: False, "chooses none of the 13 modules"),
-        (["first.0.convs"], "'first.0.convs', which is no module of the model; nearest: first.0.conv"),
+        ("first", r"\(name, module\), got 'first'"),
+        (lambda name, module: False, "one of the 13 modules of Network, got none"),
+        (["first.0.convs"], "got 'first.0.convs'; the nearest are first.0.conv"),
         (["first.0.conv", "first.0.conv"], "'first.0.conv' twice"),
-        (["first.0"], r"of 'first.0', a Block, can't be told; pass Position\('first.0', 'output', channels=...\)"),
-        ([Position("first.0", "inside")], "side 'inside'"),
-        ([3], "at holds 3"),
+        (
+            ["first.0"],
+            r"must be given for the output of 'first.0', a Block: pass Position\('first.0', 'output', channels=...\)",
+        ),
+        ([Position("first.0", "inside")], "must be one of input, output, got 'inside'"),
+        ([3], "Positions, got 3"),
     ],
 )
 def test_places_that_there_are_not(at: object, error: str) -> None:
@@ -69,11 +72,11 @@ def test_places_that_there_are_not(at: object, error: str) -> None:
 @pytest.mark.parametrize(
     ("at", "error"),
     [
-        (["first.1.conv", "first.0.conv"], "first.0.conv, .* ran too early, where first.1.conv was next"),
-        ([Position("first.0", channels=4)], "the output of first.0 has 8 channels, and its unit is for 4"),
+        (["first.1.conv", "first.0.conv"], "got first.0.conv too early, where first.1.conv was next"),
+        ([Position("first.0", channels=4)], "the output of first.0 must have 4 channels, as its unit, got 8"),
         (["unused"], "left out unused"),
-        (["twice"], "twice, .* ran again"),
-        (["pair"], r"the output of pair is a tuple"),
+        (["twice"], "got twice again, where"),
+        (["pair"], r"the output of pair must have shape .*, got a tuple"),
     ],
 )
 def test_places_that_a_pass_does_not_run_as_said(at: list, error: str) -> None:
@@ -106,18 +109,18 @@ def test_a_sequential_runs_its_own_modules_alone() -> None:
 
 def test_models_that_take_no_unit() -> None:
     model = Network()
-    with pytest.raises(InputError, match="decides itself"):
+    with pytest.raises(InputError, match="is set by attach"):
         attach(model, at=is_branch, num_blocks=3)
     with pytest.raises(InputError, match="None"):
         attach(model, None, is_branch)
     with pytest.raises(InputError, match="'none'"):
         attach(model, "none", is_branch)
-    with pytest.raises(InputError, match="before wrapping"):
+    with pytest.raises(InputError, match="before it is wrapped, got a "):
         attach(torch.compile(model), at=is_branch)
     attach(model, at=is_branch)
-    with pytest.raises(InputError, match="Network has attached units already"):
+    with pytest.raises(InputError, match="without attached units, got a Network with some"):
         attach(nn.Sequential(model), at=["0"])
     around = nn.Sequential(Network())
     attach(around, at=["0.first.0.conv"])
-    with pytest.raises(InputError, match=r"first\.0\.conv has an attached unit already"):
+    with pytest.raises(InputError, match=r"without an attached unit, got first\.0\.conv"):
         attach(around[0], at=["first.0.conv"])

@@ -199,7 +199,7 @@ def test_leading_tokens_are_pooled_only_where_asked(name: str) -> None:
 @pytest.mark.parametrize("name", ["cbam", "spa", "sge"])
 def test_tokens_on_no_square_are_named(name: str) -> None:
     unit = build_attention(name, 16)
-    with pytest.raises(InputError, match="12 tokens, 1 leading ones left out, are no square grid"):
+    with pytest.raises(InputError, match=r"must form a square grid .*, got 12 tokens after 1 prefix tokens"):
         unit(torch.randn(2, 13, 16), None, 0, 1)
 
 
@@ -244,9 +244,9 @@ def test_gradients_are_finite_where_features_are_constant(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "named"),
     [
-        ("se", {"reduction": 5}, "reduction 5 does not divide the 32 channels"),
-        ("eca", {"kernel_size": 4}, "kernel_size is 4; accepted: an odd number"),
-        ("sge", {"groups": 5}, "groups 5 does not divide the 32 channels"),
+        ("se", {"reduction": 5}, "`reduction` must divide the 32 channels, got 5"),
+        ("eca", {"kernel_size": 4}, "`kernel_size` must be odd, .*, got 4"),
+        ("sge", {"groups": 5}, "`groups` must divide the 32 channels, got 5"),
         ("spa", {"pools": 3}, "can't be built: .*pools"),
     ],
 )

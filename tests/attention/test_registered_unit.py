@@ -11,11 +11,21 @@ from dia_diffusion import AttachedModel, UViT, attach
 from dia_diffusion.analysis.parameters import Stage, added_parameters
 from dia_diffusion.attention import UNITS, Unit, build_attention
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.config import DataConfig, Experiment, ModelConfig, TrainConfig
-from dia_diffusion.training.diffusion import train
+from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.models.test_attached import ARGUMENTS
+from tests.training.conftest import Recorder
 
 SMALL = {"sample_size": 8, "in_channels": 1, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 2}
+RECIPE = """
+data: {source: digits}
+model: {sample_size: 8, in_channels: 1, patch_size: 4, hidden_size: 16, num_layers: 3, num_attention_heads: 2,
+        attention: test-gain, attention_kwargs: {start: 0.5}}
+train: {batch_size: 8, max_steps: 3, mixed_precision: none, checkpoint_every: 3, sample_every: 0}
+optimizer: {learning_rate: 1.0e-2, warmup_steps: 1}
+ema: {decay: 0.0}
+"""
 
 
 class Gain(nn.Module):
@@ -60,25 +70,18 @@ def test_it_is_built_by_name() -> None:
     assert (added.shared, added.individual) == (8 + 16, None)
 
 
-def test_in_a_uvit(tmp_path: Path) -> None:
-    model = UViT(**SMALL, attention="test-gain").eval()
-    for block in [*model.in_blocks, model.mid_block, *model.out_blocks]:  # what the unit does, done by each MLP
-        block.carries_unit = False
+def test_in_a_uvit_each_mlp_is_given_what_the_unit_returns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 1, 8, 8)
-    outputs = []
-    for scales in ((1.0, 1.5, 2.0), (1.0, 1.0, 1.0)):
-        blocks = [model.in_blocks[0], model.mid_block, model.out_blocks[0]]
-        hooks = [
-            block.mlp.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,))
-            for block, scale in zip(blocks, scales, strict=True)
-        ]
-        outputs.append(model(x, 500).sample)
-        for hook in hooks:
-            hook.remove()
+    model = UViT(**SMALL, attention="test-gain").eval()
+    plain = UViT(**SMALL, attention="none").eval()
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "unit" not in name})
+    for block, scale in zip([plain.in_blocks[0], plain.mid_block, plain.out_blocks[0]], (1.0, 1.5, 2.0), strict=True):
+        block.mlp.register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale,))
     model.save_pretrained(tmp_path)
     loaded = UViT.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(loaded(x, 500).sample, outputs[0])
-    assert not torch.allclose(outputs[0], outputs[1])
+    torch.testing.assert_close(model(x, 500).sample, plain(x, 500).sample)
+    assert torch.equal(loaded(x, 500).sample, model(x, 500).sample)
 
 
 def test_the_time_is_given_to_a_unit_that_needs_it() -> None:
@@ -91,7 +94,7 @@ def test_the_time_is_given_to_a_unit_that_needs_it() -> None:
     angles = torch.tensor([3.0, 800.0])[:, None] * frequencies
     mean = torch.cat([angles.cos(), angles.sin()], dim=1).mean(dim=1)
     torch.testing.assert_close(given[1], given[0] * mean[:, None, None])
-    with pytest.raises(InputError, match="which only a UViT gives, got 'test-time-gain'"):
+    with pytest.raises(InputError, match="which only a UViT gives its unit, got 'test-time-gain'"):
         attach(UNet2DModel(sample_size=8, **ARGUMENTS["unet2d"]), "test-time-gain")
 
 
@@ -107,13 +110,11 @@ def test_attached_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_trained_by_a_recipe_that_names_it(tmp_path: Path) -> None:
-    experiment = Experiment(
-        data=DataConfig("digits"),
-        model=ModelConfig(**SMALL, attention="test-gain", attention_kwargs={"start": 0.5}),
-        train=TrainConfig(max_steps=3, batch_size=8, checkpoint_every=3, sample_every=3),
-        output=str(tmp_path / "run"),
-    )
-    train(experiment)
-    pipelines = sorted((tmp_path / "run" / "pipelines").iterdir())
-    loaded = UViT.from_pretrained(pipelines[-1] / "unet")
-    assert isinstance(loaded.unit, Gain) and not loaded.unit.scale.eq(0.5).any()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run")])
+    Trainer(experiment, Recorder()).run()
+    pipeline = load_pipeline(tmp_path / "run")
+    assert isinstance(pipeline.unet.unit, Gain) and not pipeline.unet.unit.scale.eq(0.5).any()
+    (image,) = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 8, 8) and image.isfinite().all()

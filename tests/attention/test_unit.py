@@ -186,7 +186,7 @@ def test_saved_and_loaded_it_is_the_same_function(name: str, options: dict, tmp_
 
 def test_one_value_a_channel_is_refused_in_training() -> None:
     unit = build_attention("srm", 4, num_blocks=1)
-    with pytest.raises(InputError, match="batches of 2 images or more"):
+    with pytest.raises(InputError, match="batches must have 2 images or more"):
         unit(torch.randn(1, 9, 4))
     assert unit.eval()(torch.randn(1, 9, 4))[0].shape == (1, 9, 4)
 
@@ -195,22 +195,26 @@ def test_more_blocks_than_it_has_are_refused() -> None:
     for name, sharing in (("se", "individual"), ("srm", "shared")):
         unit = build_attention(name, 16, num_blocks=1, sharing=sharing).eval()
         _, state = unit(torch.randn(1, 3, 16))
-        with pytest.raises(InputError, match="built for 1 blocks and is called in block 2"):
+        with pytest.raises(InputError, match="must be 1 at most, got call 2"):
             unit(torch.randn(1, 3, 16), state)
 
 
 @pytest.mark.parametrize(
     ("name", "kwargs", "named"),
     [
-        ("se", {"sharing": "both"}, "unknown sharing 'both'; accepted: shared, individual"),
-        ("se", {"sharing": "individual"}, "num_blocks is None; accepted: 1 or more"),
-        ("srm", {}, "num_blocks is None"),
-        ("se", {"share_norm": True}, "the unit has no BatchNorm"),
-        ("srm", {"share_norm": True, "sharing": "individual", "num_blocks": 2}, "sharing is individual"),
-        ("srm", {"share_norm": "no", "num_blocks": 2}, "share_norm is 'no'"),
+        ("se", {"sharing": "both"}, "`sharing` must be one of shared, individual, got 'both'"),
+        ("se", {"sharing": "individual"}, "`num_blocks` must be 1 or more .*, got None"),
+        ("srm", {}, "`num_blocks` must be 1 or more"),
+        ("se", {"share_norm": True}, "must be false for a unit without BatchNorm"),
+        (
+            "srm",
+            {"share_norm": True, "sharing": "individual", "num_blocks": 2},
+            "must be false with individual sharing",
+        ),
+        ("srm", {"share_norm": "no", "num_blocks": 2}, "`share_norm` must be true or false, got 'no'"),
         ("se", {"module": None}, "`module` is set by"),
-        ("dia-lstm", {"sharing": "individual"}, "sharing is 'individual'; accepted for dia-lstm: shared"),
-        ("lstm", {"sharing": "individual"}, "accepted for lstm: shared"),
+        ("dia-lstm", {"sharing": "individual"}, "`sharing` must be shared for dia-lstm, .*, got 'individual'"),
+        ("lstm", {"sharing": "individual"}, "`sharing` must be shared for lstm"),
         ("block-scale", {"num_blocks": 2, "sharing": "shared"}, "can't be built"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dia_diffusion.cli.main import main
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.generate import SharedLoop
 from tests.pipelines.conftest import hub, save
 from tests.processes import children
 from tests.training.conftest import TINY
@@ -35,11 +35,11 @@ def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects the seeds that are sampled."""
     seeds: list[int] = []
-    generate = SamplingSettings.generate
+    draw = SharedLoop.draw
 
-    def counted(self: SamplingSettings, pipeline: Any, chosen: Any, *args: Any, **kwargs: Any) -> Any:
-        seeds.extend(chosen)
-        return generate(self, pipeline, chosen, *args, **kwargs)
+    def counted(self: SharedLoop, batch: list[int], *args: Any) -> Any:
+        seeds.extend(batch)
+        return draw(self, batch, *args)
 
-    monkeypatch.setattr(SamplingSettings, "generate", counted)
+    monkeypatch.setattr(SharedLoop, "draw", counted)
     return seeds

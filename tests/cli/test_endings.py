@@ -46,5 +46,5 @@ def test_signals_end_training_with_a_checkpoint(number: int, code: int, tmp_path
     process.send(number)
     gate.unlink()
     assert process.wait() == code
-    assert process.last_line().endswith("stopped after step 3; the same command goes on from there")
+    assert process.last_line().endswith("stopped after step 3; the same command resumes from there")
     assert [place.name for place in (run / "checkpoints").iterdir()] == ["step-00000003"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.cli.main import main
-from dia_diffusion.pipelines.export import export_pipeline
+from dia_diffusion.sharing.export import export_pipeline
 from tests.pipelines.conftest import contents
 from tests.pipelines.hub import Hub, asked_private
 

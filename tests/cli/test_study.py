@@ -14,7 +14,7 @@ from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import FolderLock, sha256_of_file
 from dia_diffusion.studies.study import read_study
 from dia_diffusion.studies.timing import threads
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.trainer import Trainer
 from tests.processes import Child, wait_for
 from tests.training.conftest import TINY, Recorder
 
@@ -67,7 +67,7 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
     assert main(["curves", study, "--jobs", "2"]) == 0
     shown = capfd.readouterr().out
     assert "2 of 2 runs to train or to measure, 2 at a time" in shown and "FD(digits)" in shown
-    assert "going on from step 7" in (first / "train.log").read_text()
+    assert "resuming from step 7" in (first / "train.log").read_text()
     with threads(1):
         for run in read_study(study, output=str(tmp_path / "unstopped")).runs:
             Trainer(run.experiment, Recorder()).run()

@@ -157,7 +157,7 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path, capsys, call, protoc
     with pytest.raises(pickle.UnpicklingError, match="only arrays of bytes are admitted"):
         load_arrays(evil)
     source = write_folder(tmp_path / "cifar-100-python", python(100) | {"train": evil})
-    with pytest.raises(InputError, match=r"train is no part of cifar-100-python .*only arrays of bytes") as error:
+    with pytest.raises(InputError, match=r"train is not a part of cifar-100-python .*only arrays of bytes") as error:
         open_images(source)
     assert "\n" not in str(error.value) and capsys.readouterr().out == "" and not Path("evil").exists()
 
@@ -181,20 +181,30 @@ GOOD = {"binary": binary(10), "python": python(10)}
 @pytest.mark.parametrize(
     ("kind", "name", "data", "message"),
     [
-        ("binary", "data_batch_3.bin", None, "an incomplete cifar-10-batches-bin: it lacks data_batch_3.bin"),
-        ("binary", "data_batch_3.bin", b"", "data_batch_3.bin is no part .*0 bytes are no whole number"),
-        ("binary", "data_batch_3.bin", GOOD["binary"]["data_batch_3.bin"][:-1], "no whole number of records of 3073"),
-        ("binary", "data_batch_3.bin", b"\x0a" + bytes(3072), "a label outside of 0..9"),
-        ("binary", "batches.meta.txt", b"cat\ndog\n", "has 2 class names instead of 10"),
+        ("binary", "data_batch_3.bin", None, "an incomplete cifar-10-batches-bin: data_batch_3.bin is missing"),
+        ("binary", "data_batch_3.bin", b"", "data_batch_3.bin is not a part .*whole records.* got 0 bytes"),
+        (
+            "binary",
+            "data_batch_3.bin",
+            GOOD["binary"]["data_batch_3.bin"][:-1],
+            "must hold whole records of 3073 bytes",
+        ),
+        ("binary", "data_batch_3.bin", b"\x0a" + bytes(3072), "labels must be in 0..9"),
+        ("binary", "batches.meta.txt", b"cat\ndog\n", "must have 10 class names, got 2"),
         ("binary", "batches.meta.txt", b"\xff\xfe", "can't be read"),
-        ("python", "data_batch_2", None, "lacks data_batch_2"),
-        ("python", "data_batch_2", b"", "data_batch_2 is no part"),
-        ("python", "data_batch_2", GOOD["python"]["data_batch_2"][:-900], "data_batch_2 is no part"),
+        ("python", "data_batch_2", None, "data_batch_2 is missing"),
+        ("python", "data_batch_2", b"", "data_batch_2 is not a part"),
+        ("python", "data_batch_2", GOOD["python"]["data_batch_2"][:-900], "data_batch_2 is not a part"),
         ("python", "data_batch_2", pickle.dumps([1]), "not a dict"),
-        ("python", "data_batch_2", pickle.dumps({"labels": [1]}), "data_batch_2 is no part"),
-        ("python", "data_batch_2", pickle.dumps({"data": [1], "labels": [1]}), "isn't one row of 3072"),
-        ("python", "data_batch_2", python_2_pickle(IMAGES[:, 0, :, 0], "labels", [1]), "isn't one row of 3072"),
-        ("python", "data_batch_2", python_2_pickle(np.zeros((1, 3072), np.uint8), "labels", [-1]), "a label outside"),
+        ("python", "data_batch_2", pickle.dumps({"labels": [1]}), "data_batch_2 is not a part"),
+        ("python", "data_batch_2", pickle.dumps({"data": [1], "labels": [1]}), "must be one row of 3072"),
+        ("python", "data_batch_2", python_2_pickle(IMAGES[:, 0, :, 0], "labels", [1]), "must be one row of 3072"),
+        (
+            "python",
+            "data_batch_2",
+            python_2_pickle(np.zeros((1, 3072), np.uint8), "labels", [-1]),
+            "labels must be in 0..9",
+        ),
         ("python", "batches.meta", pickle.dumps({}), "batches.meta can't be read"),
     ],
 )

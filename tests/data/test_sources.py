@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
-from dia_diffusion.data import open_images
+from dia_diffusion.data import FORMATS, DataFormat, ImageSource, Request, array_source, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.writers import save_npz
 from tests.data.image_writing import png, write_folder
@@ -42,7 +43,7 @@ def test_numpy_files(tmp_path, shape):
     np.testing.assert_array_equal(found.images.transpose(0, 2, 3, 1), images.reshape(*shape[:3], channels))
     assert not isinstance(found.images, np.memmap) and found.images.flags.c_contiguous
     assert found.name == "x.npy" and found.labels is None and found.split is None
-    with pytest.raises(InputError, match=r"x.npy has no split 'test'"):
+    with pytest.raises(InputError, match=r"`split` must be train for .*x.npy, which has no splits, got 'test'"):
         open_images(tmp_path / "x.npy", split="test")
     mapped = open_images(tmp_path / "x.npy", channels=channels, memory_limit=10)
     assert isinstance(mapped.images, np.memmap) and mapped.fingerprint == found.fingerprint
@@ -68,7 +69,7 @@ def test_numpy_files_with_transparency(tmp_path):
 )
 def test_other_numpy_files_are_refused(tmp_path, array):
     np.save(tmp_path / "x.npy", array)
-    with pytest.raises(InputError, match=r"x.npy holds .* \(.*\); accepted: uint8 \(N, H, W, C\)"):
+    with pytest.raises(InputError, match=r"x.npy must hold uint8 \(N, H, W, C\) .*, got .* \("):
         open_images(tmp_path / "x.npy")
 
 
@@ -86,7 +87,7 @@ def test_pickled_and_broken_numpy_files_are_refused(tmp_path):
 @pytest.mark.parametrize("source", ["cifra10", "", "/nowhere/at/all", "x\0y"])
 def test_what_is_not_there_is_named_with_what_is_accepted(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="accepted: digits, cifar10, cifar100, hf:NAME") as error:
+    with pytest.raises(InputError, match="an image source must be digits, cifar10, cifar100, hf:NAME") as error:
         open_images(source)
     assert "\n" not in str(error.value) and repr(source) in str(error.value)
 
@@ -94,17 +95,17 @@ def test_what_is_not_there_is_named_with_what_is_accepted(source, tmp_path, monk
 def test_other_files_are_refused(tmp_path, pixels):
     for name, data in {"x.png": png(pixels[0]), "empty.zip": b"", "x.yaml": b"a: 1\n"}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(InputError, match=f"{name}' is a file of another kind; accepted: digits"):
+        with pytest.raises(InputError, match=f"must be digits, .*, got .*{name}', which is a file of another kind"):
             open_images(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "val"}, "split 'val' isn't accepted: train or test"),
-        ({"channels": 4}, "channels 4 isn't accepted: 3 .* or 1"),
-        ({"size": 0}, "size 0 isn't accepted"),
-        ({"size": -8}, "size -8 isn't accepted"),
+        ({"split": "val"}, "`split` must be train or test, got 'val'"),
+        ({"channels": 4}, "`channels` must be 3 .* or 1 .*, got 4"),
+        ({"size": 0}, "`size` must be a positive number of pixels or none, got 0"),
+        ({"size": -8}, "`size` must be a positive number of pixels or none, got -8"),
     ],
 )
 def test_other_options_are_refused(options, message):
@@ -144,6 +145,45 @@ def test_subsets():
         digits.subset([1201])
 
 
+def test_a_format_registered_from_outside_is_opened(tmp_path, pixels, monkeypatch):
+    """A folder of headerless images, which no built-in format recognizes."""
+
+    def raw_images(request: Request) -> ImageSource:
+        images = [np.fromfile(path, np.uint8).reshape(8, 8, 3) for path in sorted(request.path.glob("*.raw"))]
+        return array_source(str(request.path), np.stack(images), np.arange(len(images)), split=request.split)
+
+    folder = write_folder(tmp_path / "mine", {f"{i}.raw": image.tobytes() for i, image in enumerate(pixels)})
+    with pytest.raises(InputError, match="which holds no image files"):
+        open_images(folder)
+    monkeypatch.setattr(FORMATS, "_rows", dict(FORMATS))  # undone after the test
+    row = DataFormat("a folder of raw images", lambda source: any(Path(source).glob("*.raw")), raw_images)
+    FORMATS.register("raw", row)
+    found = open_images(folder, split="test")
+    np.testing.assert_array_equal(found.read([5, 0]), pixels[[5, 0]].transpose(0, 3, 1, 2))
+    assert found.name == "mine" and found.split == "test" and found.shape == (3, 8, 8)
+    with pytest.raises(InputError, match="class folders, or a folder of raw images, got 'nowhere'"):
+        open_images("nowhere")
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_reading_keeps_the_order_of_the_indices(decode, tmp_path, pixels):
+    folder = write_folder(tmp_path / "x", {f"{i}.png": png(image) for i, image in enumerate(pixels)})
+    found = open_images(folder, decode=decode)
+
+    def shifted(k: int, image: Image.Image) -> np.ndarray:
+        return np.asarray(image).transpose(2, 0, 1) + np.uint8(k)
+
+    expected = pixels[[5, 0, 5]].transpose(0, 3, 1, 2)
+    if decode:
+        np.testing.assert_array_equal(found.read([5, 0, 5]), expected)
+    else:
+        np.testing.assert_array_equal(
+            found.read([5, 0, 5], shifted), expected + np.arange(3, dtype=np.uint8)[:, None, None, None]
+        )
+    with pytest.raises(IndexError if decode else InputError):
+        found.read([6], None if decode else shifted)
+
+
 @pytest.mark.parametrize(("images", "labels"), [("images", "labels"), ("arr_0", "arr_1")])
 def test_npz_files(tmp_path, pixels, images, labels):
     np.savez(tmp_path / "x.npz", **{images: pixels, "seeds": np.arange(6)})
@@ -170,15 +210,15 @@ def test_npz_files_that_sample_writes(tmp_path):
 
 def test_other_npz_files_are_refused(tmp_path, pixels):
     refused = {
-        "holds statistics": {"mu": np.zeros(4), "sigma": np.zeros((4, 4))},
-        "holds weights, bias; accepted: an .npz file with images": {"weights": pixels, "bias": pixels},
-        "holds nothing; accepted": {},
-        r"x.npz holds float32 \(6, 8, 8, 3\); accepted: uint8": {"images": pixels.astype(np.float32)},
-        r"the labels arr_1, int64 \(5,\); accepted: a class number an image": {"arr_0": pixels, "arr_1": np.arange(5)},
-        r"the labels arr_1, float64 \(6,\)": {"arr_0": pixels, "arr_1": np.zeros(6)},
-        "the class 65536 in arr_1": {"arr_0": pixels, "arr_1": np.full(6, 1 << 16)},
-        "the class 18446744073709551615 in": {"arr_0": pixels, "arr_1": np.full(6, 2**64 - 1, dtype=np.uint64)},
-        r"the labels arr_1, int64 \(6,\)": {"arr_0": pixels, "arr_1": np.full(6, -1)},
+        "got statistics": {"mu": np.zeros(4), "sigma": np.zeros((4, 4))},
+        "must hold images or arr_0, got weights, bias": {"weights": pixels, "bias": pixels},
+        "got nothing": {},
+        r"x.npz must hold uint8 .*, got float32 \(6, 8, 8, 3\)": {"images": pixels.astype(np.float32)},
+        r"`arr_1` of .* must be a class number per image, got int64 \(5,\)": {"arr_0": pixels, "arr_1": np.arange(5)},
+        r"`arr_1` of .*, got float64 \(6,\)": {"arr_0": pixels, "arr_1": np.zeros(6)},
+        r"`arr_1` of .* must be below 65,536, got 65536": {"arr_0": pixels, "arr_1": np.full(6, 1 << 16)},
+        "got 18446744073709551615": {"arr_0": pixels, "arr_1": np.full(6, 2**64 - 1, dtype=np.uint64)},
+        r"`arr_1` of .*, got int64 \(6,\)": {"arr_0": pixels, "arr_1": np.full(6, -1)},
         "can't be read as an .npz file .*allow_pickle": {"arr_0": np.array([print, None])},
         "can't be read as an .npz file .*more than 200 times": {"arr_0": np.zeros((1000, 64, 64, 3), np.uint8)},
     }

@@ -17,8 +17,8 @@ from dia_diffusion.training.checkpoint import (
     save_checkpoint,
     whole_checkpoint,
 )
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 from tests.faults.damage import cuts, flip_one, flips
 from tests.faults.harness import assert_same_runs
 from tests.processes import start_connected
@@ -47,7 +47,7 @@ def test_every_cut_and_flip_of_a_checkpoint_is_found(run: Path) -> None:
             damaged = [text for text in damaged if text.strip() != content.strip()]
         for text in damaged:
             file.write_bytes(text)
-            with pytest.raises(InputError, match=f"checkpoint file .*{file.name}.* cut short or altered"):
+            with pytest.raises(InputError, match=f"checkpoint file .*{file.name}.* truncated or corrupted"):
                 check_checkpoint(place)
         file.unlink()
         with pytest.raises(InputError, match=f"{file.name} is missing"):
@@ -75,7 +75,7 @@ def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path,
     command = ["train", "--config", recipe, "--output", run, "--train.checkpoint_every", 2]
     both = start_connected(*command, logs=tmp_path)
     assert [process.wait() for process in both] == [0, 0]
-    assert "step-00000006.damaged" in both[0].text() and "going on from step 4" in both[0].text()
+    assert "step-00000006.damaged" in both[0].text() and "resuming from step 4" in both[0].text()
     # Some versions of torch tell here that gloo has connected.
     assert not [line for line in both[1].text().splitlines() if not line.startswith("[Gloo]")]
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == [
@@ -94,8 +94,8 @@ def test_what_is_told_of_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
     reporter = Recorder()
     Trainer(read_experiment(str(recipe), ["--output", str(run)]), reporter).run()
     assert reporter.messages[0] == (
-        f"warning: checkpoint file {place}/ema.safetensors is cut short or altered (its sha256 differs); it is kept as "
-        "step-00000006.damaged-2, and the one before it is used"
+        f"warning: checkpoint file {place}/ema.safetensors is truncated or corrupted (its sha256 differs); "
+        "renamed to step-00000006.damaged-2, and the checkpoint before it is used"
     )
 
 
@@ -121,7 +121,7 @@ def test_an_altered_line_of_metrics_is_named_before_it_is_dropped(run: Path, rec
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join([lines[0], lines[1].replace(b"loss", b"lose"), *lines[2:]]))
     experiment = read_experiment(str(recipe), ["--output", str(run)])
-    with pytest.raises(InputError, match=r"metrics.jsonl, line 2 is cut short or altered; remove that line"):
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2 is truncated or corrupted; remove that line"):
         Trainer(experiment, Recorder()).run()
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     Trainer(experiment, Recorder()).run()
@@ -173,6 +173,6 @@ def test_keep_last_never_removes_the_one_that_works(run: Path, monkeypatch: pyte
         folder / "step-00000008",
         {
             folder
-            / "step-00000099": f"checkpoint file {folder}/step-00000099/state.json is missing, cut short or altered"
+            / "step-00000099": f"checkpoint file {folder}/step-00000099/state.json is missing, truncated or corrupted"
         },
     )

@@ -35,7 +35,7 @@ def test_killed_within_a_checkpoint_and_within_a_step(recipe: Path, tmp_path: Pa
 
     third = Forked(*command, log=log)
     assert third.wait() == 0
-    assert "going on from step 20" in third.text()
+    assert "resuming from step 20" in third.text()
     assert whole.wait() == 0
     assert_same_runs(run, tmp_path / "whole", 40)
     assert not leftovers(run)
@@ -96,7 +96,7 @@ def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: 
 
     again = start_connected(*command, logs=tmp_path)
     assert [process.wait() for process in again] == [0, 0]
-    assert "going on from step 20" in again[0].text()
+    assert "resuming from step 20" in again[0].text()
     assert checkpoints(run) == [20, 40, 60]
 
 
@@ -114,7 +114,7 @@ def test_one_process_killed_under_a_launcher(victim: int, recipe: Path, tmp_path
     kept = checkpoints(run)
     assert kept and "dia_diffusion/cli/main.py" not in log.read_text(), "no traceback of ours beside the launcher's own"
     assert Launched(*command, log=log).process.wait() == 0, log.read_text()
-    assert f"going on from step {max(kept)}" in log.read_text()
+    assert f"resuming from step {max(kept)}" in log.read_text()
 
 
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:

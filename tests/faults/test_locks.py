@@ -1,15 +1,20 @@
-"""Two commands in one folder: the second is refused by the first's name, and a dead one's lock is nobody's."""
+"""Two commands in one folder: the second is refused and names the first; a dead process holds no lock."""
 
+import errno
+import fcntl
 import os
+import re
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dia_diffusion.cli.main import main
+from dia_diffusion.errors import InputError
 from dia_diffusion.io import FolderLock
 from tests.cli.one_line import error_of
 from tests.cli.test_study import PROTOCOL, STUDY
@@ -56,3 +61,25 @@ def test_a_lock_that_another_machine_left_is_nobodys(recipe: Path, tmp_path: Pat
     (tmp_path / "run" / ".lock").write_text("process 1 on a-machine-that-is-gone\n0123\n")
     assert main(["train", "--config", str(recipe), "--output", str(tmp_path / "run")]) == 0
     assert f"process {os.getpid()} on {socket.gethostname()}" in (tmp_path / "run" / ".lock").read_text()
+
+
+def test_threads_exclude_each_other_and_each_holder_writes_a_new_text(tmp_path: Path) -> None:
+    texts = []
+    for _ in range(2):
+        with FolderLock(tmp_path) as lock, ThreadPoolExecutor(1) as pool:
+            texts.append(lock.text())
+            with pytest.raises(InputError, match=f"in use by process {os.getpid()} on "):
+                pool.submit(FolderLock(tmp_path).acquire).result()
+            assert lock.text() == texts[-1]
+    assert len(set(texts)) == 2 and lock.path.is_file()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_refused(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    expected = f"output must be a folder that can be written and locked, got {tmp_path}: {os.strerror(number)}"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        FolderLock(tmp_path).acquire()

@@ -31,7 +31,7 @@ def test_a_read_only_run_is_read_and_not_trained(
     shutil.copytree(trained / "run", tmp_path / "run")
     with read_only(tmp_path / "run") as run:
         error = error_of(["train", "--config", recipe, "--output", run, "--train.max_steps", "7"], capsys)
-        assert f"output {run} can't be written: Read-only file system" in error
+        assert f"output must be a folder that can be written and locked, got {run}: Read-only file system" in error
         succeeds(["sample", run, "--seeds", "0-3", "--steps", "1", "--out", tmp_path / "images"])
         error = error_of(["sample", run, "--seeds", "0-3", "--steps", "1", "--out", run / "images"], capsys, code=1)
         assert f"Read-only file system: {run}/images" in error

@@ -28,12 +28,12 @@ def test_classify_leaves_a_checkpoint(number: int, code: int, tmp_path: Path) ->
     running.send(number)
     gate.unlink()
     assert running.wait() == code
-    line = "dia-diffusion classify: stopped after step 2; the same command goes on from there"
+    line = "dia-diffusion classify: stopped after step 2; the same command resumes from there"
     assert running.last_line() == line
     assert checkpoints(run) == [2]
     again = Forked(*command, log=log)
     assert again.wait() == 0
-    assert "going on from step 2" in again.text()
+    assert "resuming from step 2" in again.text()
 
 
 def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder
 
 HERE = Path(__file__).parent

@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings, build_scheduler
 from tests.gpu.conftest import DEVICE, ON_CPU
 from tests.pipelines.conftest import SMALL
 
@@ -29,7 +29,8 @@ def pipeline(sampler: str = "dpmsolver++", device: torch.device = DEVICE, **chan
 
 def images(drawn: UViTPipeline, seeds: list[int], batch_size: int) -> torch.Tensor:
     """Images of the seeds, (B, 3, H, W) in grey levels."""
-    parts = [part for _, part in generate(drawn, seeds, batch_size=batch_size, num_inference_steps=10)]
+    adapted = adapt_pipeline(drawn, SamplingSettings(OWN_SAMPLER, steps=10))
+    parts = [part for _, part in generate(adapted, seeds, batch_size)]
     return torch.cat(parts).int()
 
 

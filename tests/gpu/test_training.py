@@ -12,7 +12,7 @@ import torch
 from dia_diffusion.errors import InputError, Stopped
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.trainer import Trainer
 from tests.gpu.conftest import DEVICE, ON_CPU, train
 from tests.training import classify
 from tests.training.conftest import Recorder

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dia_diffusion import AttachedModel, UViTPipeline, attach
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.export import export_pipeline
 from tests.pipelines.test_export import drawn, without_package
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def test_units_at_places_of_ones_own_are_saved(tmp_path: Path) -> None:
 def test_units_that_changed_since_are_not_saved_as_others(tmp_path: Path) -> None:
     model = tiny("unet2d")
     model.attachment.detach()
-    with pytest.raises(InputError, match="made with attention dia-lstm and its units have changed"):
+    with pytest.raises(InputError, match=r"must be those of attention 'dia-lstm', .*, got others"):
         model.save_pretrained(tmp_path)
     AttachedModel.from_backbone(model.network, "none").save_pretrained(tmp_path)
     assert AttachedModel.from_pretrained(tmp_path).unit is None
@@ -148,7 +148,7 @@ def test_a_wrapped_network_without_null_label_needs_classes(tmp_path: Path) -> N
     network = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=3, **ARGUMENTS["unet2d"])
     model = AttachedModel.from_backbone(network, reduction=2)
     assert model.num_classes == 3 and not model.has_null_label
-    with pytest.raises(InputError, match=r"no null label; accepted: class_labels of 0\.\.2"):
+    with pytest.raises(InputError, match=r"`class_labels` must be 0\.\.2 for a model without a null label"):
         model(*inputs())
     model(*inputs(), torch.tensor([0, 2]))
     with pytest.raises(InputError, match="without a null label"):
@@ -164,7 +164,7 @@ def test_a_wrapped_dit_drops_no_labels_by_itself() -> None:
 
 def test_a_wrapped_network_has_a_size() -> None:
     network = UNet2DModel(in_channels=1, out_channels=1, **ARGUMENTS["unet2d"])
-    with pytest.raises(InputError, match="no sample_size"):
+    with pytest.raises(InputError, match="`sample_size` of the model must be"):
         AttachedModel.from_backbone(network, "none")
 
 
@@ -202,14 +202,14 @@ def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
     ("kwargs", "error"),
     [
         ({"backbone": "resnet"}, "`backbone` must be one of unet2d, dit, got 'resnet'"),
-        ({"backbone_kwargs": {"layers": 2}}, "UNet2DModel has no argument 'layers'; accepted: act_fn, "),
-        ({"backbone_kwargs": {"in_channels": 2}}, "backbone_kwargs has in_channels 2, which the model decides"),
+        ({"backbone_kwargs": {"layers": 2}}, "`backbone_kwargs` must be of act_fn, .* for UNet2DModel, got 'layers'"),
+        ({"backbone_kwargs": {"in_channels": 2}}, "must not have in_channels, which the model sets to 1, got 2"),
         ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built of backbone_kwargs: Must"),
-        ({"attention": "none", "attention_at": ["conv_in"]}, "attention_at is given and attention none"),
-        ({"attention_at": [3]}, "attention_at has 3; accepted: names"),
-        ({"attention_at": [[3]]}, "at names 3, which is no module of the model"),
-        ({"attention_at": [[["a"]]]}, r"at names \['a'\], which is no module of the model"),
-        ({"backbone_kwargs": {"class_embed_type": "timestep"}}, "class_embed_type 'timestep'; accepted: class numbers"),
+        ({"attention": "none", "attention_at": ["conv_in"]}, "`attention_at` must be null without attention"),
+        ({"attention_at": [3]}, "must hold names of the network's modules, got 3"),
+        ({"attention_at": [[3]]}, "must name modules of the model, got 3"),
+        ({"attention_at": [[["a"]]]}, r"must name modules of the model, got \['a'\]"),
+        ({"backbone_kwargs": {"class_embed_type": "timestep"}}, "class_embed_type` must be null .*, got 'timestep'"),
         ({"attention": "nothing"}, "attention unit must be none or one of"),
     ],
 )
@@ -223,7 +223,7 @@ def test_inputs_that_dont_fit() -> None:
     model = tiny("unet2d")
     with pytest.raises(InputError, match="unconditional model"):
         model(*inputs(), torch.tensor([0, 1]))
-    with pytest.raises(InputError, match=r"\(2, 3, 8, 8\); accepted: \(B, 1, H, W\)"):
+    with pytest.raises(InputError, match=r"must have shape \(B, 1, H, W\), got \(2, 3, 8, 8\)"):
         model(torch.zeros(2, 3, 8, 8), 5)
     with pytest.raises(InputError, match="`model` must be a UNet2DModel or DiTTransformer2DModel, got a AttachedModel"):
         AttachedModel.from_backbone(model)

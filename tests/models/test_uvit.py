@@ -217,11 +217,11 @@ def test_sizes_are_odd_and_named() -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"num_layers": 4}, "num_layers is 4"),
-        ({"sample_size": 9}, "sample_size 9"),
-        ({"num_attention_heads": 5}, "num_attention_heads 5"),
+        ({"num_layers": 4}, "`num_layers` must be odd .*, got 4"),
+        ({"sample_size": 9}, "`sample_size` must be a multiple of patch_size 2, got 9"),
+        ({"num_attention_heads": 5}, "`num_attention_heads` must divide hidden_size .*, got 5"),
         ({"attention": "dia"}, "'dia'"),
-        ({"attention_kwargs": {"reduction": 5}}, "reduction 5"),
+        ({"attention_kwargs": {"reduction": 5}}, "`reduction` must divide .*, got 5"),
         ({"pool_tokens": "first"}, "'first'"),
         ({"initialization": "he"}, "'he'"),
     ],
@@ -229,7 +229,7 @@ def test_sizes_are_odd_and_named() -> None:
 def test_sizes_that_do_not_fit_are_named(wrong: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         UViT(**{**SMALL, **wrong})
-    with pytest.raises(InputError, match="accepted"):
+    with pytest.raises(InputError, match="size must be SIZE/PATCH"):
         UViT.from_size("XL/2")
-    with pytest.raises(InputError, match="accepted"):
+    with pytest.raises(InputError, match="`sample` must have shape"):
         UViT(**SMALL)(torch.randn(1, 3, 16, 16), 1)

@@ -59,12 +59,12 @@ def test_state_passes_over_blocks_without_the_unit() -> None:
 
 @pytest.mark.parametrize("blocks", [[], [5], [-1], [1, 1]])
 def test_blocks_that_there_are_not(blocks: list[int]) -> None:
-    with pytest.raises(InputError, match="accepted: one or more of 0 to 4"):
+    with pytest.raises(InputError, match="must be one or more of 0 to 4"):
         UViT(**SMALL, attention_blocks=blocks)
 
 
 def test_blocks_need_a_unit() -> None:
-    with pytest.raises(InputError, match="attention none"):
+    with pytest.raises(InputError, match="must be null without attention"):
         UViT(**SMALL, attention=None, attention_blocks=[0])
 
 

@@ -15,11 +15,11 @@ from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.io import sha256_of_file, verify_checksum
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines import bundle as bundle_module
-from dia_diffusion.pipelines.bundle import bundle
-from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.pipelines.hub import prepare, send
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+from dia_diffusion.sharing import bundle as bundle_module
+from dia_diffusion.sharing.bundle import bundle
+from dia_diffusion.sharing.export import export_pipeline
+from dia_diffusion.sharing.push import prepare, send
 from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 
@@ -178,7 +178,7 @@ def test_bad_input(save: Callable[..., Path], tmp_path: Path) -> None:
         f"{way}_block_types": (f"{way.capitalize()}Block2D",) for way in ("down", "up")
     })  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
-    assert "holds a DDPMPipeline" in refusal(tmp_path / "ddpm", out)
+    assert "got a DDPMPipeline" in refusal(tmp_path / "ddpm", out)
 
     def altered(name: str, change: Callable[[bytes], bytes]) -> str:
         before = (source / name).read_bytes()

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.pipelines.hub import find_token, prepare, send
+from dia_diffusion.sharing.export import export_pipeline
+from dia_diffusion.sharing.push import find_token, prepare, send
 from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import COMMIT, TOKEN, Hub, asked_private
 

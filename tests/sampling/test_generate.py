@@ -3,20 +3,24 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDPMScheduler
 
+from dia_diffusion.distributed import shard
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
-from dia_diffusion.sampling.settings import shard
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings, build_scheduler
 from tests.sampling.tiny_models import small_unet
 
 
-def images_of(pipeline, seeds, batch_size=2, steps=10, **kwargs):
+def adapted(pipeline, steps=10, sampler=OWN_SAMPLER, **settings):
+    return adapt_pipeline(pipeline, SamplingSettings(sampler, steps, **settings))
+
+
+def images_of(pipeline, seeds, batch_size=2, progress=None, **settings):
     """{seed: uint8 image (C, H, W)}"""
     images = {}
-    for batch, pixels in generate(pipeline, seeds, batch_size=batch_size, num_inference_steps=steps, **kwargs):
+    for batch, pixels in generate(adapted(pipeline, **settings), seeds, batch_size, progress):
         assert pixels.dtype == torch.uint8
         images.update(zip(batch, pixels, strict=True))
     assert list(images) == list(seeds)
@@ -101,22 +105,19 @@ def test_leaves_the_pipeline_as_it_is(tiny_pipeline):
 
 def test_others_pipelines_take_every_sampler_but_ours():
     pipeline = DDIMPipeline(unet=small_unet(), scheduler=DDPMScheduler())
-    own = pipeline.scheduler
     for name in sorted(set(SAMPLERS) - {"euler-maruyama"}):
-        pipeline.scheduler = build_scheduler(name, own)
-        images_of(pipeline, [0])
+        images_of(pipeline, [0], sampler=name)
 
 
 def test_labels_go_with_their_seeds(tiny_pipeline):
     pipeline = tiny_pipeline(num_classes=4)
     torch.nn.init.normal_(pipeline.unet.label_embed.weight, std=3.0)
-    labelled = images_of(pipeline, [0, 1, 2], class_labels=[3, 0, 2], batch_size=2)
+    labelled = images_of(pipeline, [0, 1, 2], classes=(3, 0, 2), batch_size=2)
     for seed, label in ((0, 3), (1, 0), (2, 2)):
-        assert largest_difference({seed: labelled[seed]}, images_of(pipeline, [seed], class_labels=label)) <= 1
-    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], class_labels=1)) > 1
-    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], class_labels=3, guidance_scale=3.0)) > 1
-    with pytest.raises(InputError, match="2 class_labels for 3 seeds"):
-        generate(pipeline, [0, 1, 2], batch_size=1, num_inference_steps=2, class_labels=[0, 1])
+        assert largest_difference({seed: labelled[seed]}, images_of(pipeline, [seed], classes=(label,))) <= 1
+    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], classes=(1,))) > 1
+    assert largest_difference({0: labelled[0]}, images_of(pipeline, [0], classes=(3,), guidance_scale=3.0)) > 1
+    assert adapted(pipeline).settings.classes == (0, 1, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["dpmsolver++", "heun"])
@@ -129,19 +130,18 @@ def test_progress_adds_up_to_the_images(name, tiny_pipeline):
     assert len(done) == 3 * (10 if name == "dpmsolver++" else 19)
 
 
-def test_bad_input_is_told_before_anything_runs(tiny_pipeline):
+def test_bad_input_raises_before_anything_runs(tiny_pipeline):
     pipeline = tiny_pipeline()
-    with pytest.raises(InputError, match="batch_size is 0"):
-        generate(pipeline, [0], batch_size=0, num_inference_steps=2)
-    with pytest.raises(InputError, match="1001 steps"):
-        generate(pipeline, [0], batch_size=1, num_inference_steps=1001)
-    conditional = DDPMPipeline(unet=small_unet(num_class_embeds=3), scheduler=DDPMScheduler())
-    with pytest.raises(InputError, match=r"draws by class and was given none; accepted: 0\.\.2"):
-        generate(conditional, [0], batch_size=1, num_inference_steps=2)
+    with pytest.raises(InputError, match="`batch_size` must be 1 or more, got 0"):
+        generate(adapted(pipeline), [0], batch_size=0)
+    with pytest.raises(InputError, match="`seeds` must be 0 to 4294967295, got 4294967296"):
+        generate(adapted(pipeline), [0, 2**32])
+    with pytest.raises(InputError, match=r"`steps` must be 1 to 1000 .*, got 1001"):
+        adapted(pipeline, steps=1001)
 
 
-def test_non_finite_samples_are_told(tiny_pipeline):
+def test_non_finite_samples_raise(tiny_pipeline):
     pipeline = tiny_pipeline()
     torch.nn.init.constant_(pipeline.unet.decoder.weight, float("nan"))
     with pytest.raises(RunError, match=r"seeds 4\.\.5"):
-        list(generate(pipeline, [4, 5], batch_size=2, num_inference_steps=2))
+        list(generate(adapted(pipeline, steps=2), [4, 5]))

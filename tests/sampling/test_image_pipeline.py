@@ -26,10 +26,8 @@ from diffusers import (
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.generate import generate
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline, looped_pipeline
-from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS
-from dia_diffusion.sampling.settings import SamplingSettings
+from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings
 from tests.sampling.tiny_models import NULL_LABEL, small_dit, small_unet, small_vae, small_vqvae
 
 SEEDS = [5, 3, 2**31 + 7]
@@ -64,11 +62,14 @@ MAKE = {
 SHAPES = {"ddpm, grey": (1, 8, 8), "ddpm, wide": (3, 8, 16)}
 
 
+def adapt(pipeline, sampler=OWN_SAMPLER, steps=5, **settings):
+    return adapt_pipeline(pipeline, SamplingSettings(sampler, steps, **settings))
+
+
 def drawn(pipeline, sampler=OWN_SAMPLER, steps=5, seeds=SEEDS, batch_size=3, **settings):
     """uint8 images (N, C, H, W), in the order of the seeds, as commands draw them."""
-    adapted = adapt_pipeline(pipeline)
-    settings = SamplingSettings(sampler, steps, **settings).use(adapted)
-    return torch.cat([images for _, images in settings.generate(adapted, seeds, batch_size)])
+    adapted = adapt(pipeline, sampler, steps, **settings)
+    return torch.cat([images for _, images in generate(adapted, seeds, batch_size)])
 
 
 def generators(seeds=SEEDS):
@@ -97,14 +98,14 @@ def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
         pipeline(generator=torch.Generator().manual_seed(seed), num_inference_steps=5, output_type="np").images[0]
         for seed in SEEDS
     ]
-    assert ours.shape[1:] == SHAPES.get(kind, (3, 8, 8)) == adapt_pipeline(pipeline).image_shape
+    assert ours.shape[1:] == SHAPES.get(kind, (3, 8, 8)) == adapt(pipeline).image_shape
     assert largest_difference(ours, as_uint8(theirs)) <= 1
     assert ours.float().std() > 1
 
 
 def test_a_ddpm_pipeline_given_the_same_generators_gives_the_same_values():
     pipeline = MAKE["ddpm"]()
-    ours = adapt_pipeline(pipeline).draw(SEEDS, 5)
+    ours = adapt(pipeline).draw(SEEDS)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(batch_size=3, generator=generators(), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(ours, as_channels_first(theirs), rtol=0, atol=0)
@@ -114,12 +115,13 @@ def test_a_ddpm_pipeline_given_the_same_generators_gives_the_same_values():
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
     pipeline, labels = dit_pipeline(out_channels=out_channels), [999, 0, 7]
-    ours = adapt_pipeline(pipeline).draw(SEEDS, 5, labels, scale)
+    classes = (1, 1, 7, 0, 1, 999, 1)  # the seeds are 5, 3 and 2 modulo 7
+    ours = adapt(pipeline, classes=classes, guidance_scale=scale).draw(SEEDS)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(labels, scale, generators(), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(ours, as_channels_first(theirs), rtol=1e-4, atol=1e-4)
     assert ours.std() > 0.01
-    assert (ours - adapt_pipeline(pipeline).draw(SEEDS, 5, [1, 2, 3], scale)).abs().max() > 0.01
+    assert (ours - adapt(pipeline, classes=(1, 2, 3), guidance_scale=scale).draw(SEEDS)).abs().max() > 0.01
 
 
 def test_class_conditional_unets_draw_what_their_network_says_of_each_class():
@@ -187,34 +189,32 @@ def test_samplers_for_latents_too(sampler):
 
 
 def test_latents_are_not_clipped():
-    latent, pixels = adapt_pipeline(dit_pipeline()), adapt_pipeline(MAKE["ddpm"]())
-    for adapted, clipped in ((latent, False), (pixels, True)):
-        adapted.use_sampler("ddpm")
-        assert adapted.scheduler.config.clip_sample is clipped
-        assert adapted.sampler_settings() == {"timestep_spacing": "trailing", "clip_sample": clipped}
+    for pipeline, clipped in ((dit_pipeline(), False), (MAKE["ddpm"](), True)):
+        adapted = adapt(pipeline, "ddpm")
+        assert adapted.runner.scheduler.config.clip_sample is clipped
+        assert adapted.scheduler_settings == {"timestep_spacing": "trailing", "clip_sample": clipped}
 
 
 def test_own_is_recorded_with_its_scheduler():
     betas = NoiseProcess().scheduler_config()
-    settings = adapt_pipeline(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler(**betas))).sampler_settings()
+    settings = adapt(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler(**betas))).scheduler_settings
     assert (settings["class"], settings["clip_sample"]) == ("DDPMScheduler", True)
     assert settings["trained_betas"].startswith("sha256:")
     others = {**betas, "trained_betas": [beta / 2 for beta in betas["trained_betas"]]}
     pipeline = DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler(**others))
-    assert adapt_pipeline(pipeline).sampler_settings()["trained_betas"] != settings["trained_betas"]
+    assert adapt(pipeline).scheduler_settings["trained_betas"] != settings["trained_betas"]
 
 
 def test_a_sampler_can_be_chosen_again_and_own_comes_back():
-    adapted = adapt_pipeline(MAKE["ddpm"]())
-    for name in ("dpmsolver++", "own", "heun"):
-        adapted.use_sampler(name)
-    adapted.use_sampler("own")
-    assert adapted.scheduler.config == DDPMScheduler().config
+    pipeline = MAKE["ddpm"]()
+    for name in ("dpmsolver++", "heun"):
+        adapt(pipeline, name, steps=7)
+    assert adapt(pipeline).runner.scheduler.config == DDPMScheduler().config
 
 
 def test_progress_adds_up_to_the_images():
     done = []
-    list(generate(MAKE["sde"](), SEEDS, batch_size=2, num_inference_steps=2, progress=done.append))
+    list(generate(adapt(MAKE["sde"](), steps=2), SEEDS, batch_size=2, progress=done.append))
     assert sum(done) == 3
 
 
@@ -229,22 +229,22 @@ def no_timesteps():
     [
         ("ddpm", {"classes": (0,)}, "unconditional"),
         ("ddpm", {"guidance_scale": 2.0}, "unconditional"),
-        ("dit", {"classes": (0, 3)}, r"\[0, 3\] out of range; accepted: 0..2"),
-        ("dit", {"classes": (-1,)}, "out of range"),
-        ("dit", {"guidance_scale": 0.5}, "0.5; accepted: 1, which is none, or more"),
-        ("dit", {"guidance_scale": float("nan")}, "nan; accepted: 1"),
+        ("dit", {"classes": (0, 3)}, r"`classes` must be 0 to 2, got \[0, 3\]"),
+        ("dit", {"classes": (-1,)}, r"got \[-1\]"),
+        ("dit", {"guidance_scale": 0.5}, "`guidance_scale` must be 1, which is none, or more, got 0.5"),
+        ("dit", {"guidance_scale": float("nan")}, "must be 1, which is none, or more, got nan"),
         ("dit", {"sampler": "euler-maruyama"}, "vp-continuous"),
         ("unet by class", {"guidance_scale": 2.0}, "no null label"),
-        ("unet by class", {"classes": (4,)}, r"accepted: 0..3"),
-        ("consistency", {}, "CMStochasticIterativeScheduler; accepted: own"),
-        ("consistency", {"sampler": "own", "steps": 41}, r"accepts 1\.\.40"),
-        ("pndm", {"sampler": "own", "steps": 3}, "3 steps; PNDMScheduler accepts other numbers"),
-        ("sde", {}, "ScoreSdeVePipeline has a loop of its own"),
-        ("sde", {"sampler": "plms"}, "'plms'; accepted: ddpm"),
-        ("ddpm, other schedule", {}, "'sigmoid' of this DDPMScheduler; accepted: own"),
-        ("edm", {}, "process of a EDMEulerScheduler; accepted: own"),
-        ("shifted", {}, "process of a CogVideoXDDIMScheduler; accepted: own"),
-        ("no timesteps", {}, "num_train_timesteps 0; accepted: 1 or more"),
+        ("unet by class", {"classes": (4,)}, "`classes` must be 0 to 3"),
+        ("consistency", {}, "`sampler` must be one of own for the process of a CMStochasticIterativeScheduler"),
+        ("consistency", {"sampler": "own", "steps": 41}, "`steps` must be 1 to 40 for"),
+        ("pndm", {"sampler": "own", "steps": 3}, "`steps` must be a number that PNDMScheduler accepts .*, got 3"),
+        ("sde", {}, "must be own for a ScoreSdeVePipeline, which has its own loop"),
+        ("sde", {"sampler": "plms"}, "`sampler` must be one of ddpm, .*, got 'plms'"),
+        ("ddpm, other schedule", {}, "`sampler` must be own for the beta_schedule 'sigmoid' of this DDPMScheduler"),
+        ("edm", {}, "one of own for the process of a EDMEulerScheduler"),
+        ("shifted", {}, "one of own for the process of a CogVideoXDDIMScheduler"),
+        ("no timesteps", {}, "`num_train_timesteps` must be 1 or more for DPMSolverMultistepScheduler, got 0"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line(pipeline, settings, said):
@@ -256,16 +256,15 @@ def test_settings_that_do_not_fit_are_one_line(pipeline, settings, said):
         "no timesteps": lambda: DDPMPipeline(unet=small_unet(), scheduler=no_timesteps()),
     }
     with pytest.raises(InputError, match=said) as error:
-        SamplingSettings(**{"steps": 2} | settings).use(adapt_pipeline(make[pipeline]()))
+        adapt_pipeline(make[pipeline](), SamplingSettings(**{"steps": 2} | settings))
     assert "\n" not in str(error.value)
 
 
 def test_a_zero_snr_process_is_followed_or_refused():
-    adapted = adapt_pipeline(DDPMPipeline(unet=small_unet(), scheduler=DDIMScheduler(rescale_betas_zero_snr=True)))
-    adapted.use_sampler("ddpm")
-    assert float(adapted.scheduler.alphas_cumprod[-1]) < 1e-6
-    with pytest.raises(InputError, match="heun can't follow the zero-SNR process"):
-        adapted.use_sampler("heun")
+    pipeline = DDPMPipeline(unet=small_unet(), scheduler=DDIMScheduler(rescale_betas_zero_snr=True))
+    assert float(adapt(pipeline, "ddpm").runner.scheduler.alphas_cumprod[-1]) < 1e-6
+    with pytest.raises(InputError, match=r"must be one for zero SNR, .*, got 'heun'"):
+        adapt(pipeline, "heun")
 
 
 def test_networks_that_can_not_be_sampled_are_one_line():
@@ -279,18 +278,18 @@ def test_networks_that_can_not_be_sampled_are_one_line():
         attention_head_dim=4,
     )
     for unet, said in (
-        (conditioned, "unet of this DDPMPipeline is a UNet2DConditionModel; accepted: UNet2DModel"),
+        (conditioned, "unet of a DDPMPipeline must be a UViT or UNet2DModel .*, got a UNet2DConditionModel"),
         (small_unet(class_embed_type="timestep"), "takes a timestep as its label"),
-        (small_unet(sample_size=None), "sample_size None"),
-        (small_unet(in_channels=4, out_channels=4), "4 channels; accepted: 1 or 3"),
+        (small_unet(sample_size=None), "no sample_size"),
+        (small_unet(in_channels=4, out_channels=4), "must have 1 or 3 channels, got 4"),
     ):
         with pytest.raises(InputError, match=said):
-            adapt_pipeline(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()))
+            adapt(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()))
 
 
 def test_decoders_of_latents_are_those_whose_factor_is_known():
-    with pytest.raises(InputError, match="vae of this DiTPipeline is a UNet2DModel; accepted: AutoencoderKL"):
-        adapt_pipeline(DiTPipeline(transformer=small_dit(), vae=small_unet(), scheduler=DDIMScheduler()))
+    with pytest.raises(InputError, match=r"vae of a DiTPipeline must be one of AutoencoderKL, .*, got a UNet2DModel"):
+        adapt(DiTPipeline(transformer=small_dit(), vae=small_unet(), scheduler=DDIMScheduler()))
 
 
 def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes():
@@ -301,12 +300,12 @@ def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes
         def _to_images(self, sample):
             return super()._to_images(sample) + 1
 
-    with pytest.raises(InputError, match="Brighter is a UViTPipeline with changes"):
-        adapt_pipeline(Brighter(**parts))
+    with pytest.raises(InputError, match="got its subclass Brighter"):
+        adapt(Brighter(**parts))
 
 
 def test_guidance_leaves_a_learned_variance_alone():
-    pipeline = looped_pipeline(dit_pipeline(DDPMScheduler(variance_type="learned_range"), num_classes=3))
+    pipeline = adapt(dit_pipeline(DDPMScheduler(variance_type="learned_range"), num_classes=3)).runner
     x, labels = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
     with torch.no_grad():
         plain, null = (pipeline._predict(x, torch.tensor(5), given, 1.0) for given in (labels, torch.tensor([3, 3])))
@@ -325,4 +324,4 @@ def test_what_others_code_raises_is_one_line():
 
 
 def test_the_null_label_is_the_one_of_dit_pipeline():
-    assert adapt_pipeline(dit_pipeline()).num_classes == NULL_LABEL
+    assert adapt(dit_pipeline()).num_classes == NULL_LABEL

@@ -25,8 +25,9 @@ from dia_diffusion.io import sha256_of_file
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import find_pipeline, model_hash, weights_hash
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-from dia_diffusion.sampling.image_pipeline import adapt_pipeline
+from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SamplingSettings
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae, small_vqvae
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -84,10 +85,9 @@ def rewritten(file, change):
     file.write_text(json.dumps(value))
 
 
-def image_of(folder, **kwargs):
-    adapted = adapt_pipeline(load_pipeline(folder))
-    labels = None if adapted.num_classes is None else [1]
-    return adapted.draw([0], 3, labels, **kwargs)
+def image_of(folder, **settings):
+    settings = SamplingSettings(OWN_SAMPLER, 3, **settings)
+    return adapt_pipeline(load_pipeline(folder), settings).draw([0])
 
 
 def test_loads_diffusers_pipelines(tmp_path, capfd):
@@ -158,7 +158,7 @@ def test_shards_are_one_model(tmp_path):
     assert before != weights_hash(sharded)
     assert "truncated or not safetensors" in refusal(sharded)
     shards[0].unlink()
-    assert refusal(sharded).startswith(f"{shards[0]} is missing; accepted")
+    assert refusal(sharded) == f"weights must be safetensors: {shards[0]} is missing"
 
 
 def test_the_hash_is_over_all_weights(tmp_path):
@@ -207,18 +207,16 @@ def test_a_folder_that_carries_this_projects_code_runs_the_package_instead(folde
     rewritten(folder / "model_index.json", with_code)
     loaded = load_pipeline(folder)
     assert type(loaded) is UViTPipeline and type(loaded.scheduler) is EulerMaruyamaScheduler
-    adapted = adapt_pipeline(loaded)
-    adapted.use_sampler("dpmsolver++")
-    original = adapt_pipeline(tiny_pipeline())
-    original.use_sampler("dpmsolver++")
-    torch.testing.assert_close(adapted.draw([0], 3), original.draw([0], 3))
+    settings = SamplingSettings(steps=3)
+    original = adapt_pipeline(tiny_pipeline(), settings)
+    torch.testing.assert_close(adapt_pipeline(loaded, settings).draw([0]), original.draw([0]))
 
 
 def test_a_run_gives_its_newest_whole_pipeline(run_folder):
     assert find_pipeline(run_folder).name == "step-00010000"
     assert find_pipeline(run_folder, step=900).name == "step-00000900"
     assert isinstance(load_pipeline(run_folder, step=1000), UViTPipeline)
-    assert refusal(run_folder, step=5).endswith("accepted: 900, 1000, 10000")
+    assert refusal(run_folder, step=5).endswith("must be one of 900, 1000, 10000, got 5")
 
 
 def test_paths_that_hold_no_pipeline(folder, tmp_path):
@@ -246,21 +244,21 @@ DIFFUSERS = ["diffusers", "UNet2DModel"]
                 "text_encoder": ["transformers", "CLIPTextModel"],
                 "unet": DIFFUSERS,
             },
-            "a StableDiffusionPipeline, which needs a prompt; accepted",
+            "a StableDiffusionPipeline, which needs a prompt",
         ),
         (
             {"_class_name": "StableVideoDiffusionPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]},
-            "which needs an input image; accepted",
+            "which needs an input image",
         ),
-        ({"_class_name": "RePaintPipeline", "unet": DIFFUSERS}, "which needs image and mask_image; accepted"),
+        ({"_class_name": "RePaintPipeline", "unet": DIFFUSERS}, "which needs image and mask_image"),
         ({"_class_name": "DanceDiffusionPipeline", "unet": DIFFUSERS}, "which draws no images"),
         ({"_class_name": "UNet2DModel"}, "which draws no images"),
-        ({"_class_name": "GANPipeline"}, "a GANPipeline, which is no class of diffusers"),
-        ({"_class_name": 3}, "a 3, which is no class of diffusers"),
+        ({"_class_name": "GANPipeline"}, "a GANPipeline, which is not a class of diffusers"),
+        ({"_class_name": 3}, "a 3, which is not a class of diffusers"),
         ({"_class_name": ["my_pipeline", "MyPipeline"]}, "a MyPipeline, code of its own, which is never run"),
         ({"_class_name": "DDPMPipeline", "unet": ["os", "system"]}, "the unet of"),
-        ({"_class_name": "DDPMPipeline", "unet": ["diffusers", "DDPMPipeline"]}, "is a diffusers.DDPMPipeline"),
-        ({"_class_name": "DDPMPipeline", "unet": ["my_unet", "MyUNet"]}, "is a my_unet.MyUNet; accepted: models and"),
+        ({"_class_name": "DDPMPipeline", "unet": ["diffusers", "DDPMPipeline"]}, "got a diffusers.DDPMPipeline"),
+        ({"_class_name": "DDPMPipeline", "unet": ["my_unet", "MyUNet"]}, "must be a model or scheduler of diffusers"),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value.get("_class_name")),
 )
@@ -277,8 +275,8 @@ def test_a_part_that_is_missing(tmp_path):
     refusal(folder)
     folder = saved(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()), tmp_path / "ddpm")
     rewritten(folder / "model_index.json", lambda index: index.update(scheduler=[None, None]))
-    with pytest.raises(InputError, match="this DDPMPipeline has no scheduler"):
-        adapt_pipeline(load_pipeline(folder))
+    with pytest.raises(InputError, match="must have a scheduler, got a DDPMPipeline without one"):
+        adapt_pipeline(load_pipeline(folder), SamplingSettings())
 
 
 def test_weights_missing_cut_short_or_pickled(folder):
@@ -289,7 +287,7 @@ def test_weights_missing_cut_short_or_pickled(folder):
     (folder / WEIGHTS).write_bytes(pickle.dumps({"weight": 1}))
     assert "truncated or not safetensors" in refusal(folder)
     (folder / WEIGHTS).unlink()
-    assert refusal(folder).startswith(f"{folder / WEIGHTS} is missing; accepted")
+    assert refusal(folder) == f"weights must be safetensors: {folder / WEIGHTS} is missing"
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
     assert "diffusion_pytorch_model.bin beside it is a pickle" in refusal(folder)
 
@@ -313,13 +311,13 @@ def test_tensors_of_other_shapes_and_quantizers_are_one_line_of_ours(tmp_path):
     assert "its tensors have other shapes" in refusal(folder)
     config.write_text(kept)
     rewritten(config, lambda config: config.update(quantization_config={"quant_method": "quanto"}))
-    assert "has a quantization_config; accepted" in refusal(folder)
+    assert "must have no quantization_config" in refusal(folder)
 
 
 def test_a_network_of_none(folder):
     rewritten(folder / "model_index.json", lambda index: index.update(unet=[None, None]))
-    with pytest.raises(InputError, match="the unet of this UViTPipeline is a NoneType; accepted"):
-        adapt_pipeline(load_pipeline(folder, dtype=torch.float32))
+    with pytest.raises(InputError, match=r"unet of a UViTPipeline must be a UViT or .*, got a NoneType"):
+        adapt_pipeline(load_pipeline(folder, dtype=torch.float32), SamplingSettings())
 
 
 def test_scheduler_missing(folder):

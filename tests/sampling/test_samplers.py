@@ -108,23 +108,30 @@ def test_keeps_the_noise_process_and_nothing_else(name, caplog):
 
 
 def test_unknown_names_and_other_processes():
-    with pytest.raises(InputError, match=r"'dpm'; accepted: ddpm, ddim, dpmsolver\+\+"):
+    with pytest.raises(InputError, match=r"`sampler` must be one of ddpm, ddim, dpmsolver\+\+.*, got 'dpm'"):
         build_scheduler("dpm", DDPMScheduler())
     with pytest.raises(InputError, match="vp-continuous"):
         build_scheduler("euler-maruyama", DDPMScheduler())
-    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler; accepted: own"):
+    with pytest.raises(InputError, match="must be one of own for the process of a FlowMatchEulerDiscreteScheduler"):
         build_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(InputError, match="euler-ancestral takes no model that predicts 'sample'"):
+    with pytest.raises(
+        InputError, match="must be one of epsilon, v_prediction for sampler euler-ancestral, got 'sample'"
+    ):
         build_scheduler("euler-ancestral", DDPMScheduler(prediction_type="sample"))
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "accepted"),
-    [("ddim", 0, "1..1000"), ("unipc", 1001, "1..1000"), ("heun", 2, "7..1000"), ("euler-maruyama", -1, "at least 1")],
+    [
+        ("ddim", 0, "1 to 1000"),
+        ("unipc", 1001, "1 to 1000"),
+        ("heun", 2, "7 to 1000"),
+        ("euler-maruyama", -1, "1 or more"),
+    ],
 )
 def test_impossible_numbers_of_steps(name, steps, accepted):
     scheduler = build_scheduler(name, DDPMScheduler(**NoiseProcess().scheduler_config()))
-    with pytest.raises(InputError, match=f"{steps} steps; .* {accepted}"):
+    with pytest.raises(InputError, match=f"`steps` must be {accepted} for .*, got {steps}"):
         check_steps(scheduler, steps)
 
 

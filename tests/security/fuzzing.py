@@ -21,11 +21,12 @@ from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics, write_statistics
 from dia_diffusion.io import shipped_folder
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.pipelines.card import read_training, write_card
-from dia_diffusion.pipelines.contents import check_pipeline
-from dia_diffusion.pipelines.convert import convert_official
+from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.report.run import run_page
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.card import write_card
+from dia_diffusion.sharing.convert import convert_official
+from dia_diffusion.sharing.export import check_pipeline
 from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.studies.study import read_study
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state

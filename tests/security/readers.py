@@ -12,8 +12,7 @@ from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
-from dia_diffusion.data.image_set import undecoded_array
-from dia_diffusion.data.store import decode_all
+from dia_diffusion.data.image_set import array_source, decoded_set
 from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
@@ -22,13 +21,12 @@ from dia_diffusion.io import sha256_of_file, write_json
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, save_classifier
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import read_training, write_card
-from dia_diffusion.pipelines.contents import check_pipeline
-from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.pipelines.folder import model_hash, weights_hash
+from dia_diffusion.pipelines.folder import model_hash, read_training, weights_hash
 from dia_diffusion.report.run import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.writers import open_folder
+from dia_diffusion.sharing.card import write_card
+from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.studies.accuracies import read_result
 from dia_diffusion.studies.plan import Group, Plan, read_plan
 from dia_diffusion.studies.results import _known_floors
@@ -189,7 +187,7 @@ def loaded_state(folder: Path) -> Reader:
 
 
 def classifier(folder: Path) -> Path:
-    config = BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=2)
+    config = BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=2)
     weights = build_classifier(config).state_dict()
     recipe = {"run": "a", "step": 1}
     save_classifier(folder / "classifier", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)
@@ -276,8 +274,8 @@ def kept_images(folder: Path) -> Reader:
     array = np.zeros((3, 8, 8, 3), dtype=np.uint8)
 
     def read() -> Any:
-        source = undecoded_array("x", array)
-        return decode_all(source, size=4, channels=3, cache=folder / "kept", memory_limit=0, progress=None)
+        source = array_source("x", array)
+        return decoded_set(source, size=4, channels=3, cache=folder / "kept", memory_limit=0, progress=None)
 
     read()
     (file,) = (folder / "kept").glob("*.json")

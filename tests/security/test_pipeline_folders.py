@@ -11,11 +11,10 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.pipelines.contents import check_pipeline
-from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.pipelines.folder import weights_hash
-from dia_diffusion.pipelines.hub import prepare
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.export import check_pipeline, export_pipeline
+from dia_diffusion.sharing.push import prepare
 from tests.sampling.tiny_models import small_unet
 from tests.security import hostile
 from tests.security.readers import classifier, pipeline
@@ -208,7 +207,7 @@ def test_code_runs_by_diffusers_own_flag_alone(sandbox: Sandbox) -> None:
         for path in package.rglob("*.py")
         if "trust_remote_code" in path.read_text() or "custom_pipeline" in path.read_text()
     ]
-    assert sorted(flags) == ["cli/export.py", "pipelines/card.py", "pipelines/export.py"]  # which tell a person of it
+    assert sorted(flags) == ["cli/export.py", "sharing/card.py", "sharing/export.py"]  # which tell a person of it
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", f"unet/{WEIGHTS}", "unet", "scheduler"])

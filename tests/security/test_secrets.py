@@ -7,8 +7,8 @@ import pytest
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.export import export_pipeline
-from dia_diffusion.pipelines.hub import prepare, send
+from dia_diffusion.sharing.export import export_pipeline
+from dia_diffusion.sharing.push import prepare, send
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from tests.pipelines.conftest import hub

@@ -12,9 +12,9 @@ from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.inception import build_inception
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.pipelines.convert import convert_official, convert_to_pipeline
-from dia_diffusion.pipelines.export import export_pipeline
 from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sharing.convert import convert_official, convert_to_pipeline
+from dia_diffusion.sharing.export import export_pipeline
 from dia_diffusion.training.checkpoint import load_checkpoint
 from tests.pipelines.test_convert import official_weights
 from tests.security import hostile

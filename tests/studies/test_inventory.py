@@ -24,9 +24,9 @@ from dia_diffusion.studies.measuring import check_measuring
 from dia_diffusion.studies.plan import make_plan
 from dia_diffusion.studies.runner import commands, run_study
 from dia_diffusion.studies.study import Study, read_study
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.run_folder import RunFolder
-from dia_diffusion.training.snapshot import build_model
+from dia_diffusion.training.trainer import Trainer
 from tests.studies.measured_studies import a_record
 from tests.training.conftest import TINY, Recorder
 from tests.training.run_files import make_version_1

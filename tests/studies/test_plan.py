@@ -8,8 +8,8 @@ import torch
 from dia_diffusion.studies.plan import wall_seconds
 from dia_diffusion.studies.timing import seconds_of_pass, seconds_of_step, threads
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.trainer import StepResult, Trainer
 
 
 @pytest.mark.parametrize("side_by_side", [1, 2, 3])
@@ -28,14 +28,14 @@ def test_a_step_takes_what_the_log_of_a_run_says(
     tiny: Callable[..., Experiment], train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that only steps move."""
-    now, advance = [0.0], Trainer.advance
+    now, train_step = [0.0], Trainer.train_step
 
-    def in_half_a_second(self: Trainer) -> tuple[torch.Tensor, torch.Tensor]:
+    def in_half_a_second(self: Trainer) -> StepResult:
         now[0] += 0.5
-        return advance(self)
+        return train_step(self)
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    monkeypatch.setattr(Trainer, "advance", in_half_a_second)
+    monkeypatch.setattr(Trainer, "train_step", in_half_a_second)
     experiment = tiny("run")
     assert seconds_of_step(experiment) == pytest.approx(0.5)
     rates = [line["images_per_second"] for line in read_metrics(train(experiment).folder.metrics)]

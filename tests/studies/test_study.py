@@ -120,8 +120,8 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
     [
         ([("dia-lstm-light", "dia")], "", "unit dia: attention unit must be none or one of"),
         ([("model.attention: dia-lstm, ", "")], "", "unit slow"),
-        ([], "overrides: {train.accumulation: 8}", "train.batch_size 4 is not divisible"),
-        ([], "overrides: {model.num_layers: 4}", "num_layers is 4"),
+        ([], "overrides: {train.accumulation: 8}", "`train.batch_size` must be a multiple of 8"),
+        ([], "overrides: {model.num_layers: 4}", "`num_layers` must be odd"),
         ([], "final_protocol: fd-letters", "no protocol 'fd-letters'"),
     ],
 )

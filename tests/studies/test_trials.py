@@ -19,8 +19,8 @@ from dia_diffusion.studies.held_out import constant_loss, open_held_out
 from dia_diffusion.studies.placement import placement_trials, placements, summarise_placement
 from dia_diffusion.studies.stability import stability_trials, summarise_stability
 from dia_diffusion.studies.trials import Trial, base_recipe, make_trial, run_trials
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.randomness import draw_step
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder
 from tests.training.run_files import make_version_1
 

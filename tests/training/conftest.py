@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.trainer import Trainer
 
 TINY = """
 seed: 0

@@ -13,13 +13,13 @@ from dia_diffusion import AttachedModel, UViTPipeline
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import write_card
 from dia_diffusion.report.run import describe
+from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
-from dia_diffusion.training.snapshot import build_model
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.test_processes import in_float64, launch
 from tests.training.test_processes import losses as losses_of
@@ -109,7 +109,7 @@ def test_first_weights_without_a_unit_gain_one(recipe: Recipe, train: Callable[.
     assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items()) and len(own) > len(theirs)
     trainer.run()
     assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(1e-2)
-    with pytest.raises(InputError, match=r"init_from .* has a shared unit with model.attention dia-lstm"):
+    with pytest.raises(InputError, match=r"model.attention` must be dia-lstm, as of the shared unit of init_from"):
         Trainer(recipe(backbone, "other", "--init_from", gained.output, "--model.attention", "srm"), Recorder())
 
 

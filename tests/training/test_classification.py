@@ -20,13 +20,15 @@ from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier
 from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
-from dia_diffusion.training.classification import ClassificationTask, scheduled_rate
+from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
-from dia_diffusion.training.run_folder import read_metrics, refuse_changes
+from dia_diffusion.training.resuming import refuse_changes
+from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.trainer import Trainer
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder
 
@@ -52,7 +54,9 @@ def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path
     """Six steps with torchvision's crops, one image at a time, and torch's SGD and MultiStepLR."""
     train(tiny(tmp_path, "run", "--train.label_smoothing", "0.1"))
     torch.manual_seed(derive(0, WEIGHTS))
-    model = build_classifier(BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=10, attention="dia-lstm"))
+    model = build_classifier(
+        BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=10, attention="dia-lstm")
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.1)
     digits = open_images("digits", size=8, channels=3)
@@ -127,10 +131,10 @@ def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> Non
     assert saved.class_names == list("0123456789") and saved.training["step"] == 60
     stored = load_file(tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors")
     assert sum("attention_units" in name for name in stored) == 3 * 8, "a stage's unit once"
-    with pytest.raises(InputError, match="is no classifier folder and no run with one"):
+    with pytest.raises(InputError, match="must be a classifier folder or a run"):
         load_classifier(tmp_path)
     (tmp_path / "run" / "classifiers" / "step-00000060" / "model.safetensors").write_text("cut")
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="truncated"):
         load_classifier(tmp_path / "run")
 
 
@@ -160,7 +164,7 @@ def test_rates_are_those_of_torch(tmp_path: Path) -> None:
 
     def own(**options: object) -> list[float]:
         config = ClassifyOptimizerConfig(**options)
-        return [scheduled_rate(config, step, 20, 0.3) for step in range(20)]
+        return [learning_rate(config, step, 20, 0.3) for step in range(20)]
 
     steps = rates(torch.optim.lr_scheduler.MultiStepLR, milestones=[5, 12], gamma=0.2)
     assert own(milestones=[5, 12], gamma=0.2) == pytest.approx(steps)
@@ -233,14 +237,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
         with pytest.raises(InputError, match=message):
             Trainer(ClassificationTask(tiny(folder, "run", *overrides)), Recorder())
 
-    refused("has 10 classes and model.num_classes is 3", "--model.num_classes", "3")
+    refused("`model.num_classes` must be 10, .* got 3", "--model.num_classes", "3")
     refused("the test images are the training images", "--data.test_split", "train", "--data.test_source", "digits")
-    refused("has 2 classes", "--data.source", str(photos))
-    refused("unknown model.backbone", "--model.backbone", "resnet99")
+    refused("must be 2, the number of classes", "--data.source", str(photos))
+    refused("`model.backbone` must be one of", "--model.backbone", "resnet99")
     refused("optimizer.nesterov is true", "--optimizer.momentum", "0")
     refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
-    refused(r"the model's weights take \d+ GiB", "--model.backbone", "cifar-wrn16-999")
-    refused("train.sync_batchnorm is true, which needs CUDA", "--train.sync_batchnorm", "true")
+    refused(r"weights must fit into \d+ GiB of memory, got", "--model.backbone", "cifar-wrn16-999")
+    refused("`train.sync_batchnorm` must be false without CUDA", "--train.sync_batchnorm", "true")
     refused("three numbers each", "--data.mean", "[0.5]")
     refused("data.border is reflected", "--data.border", "reflected", "--data.augmentation", "none")
     refused("data.cutout is -1", "--data.cutout", "-1")
@@ -265,5 +269,5 @@ def test_shipped_recipes(path: Path) -> None:
     assert Path(experiment.output).name == path.stem
     for unit in ("none", "dia-lstm"):
         experiment.model.attention = unit
-        ClassificationTask(experiment).check()
+        ClassificationTask(experiment)
     assert all(milestone < experiment.train.max_steps for milestone in experiment.optimizer.milestones)

@@ -15,7 +15,8 @@ from dia_diffusion.training.checkpoint import optimizer_tensors
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.finite import FiniteWatch
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.trainer import StepResult, Trainer
 from tests.training import classify
 from tests.training.conftest import Recorder
 from tests.training.run_files import metrics, weights
@@ -24,13 +25,13 @@ from tests.training.test_processes import launch
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[[Tensor], Tensor]) -> None:
     """Makes the loss of some steps, counted from 1, another."""
-    loss, gradients = DiffusionTask.loss, Trainer._gradients
+    loss, train_step = DiffusionTask.loss, Trainer.train_step
 
-    def noting(trainer: Trainer, step: int) -> tuple[Tensor, Tensor]:
-        trainer.task.at = step + 1
-        return gradients(trainer, step)
+    def noting(trainer: Trainer) -> StepResult:
+        trainer.task.at = trainer.step + 1
+        return train_step(trainer)
 
-    monkeypatch.setattr(Trainer, "_gradients", noting)
+    monkeypatch.setattr(Trainer, "train_step", noting)
     monkeypatch.setattr(
         DiffusionTask,
         "loss",
@@ -83,12 +84,12 @@ def test_a_step_that_is_not_finite_touches_nothing(how, tiny, monkeypatch: pytes
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_nor_does_it_touch_a_batchnorm(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = ClassificationTask._prepared
+    batch = ClassificationTask.prepare
 
     def bad_images(task: ClassificationTask, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return batch(task, pixels, dtype) * (float("nan") if trainer.model.training and trainer.step in (0, 3) else 1)
 
-    monkeypatch.setattr(ClassificationTask, "_prepared", bad_images)
+    monkeypatch.setattr(ClassificationTask, "prepare", bad_images)
     options = ("--optimizer.name", optimizer, *(("--optimizer.nesterov", "false") if optimizer == "adamw" else ()))
     trainer = Trainer(ClassificationTask(classify.tiny(tmp_path, "run", *options)), Recorder())
     found = states_of_steps(trainer)
@@ -120,7 +121,7 @@ def test_it_is_named_which_module_went_wrong(tiny) -> None:
     trainer.reporter.at_step = overflow
     with pytest.raises(DivergedError) as error:
         trainer.run()
-    rate = trainer.task.learning_rate(4, 1e-3)
+    rate = learning_rate(trainer.task.optimizer_config, 4, 6)
     for told in ("step 5", f"learning rate {rate:.4g}", "first not finite: output of out_blocks.0.mlp.fc1;"):
         assert told in str(error.value)
     assert "loss nan, gradient norm nan" in str(error.value)

@@ -8,8 +8,9 @@ import torch
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import EmaConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.ema import MovingAverage
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.ema import EMA
+from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import weights
 
@@ -26,8 +27,8 @@ def task(batch_size: int, reference: int | None = 32, **optimizer: object) -> Di
 @pytest.mark.parametrize("beta1_in_images", [False, True])
 def test_adams_moments_decay_by_the_images_seen(batch_size: int, beta1_in_images: bool) -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
-    group = {"params": [parameter], "peak_rate": 1e-3}
-    optimizer = task(batch_size, beta1_in_images=beta1_in_images).build_optimizer([group])
+    model = torch.nn.ParameterList([parameter])
+    optimizer = task(batch_size, beta1_in_images=beta1_in_images).build_optimizer(model)
     moments = {"step": torch.tensor(0.0), "exp_avg": torch.ones(1), "exp_avg_sq": torch.ones(1)}
     optimizer.state[parameter].update(moments)
     steps = 192 // batch_size
@@ -41,18 +42,18 @@ def test_adams_moments_decay_by_the_images_seen(batch_size: int, beta1_in_images
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32, 64])
 def test_the_average_decays_by_the_images_seen(batch_size: int) -> None:
-    average = MovingAverage([torch.ones(1)], EmaConfig(decay=0.9), task(batch_size).reference_steps)
+    average = EMA([torch.ones(1)], EmaConfig(decay=0.9), task(batch_size).reference_steps)
     for _ in range(192 // batch_size):
-        average.step([torch.zeros(1)], KEPT)
+        average.update([torch.zeros(1)], KEPT)
     assert average.parameters[0].item() == pytest.approx(0.9**6, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [4, 32, 64])
 def test_the_averages_warm_up_counts_images(batch_size: int) -> None:
-    average = MovingAverage([torch.ones(1)], EmaConfig(decay=0.5, warmup=True), task(batch_size).reference_steps)
+    average = EMA([torch.ones(1)], EmaConfig(decay=0.5, warmup=True), task(batch_size).reference_steps)
     expected = 1.0
     for images in range(batch_size, 641, batch_size):
-        average.step([torch.zeros(1)], KEPT)
+        average.update([torch.zeros(1)], KEPT)
         of_32 = min(0.5, (1 + images / 32) / (10 + images / 32))  # what a step of 32 images would keep by now
         expected *= of_32 ** (batch_size / 32)
         assert average.parameters[0].item() == pytest.approx(expected, rel=1e-5)
@@ -60,7 +61,8 @@ def test_the_averages_warm_up_counts_images(batch_size: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [4, 32, 64])
 def test_the_rate_warms_up_over_as_many_images(batch_size: int) -> None:
-    rates = [task(batch_size).learning_rate(images // batch_size - 1, 1e-3) for images in (64, 3200, 6400, 64000)]
+    config = task(batch_size).optimizer_config
+    rates = [learning_rate(config, images // batch_size - 1, 500_000) for images in (64, 3200, 6400, 64000)]
     assert rates == pytest.approx([1e-5, 5e-4, 1e-3, 1e-3])
 
 

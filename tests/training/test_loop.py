@@ -17,10 +17,11 @@ from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.training.config import OptimizerConfig
-from dia_diffusion.training.diffusion import DiffusionTask, learning_rate
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.task import DrawAhead
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import metrics, weights
 
@@ -96,7 +97,7 @@ def test_a_unit_at_the_common_rate_is_as_without_a_rate(tiny, train, tmp_path: P
 
 
 def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
-    with pytest.raises(InputError, match="'fixed-scale' has no parameters; accepted: null"):
+    with pytest.raises(InputError, match="must be null for the unit 'fixed-scale'"):
         Trainer(tiny("run", "--model.attention", "fixed-scale", "--optimizer.unit_learning_rate", "1e-3"), Recorder())
 
 
@@ -165,7 +166,7 @@ def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monke
     assert drawn == [(step, 0, 8, True) for step in range(6)], "on a CPU"
 
     drawn.clear()
-    second = DrawAhead(trainer.task, 4, 8)  # of two processes, each with a GPU
+    second = DrawAhead(trainer.task.draw, 4, 8)  # of two processes, each with a GPU
     for step in (0, 1, 2, 4, 5):
         draws = second.draw(step, then_next=step < 5)
         expected = draw_step(0, step, 8, len(trainer.images), (1, 8, 8)).slice(4, 8)

@@ -15,7 +15,7 @@ import torch
 from accelerate.commands import launch as accelerate_launch
 from safetensors.torch import load_file
 
-from dia_diffusion.training import run_folder
+from dia_diffusion.training import resuming
 from dia_diffusion.training.run_folder import read_metrics
 from tests.processes import Forked, connected, free_port, start_connected, wait_for
 from tests.training.conftest import TINY
@@ -104,7 +104,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(tmp_path, "run", 2, "--train.max_steps", "3")
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
-    launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="accepted: a multiple of 2")
+    launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="must be a multiple of 2")
     # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
     (tmp_path / "other").mkdir()
     elsewhere = partial(second_process_in, tmp_path / "other")
@@ -116,7 +116,7 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
 
 
 def second_process_in(folder: Path) -> None:
-    run_folder.SECONDS_TO_SEE_A_FILE = 2
+    resuming.SECONDS_TO_SEE_A_FILE = 2
     if os.environ["RANK"] == "1":
         os.chdir(folder)
 

@@ -11,7 +11,7 @@ import torch
 
 from dia_diffusion.errors import InputError, Stopped
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state
-from dia_diffusion.training.loop import Trainer
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import make_version_1, metrics, weights
 

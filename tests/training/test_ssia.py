@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, Guidance
+from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.test_backbones import KWARGS
 from tests.training.test_processes import in_float64, launch, losses
@@ -157,8 +157,8 @@ def test_changed_keys_are_refused_and_older_runs_had_none(tiny: Callable[..., Ex
     ("options", "told"),
     [
         (("--ssia.weight", "-1"), "ssia.weight is -1.0"),
-        (("--ssia.weight", "1", "--ssia.reduction", "3"), "ssia.reduction is 3"),
-        (("--ssia.weight", "1", "--model.num_layers", "1"), "a UViT with in blocks"),
+        (("--ssia.weight", "1", "--ssia.reduction", "3"), "`ssia.reduction` must divide .* got 3"),
+        (("--ssia.weight", "1", "--model.num_layers", "1"), "a UViT without two blocks of one width in a row"),
         (("--ssia.weight", "1", "--optimizer.unit_learning_rate", "0.1"), "unit_learning_rate"),
     ],
 )

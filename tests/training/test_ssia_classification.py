@@ -11,9 +11,9 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, without_heads
+from dia_diffusion.training.trainer import Trainer
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder
 from tests.training.test_classification_processes import metrics
@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     [
         (("--ssia.weight", "-1"), r"ssia.weight is -1.0; accepted: 0, which is none, or more"),
         (("--ssia.weight", ".inf"), "ssia.weight is inf"),
-        ((*GUIDED, "--ssia.reduction", "3"), "ssia.reduction is 3; accepted: what divides the blocks' widths, 16, 32"),
+        ((*GUIDED, "--ssia.reduction", "3"), "must divide the blocks' widths, 16, 32, 64, got 3"),
         (("--ssia.weight", "1"), "a CifarResNet without two blocks of one width in a row"),
         (("--ssia.wieght", "1"), r"did you mean 'ssia.weight'"),
     ],

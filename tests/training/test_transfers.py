@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.loop import Trainer
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.task import Task
+from dia_diffusion.training.trainer import Trainer
 from tests.training import classify
 from tests.training.conftest import TINY, Recorder
 
@@ -110,12 +110,11 @@ def waits_of_steps(experiment: Experiment | Task, monkeypatch: pytest.MonkeyPatc
     with fake, waits:
         trainer.model.to(GPU)
         trainer.parameters = list(trainer.model.parameters())
-        trainer.groups = trainer.task.parameter_groups(trainer.model)
-        trainer._build(None)
+        trainer._prepare(trainer.task.build_optimizer(trainer.model), None)
         waits.found.clear()
         waits.copies = 0
         for _ in range(steps):
-            trainer.advance()
+            trainer.train_step()
     return waits
 
 

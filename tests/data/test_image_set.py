@@ -29,7 +29,7 @@ def opened(source: Path, cache: Path, **options) -> tuple[ImageSet, bool]:
 
 
 def test_a_memory_map_equals_memory(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.data.store._BLOCK", 2 * 8 * 8 * 3)
+    monkeypatch.setattr("dia_diffusion.data.image_set._BLOCK", 2 * 8 * 8 * 3)
     for options in ({}, {"size": 4}, {"channels": 1}):
         mapped, was_decoded = opened(folder, tmp_path / "cache", **options)
         expected = open_images(folder, **options)
@@ -74,7 +74,7 @@ def test_failures_leave_nothing_in_the_cache(folder, tmp_path):
 
 
 def test_an_odd_first_image_fills_no_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.data.store._BLOCK", 1)
+    monkeypatch.setattr("dia_diffusion.data.image_set._BLOCK", 1)
     files = {f"{i}.png": png(np.zeros((8 if i else 2000,) * 2, np.uint8)) for i in range(40)}
     written: list[int] = []
     folder = write_folder(tmp_path / "x", files)
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written(folder, tmp_path):
 
 
 def test_a_full_disk_is_an_error_in_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.data.store.atomic_file", lambda _: open_full_device())
+    monkeypatch.setattr("dia_diffusion.data.image_set.atomic_file", lambda _: open_full_device())
     with pytest.raises(RunError, match="No space left on device"):
         open_images(folder, cache=tmp_path, memory_limit=0)
 
@@ -111,7 +111,7 @@ class open_full_device:
 
 
 def test_an_interruption_stops_the_decoding(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.data.store._BLOCK", 1)
+    monkeypatch.setattr("dia_diffusion.data.image_set._BLOCK", 1)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt

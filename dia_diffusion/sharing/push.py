@@ -10,9 +10,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from dia_diffusion.environment import __version__
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.pipelines.contents import check_pipeline, find_local_path, shared_files
-from dia_diffusion.pipelines.export import index_and_code
 from dia_diffusion.pipelines.folder import INDEX
+from dia_diffusion.sharing.export import check_pipeline, find_local_path, index_and_code, shared_files
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Sh
         endpoint: the Hub's address; None is huggingface_hub's own, or $HF_ENDPOINT.
 
     Raises:
-        InputError: no whole UViTPipeline (`check_pipeline`), a repo_id of another form, or a file that names a path of
-            this machine, or code that `export` wouldn't write.
+        InputError: not a complete UViTPipeline (`check_pipeline`), a repo_id of another form, a file that names a path
+            of this machine, or code that `export` wouldn't write.
     """
     folder = Path(folder)
     index = check_pipeline(folder)
@@ -48,7 +47,7 @@ def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Sh
     except HFValidationError as error:
         raise InputError(_one_line(error)) from None
     if "/" not in repo_id:
-        raise InputError(f"repo id {repo_id!r} names no owner; accepted: OWNER/NAME")
+        raise InputError(f"the repo id must be OWNER/NAME, got {repo_id!r}")
     shared, left_out = shared_files(folder)
     for relative in shared:
         if named := find_local_path(folder / relative):

@@ -13,9 +13,10 @@ from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.io import atomic_dir, refuse_existing, sha256_of_file, write_json
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.card import CONVERTED_FILE, write_card
+from dia_diffusion.pipelines.folder import CONVERTED_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import NotTensors, load_pickled_tensors
+from dia_diffusion.sharing.card import write_card
 
 # The published sizes; a width doesn't tell its heads otherwise.
 HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
@@ -57,7 +58,7 @@ def convert_official(path: str | Path, heads: int | None = None) -> UViT:
             raise InputError(f"{path} has no tensor {name}, which a U-ViT of its sizes has")
         tensor = official.pop(name)
         if tuple(tensor.shape) != shape:
-            raise InputError(f"tensor {name} of {path} has shape {tuple(tensor.shape)}; accepted: {shape}")
+            raise InputError(f"tensor {name} of {path} must have shape {shape}, got {tuple(tensor.shape)}")
         state[ours] = tensor.float().contiguous()
     if official:
         raise InputError(f"{path} has tensor {min(official)}, which no U-ViT of its sizes has")
@@ -74,7 +75,9 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
     refuse_existing(Path(folder))
     model = convert_official(path, heads)
     if model.in_channels not in (1, 3):
-        raise InputError(f"{path} is a model of latents with {model.in_channels} channels; accepted: models of images")
+        raise InputError(
+            f"{path} must be a model of images with 1 or 3 channels, got one of latents with {model.in_channels}"
+        )
     # Steps even in log-SNR, as the sampler dpmsolver++ has them; even in time, diffusers gives NaN at 1,000 steps.
     scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config(), use_lu_lambdas=True)
     with atomic_dir(folder, replace=False) as temporary:
@@ -85,19 +88,17 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"{path} is not a file; accepted: official U-ViT weights (.pth)")
+        raise InputError(f"{path} must be a file of official U-ViT weights (.pth)")
     try:
         state = load_pickled_tensors(path)
     except NotTensors as error:
-        raise InputError(
-            f"{path} is not a state dict of tensors, it {error}; accepted: official U-ViT weights"
-        ) from None
+        raise InputError(f"{path} must be a state dict of official U-ViT weights, but it {error}") from None
     except Exception as error:  # unpickling what anybody may have written raises almost anything
-        raise InputError(f"{path} can't be read as weights alone, or is cut short: {first_line(error)}") from None
+        raise InputError(f"{path} can't be read as weights alone, or is truncated: {first_line(error)}") from None
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             what = "values that aren't finite" if tensor.is_floating_point() else f"the type {tensor.dtype}"
-            raise InputError(f"tensor {name} of {path} has {what}; accepted: floating point numbers")
+            raise InputError(f"tensor {name} of {path} must be finite floating point numbers, got {what}")
     return state
 
 

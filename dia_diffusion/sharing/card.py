@@ -10,55 +10,11 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
+from dia_diffusion.pipelines.folder import CONVERTED_FILE, TRAINING_FILE, read_record, read_training
 from dia_diffusion.reading import read_json_object
 
 PAPER = "https://arxiv.org/abs/2210.16101"
-CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
-TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
-
-# What is read of it, by name, and of which type each is.
-NEEDED: dict[str, Any] = {
-    "run": str,
-    "step": int,
-    "images": int,
-    "weights": str,
-    "recipe.seed": int,
-    "recipe.data": dict,
-    "recipe.train.batch_size": int,
-    "recipe.model.attention": str | None,
-    "recipe.model.num_classes": int | None,
-    "recipe.model.hidden_size": object,
-    "recipe.model.num_layers": object,
-    "recipe.model.sample_size": object,
-    "recipe.samples.count": int,
-    "data.name": str,
-    "data.count": int,
-}
-NETWORK_NAMES = {"uvit": "UViT", "unet2d": "UNet2DModel", "dit": "DiTTransformer2DModel"}
-UNIT_PLACES = {"uvit": "before every MLP", "unet2d": "after every resnet block", "dit": "before every MLP"}
-STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 CONVERTED = {"source": str, "sha256": str}
-
-
-def read_training(folder: str | Path) -> dict[str, Any] | None:
-    """What a pipeline folder says of its training; None where it says nothing.
-
-    Raises:
-        InputError: the file is cut short or none of a run's.
-    """
-    path = Path(folder) / TRAINING_FILE
-    if not path.is_file():
-        return None
-    training = _read_whole(path, NEEDED)
-    if training.get("init_from"):
-        _read_whole(path, STARTED_FROM)
-    if (backbone := training["recipe"]["model"].get("backbone", "uvit")) not in [*NETWORK_NAMES]:
-        raise InputError(f"{path} says the backbone is {backbone}; accepted: {', '.join(NETWORK_NAMES)}")
-    if "randomness" in training:
-        _read_whole(path, {"randomness": int})
-    if training["data"].get("class_names"):
-        _read_whole(path, {"data.class_names": list})
-    return training
 
 
 def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = None) -> None:
@@ -68,12 +24,17 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         folder: the pipeline folder. Without training.json, as of converted weights, the card tells of the model alone.
         evaluations: rows for the table of distances, of `evaluation_rows`.
     """
+    from dia_diffusion.models.factory import BACKBONES  # here, since commands read their options without torch
+
     folder = Path(folder)
     training = read_training(folder)
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
     unit = model["attention"]
     backbone = model.get("backbone", "uvit")
-    name, place = NETWORK_NAMES[backbone], UNIT_PLACES[backbone]
+    if backbone not in BACKBONES:
+        accepted = ", ".join(BACKBONES)
+        raise InputError(f"the backbone in {folder / TRAINING_FILE} must be one of {accepted}, got {backbone!r}")
+    name, place = BACKBONES[backbone].name, BACKBONES[backbone].units_at
     sizes = f"{_text(model['hidden_size'])} wide, {_text(model['num_layers'])} blocks, " if backbone == "uvit" else ""
     sizes += f"{_text(model['sample_size'])}x{_text(model['sample_size'])} images"
     if model.get("attention_at") or model.get("attention_blocks"):
@@ -92,7 +53,7 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         "",
     ]
     if (folder / CONVERTED_FILE).is_file():
-        source = _read_whole(folder / CONVERTED_FILE, CONVERTED)
+        source = read_record(folder / CONVERTED_FILE, CONVERTED)
         lines += [
             f"Converted from the official U-ViT weights {_code(source['source'])} (sha256 {_code(source['sha256'])}).",
             "",
@@ -196,18 +157,3 @@ def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
         f"images = pipe(batch_size={count}, {labels}generator=generators).images",
         "```",
     ]
-
-
-def _read_whole(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object that has all of these, by dotted names, with their types; else InputError."""
-    try:
-        read = read_json_object(path)
-        for name, kind in needed.items():
-            value: Any = read
-            for key in name.split("."):
-                value = value[key]
-            if not isinstance(value, kind):
-                raise ValueError
-        return read
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is cut short or altered; remove it, or make the pipeline again") from None

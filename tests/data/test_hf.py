@@ -62,10 +62,10 @@ def test_splits(tmp_path, pixels):
     assert test.labels is not None and test.labels.tolist() == [2, 0]
     folder = saved(labelled(pixels), tmp_path / "alone")
     assert open_images(folder).split is None
-    with pytest.raises(InputError, match="alone has no split 'test', it is one set of images"):
+    with pytest.raises(InputError, match=r"must be train for .*alone, which has no splits, got 'test'"):
         open_images(folder, split="test")
     folder = saved(datasets.DatasetDict({"validation": labelled(pixels)}), tmp_path / "validation")
-    with pytest.raises(InputError, match="has the splits validation, and not 'train'"):
+    with pytest.raises(InputError, match=r"`split` must be one of validation for .*, got 'train'"):
         open_images(folder)
 
 
@@ -89,7 +89,7 @@ def test_images_are_resized_and_mapped_like_others(tmp_path, pixels):
 
 def test_labels_that_are_hidden_or_of_no_class(tmp_path, pixels):
     assert open_images(saved(labelled(pixels, [-1] * 6), tmp_path / "hidden")).labels is None
-    with pytest.raises(InputError, match=r"has the label None in row 2 of column label; accepted: 0\.\.2"):
+    with pytest.raises(InputError, match=r"column label of .* must be in 0\.\.2, got None in row 2"):
         open_images(saved(labelled(pixels, [0, 1, None, 0, 0, 0]), tmp_path / "some"))
     images = [Image.fromarray(image) for image in pixels]
     numbers = dataset({"image": images, "label": LABELS}, label=datasets.Value("int64"))
@@ -106,7 +106,7 @@ def test_what_is_no_set_of_images_is_refused(tmp_path, pixels):
     images = [Image.fromarray(image) for image in pixels]
     refused = {
         "image columns image, image2": dataset({"image": images, "image2": images}),
-        r"no image column \(text\)": dataset({"text": ["a"]}, text=datasets.Value("string")),
+        r"got none of text": dataset({"text": ["a"]}, text=datasets.Value("string")),
     }
     for number, (message, found) in enumerate(refused.items()):
         with pytest.raises(InputError, match=message) as error:
@@ -144,7 +144,7 @@ def test_a_dataset_by_name(tmp_path, pixels):
         open_images(name, split="test")
     with pytest.raises(InputError, match=r"can't be opened \(BuilderConfig 'other' not found"):
         open_images(f"{name}:other")
-    with pytest.raises(InputError, match="names no dataset; accepted: hf:NAME"):
+    with pytest.raises(InputError, match="must be given as hf:NAME"):
         open_images("hf:")
 
 

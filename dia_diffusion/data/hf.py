@@ -12,11 +12,11 @@ from huggingface_hub.utils import logging
 from PIL import Image
 
 from dia_diffusion.data.decode import bounded, open_image, read_file, reason, stamp_of
-from dia_diffusion.data.image_set import Labels, Undecoded
+from dia_diffusion.data.image_set import ImageSource, Labels
 from dia_diffusion.errors import InputError, RunError
 
 PREFIX = "hf:"
-OLDEST = 4  # major version of datasets; before, it ran the scripts that a dataset brings
+OLDEST = 4  # major version of datasets; older ones run the scripts of a dataset
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -25,41 +25,45 @@ def is_saved_dataset(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in (with_splits, alone))
 
 
-def saved_dataset(folder: Path, split: str) -> Undecoded:
+def saved_dataset(folder: Path, split: str) -> ImageSource:
     """The images of a split of a folder that `save_to_disk` wrote; one without splits is "train"."""
     package = _package(str(folder))
     try:
         found = package.load_from_disk(str(folder))
-    except Exception as error:  # pyarrow and datasets have many for files that are missing or cut short
+    except Exception as error:  # pyarrow and datasets raise many types for missing or truncated files
         raise InputError(f"{folder} can't be read as a saved dataset ({reason(error)})") from error
     if isinstance(found, package.DatasetDict):
         if split not in found:
-            raise InputError(f"{folder} has the splits {', '.join(sorted(found))}, and not {split!r}")
-        return replace(_undecoded(package, found[split], str(folder)), split=split)
+            raise InputError(f"`split` must be one of {', '.join(sorted(found))} for {folder}, got {split!r}")
+        return replace(_image_source(package, found[split], str(folder)), split=split)
     if split != "train":
-        raise InputError(f"{folder} has no split {split!r}, it is one set of images: give the path of the others")
-    return _undecoded(package, found, str(folder))
+        raise InputError(f"`split` must be train for {folder}, which has no splits, got {split!r}")
+    return _image_source(package, found, str(folder))
 
 
-def hub_dataset(source: str, split: str, show_progress: bool) -> Undecoded:
+def hub_dataset(source: str, split: str, show_progress: bool) -> ImageSource:
     """The images of a split of "hf:NAME" or "hf:NAME:CONFIG", from the cache of `datasets` or downloaded into it.
 
-    NAME is one of the hub, or a folder of files that `datasets` knows, such as parquet.
-    Raises InputError where there is no such dataset or it isn't one of images, RunError where it can't be had.
+    NAME is one of the hub, or a folder of files that `datasets` reads, such as parquet.
+
+    Raises:
+        InputError: there is no such dataset, or it has no images.
+        RunError: it can't be downloaded.
     """
     name, _, config = source.removeprefix(PREFIX).partition(":")
     if not name:
-        raise InputError(f"{source!r} names no dataset; accepted: hf:NAME or hf:NAME:CONFIG")
+        raise InputError(f"a Hugging Face dataset must be given as hf:NAME or hf:NAME:CONFIG, got {source!r}")
     package = _package(source)
     try:
         with _output(package, show_progress and sys.stderr.isatty()):
             found = package.load_dataset(name, config or None, split=split)
     except (FileNotFoundError, ValueError, RuntimeError) as error:  # no such name, config or split; or a script
         raise InputError(f"{source} can't be opened ({reason(error)})") from error
-    except Exception as error:  # the clients of the hub have their own
+    except Exception as error:  # the hub's clients have their own types
         advice = "give a folder that save_to_disk wrote where there is a network"
         raise RunError(f"{source} can't be downloaded ({reason(error)}); {advice}") from error
-    return replace(_undecoded(package, found, source), split=split)
+    record_name = Path(name).resolve().name if Path(name).is_dir() else source
+    return replace(_image_source(package, found, source), split=split, name=record_name)
 
 
 def _package(source: str) -> Any:
@@ -75,7 +79,7 @@ def _package(source: str) -> Any:
 
 @contextmanager
 def _output(package: Any, bars: bool) -> Iterator[None]:
-    """What `datasets` prints meanwhile: its bars, if wanted, and no remarks of the hub's client on each new attempt."""
+    """Lets `datasets` print progress bars, if wanted, and silences the hub client's message on each retry."""
     shown, verbosity = package.is_progress_bar_enabled(), logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -88,7 +92,7 @@ def _output(package: Any, bars: bool) -> Iterator[None]:
             package.enable_progress_bars()
 
 
-def _undecoded(package: Any, found: Any, where: str) -> Undecoded:
+def _image_source(package: Any, found: Any, where: str) -> ImageSource:
     """The first column of classes, if any, and the one column of images; still encoded, as their files were."""
     columns = {
         kind: [name for name, feature in found.features.items() if isinstance(feature, kind)]
@@ -96,8 +100,8 @@ def _undecoded(package: Any, found: Any, where: str) -> Undecoded:
     }
     images = columns[package.Image]
     if len(images) != 1:
-        has = f"the image columns {', '.join(images)}" if images else f"no image column ({', '.join(found.features)})"
-        raise InputError(f"{where} has {has}; accepted: a dataset with one column of the type Image")
+        got = f"the image columns {', '.join(images)}" if images else f"none of {', '.join(found.features)}"
+        raise InputError(f"{where} must have one column of type Image, got {got}")
     if len(found) == 0:
         raise InputError(f"{where} holds no images")
     column = images[0]
@@ -114,11 +118,11 @@ def _undecoded(package: Any, found: Any, where: str) -> Undecoded:
         labels, class_names = _labels(found, columns[package.ClassLabel][0], where)
     names = [f"{column} {index}" for index in range(len(found))]
     stamps = [stamp_of(Path(file["filename"])) for file in found.cache_files]
-    return Undecoded(where, names, read, stamps, labels, class_names)
+    return ImageSource(where, names, read, stamps, labels, class_names)
 
 
 def _labels(found: Any, column: str, where: str) -> tuple[Labels | None, tuple[str, ...] | None]:
-    """A column of classes; hidden ones, as test sets have them, are none."""
+    """A column of classes; None if all are hidden (-1), as in some test sets."""
     values = found.with_format(None).select_columns(column).to_dict()[column]
     labels: Labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
     if (labels < 0).all():
@@ -126,6 +130,6 @@ def _labels(found: Any, column: str, where: str) -> tuple[Labels | None, tuple[s
     names = tuple(found.features[column].names)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
-        label, accepted = values[wrong[0]], f"0..{len(names) - 1}"
-        raise InputError(f"{where} has the label {label} in row {wrong[0]} of column {column}; accepted: {accepted}")
+        label, row = values[wrong[0]], wrong[0]
+        raise InputError(f"column {column} of {where} must be in 0..{len(names) - 1}, got {label} in row {row}")
     return labels, names

@@ -1,8 +1,7 @@
 """One code file from several of the package's modules, for folders that load where the package isn't installed.
 
 Statements are kept as they are written, comments included; only imports are gathered at the top, and those of the
-package dropped, since what they name stands further up in the same file.
-"""
+package dropped, since what they name stands further up in the same file."""
 
 import ast
 import sys
@@ -115,7 +114,7 @@ def _sort_import(node: ast.Import | ast.ImportFrom, module: Module) -> None:
         if _of_package(node):
             if isinstance(node, ast.Import) or node.level or alias.asname or alias.name == "*":
                 raise RunError(
-                    f"{module.path}, line {node.lineno}, can't be bundled; accepted: from {PACKAGE}.x import y"
+                    f"{module.path}, line {node.lineno}, can't be bundled: it must be `from {PACKAGE}.x import y`"
                 )
             module.inner[bound] = str(node.module)
         else:

@@ -1,0 +1,127 @@
+"""Distances along the way: a callback of the trainer that measures a run's pipelines by a named protocol."""
+
+import warnings
+from functools import partial
+
+import torch
+
+from dia_diffusion.data.sources import open_images_on_ranks
+from dia_diffusion.distributed import broadcast_from_rank_zero, first_on_each_machine, on_all_ranks, on_rank_zero
+from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
+from dia_diffusion.evaluation.extras import DISTANCE_ALONE
+from dia_diffusion.evaluation.features import FeatureExtractor, build_features
+from dia_diffusion.evaluation.pipeline_distance import (
+    PipelineDistance,
+    keep_record,
+    known_record,
+    pipeline_origin,
+    update_card,
+)
+from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed, under_name
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
+from dia_diffusion.evaluation.reference import Reference, reference_statistics
+from dia_diffusion.io import step_name
+from dia_diffusion.sampling.generate import adapt_pipeline
+from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.training.callbacks import Callback, checkpoint_due
+from dia_diffusion.training.diffusion import check_samples
+from dia_diffusion.training.trainer import StepResult, Trainer
+
+BATCH = 64  # images sampled at once, as by `fid`
+
+
+class EvaluatePipelines(Callback):
+    """Measures the pipeline of each checkpoint, as `fid RUN --protocol NAME` does, against the training images.
+
+    The record goes to the run's evaluations.jsonl, the distance to metrics.jsonl and the trackers. Weights that are on
+    record are not measured again, and an evaluation that was killed resumes after its last finished chunk.
+
+    Args:
+        protocol: what to measure.
+        every: steps between evaluations, a multiple of train.checkpoint_every; None: every checkpoint. The last step is
+            evaluated in any case.
+    """
+
+    def __init__(self, protocol: NamedProtocol, every: int | None = None):
+        self.protocol, self.every = protocol, every
+        self.settings = SamplingSettings(protocol.sampler, protocol.steps, protocol.classes, protocol.guidance_scale)
+
+    def start(self, trainer: Trainer) -> None:
+        """Loads features and reference.
+
+        Raises:
+            InputError: the run can't be measured by the protocol, or has records of another protocol of its name.
+        """
+        self.config, self.records = trainer.config, trainer.folder.evaluations
+        if self.every is not None and self.every % self.config.checkpoint_every:
+            raise InputError(
+                f"`--evaluate-every` must be a multiple of train.checkpoint_every, {self.config.checkpoint_every}, "
+                f"got {self.every}"
+            )
+        if self.settings.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
+            raise InputError(f"protocol {self.protocol.name} needs data.label_dropout above 0, for guidance, got 0")
+        check_samples(trainer.experiment, self.settings)
+        on_rank_zero(trainer.accelerator, self._check_records)
+        features, device = self.protocol.features, trainer.accelerator.device
+        progress = partial(trainer.reporter.reading, "bytes")
+        build = partial(build_features, features, device, progress=progress)
+        extractor = first_on_each_machine(trainer.accelerator, build)
+        reference = self._reference(trainer, extractor)
+        count = self.protocol.num_samples
+        self.distance = PipelineDistance(extractor, reference, count, BATCH, trainer.accelerator)
+
+    def _check_records(self) -> None:
+        if self.records.is_file():
+            refuse_changed(read_records(self.records), self.protocol, self.records)
+
+    def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
+        """The statistics of the images that `fid` would measure the run against."""
+        data, model, split = trainer.experiment.data, trainer.experiment.model, self.protocol.reference_split or "train"
+        images = trainer.images
+        if data.split != split:
+            options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
+            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.reporter.reading, **options)
+        if self.protocol.reference_count not in (None, len(images)):
+            raise InputError(
+                f"data.source {data.source} must have {self.protocol.reference_count:,} images for protocol "
+                f"{self.protocol.name}, got {len(images):,}"
+            )
+        return first_on_each_machine(trainer.accelerator, partial(reference_statistics, images, extractor))
+
+    def due(self, step: int) -> bool:
+        every = self.every or self.config.checkpoint_every
+        return checkpoint_due(self.config, step) and (step % every == 0 or step == self.config.max_steps)
+
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        folder = trainer.folder.pipelines / step_name(trainer.step)
+        dtype = getattr(torch, self.protocol.precision)
+        load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)
+        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.settings)
+        protocol, origin = self.distance.protocol(pipeline, folder), pipeline_origin(folder)
+        distance = broadcast_from_rank_zero(trainer.accelerator, lambda: self._known(protocol, origin))
+        if distance is None:
+            work = work_folder(self.records, protocol, origin, DISTANCE_ALONE)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FewImagesWarning)  # a message below
+                    record = self.distance.measure(pipeline, protocol, origin, work=work)
+            except RunError as error:  # such as a sample that is not finite; training needs no distance
+                trainer.message(f"step {trainer.step:,}: no distance, {error}")
+                return
+            on_rank_zero(trainer.accelerator, lambda: self._keep(trainer, under_name(record, self.protocol)))
+            distance = record.distance
+        trainer.log({distance_name(protocol.features): distance})
+
+    def _known(self, protocol: Protocol, origin: Origin) -> float | None:
+        """The distance of these weights, if it is on record under the protocol's name."""
+        known = known_record(self.records, protocol, origin, DISTANCE_ALONE, self.protocol)
+        return known.distance if known is not None and self.protocol.named_in(known) else None
+
+    def _keep(self, trainer: Trainer, record: EvaluationRecord) -> None:
+        keep_record(record, self.records, DISTANCE_ALONE)
+        update_card(trainer.folder.pipelines / step_name(trainer.step), self.records)
+        trainer.message(f"step {trainer.step:,}: {record.metric} {record.distance:.3f} by {self.protocol.name}")
+        for text in few_images(record.protocol, self.distance.extractor.num_features):
+            trainer.message(f"warning: {text}")

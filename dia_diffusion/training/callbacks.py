@@ -1,0 +1,129 @@
+"""What happens after a step: metrics, progress and checkpoints here; grids, tests and saved models in each task.
+
+Pass your own to the trainer: `Trainer(experiment, callbacks=[MyCallback()])`. A metric of your own is a row of METRICS.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dia_diffusion.distributed import peak_memory
+from dia_diffusion.registry import Registry
+
+if TYPE_CHECKING:
+    from dia_diffusion.training.trainer import StepResult, Trainer
+
+
+class Reporter(Protocol):
+    """Shows a person how a run is going; rank 0 reports."""
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+
+    def reading(self, unit: str, done: int, total: int) -> None:
+        """Images or bytes of a data set have been read."""
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
+        """A step is done; values are those of the last logged step."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def message(self, text: str) -> None: ...
+
+    def reading(self, unit: str, done: int, total: int) -> None: ...
+
+    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None: ...
+
+
+class Callback:
+    """Called after steps, on all ranks alike; the last act of a step is its checkpoint.
+
+    A step that was not followed by a checkpoint is trained again by a resumed run, and its callbacks are called again.
+    """
+
+    def start(self, trainer: "Trainer") -> None:
+        """Before the first step of this process; trainer.step steps are done."""
+
+    def due(self, step: int) -> bool:
+        """Whether to be called after this many steps."""
+        return True
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        """After a step that it is due at."""
+
+    def end(self, trainer: "Trainer", error: Exception | None) -> None:
+        """At the end; error: Stopped by a signal, DivergedError, or None for a finished run."""
+
+
+METRICS: Registry[Callable[["Trainer", "StepResult"], float]] = Registry("training metric")
+"""Numbers of a step for metrics.jsonl and the trackers, every train.log_every steps; one that is not finite is null."""
+
+METRICS.register("loss", lambda trainer, result: float(result.loss))
+METRICS.register("grad_norm", lambda trainer, result: float(result.grad_norm))
+METRICS.register("lr", lambda trainer, result: trainer.optimizer.param_groups[0]["lr"])
+METRICS.register("skipped_steps", lambda trainer, result: int(trainer.finite.skipped))
+METRICS.register("peak_memory_mib", lambda trainer, result: round(peak_memory(trainer.accelerator.device) / 2**20))
+
+
+class LogMetrics(Callback):
+    """Logs METRICS of this step, and the images per second since the last line."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def start(self, trainer: "Trainer") -> None:
+        self.skipped_steps = int(trainer.finite.skipped)
+        self.time, self.step = time.perf_counter(), trainer.step
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        trainer.check_finite()
+        values = {name: metric(trainer, result) for name, metric in METRICS.items()}
+        if values["skipped_steps"] > self.skipped_steps:
+            self.skipped_steps = int(values["skipped_steps"])
+            trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} steps skipped so far, not finite")
+        now, images = time.perf_counter(), (trainer.step - self.step) * trainer.config.batch_size
+        values["images_per_second"] = round(images / (now - self.time), 3)
+        self.time, self.step = now, trainer.step
+        trainer.log(values)
+        trainer.logged = values
+
+
+def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
+    """Gives an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
+    for tracker in trainer.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: image[None]}, step=trainer.step, **layout)
+
+
+class ShowProgress(Callback):
+    """Moves the progress bar."""
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        if trainer.accelerator.is_main_process:
+            trainer.reporter.progress(trainer.step, trainer.config.max_steps, trainer.logged)
+
+
+class SaveCheckpoint(Callback):
+    """Saves checkpoints."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def due(self, step: int) -> bool:
+        return checkpoint_due(self.config, step)
+
+    def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
+        trainer.save_checkpoint()
+
+
+def checkpoint_due(config: Any, step: int) -> bool:
+    """Whether train.checkpoint_every or train.max_steps asks for a checkpoint after this many steps."""
+    return bool(step == config.max_steps or step % config.checkpoint_every == 0)

@@ -1,0 +1,69 @@
+"""The optimizer's settings: parameter groups, learning rate by step, and both at another batch size."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.training.classify_config import ClassifyOptimizerConfig
+from dia_diffusion.training.config import OptimizerConfig, TrainConfig
+
+
+def parameter_groups(model: Any, rate: float, unit_rate: float | None = None) -> list[dict[str, Any]]:
+    """All parameters in one group with its "peak_rate", or the unit's in a second one with theirs.
+
+    The unit is what a model registers last, so the groups together are in the order of model.parameters().
+
+    Raises:
+        InputError: a rate for a unit without parameters.
+    """
+    parameters: list[nn.Parameter] = list(model.parameters())
+    if unit_rate is None:
+        return [{"params": parameters, "peak_rate": rate}]
+    count = 0 if model.unit is None else len(list(model.unit.parameters()))
+    if count == 0:
+        raise InputError(
+            f"`optimizer.unit_learning_rate` must be null for the unit {model.config.attention!r}, which has no "
+            f"parameters, got {unit_rate}"
+        )
+    return [
+        {"params": parameters[:-count], "peak_rate": rate},
+        {"params": parameters[-count:], "peak_rate": unit_rate},
+    ]
+
+
+def learning_rate(
+    config: OptimizerConfig | ClassifyOptimizerConfig, step: int, max_steps: int, peak: float | None = None
+) -> float:
+    """The rate of a step, counted from 0: linear warm-up to `peak`, then by the schedule.
+
+    peak: None is config.learning_rate.
+    """
+    peak = config.learning_rate if peak is None else peak
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    progress = min((step - config.warmup_steps) / max(1, max_steps - config.warmup_steps), 1.0)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return peak * (1 - progress)
+    if config.schedule == "steps":
+        return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)
+    return peak
+
+
+def reference_steps(config: TrainConfig) -> float:
+    """How many steps at the reference batch size see as many images as one step; 1 without a reference."""
+    return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
+
+
+def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
+    """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
+
+    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 likewise where the recipe says so.
+    """
+    steps = reference_steps(train)
+    beta1, beta2 = config.betas
+    betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
+    return config.model_copy(update={"betas": list(betas), "warmup_steps": round(config.warmup_steps / steps)})

@@ -1,0 +1,355 @@
+"""The training loop, for any `Task`: set-up, one optimizer step, and the callbacks that are due after it.
+
+A step depends on the recipe, the step's number and the weights before it alone: not on ranks, micro-batches or history.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from dia_diffusion.distributed import (
+    StopSignal,
+    broadcast_from_rank_zero,
+    check_trackers,
+    micro_batch_size,
+    on_all_ranks,
+    on_rank_zero,
+    start_accelerator,
+)
+from dia_diffusion.environment import environment
+from dia_diffusion.errors import DivergedError, Stopped
+from dia_diffusion.io import write_json
+from dia_diffusion.precision import in_precision, slow_warning, training_device, training_precision
+from dia_diffusion.training.callbacks import Callback, LogMetrics, Reporter, SaveCheckpoint, ShowProgress, Silent
+from dia_diffusion.training.checkpoint import (
+    Checkpoint,
+    began_in,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+    set_aside,
+    whole_checkpoint,
+)
+from dia_diffusion.training.compilation import check_compile, compiled
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.ema import EMA
+from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
+from dia_diffusion.training.init_from import same_start
+from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
+from dia_diffusion.training.resuming import check_new_run, check_resumed_run, check_shared
+from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed; the tensors are on the device, and reading one waits for it."""
+
+    loss: Tensor  # () float, mean over the global batch
+    grad_norm: Tensor  # () float, before clipping
+    skipped: Tensor  # () bool, whether loss or gradient was not finite and nothing was applied
+
+
+class Trainer:
+    """A run: trains, logs, saves and resumes.
+
+    Args:
+        trained: a recipe, or the task of another kind of training.
+        reporter: shows how the run is going.
+        callbacks: called after the task's own, before the checkpoint of a step.
+
+    Raises:
+        InputError: the recipe, the dataset, the checkpoint or the launch doesn't fit.
+    """
+
+    def __init__(
+        self, trained: Experiment | Task, reporter: Reporter | None = None, callbacks: Sequence[Callback] = ()
+    ):
+        # Recipe: its precision is resolved, so that configs, checkpoints and cards say what was chosen.
+        self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
+        self.reporter = Silent() if reporter is None else reporter
+        self.folder = RunFolder(self.task.experiment.output)
+        asked, begun = self.task.experiment.train.mixed_precision, began_in(self.folder.checkpoints)
+        self.precision = training_precision(asked, training_device(), begun)
+        self.experiment = self.task.experiment = in_precision(self.task.experiment, self.precision)
+        self.config = config = self.experiment.train
+
+        # Ranks, and this one's share of a global batch.
+        check_trackers(self.experiment.trackers)
+        self.accelerator: Accelerator = start_accelerator(
+            config.mixed_precision, log_with=self.experiment.trackers or None, project_dir=self.experiment.output
+        )
+        check_compile(config.compile, config.accumulation, self.accelerator.device)
+        self.micro_batch = micro_batch_size(config.batch_size, self.accelerator.num_processes, config.accumulation)
+        share = self.micro_batch * config.accumulation
+        first = self.accelerator.process_index * share
+        self.ahead = DrawAhead(self.task.draw, first, first + share)
+
+        # Model: first weights from the seed, or from init_from if the run is new.
+        torch.manual_seed(derive(self.experiment.seed, WEIGHTS))
+        self.model = self.task.build_model()
+        self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
+        self.dtype = self.parameters[0].dtype
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        optimizer = self.task.build_optimizer(self.model)
+        new_run = self.folder.newest_checkpoint() is None
+        self.started_from = on_all_ranks(
+            self.accelerator, lambda: self.task.init_weights(self.model) if new_run else None
+        )
+
+        # Images.
+        self.images = self.task.open_images(self.accelerator, self.reporter)
+
+        # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
+        on_rank_zero(self.accelerator, self.folder.lock)
+        try:
+            check_shared(self.folder, self.accelerator, self.reporter.message)
+            name = broadcast_from_rank_zero(self.accelerator, self._find_checkpoint)
+            checkpoint = on_all_ranks(self.accelerator, lambda: self._load_weights(name))
+            self._prepare(optimizer, checkpoint)
+        except BaseException:
+            self.folder.unlock()
+            raise
+        own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
+        self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
+        self.logged: dict[str, float] = {}
+        """The last logged metrics."""
+
+    def _find_checkpoint(self) -> str | None:
+        place, self.damaged = whole_checkpoint(self.folder.checkpoints)
+        return None if place is None else place.name
+
+    def _load_weights(self, name: str | None) -> Checkpoint | None:
+        """The checkpoint of this name, its weights in the model; None if the run is new."""
+        if name is None:
+            check_new_run(self.folder, self.experiment)
+            return None
+        place = self.folder.checkpoints / name
+        checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # by whole_checkpoint
+        check_resumed_run(self.folder.path, self.experiment, self.images.fingerprint, checkpoint.state)
+        self.started_from = same_start(checkpoint.state.get("init_from"), getattr(self.experiment, "init_from", None))
+        load_weights(self.model, checkpoint.tensors["model"], place)
+        return checkpoint
+
+    def _prepare(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
+        """Network, optimizer and average on the device, as the checkpoint left them."""
+        config, device, state = self.config, self.accelerator.device, {} if checkpoint is None else checkpoint.state
+        self.step: int = state.get("step", 0)
+        """Optimizer steps done."""
+        self.saved_step = self.step
+        pays_after = self.task.compiling_pays_after
+        network = compiled(self.model, config.compile, config.max_steps, pays_after, device, self.message)
+        self.optimizer: AcceleratedOptimizer
+        self.network, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.network.train()
+        self.buffers = KeptBuffers(self.model)
+        scaled = self.accelerator.scaler is not None
+        self.finite: FiniteWatch = FiniteWatch(device, config.max_skipped_steps, state.get("skipped_steps", 0), scaled)
+        self.ema = None
+        if self.task.ema is not None:
+            self.ema = EMA(self.parameters, self.task.ema, self.task.reference_steps)
+        if checkpoint is not None:
+            if self.ema is not None:
+                self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)
+            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(state["grad_scaler"])
+
+    def run(self) -> None:
+        """Trains from the last checkpoint to max_steps.
+
+        Raises:
+            Stopped: after SIGINT or SIGTERM, with a checkpoint of the last finished step written.
+            DivergedError: too many steps in a row without a finite loss and gradient; the last checkpoint stays.
+        """
+        try:
+            self._start()
+            with StopSignal(self.accelerator) as stop:
+                while self.step < self.config.max_steps:
+                    result = self.train_step()
+                    for callback in self.callbacks:
+                        if callback.due(self.step):
+                            callback(self, result)
+                    if (signal := stop.agreed()) and self.step < self.config.max_steps:
+                        self.save_checkpoint()
+                        raise Stopped(signal, f"stopped after step {self.step:,}; the same command resumes from there")
+            self._end(None)
+        except (Stopped, DivergedError) as error:
+            self._end(error)
+            raise
+        finally:
+            self.folder.unlock()
+
+    def train_step(self) -> StepResult:
+        """One optimizer step on the global batch; if its loss or gradient is not finite, only its number counts up."""
+        # Draw this rank's images and noise, a function of the step's number.
+        micro_batches = self._draw(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.step, group["peak_rate"])
+
+        # Forward and backward, accumulated; ranks average their gradients during the last backward.
+        self.buffers.keep()
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, draws in enumerate(micro_batches, start=1):
+            with nullcontext() if index == len(micro_batches) else self.accelerator.no_sync(self.network):
+                loss = self.task.loss(self.network, draws, total.device, self.dtype) / len(micro_batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if self.config.clip_grad_norm is None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+        loss = self.accelerator.reduce(total, "mean")
+
+        # Skip the update on all ranks if any saw inf or nan; decided on the device, without waiting for it.
+        skip = self.finite.note(self.step, loss, grad_norm)
+
+        # Optimizer.
+        if self.accelerator.scaler is None:  # fp16's scaler sets it by itself
+            self.optimizer.optimizer.found_inf = skip.float()  # a fused optimizer then leaves weights and state alone
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.buffers.put_back(skip)
+
+        # Average.
+        if self.ema is not None:
+            self.ema.update(self.parameters, skip)
+        if skip.device.type == "cpu":  # a GPU is waited for only when something is logged or saved
+            self.check_finite()
+        self.step += 1
+        return StepResult(loss, grad_norm, skip)
+
+    def _draw(self, step: int) -> list[Draws]:
+        """What is random in this rank's micro-batches of a step, counted from 0, and in its network."""
+        on_gpu = self.accelerator.device.type != "cpu"
+        draws = self.ahead.draw(step, then_next=on_gpu and step + 1 < self.config.max_steps)
+        if self.has_dropout:  # its masks belong to the step and the rank; no slice of a global batch can give them
+            torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
+        starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
+        return [draws.slice(start, start + self.micro_batch) for start in starts]
+
+    def _learning_rate(self, step: int, peak: float) -> float:
+        return learning_rate(self.task.optimizer_config, step, self.config.max_steps, peak)
+
+    def check_finite(self) -> None:
+        """Raises DivergedError, on all ranks, if too many steps in a row were skipped; waits for the device."""
+        streak = self.finite.streak()
+        if streak is None:
+            return
+
+        def forward() -> None:  # the weights are still those that the streak began with
+            with self.accelerator.autocast():
+                for draws in self._draw(streak.step):
+                    self.task.loss(self.model, draws, self.accelerator.device, self.dtype)
+
+        rate = self._learning_rate(streak.step, self.optimizer.param_groups[0]["peak_rate"])
+        raise divergence(streak, rate, self.model, forward, self.accelerator)
+
+    def _start(self) -> None:
+        """Opens folder and trackers, and says what is trained."""
+        on_rank_zero(self.accelerator, self._open_folder)
+        config = self.config
+        self.message(
+            f"{self.images.name}: {len(self.images):,} images; {self.task.description}, "
+            f"{sum(p.numel() for p in self.parameters):,} parameters; batch {config.batch_size} = "
+            f"{self.accelerator.num_processes} processes x {self.micro_batch} images x {config.accumulation} "
+            f"accumulations on {self.accelerator.device}, {self.precision}"
+        )
+        if warning := slow_warning(self.precision, self.accelerator.device):
+            self.message(warning)
+        if self.step:
+            self.message(f"resuming from step {self.step:,}")
+        elif self.started_from is not None:
+            gained = "; the unit that they lack keeps its own first weights" if self.started_from["gained_unit"] else ""
+            self.message(f"starting from the weights of {self.started_from['path']}{gained}")
+        if self.experiment.trackers:
+            self.accelerator.init_trackers("dia-diffusion")
+        for callback in self.callbacks:
+            callback.start(self)
+
+    def _open_folder(self) -> None:
+        self.folder.truncate_metrics(self.step)  # first, since it raises for a damaged file
+        for place, why in self.damaged.items():
+            self.message(f"warning: {why}; renamed to {set_aside(place).name}, and the checkpoint before it is used")
+        self.folder.write_config(self.experiment)
+        if self.step < self.config.max_steps:  # else what trained it stays on record
+            write_json(self.folder.environment, environment(self.accelerator.num_processes))
+
+    def _end(self, error: Exception | None) -> None:
+        for callback in self.callbacks:
+            callback.end(self, error)
+        self.accelerator.end_training()
+
+    def message(self, line: str) -> None:
+        """Shows a line, on rank 0."""
+        if self.accelerator.is_main_process:
+            self.reporter.message(line)
+
+    def log(self, values: Mapping[str, float | None]) -> None:
+        """Adds numbers of this step to metrics.jsonl and the trackers, on all ranks; one that is not finite is null."""
+        images = self.step * self.config.batch_size
+        finite = {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
+        line = {"images": images, **finite}
+        on_rank_zero(self.accelerator, lambda: self.folder.log_metrics({"step": self.step, **line}))
+        if self.experiment.trackers:
+            self.accelerator.log(line, step=self.step)
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of this step, on all ranks, unless there is one.
+
+        It is the last act of a step: one that was cut short before it is trained again whole.
+        """
+        self.check_finite()
+        if self.saved_step == self.step:
+            return
+        on_rank_zero(self.accelerator, self._save_checkpoint)
+        self.saved_step = self.step
+
+    def _save_checkpoint(self) -> None:
+        scaler, average = self.accelerator.scaler, self.averaged_weights()
+        checkpoint = Checkpoint(
+            tensors={
+                "model": self.model.state_dict(),
+                **({} if average is None else {"ema": average}),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+            },
+            state={
+                **self.origin(),
+                "skipped_steps": int(self.finite.skipped),
+                "grad_scaler": None if scaler is None else scaler.state_dict(),
+            },
+        )
+        place = save_checkpoint(self.folder.checkpoints, self.step, checkpoint, self.config.keep_last)
+        self.message(f"step {self.step:,}: {place}")
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The model's state with averaged parameters; None if no average is kept."""
+        if self.ema is None:
+            return None
+        # Buffers, such as a BatchNorm's running statistics, are averages already.
+        return {**self.model.state_dict(), **dict(zip(self.names, self.ema.parameters, strict=True))}
+
+    def origin(self) -> dict[str, Any]:
+        """Where the weights of this step come from, as checkpoints and saved models record it."""
+        return {
+            "run": self.folder.path.name,
+            "step": self.step,
+            "images": self.step * self.config.batch_size,
+            "weights": "raw" if self.ema is None else "ema",
+            "randomness": RANDOMNESS,
+            "recipe": self.experiment.to_dict(),
+            "init_from": self.started_from,
+            "data": describe_images(self.images),
+        }

@@ -1,0 +1,154 @@
+"""Callbacks, a metric and evaluations that a person adds to a training from outside."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dia_diffusion.cli.main import main
+from dia_diffusion.errors import DivergedError, Stopped
+from dia_diffusion.evaluation.callback import EvaluatePipelines
+from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.record import EvaluationRecord, read_records
+from dia_diffusion.training.callbacks import METRICS, Callback
+from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.trainer import StepResult, Trainer
+from tests.training.conftest import TINY
+from tests.training.run_files import metrics
+from tests.training.test_processes import launch
+
+SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, reference_split: test}"
+
+
+class Witness(Callback):
+    """Notes its calls, and which checkpoints there are at each."""
+
+    def __init__(self, every: int, interrupt_at: int = 0):
+        self.every, self.interrupt_at = every, interrupt_at
+        self.calls: list[object] = []
+
+    def start(self, trainer: Trainer) -> None:
+        self.calls.append(("start", trainer.step))
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        pipelines, checkpoints = trainer.folder.pipelines, trainer.folder.checkpoints
+        saved = [len(list(folder.glob("step-*"))) for folder in (pipelines, checkpoints)]
+        self.calls.append((trainer.step, float(result.loss), bool(result.skipped), *saved))
+        if trainer.step == self.interrupt_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def end(self, trainer: Trainer, error: Exception | None) -> None:
+        self.calls.append(("end", type(error).__name__))
+
+
+def test_a_callback_of_ones_own(tiny, tmp_path: Path) -> None:
+    """It sees each step's result, after the pipeline and before the checkpoint of the step (every 3)."""
+    first = Witness(every=2, interrupt_at=4)
+    with pytest.raises(Stopped):
+        Trainer(tiny("run"), callbacks=[first]).run()
+    second = Witness(every=3)
+    Trainer(tiny("run"), callbacks=[second]).run()
+    loss = {line["step"]: line["loss"] for line in metrics(tmp_path / "run")}
+    assert first.calls == [("start", 0), (2, loss[2], False, 0, 0), (4, loss[4], False, 1, 1), ("end", "Stopped")]
+    assert second.calls == [("start", 4), (6, loss[6], False, 2, 2), ("end", "NoneType")]
+
+
+def test_a_callback_learns_that_the_training_diverged(tiny) -> None:
+    witness = Witness(every=1)
+    options = ("--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.max_skipped_steps", "2")
+    with pytest.raises(DivergedError):
+        Trainer(tiny("run", *options), callbacks=[witness]).run()
+    assert witness.calls[-2:] == [(2, witness.calls[-2][1], True, 0, 0), ("end", "DivergedError")]
+
+
+def test_a_metric_of_ones_own(tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METRICS, "_rows", dict(METRICS))  # so that later tests don't log it
+    METRICS.register("loss squared", lambda trainer, result: float(result.loss) ** 2)
+    METRICS.register("infinite", lambda trainer, result: float("inf"))
+    train(tiny("run", "--train.log_every", "2"))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line["loss squared"] == line["loss"] ** 2 and line["infinite"] is None for line in lines)
+
+
+def test_grids_reach_the_trackers(tiny, train, tmp_path: Path) -> None:
+    grids = ("--train.sample_every", "3", "--samples.count", "4", "--samples.steps", "2")
+    train(tiny("run", *grids, "--trackers", "[tensorboard]"))
+    events = EventAccumulator(str(tmp_path / "run" / "dia-diffusion"), size_guidance={"images": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("samples")] == [3, 6]
+    logged = tmp_path / "logged.png"
+    logged.write_bytes(events.Images("samples")[1].encoded_image_string)
+    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000006.png").convert("RGB"))
+    assert np.array_equal(np.asarray(Image.open(logged).convert("RGB")), grid)
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
+    """A run that is stopped and resumed has one record per pipeline: those that `fid` makes of it afterwards."""
+    file, run = tmp_path / "mine.yaml", tmp_path / "run"
+    file.write_text(SETTINGS)
+    protocol = read_protocol(str(file))
+    with pytest.raises(Stopped):
+        Trainer(tiny("run"), callbacks=[EvaluatePipelines(protocol), Witness(3, interrupt_at=3)]).run()
+    last = run / "checkpoints" / "step-00000003"
+    last.rename(last.with_name("gone"))  # as if killed between the evaluation and the checkpoint
+    trainer = Trainer(tiny("run"), callbacks=[EvaluatePipelines(protocol)])
+    assert trainer.step == 0
+    trainer.run()
+    records = read_records(run / "evaluations.jsonl")
+    assert [record.step for record in records] == [3, 6]
+
+    record_file = tmp_path / "fid.jsonl"
+    assert main(["fid", str(run), "--every-step", "--protocol", str(file), "--record", str(record_file)]) == 0
+
+    def compared(record: EvaluationRecord) -> dict[str, object]:
+        return {key: value for key, value in record.to_dict().items() if key not in ("time", "seconds")}
+
+    assert [compared(record) for record in records] == [compared(record) for record in read_records(record_file)]
+    logged = [line for line in read_metrics(run / "metrics.jsonl") if "FD(digits)" in line]
+    assert [(line["step"], line["FD(digits)"]) for line in logged] == [(r.step, r.distance) for r in records]
+    assert f"| FD(digits) | {records[1].distance:.3f} |" in (run / "pipelines/step-00000006/README.md").read_text()
+    assert not (run / "evaluations.unfinished").exists()
+
+
+def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(SETTINGS)
+    options = ["--train.checkpoint_every", "1", "--train.max_steps", "3", "--evaluate", str(file), "--evaluate-every=2"]
+    one, two = launch(tmp_path, "one", 1, *options), launch(tmp_path, "two", 2, *options)
+    distances = [
+        [(record.step, record.distance) for record in read_records(run / "evaluations.jsonl")] for run in (one, two)
+    ]
+    assert [step for step, _ in distances[0]] == [step for step, _ in distances[1]] == [2, 3]
+    assert [d for _, d in distances[0]] == pytest.approx([d for _, d in distances[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ("", ["--evaluate-every", "2"], "must be a multiple of train.checkpoint_every, 3, got 2"),
+        ("", ["--evaluate-every", "0"], "`--evaluate-every` must be 1 or more"),
+        ("features: fog", [], "features is fog"),
+        ("classes: [0]", [], "class"),
+        ("reference_count: 7", [], "must have 7 images for protocol mine, got 596"),
+    ],
+)
+def test_evaluations_that_can_not_be_are_refused_before_the_first_step(
+    change: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    settings = yaml.safe_load(SETTINGS) | (yaml.safe_load(change) or {})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run"]
+    assert main([str(word) for word in [*command, "--evaluate", tmp_path / "mine.yaml", *options]]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
