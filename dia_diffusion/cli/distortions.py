@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     extractor = load_features(options, options.images, "cuda" if torch.cuda.is_available() else "cpu")
     warn_unreleased(options, extractor)
     images = open_images(options.images, split=options.split, size=options.size)
-    size = images.images.shape[-1]
+    size = images.shape[-1]
     others = None if images.name == "digits" else open_images("digits", split="train", size=size)
     real = open_images(options.reference, split=options.reference_split, size=size)
     reference = reference_statistics(real, extractor)
