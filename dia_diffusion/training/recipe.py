@@ -113,7 +113,7 @@ def resolve(recipe: R) -> R:
         section["attention"] = "none"
     kind = _section_kind(backbone)
     try:
-        values = kind.modelvalidate(section).model_dump()
+        values = kind.model_validate(section).model_dump()
     except ValidationError as error:
         raise InputError(describe_error(error, kind, lambda key: ".".join(("model", *key)))) from None
     return recipe.model_copy(update={"model": ModelConfig(**values)})

@@ -30,7 +30,7 @@ def test_killed_it_goes_on_to_the_same_number(
 
     assert main(["fid", *fid]) == 0
     assert sampled == list(range(1000, 2000))
-    assert "going on after 1,000 of 2,000 images" in capsys.readouterr().out
+    assert "resuming after 1,000 of 2,000 images" in capsys.readouterr().out
     assert not (run / "evaluations.unfinished").exists()
     assert main(["fid", *fid, "--record", str(tmp_path / "whole.jsonl")]) == 0
     assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance

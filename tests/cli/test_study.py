@@ -59,7 +59,7 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
     children.held_step = 7
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["curves", study]) == 130
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "the same command resumes" in capfd.readouterr().err
     assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000007"]
     assert not (tmp_path / "out" / "dia-lstm-b8-s0" / "metrics.jsonl").exists()
 

@@ -45,7 +45,7 @@ def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) 
     running.until(lambda: being_written(run))
     running.send(signal.SIGINT)
     assert running.wait() == 130
-    line = "dia-diffusion train: ended at once; the same command goes on from the last checkpoint that was written"
+    line = "dia-diffusion train: ended at once; the same command resumes from the last checkpoint that was written"
     assert running.last_line() == line and "Traceback" not in running.text()
     assert not checkpoints(run) and not leftovers(run)
 
@@ -75,12 +75,12 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
     running.send(number)
     assert running.wait() == code
     assert re.fullmatch(
-        r"dia-diffusion fid: stopped; the same command goes on after the last finished chunk of images, kept in .*",
+        r"dia-diffusion fid: stopped; the same command resumes after the last finished chunk of images, kept in .*",
         running.last_line(),
     )
     again = Forked(*command, log=log, **cache)
     assert again.wait() == 0
-    assert "going on after 500 of 1,000 images" in again.text()
+    assert "resuming after 500 of 1,000 images" in again.text()
 
 
 @pytest.mark.long
@@ -101,10 +101,10 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
     print(f"ended {time.monotonic() - sent:.1f} s after {len(numbers)} signals")
     assert time.monotonic() - sent < 10
     if len(numbers) == 1:
-        how = "stopped; the same command goes on from there"
+        how = "stopped; the same command resumes from there"
         assert checkpoints(first)
     else:
-        how = "ended at once; the same command goes on from what is written"
+        how = "ended at once; the same command resumes from what is written"
     assert running.last_line() == f"dia-diffusion curves: {how}"
     again = Forked("curves", tmp_path / "mine.yaml", log=log)  # the lock of a child that is alive would refuse it
     again.until(lambda: (first / "train.log").read_text().count("$ dia-diffusion train") == 2)
