@@ -124,7 +124,7 @@ def test_one_image_is_refused_before_any_work(
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     assert main(["fid", str(folder), "--reference", "digits"]) == 2
-    assert f"{folder} has 1 image; a distance takes 2 or more" in capsys.readouterr().err
+    assert f"{folder} must have 2 images or more, got 1" in capsys.readouterr().err
     assert main(["stats", "make", str(folder), str(out), "--features", "digits"]) == 2
     assert "a covariance of 1 image" in capsys.readouterr().err and not out.exists()
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -102,7 +102,7 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path: Path, capsys: py
         data = {"name": "digits", "split": "train", "count": 9, "fingerprint": "0", "class_names": None}
         (tmp_path / "ours" / "training.json").write_text(json.dumps({**training, "data": data}))
         assert main([*arguments, "--grid", str(tmp_path / "grid.png")]) == code
-        assert ("needs a null label that is trained" in capsys.readouterr().err) is (code == 2)
+        assert ("and so without a null label" in capsys.readouterr().err) is (code == 2)
 
 
 def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
