@@ -77,6 +77,6 @@ def documented_arguments(file: Path, class_name: str) -> Iterator[tuple[str, str
     described = (ast.get_docstring(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
     texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
     for argument, default in zip(signature.args[1:], signature.defaults, strict=True):
-        value = ast.literal_eval(default) if isinstance(default, ast.Constant) else ast.unparse(default)
-        shown = {None: "null", True: "true", False: "false"}.get(value, value)
-        yield argument.arg, str(shown), " ".join(texts[argument.arg].split()).replace("%", "%%")
+        value = ast.unparse(default).strip("'")
+        shown = {"None": "null", "True": "true", "False": "false"}.get(value, value)
+        yield argument.arg, shown, " ".join(texts[argument.arg].split()).replace("%", "%%")

@@ -46,7 +46,8 @@ class EvaluatePipelines(Callback):
 
     def __init__(self, protocol: NamedProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
-        self.settings = SamplingSettings(protocol.sampler, protocol.steps, protocol.classes, protocol.guidance_scale)
+        classes = None if protocol.classes is None else tuple(protocol.classes)
+        self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
 
     def start(self, trainer: Trainer) -> None:
         """Loads features and reference.

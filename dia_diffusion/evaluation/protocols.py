@@ -35,11 +35,11 @@ class NamedProtocol(Strict):
     """A name in SAMPLERS, or own."""
     steps: Positive
     """Of the sampler."""
-    precision: Literal[*PRECISIONS] = "float32"
+    precision: Literal[*PRECISIONS] = "float32"  # type: ignore[valid-type]
     """Of the network, a name of PRECISIONS."""
-    weights: Literal[*WEIGHTS] = "ema"
+    weights: Literal[*WEIGHTS] = "ema"  # type: ignore[valid-type]
     """Which weights of a run are sampled from."""
-    reference_split: Literal[*SPLITS] | None = None
+    reference_split: Literal[*SPLITS] | None = None  # type: ignore[valid-type]
     """train or test, of a reference that has parts; None leaves it open."""
     reference_count: Annotated[int, Field(ge=2)] | None = None
     """How many images the reference must have; None is any number."""

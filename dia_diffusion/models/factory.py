@@ -20,16 +20,17 @@ def build_model(config: Mapping[str, Any]) -> Any:
     """A recipe's model, with first weights from torch's default generator.
 
     Args:
-        config: the recipe's `model:`, a `backbone` of BACKBONES and arguments of its class.
+        config: the recipe's `model:`, checked: a `backbone` of BACKBONES and arguments of its class; what the class
+            doesn't take is left out.
 
     Raises:
         InputError: an unknown backbone, or arguments that it refuses.
     """
     backbone = config.get("backbone", "uvit")
     accepted = recipe_arguments(backbone)
-    arguments = {key: value for key, value in config.items() if key in accepted or value not in (None, "none")}
-    if BACKBONES[backbone].network is None:
-        arguments.pop("backbone", None)
+    arguments = {key: value for key, value in config.items() if key in accepted}
+    if BACKBONES[backbone].network is not None:
+        arguments["backbone"] = backbone
     return BACKBONES[backbone].model(**arguments)
 
 

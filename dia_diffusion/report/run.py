@@ -50,12 +50,12 @@ def run_page(path: Path) -> Page:
 
 def describe(experiment: Experiment) -> str:
     """The model in a few words."""
-    model = experiment.model
-    size = f"{model.sample_size}x{model.sample_size} images"
-    network = BACKBONES[model.backbone].name
-    if model.backbone == "uvit":
-        network += f" {model.hidden_size} wide with {model.num_layers} blocks"
-    return f"{network} on {size}, attention unit {model.attention}"
+    model = experiment.to_dict()["model"]
+    size = f"{model['sample_size']}x{model['sample_size']} images"
+    network = BACKBONES[model["backbone"]].name
+    if model["backbone"] == "uvit":
+        network += f" {model['hidden_size']} wide with {model['num_layers']} blocks"
+    return f"{network} on {size}, attention unit {model['attention']}"
 
 
 def count_parameters(experiment: Experiment) -> int:

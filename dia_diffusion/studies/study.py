@@ -64,9 +64,9 @@ class StudyConfig(Strict):
     """Or optimizer steps: one number, or one a batch size."""
     points: Positive = 6
     """Points of a curve, evenly spaced and ending with the last step."""
-    variants: dict[str, dict[str, Any]] = Field({})
+    variants: dict[str, dict[str, Any]] = Field(default={})
     """Names for units with other settings: name -> recipe keys, as {wide: {model.attention: dia-lstm, ...}}."""
-    overrides: dict[str, Any] = Field({})
+    overrides: dict[str, Any] = Field(default={})
     """Recipe keys that differ from the recipe in every run."""
     name: str | None = None
     """What it is called; null is the name of the file."""
@@ -171,7 +171,7 @@ def read_study(
     experiments = {
         unit: _of_unit(config, unit) for unit in dict.fromkeys(u for grid in config.runs for u in grid.units)
     }
-    runs: dict[str, StudyRun] = Field({})
+    runs: dict[str, StudyRun] = {}
     for grid in config.runs:
         for seed in grid.seeds:
             for batch_size in grid.batch_sizes:

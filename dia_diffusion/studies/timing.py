@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def seconds_of_step(experiment: Experiment) -> float:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         _write_images(experiment, images)
-        keys = {
+        keys: dict[str, Any] = {
             "output": str(Path(folder) / "run"),
             "init_from": None,
             "trackers": [],

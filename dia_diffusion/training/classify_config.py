@@ -28,9 +28,9 @@ class LabelledDataConfig(Strict):
     """That of "pad-crop": black, or what is inside it mirrored."""
     cutout: NonNegative = 0
     """Height and width of a gray square that hides a part of each image (DeVries and Taylor 2017); 0 hides nothing."""
-    mean: list[Float] = Field([0.4914, 0.4822, 0.4465], min_length=3, max_length=3)
+    mean: list[Float] = Field(default=[0.4914, 0.4822, 0.4465], min_length=3, max_length=3)
     """Subtracted from the channels, of 0..1."""
-    std: list[PositiveFloat] = Field([0.2023, 0.1994, 0.2010], min_length=3, max_length=3)
+    std: list[PositiveFloat] = Field(default=[0.2023, 0.1994, 0.2010], min_length=3, max_length=3)
     """The channels are divided by it."""
 
     @model_validator(mode="after")
@@ -70,7 +70,7 @@ class ClassifyOptimizerConfig(Strict):
     """SGD's momentum."""
     nesterov: bool = False
     """SGD's momentum is Nesterov's."""
-    betas: list[Fraction] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 1.0e-4
     """SGD's is part of the gradient, AdamW's apart from it."""
@@ -79,7 +79,7 @@ class ClassifyOptimizerConfig(Strict):
     schedule: Literal["steps", "cosine", "linear", "constant"] = "steps"
     """After the warm-up: times gamma at each milestone, half a cosine or a line down to zero at max_steps, or
     constant."""
-    milestones: list[Positive] = Field([])
+    milestones: list[Positive] = Field(default=[])
     """Steps at which the schedule "steps" lowers the rate."""
     gamma: PositiveFloat = 0.1
     """By how much."""

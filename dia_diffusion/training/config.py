@@ -77,7 +77,7 @@ class Recipe(Strict):
     """The run folder."""
     seed: NonNegative = 0
     """Decides first weights, order of images, augmentation, times and noise."""
-    trackers: list[str] = Field([])
+    trackers: list[str] = Field(default=[])
     """Accelerate trackers to log to besides metrics.jsonl: tensorboard, wandb, ..."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class OptimizerConfig(Strict):
     """Rate after the warm-up."""
     unit_learning_rate: PositiveFloat | None = None
     """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
-    betas: list[Fraction] = Field([0.99, 0.999], min_length=2, max_length=2)
+    betas: list[Fraction] = Field(default=[0.99, 0.999], min_length=2, max_length=2)
     """AdamW's decay rates."""
     beta1_in_images: bool = False
     """Keep the half-life of the first beta in images too, where train.reference_batch_size is set."""

@@ -28,6 +28,7 @@ from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.init_from import start_from
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
+from dia_diffusion.training.recipe import resolve
 from dia_diffusion.training.ssia import Guidance, without_heads
 from dia_diffusion.training.task import Task
 
@@ -101,8 +102,8 @@ class DiffusionTask(Task):
     """A recipe's noise process, loss, sample grids and pipeline folders."""
 
     def __init__(self, experiment: Experiment):
+        self.experiment = experiment = resolve(experiment)
         check_samples(experiment)
-        self.experiment = experiment
         self.description = f"attention {experiment.model.attention}"
         self.optimizer_config = optimizer_at_batch_size(experiment.optimizer, experiment.train)
         self.ema = experiment.ema
@@ -125,7 +126,11 @@ class DiffusionTask(Task):
         config = self.optimizer_config
         groups = parameter_groups(model, config.learning_rate, config.unit_learning_rate)
         return torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            groups,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def init_weights(self, model: Any) -> dict[str, Any] | None:

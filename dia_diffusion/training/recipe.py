@@ -106,9 +106,9 @@ def resolve(recipe: R) -> R:
     backbone = recipe.model.backbone
     section = migrate({"model": recipe.model.model_dump()}, backbone)["model"]
     own, others = recipe_arguments(backbone), _arguments_of_others(backbone)
-    for key, value in section.items():
-        if key in others and key not in own:
-            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(value)}")
+    for key in section.keys() - own.keys() - {"sample_size", "in_channels"}:  # which images are read by
+        if key in others:
+            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(section[key])}")
     if "attention" not in own:
         section["attention"] = "none"
     kind = _section_kind(backbone)
@@ -164,7 +164,7 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
     return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
 
 
-def changed_keys(old: Mapping[str, Any], recipe: Recipe, may_change: frozenset[str] | None = None) -> list[str]:
+def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] | None = None) -> list[str]:
     """Keys that differ from a run's recipe and may not: "train.batch_size: 32 -> 64".
 
     Args:

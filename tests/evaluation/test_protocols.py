@@ -55,7 +55,7 @@ def test_the_papers_protocol_is_u_vits() -> None:
     assert (paper.features, paper.weights) == ("inception", "ema")
     assert (paper.reference_split, paper.reference_count) == ("train", 50_000)
     half = read_protocol("paper-cifar10-fp16")
-    assert half.precision == "float16" and replace(half, name=paper.name, precision="float32") == paper
+    assert half.precision == "float16" and half.model_copy(update={"name": paper.name, "precision": "float32"}) == paper
     # Of records that are there already.
     assert paper.hash() == "acdb55a70b86eed82bcded4476f0e2773d68494f8eec1c0292960eaa36832f05"
 
@@ -94,23 +94,23 @@ def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"step": 2}, "unknown key 'step'; did you mean 'steps'?"),
-        ({"name": "mine"}, "unknown key 'name'"),
-        ({"steps": None}, "required: steps"),
+        ({"step": 2}, "unknown key `step`; did you mean `steps`?"),
+        ({"name": "mine"}, "unknown key `name`"),
+        ({"steps": None}, "`steps` is missing"),
         ({"num_samples": "many"}, "many"),
         ({"num_samples": 2.5}, "2.5"),
-        ({"num_samples": 1}, "num_samples is 1; accepted: 2 or more"),
-        ({"steps": 0}, "steps is 0"),
+        ({"num_samples": 1}, "`num_samples` must be 2 or more, got 1"),
+        ({"steps": 0}, "`steps` must be 1 or more, got 0"),
         ({"sampler": "plms"}, "'plms'; accepted: ddpm"),
-        ({"features": "vgg"}, "features is vgg; accepted: digits"),
-        ({"features": "my:"}, "features is my:"),
-        ({"precision": "fp16"}, "accepted: float32, bfloat16, float16"),
-        ({"weights": "raw"}, "weights is raw; accepted: ema"),
-        ({"reference_split": "validation"}, "accepted: train, test"),
-        ({"reference_count": 0}, "reference_count is 0"),
-        ({"classes": []}, "classes is []"),
+        ({"features": "vgg"}, "`features` must be one of digits"),
+        ({"features": "my:"}, "`features` must be one of digits"),
+        ({"precision": "fp16"}, "`precision` must be one of float32, bfloat16, float16, got 'fp16'"),
+        ({"weights": "raw"}, "`weights` must be one of ema, got 'raw'"),
+        ({"reference_split": "validation"}, "`reference_split` must be one of train, test, got 'validation'"),
+        ({"reference_count": 0}, "`reference_count` must be 2 or more, got 0"),
+        ({"classes": []}, "`classes` must be a list of 1 or more, got []"),
         ({"classes": "0,1"}, "0,1"),
-        ({"guidance_scale": 0.5}, "guidance_scale is 0.5"),
+        ({"guidance_scale": 0.5}, "`guidance_scale` must be 1 or more, got 0.5"),
     ],
 )
 def test_what_is_refused(change: dict[str, object], said: str, write: Callable[..., str]) -> None:

@@ -10,10 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.factory import BACKBONES, build_model, model_arguments
+from dia_diffusion.models.factory import BACKBONES, build_model
 from dia_diffusion.models.registry import Backbone
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.config import ModelConfig
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.models.test_attached import ARGUMENTS
@@ -53,37 +53,45 @@ def test_built_of_its_own_keys() -> None:
     assert torch.equal(model.last.weight, Convolutions(8, width=6).last.weight)
 
 
+def section(backbone: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's `model:` as resolved."""
+    keys = {"backbone": backbone, **config}
+    return read_experiment(None, keys={f"model.{key}": value for key, value in keys.items()}).to_dict()["model"]
+
+
 def test_keys_of_other_backbones_are_ignored_at_their_defaults_only() -> None:
     older = {"sample_size": 8, "hidden_size": 512, "attention_at": None, "attention": "dia-lstm"}
-    assert model_arguments("test-convolutions", {**NAME, **older}) == {"sample_size": 8}
-    unet = {"backbone": "unet2d", "backbone_kwargs": ARGUMENTS["unet2d"], "patch_size": 2, "width": 4}
-    assert model_arguments("unet2d", unet) == {"backbone": "unet2d", "backbone_kwargs": ARGUMENTS["unet2d"]}
-    assert model_arguments("uvit", {"backbone": "uvit", "backbone_kwargs": None, "patch_size": 4}) == {"patch_size": 4}
+    own = {"sample_size": 8, "in_channels": 3, "num_classes": None, "attention": "none", "attention_kwargs": None}
+    assert section("test-convolutions", older) == {**NAME, **own, "width": 4}
+    unet = {"backbone_kwargs": ARGUMENTS["unet2d"]}
+    assert section("unet2d", {**unet, "patch_size": 2, "width": 4}) == section("unet2d", unet)
+    assert section("uvit", {"backbone_kwargs": None, "patch_size": 4}) == section("uvit", {"patch_size": 4})
 
 
 @pytest.mark.parametrize(
     ("backbone", "config", "error"),
     [
         ("unet3d", {}, "`model.backbone` must be one of uvit, unet2d, dit, .*got 'unet3d'"),
-        ("test-convolutions", {"widht": 4}, "`model.widht` is no key of backbone test-convolutions; .* width"),
-        ("test-convolutions", {"width": 4}, "`model.sample_size` must be given for backbone test-convolutions"),
+        ("test-convolutions", {"widht": 4}, "unknown key `model.widht`; did you mean `model.width`?"),
+        ("test-convolutions", {"width": "4"}, "`model.width` must be a whole number, got '4'"),
+        ("test-convolutions", {"attention": "se"}, "`model.attention` must be left out .*, got 'se'"),
         ("test-convolutions", {"hidden_size": 64}, "`model.hidden_size` must be left out .*, got 64"),
         ("uvit", {"attention_at": ["mid_block"]}, "`model.attention_at` must be left out for backbone uvit"),
         ("dit", {"num_layers": 5}, "`model.num_layers` must be left out for backbone dit, got 5"),
-        ("unet2d", {"norm_type": "x"}, "`model.norm_type` is no key of backbone unet2d"),
+        ("unet2d", {"norm_type": "x"}, "unknown key `model.norm_type`; did you mean "),
     ],
 )
 def test_other_keys_are_refused(backbone: str, config: dict[str, Any], error: str) -> None:
     with pytest.raises(InputError, match=error):
-        model_arguments(backbone, config)
+        section(backbone, config)
 
 
 def test_trained_saved_and_loaded(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY)
-    experiment: Experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run")])
-    experiment.model = ModelConfig(**NAME, sample_size=8, in_channels=1)
-    Trainer(experiment, Recorder()).run()
+    experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run")])
+    section = ModelConfig(**NAME, sample_size=8, in_channels=1)
+    Trainer(experiment.model_copy(update={"model": section}), Recorder()).run()
     folder = max((tmp_path / "run" / "pipelines").iterdir())
     torch.manual_seed(0)
     loaded = Convolutions.from_pretrained(folder / "unet")

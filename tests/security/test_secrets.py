@@ -64,7 +64,7 @@ def test_an_address_is_no_place_of_a_recipes(key: str, address: str, tmp_path: P
     for kind in (read_experiment, lambda *a, **k: read_experiment(*a, **k, kind=ClassifyExperiment)):
         with pytest.raises(InputError) as error:
             kind(None, keys={key if kind is read_experiment or key != "init_from" else "data.test_source": address})
-        assert "hunter2" not in str(error.value) and "is an address" in str(error.value)
+        assert "hunter2" not in str(error.value) and "must be a path or a name" in str(error.value)
 
 
 COMMANDS: dict[str, Callable[[str], list[str]]] = {

@@ -1,7 +1,6 @@
 """Trials: outcomes that are known, held-out losses by hand, and what is done again and what isn't."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +163,7 @@ def test_placements_of_five_blocks() -> None:
 
 def test_placements_are_trained_once_and_told_by_both_names(recipe: str, tmp_path: Path) -> None:
     found = placement_trials(tmp_path, recipe, unit="se-individual", seeds=[4, 5], steps=2, keys={})
-    models = [asdict(trial.experiment.model) for trial in found]
+    models = [trial.experiment.model.model_dump() for trial in found]
     # Of three blocks: none, 1, 2, 3; without in, without mid; without out are the first two.
     assert [m["attention_blocks"] for m in models] == 2 * [None, [0], [0, 1], [0, 1, 2], [1, 2], [0, 2]]
     assert [m["attention"] for m in models] == 2 * ["none", "se", "se", "se", "se", "se"]

@@ -25,7 +25,7 @@ from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyO
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, derive
-from dia_diffusion.training.recipe import read_experiment, recipes_folder
+from dia_diffusion.training.recipe import override, read_experiment, recipes_folder
 from dia_diffusion.training.resuming import refuse_changes
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import Trainer
@@ -268,6 +268,5 @@ def test_shipped_recipes(path: Path) -> None:
     experiment = read_experiment(path.stem, kind=ClassifyExperiment)
     assert Path(experiment.output).name == path.stem
     for unit in ("none", "dia-lstm"):
-        experiment.model.attention = unit
-        ClassificationTask(experiment)
+        ClassificationTask(override(experiment, {"model.attention": unit}))
     assert all(milestone < experiment.train.max_steps for milestone in experiment.optimizer.milestones)

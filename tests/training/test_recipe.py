@@ -151,7 +151,7 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ),
         ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
         ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
-        ("- a list", "", "not a recipe"),
+        ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
         ("a: [", "", "not a YAML recipe"),
         ("seed: !!python/object/apply:os.system [true]", "", "not a YAML recipe"),
     ],
@@ -189,7 +189,7 @@ def test_override_checks_what_it_changes() -> None:
     recipe = read_experiment("digits_uvit_cpu_dia")
     changed = override(recipe, {"train.max_steps": 7, "model.attention": "se"})
     assert (changed.train.max_steps, changed.model.attention, recipe.train.max_steps) == (7, "se", 6000)
-    with pytest.raises(InputError, match="`train.max_steps` must be 1 or more, got 0"):
+    with pytest.raises(InputError, match=r"`train\.max_steps` must be 1 or more, got 0"):
         override(recipe, {"train.max_steps": 0})
 
 

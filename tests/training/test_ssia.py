@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.recipe import changed_keys
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.ssia import HEADS, Guidance
 from dia_diffusion.training.trainer import Trainer
@@ -148,9 +149,9 @@ def test_two_processes_train_what_one_does(tmp_path: Path, backbone: str) -> Non
 
 def test_changed_keys_are_refused_and_older_runs_had_none(tiny: Callable[..., Experiment]) -> None:
     old = tiny("run").to_dict()
-    assert tiny("run", "--ssia.weight", "0.5").changed_keys(old) == ["ssia.weight: 0.0 -> 0.5"]
+    assert changed_keys(old, tiny("run", "--ssia.weight", "0.5")) == ["ssia.weight: 0.0 -> 0.5"]
     del old["ssia"]
-    assert tiny("run").changed_keys(old) == []
+    assert changed_keys(old, tiny("run")) == []
 
 
 @pytest.mark.parametrize(
