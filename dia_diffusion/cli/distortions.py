@@ -1,4 +1,4 @@
-"""`dia-diffusion distortions`: what a distance means, by the distances of real images spoilt in known ways."""
+"""`dia-diffusion distortions`: scores corrupted real images to calibrate the metric."""
 
 from dataclasses import dataclass
 from pathlib import Path
