@@ -2,7 +2,6 @@
 
 import warnings
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -80,7 +79,7 @@ class EvaluatePipelines(Callback):
     def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
         """The statistics of the images that `fid` would measure the run against."""
         data, model, split = trainer.experiment.data, trainer.experiment.model, self.protocol.reference_split or "train"
-        images: Any = trainer.images
+        images = trainer.images
         if data.split != split:
             options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
             images = open_images_on_ranks(data.source, trainer.accelerator, trainer.reporter.reading, **options)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from dia_diffusion.distributed import peak_memory
 from dia_diffusion.registry import Registry
 
@@ -91,6 +93,14 @@ class LogMetrics(Callback):
         self.time, self.step = now, trainer.step
         trainer.log(values)
         trainer.logged = values
+
+
+def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
+    """Gives an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
+    for tracker in trainer.accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: image[None]}, step=trainer.step, **layout)
 
 
 class ShowProgress(Callback):

@@ -5,7 +5,7 @@
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
-Where the newest is damaged and an older one is whole, a training goes on from that, and keeps the damaged one as
+If the newest is damaged and an older one is whole, training resumes from that one, and renames the damaged one to
 step-00010000.damaged.
 
 Nothing random is in it: a step's randomness is a function of the seed and the step.

@@ -24,7 +24,7 @@ from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
-from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
+from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due, log_image
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.init_from import start_from
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
@@ -175,7 +175,7 @@ class SaveSamples(Callback):
         if self._grid_due(step):
             try:
                 save_samples(pipeline, self.experiment, grid)
-                trainer.log_image("samples", np.asarray(Image.open(grid).convert("RGB")))
+                log_image(trainer, "samples", np.asarray(Image.open(grid).convert("RGB")))
             except (InputError, RunError) as error:  # such as too little memory; training needs no grid
                 trainer.message(f"step {step:,}: no grid, {error}")
         if checkpoint_due(self.config, step):

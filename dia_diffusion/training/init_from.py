@@ -38,8 +38,8 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
     if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as of diffusers' DDPMPipeline
         theirs = AttachedModel.from_backbone(theirs, "none")
     if not isinstance(theirs, Model):
-        accepted = "UViT, AttachedModel or UNet2DModel"
-        raise InputError(f"init_from {source} holds a {type(pipeline).__name__} of a network that is no {accepted}")
+        kinds = "UViT, AttachedModel or UNet2DModel"
+        raise InputError(f"`init_from` must be a pipeline of a {kinds}, got {source}, a {type(pipeline).__name__}")
     _check_noise(source, pipeline.scheduler, experiment.noise_process())
     _check_unit(source, theirs, experiment)
     _check_backbone(source, theirs, model)
@@ -62,8 +62,7 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
     if source is not None and kept is not None and weights_hash(find_pipeline(source)) == kept["weights_sha256"]:
         return {**kept, "path": source}
     raise InputError(
-        f"the run started with init_from: {path}, and is given init_from: {source}; "
-        "resume it with its own, or choose another output"
+        f"`init_from` must be {path}, as when the run started, got {source}; choose another output for another start"
     )
 
 
@@ -71,14 +70,12 @@ def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) 
     prediction_type = scheduler.config.get("prediction_type", process.prediction_type)
     if prediction_type != process.prediction_type:
         raise InputError(
-            f"init_from {source} predicts {prediction_type!r}, and noise.prediction_type is {process.prediction_type!r}"
+            f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "
+            f"{process.prediction_type!r}"
         )
     schedule = next((name for name, kind in PROCESSES.items() if kind.is_run_by(scheduler)), "of no known name")
     if schedule != process.schedule:
-        raise InputError(
-            f"init_from {source} was trained on the noise process {schedule!r}, and noise.schedule is "
-            f"{process.schedule!r}"
-        )
+        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
@@ -88,10 +85,7 @@ def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
     for key in UNIT_KEYS:
         there, here = theirs.config.get(key) or None, own[key] or None
         if key in theirs.config and there != here:
-            raise InputError(
-                f"init_from {source} has a shared unit with model.{key} {there}, and the recipe's is {here}; "
-                "accepted: the same unit, or weights without one"
-            )
+            raise InputError(f"`model.{key}` must be {there}, as of the shared unit of init_from {source}, got {here}")
 
 
 def _check_backbone(source: str, theirs: Model, model: Model) -> None:
@@ -106,7 +100,7 @@ def _check_backbone(source: str, theirs: Model, model: Model) -> None:
             )
     for key, here in _hidden(model).items():
         if (there := _hidden(theirs).get(key, here)) != here:
-            raise InputError(f"init_from {source} has model.{key} {there}, and the recipe's is {here}")
+            raise InputError(f"`model.{key}` must be {there}, as of init_from {source}, got {here}")
 
 
 def _hidden(model: Model) -> dict[str, Any]:

@@ -12,11 +12,6 @@ from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_
 from dia_diffusion.pipelines.folder import EVALUATIONS
 from dia_diffusion.reading import Unreadable, complete_lines, parse_json
 
-SECONDS_TO_SEE_A_FILE = 90.0
-"""Until one machine sees what another has written to a shared disk. NFS remembers for 30 to 60 s (acdirmax) that a
-folder or file doesn't exist."""
-SECONDS_UNTIL_MESSAGE = 10.0
-
 
 class RunFolder:
     """The paths of what a run writes."""

@@ -47,8 +47,8 @@ class Guidance:
         network, stages = _stages(model)
         widths = [stage[0].channels or 0 for stage in stages]
         if reduction < 1 or any(width % reduction for width in widths):
-            told = ", ".join(str(width) for width in sorted(set(widths)))
-            raise InputError(f"ssia.reduction is {reduction}; accepted: what divides the blocks' widths, {told}")
+            each = ", ".join(str(width) for width in sorted(set(widths)))
+            raise InputError(f"`ssia.reduction` must divide the blocks' widths, {each}, got {reduction}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = [_head(width, reduction) for width, stage in zip(widths, stages, strict=True) for _ in stage[1:]]
@@ -120,14 +120,13 @@ def _stages(model: nn.Module) -> tuple[nn.Module, list[tuple[Position, ...]]]:
             stages = group_by_channels(insertion_points(model))
         except InputError:
             raise InputError(
-                f"ssia.weight is above 0 for a {type(model).__name__}, of whose blocks no place is known; accepted: 0, "
-                "or a model that attach() knows or was given"
+                f"`ssia.weight` must be 0 for a {type(model).__name__}, whose insertion points attach() doesn't know"
             ) from None
     stages = [stage for stage in stages if len(stage) > 1]
     if not stages:
         raise InputError(
-            f"ssia.weight is above 0 for a {type(model).__name__} without two blocks of one width in a row, the "
-            "later of which could teach the earlier; accepted: a deeper one, such as a UViT with in blocks, or 0"
+            f"`ssia.weight` must be 0 for a {type(model).__name__} without two blocks of one width in a row, the "
+            "later of which could teach the earlier"
         )
     return network, stages
 

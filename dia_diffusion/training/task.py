@@ -9,25 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dia_diffusion.data import ImageSet
 from dia_diffusion.training.callbacks import Callback, Reporter
 from dia_diffusion.training.config import EmaConfig
 
 
-class Images(Protocol):
-    """What the trainer reads of a set of images."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def class_names(self) -> tuple[str, ...] | None: ...
-    def __len__(self) -> int: ...
-
-
-def describe_images(images: Images) -> dict[str, Any]:
+def describe_images(images: ImageSet) -> dict[str, Any]:
     """What checkpoints and saved models record of a set of images."""
     return {
         "name": images.name,
@@ -100,8 +87,12 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> Images:
+    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
         """The images to train on, and whatever else is read."""
+
+    @abstractmethod
+    def callbacks(self) -> Sequence[Callback]:
+        """What this kind evaluates and saves along the way, before each checkpoint."""
 
     @abstractmethod
     def draw(self, step: int, start: int, stop: int) -> Draws:
@@ -113,7 +104,3 @@ class Task(ABC):
     @abstractmethod
     def loss(self, network: nn.Module, draws: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The mean loss () over the images of a slice of a step's draws."""
-
-    @abstractmethod
-    def callbacks(self) -> Sequence[Callback]:
-        """What this kind evaluates and saves along the way, before each checkpoint."""

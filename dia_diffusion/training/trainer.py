@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -207,7 +206,11 @@ class Trainer:
                 loss = self.task.loss(self.network, draws, total.device, self.dtype) / len(micro_batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        grad_norm = self._clip_gradients()
+        if self.config.clip_grad_norm is None:
+            self.accelerator.unscale_gradients(self.optimizer)
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         loss = self.accelerator.reduce(total, "mean")
 
         # Skip the update on all ranks if any saw inf or nan; decided on the device, without waiting for it.
@@ -240,13 +243,6 @@ class Trainer:
     def _learning_rate(self, step: int, peak: float) -> float:
         return learning_rate(self.task.optimizer_config, step, self.config.max_steps, peak)
 
-    def _clip_gradients(self) -> Tensor:
-        """The gradient norm () before clipping to train.clip_grad_norm, if any."""
-        if self.config.clip_grad_norm is not None:
-            return self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
-        self.accelerator.unscale_gradients(self.optimizer)
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-
     def check_finite(self) -> None:
         """Raises DivergedError, on all ranks, if too many steps in a row were skipped; waits for the device."""
         streak = self.finite.streak()
@@ -262,6 +258,7 @@ class Trainer:
         raise divergence(streak, rate, self.model, forward, self.accelerator)
 
     def _start(self) -> None:
+        """Opens folder and trackers, and says what is trained."""
         on_rank_zero(self.accelerator, self._open_folder)
         config = self.config
         self.message(
@@ -308,13 +305,6 @@ class Trainer:
         on_rank_zero(self.accelerator, lambda: self.folder.log_metrics({"step": self.step, **line}))
         if self.experiment.trackers:
             self.accelerator.log(line, step=self.step)
-
-    def log_image(self, name: str, image: np.ndarray) -> None:
-        """Gives an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: image[None]}, step=self.step, **layout)
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this step, on all ranks, unless there is one.

@@ -109,7 +109,7 @@ def test_first_weights_without_a_unit_gain_one(recipe: Recipe, train: Callable[.
     assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items()) and len(own) > len(theirs)
     trainer.run()
     assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(1e-2)
-    with pytest.raises(InputError, match=r"init_from .* has a shared unit with model.attention dia-lstm"):
+    with pytest.raises(InputError, match=r"model.attention` must be dia-lstm, as of the shared unit of init_from"):
         Trainer(recipe(backbone, "other", "--init_from", gained.output, "--model.attention", "srm"), Recorder())
 
 

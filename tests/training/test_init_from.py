@@ -1,4 +1,4 @@
-"""Runs that start from other weights: which they are, what may differ, and what becomes of them on going on."""
+"""Runs that start from other weights: which they are, what may differ, and how they resume."""
 
 import json
 import shutil
@@ -71,12 +71,12 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path
     assert train(tiny("run", *options(moved, 8))).step == 8  # other words for the same weights
     shutil.rmtree(moved)
     assert train(tiny("run", *options(moved, 9))).step == 9
-    with pytest.raises(InputError, match=r"started with init_from: \S*moved, and is given init_from: None"):
+    with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got None"):
         Trainer(tiny("run", "--model.attention", "none"), Recorder())
     train(tiny("other", "--model.attention", "none", "--seed", "1"))
-    with pytest.raises(InputError, match=r"started with init_from: \S*moved, and is given init_from: \S*other"):
+    with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got \S*other"):
         Trainer(tiny("run", *options(tmp_path / "other", 9)), Recorder())
-    with pytest.raises(InputError, match=r"started with init_from: None, and is given init_from: \S*run"):
+    with pytest.raises(InputError, match=r"must be None, as when the run started, got \S*run"):
         Trainer(tiny("other", *options(tmp_path / "run", 9), "--seed", "1"), Recorder())
 
 
@@ -87,10 +87,10 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path
         (("--model.num_layers", "5"), r"tensor in_blocks\.1\.norm1\.weight is missing there, \(16,\) here"),
         (("--model.time_embed_mlp", "true"), r"tensor time_embed\.0\.weight is missing there, \(64, 16\) here"),
         (("--model.final_conv", "false"), r"tensor output_conv\.weight is \(1, 1, 3, 3\) there, missing here"),
-        (("--model.num_attention_heads", "4"), r"num_attention_heads 2, and the recipe's is 4"),
-        (("--noise.prediction_type", "sample"), r"predicts 'epsilon', and noise\.prediction_type is 'sample'"),
-        (("--noise.schedule", "cosine"), r"the noise process 'vp-continuous', and noise\.schedule is 'cosine'"),
-        (("--noise.schedule", "ddpm-linear"), r"noise\.schedule is 'ddpm-linear'"),
+        (("--model.num_attention_heads", "4"), r"num_attention_heads` must be 2, .* got 4"),
+        (("--noise.prediction_type", "sample"), r"`noise\.prediction_type` must be 'epsilon', .* got 'sample'"),
+        (("--noise.schedule", "cosine"), r"`noise\.schedule` must be 'vp-continuous', .* got 'cosine'"),
+        (("--noise.schedule", "ddpm-linear"), r"`noise\.schedule` must be 'vp-continuous', .* got 'ddpm-linear'"),
     ],
 )
 def test_other_networks_and_processes_are_refused(changed, message: str, source: Path, tiny, tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_a_unit_is_neither_dropped_nor_replaced(tiny, train, tmp_path: Path) -> 
         ("attention", "dia-lstm", "dia-lstm-light"),
         ("pool_tokens", "all", "patch"),
     ):
-        with pytest.raises(InputError, match=rf"model\.{key} {there}, and the recipe's is {here}"):
+        with pytest.raises(InputError, match=rf"`model\.{key}` must be {there}, .* got {here}$"):
             Trainer(tiny("run", *start, f"--model.{key}", here), Recorder())
-    with pytest.raises(InputError, match=r"model\.attention_kwargs None, and the recipe's is \{'reduction': 8\}"):
+    with pytest.raises(InputError, match=r"`model\.attention_kwargs` must be None, .* got \{'reduction': 8\}"):
         Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"), Recorder())
     assert train(tiny("run", *start)).step == 6
 

@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     [
         (("--ssia.weight", "-1"), r"ssia.weight is -1.0; accepted: 0, which is none, or more"),
         (("--ssia.weight", ".inf"), "ssia.weight is inf"),
-        ((*GUIDED, "--ssia.reduction", "3"), "ssia.reduction is 3; accepted: what divides the blocks' widths, 16, 32"),
+        ((*GUIDED, "--ssia.reduction", "3"), "must divide the blocks' widths, 16, 32, 64, got 3"),
         (("--ssia.weight", "1"), "a CifarResNet without two blocks of one width in a row"),
         (("--ssia.wieght", "1"), r"did you mean 'ssia.weight'"),
     ],

@@ -193,10 +193,14 @@ def test_compiled_networks_give_the_same_gradients_as_one_graph() -> None:
 @pytest.mark.parametrize(
     ("network", "reduction", "told"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), 4, "a Sequential, of whose blocks no place"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)),
+            4,
+            "must be 0 for a Sequential, whose",
+        ),
         (lambda: ResNet(Bottleneck, [1, 1, 1, 1]), 4, "a ResNet without two blocks of one width in a row"),
-        (lambda: wrapped(tiny_unet)(), 5, "ssia.reduction is 5; accepted: what divides the blocks' widths, 8, 16"),
-        (tiny_vit, 0, "ssia.reduction is 0"),
+        (lambda: wrapped(tiny_unet)(), 5, "must divide the blocks' widths, 8, 16, got 5"),
+        (tiny_vit, 0, "got 0"),
     ],
 )
 def test_refusals(network: Callable[[], nn.Module], reduction: int, told: str) -> None:
