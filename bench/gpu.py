@@ -165,7 +165,7 @@ def _write_study(options: argparse.Namespace, state: State) -> Path:
     study = read_study(options.study)
     if state.steps is None:
         state.steps = options.steps or _fitting_steps(options, study)
-    values = asdict(study.config)
+    values = study.config.model_dump()
     if options.units:
         grid = values["runs"][0]
         values["runs"] = [{**grid, "units": options.units.split(","), "seeds": grid["seeds"][:1]}]

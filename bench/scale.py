@@ -3,7 +3,6 @@
 import multiprocessing
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +12,8 @@ from interleave import STEPS, block_size, exponent, seconds_of
 from limits import memory_now, memory_peak
 from results import Found
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
+
+from dia_diffusion.training.recipe import override
 
 # A U-ViT that a CPU trains in minutes; each axis changes one of its numbers.
 BASE = {"batch": 32, "width": 192, "blocks": 5, "size": 16}
@@ -57,18 +58,17 @@ def step_of(shape: dict[str, int], rounds: int, precision: str, folder: Path) ->
     """Median seconds of a step of this shape, and the bytes that it took at the most."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = experiment_of(f"{OURS}, DIA-LSTM", Setting(shape["batch"], precision, folder))
-    model = replace(
-        recipe.model,
-        sample_size=shape["size"],
-        patch_size=PATCH,
-        hidden_size=shape["width"],
-        num_layers=shape["blocks"],
-        num_attention_heads=shape["width"] // HEAD,
-    )
-    source = str(made_up_images(folder, shape["size"]))
-    output = str(folder / "-".join(map(str, shape.values())))
+    keys = {
+        "output": str(folder / "-".join(map(str, shape.values()))),
+        "data.source": str(made_up_images(folder, shape["size"])),
+        "model.sample_size": shape["size"],
+        "model.patch_size": PATCH,
+        "model.hidden_size": shape["width"],
+        "model.num_layers": shape["blocks"],
+        "model.num_attention_heads": shape["width"] // HEAD,
+    }
     before = memory_now(device)
-    step = own_step(replace(recipe, model=model, data=replace(recipe.data, source=source), output=output))
+    step = own_step(override(recipe, keys))
     step()
     block = block_size(seconds_of(step, device), device, STEPS)
     return median(seconds_of(step, device, block) for _ in range(rounds)), memory_peak(device) - before

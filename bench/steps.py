@@ -1,7 +1,7 @@
 """Training steps by name, each as its project's own code takes them, of networks of about U-ViT-S/2's size."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from official import Official
 
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import override, read_experiment
 from dia_diffusion.training.trainer import Trainer
 
 OURS = "dia-diffusion"
@@ -75,18 +75,15 @@ def experiment_of(name: str, setting: Setting) -> Experiment:
         setting.recipe,
         ["--train.batch_size", str(setting.batch_size), "--train.mixed_precision", setting.precision],
     )
-    return replace(
-        experiment,
-        output=str(setting.work / name.replace(", ", "-")),
-        data=replace(experiment.data, source=str(made_up_images(setting.work, experiment.model.sample_size))),
-        model=replace(experiment.model, attention=attention),
-        train=replace(
-            experiment.train,
-            compile="cuda-graphs" if name.endswith(GRAPHS) else name.endswith(COMPILED),
-            gradient_checkpointing="checkpointing" in name,
-            sample_every=0,
-        ),
-    )
+    keys = {
+        "output": str(setting.work / name.replace(", ", "-")),
+        "data.source": str(made_up_images(setting.work, experiment.model.sample_size)),
+        "model.attention": attention,
+        "train.compile": "cuda-graphs" if name.endswith(GRAPHS) else name.endswith(COMPILED),
+        "train.gradient_checkpointing": "checkpointing" in name,
+        "train.sample_every": 0,
+    }
+    return override(experiment, keys)
 
 
 def own_step(experiment: Experiment) -> Step:

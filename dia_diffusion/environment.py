@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib import metadata
 
-from dia_diffusion import __version__
+__version__ = "0.1.0"
 
 RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity", "numpy")
 

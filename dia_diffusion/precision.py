@@ -6,7 +6,7 @@ alone, a bfloat16 matrix product takes 40 times as long as the float32 one.
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +138,8 @@ def training_precision(recipe: Literal["auto"] | Name, device: torch.device, beg
 
 def in_precision(experiment: Any, precision: Precision) -> Any:
     """A recipe, of train or classify, with the precision that its train.mixed_precision was resolved to."""
-    return replace(experiment, train=replace(experiment.train, mixed_precision=precision.name))
+    train = experiment.train.model_copy(update={"mixed_precision": precision.name})
+    return experiment.model_copy(update={"train": train})
 
 
 def slow_warning(precision: Precision, device: torch.device) -> str | None:

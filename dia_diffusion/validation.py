@@ -6,12 +6,15 @@ what the value must be ("a multiple of 3"); a validator of several fields raises
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from dia_diffusion.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -20,6 +23,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def with_floats(value: Any) -> Any:
+    """The value with text such as "1e-4" as a float: YAML 1.1 reads numbers without a point before the e as text."""
+    if isinstance(value, dict):
+        return {key: with_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_floats(inner) for inner in value]
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if is_number else value
+
+
+# Types of a recipe's values. Whole numbers fit the 64 bits of JSON records.
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
+Float = Annotated[float, BeforeValidator(with_floats)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, lt=1)]
+Attention = Annotated[str | None, AfterValidator(lambda name: name or "none")]
+Arguments = Annotated[dict[str, Any], BeforeValidator(with_floats)]
 
 
 MUST_BE = {
@@ -34,6 +58,7 @@ MUST_BE = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "Unicode text",
     "path_type": "a path",
     "none_required": "null",
     "list_type": "a list",
@@ -57,8 +82,8 @@ def describe_error(
     """
     errors = [(_key(details["loc"], model), details) for details in error.errors(include_url=False)]
     key, first = errors[0]
-    if first["type"] == "extra_forbidden":
-        unknown = spell([*key, str(first["loc"][len(key)])])
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        unknown = spell([*key, str(first["loc"][-1])])
         return f"unknown key `{unknown}`; did you mean `{nearest(unknown, map(spell, keys_of(model)))}`?"
     if first["type"] == "missing":
         return f"`{spell(key)}` is missing"
@@ -66,7 +91,16 @@ def describe_error(
         return str(cause)
     # Each type of a union has its own error.
     expected = dict.fromkeys(_must_be(details) for other, details in errors if other == key)
-    return f"`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
+    each = "each of " if any(isinstance(part, int) for part in first["loc"][len(key) :]) else ""
+    return f"{each}`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
+
+
+def validate(model: type[Model], values: Any, where: str = "") -> Model:
+    """The model of what a file or a recipe holds. Raises InputError, which begins with `where`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{where}{describe_error(error, model)}") from None
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -99,6 +133,8 @@ def _key(location: Sequence[str | int], model: type[BaseModel] | None) -> tuple[
     """The key of an error: of its location the names of fields, without indices and without types of a union."""
     key: list[str] = []
     for part in location:
+        if model is not None and isinstance(part, int):
+            continue  # an item of a list of models
         fields = {} if model is None else {field.alias or name: field for name, field in model.model_fields.items()}
         if part not in fields:
             break

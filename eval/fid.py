@@ -2,7 +2,7 @@
 
 import sys
 
-from dia_diffusion.cli.main import main
+from dia_diffusion_command import main
 
 if __name__ == "__main__":
     sys.exit(main(["fid", *sys.argv[1:]]))

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from dia_diffusion.analysis.class_share import ClassMeans
 from dia_diffusion.analysis.map_moments import MapMoments, split_variance
-from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import Stage, attended_stages, maps_during
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 
 RANGE = (10, 90)  # percentiles over channels
 
@@ -75,7 +74,9 @@ def summary(moments: Sequence[MapMoments]) -> dict[str, Any]:
     }
 
 
-def maps_of_run(run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT) -> dict[str, Any]:
+def maps_of_run(
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
+) -> dict[str, Any]:
     """A run's record: the summary of each step's averaged weights, and of the first weights where all steps are meant.
 
     Raises:

@@ -19,9 +19,8 @@ from torch import nn
 
 from dia_diffusion.analysis.attention_maps import measure_maps
 from dia_diffusion.analysis.map_stream import Maps, centred, map_stream
-from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import attended_stages
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 
 VARIANTS = ("maps", "centred")
 BINS = 400  # of the coefficients' histogram, over -1..1
@@ -107,7 +106,7 @@ def correlations(run: TrainedRun, model: nn.Module, coverage: Coverage) -> list[
 
 
 def correlations_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
 ) -> dict[str, Any]:
     """A run's record: the correlations of each step's averaged weights; `mean` is over all pairs of all stages.
 

@@ -24,9 +24,8 @@ from dia_diffusion.analysis.attention_maps import measure_maps
 from dia_diffusion.analysis.correlation import CONSTANT
 from dia_diffusion.analysis.map_moments import MapMoments
 from dia_diffusion.analysis.map_stream import centred, map_stream
-from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import attended_stages
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 
 VARIANTS = ("maps", "centred")
 TREES = 100
@@ -107,7 +106,7 @@ def importances_of_model(
 def importances_of_run(
     run: TrainedRun,
     steps: Sequence[int] | None = None,
-    coverage: Coverage = DEFAULT,
+    coverage: Coverage = DEFAULT_COVERAGE,
     num_samples: int = 20_000,
     fitted: Callable[[int], None] = lambda forests: None,
 ) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.options import Coverage
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import Coverage, TrainedRun
 
 
 @torch.no_grad()

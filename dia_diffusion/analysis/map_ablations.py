@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from dia_diffusion.analysis.attention_maps import measure_maps
 from dia_diffusion.analysis.losses import compared, losses
 from dia_diffusion.analysis.map_moments import MapMoments
-from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import attended_stages
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.attention.layers import recalibrate
 
 # what h still depends on -> the axes of its mean over images (L, T, N) that it is averaged over as well
@@ -59,7 +58,7 @@ def _in_turn(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Callable[[in
 
 
 def ablations_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
 ) -> dict[str, Any]:
     """A run's record: the loss of each step's averaged weights with their own h and with each replacement.
 

@@ -8,9 +8,8 @@ import numpy.typing as npt
 from torch import nn
 
 from dia_diffusion.analysis.map_moments import MapMoments
-from dia_diffusion.analysis.options import Coverage
 from dia_diffusion.analysis.stages import attended_stages, maps_during
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import Coverage, TrainedRun
 
 Maps = npt.NDArray[np.float64]
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.losses import compared, losses
-from dia_diffusion.analysis.options import DEFAULT, Coverage
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.analysis.trained_run import TrainedRun
+from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import Mlp, UViT
 
@@ -92,7 +91,7 @@ def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
 
 
 def linearity_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT
+    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
 ) -> dict[str, Any]:
     """A run's record: how linear each step's averaged weights make the MLPs, and the loss with lines in all of them.
 

@@ -1,7 +1,6 @@
 """Models by name without attention units, on torch's meta device, for counting."""
 
 import re
-from dataclasses import fields, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -36,9 +35,9 @@ def model_named(name: str) -> nn.Module:
         if name.partition("/")[0] in UVIT_SIZES and "/" in name:
             return UViT.from_size(name, attention=None)
         if any(re.fullmatch(pattern, name) for pattern in PATTERNS.values()):
-            return build_classifier(BackboneConfig(name, num_classes=CLASSES))
+            return build_classifier(BackboneConfig(backbone=name, num_classes=CLASSES))
         if name in RESNETS or name in VITS:
-            return build_classifier(BackboneConfig(name, sample_size=224, num_classes=IMAGENET_CLASSES))
+            return build_classifier(BackboneConfig(backbone=name, sample_size=224, num_classes=IMAGENET_CLASSES))
         experiment = recipe_named(name)
         if isinstance(experiment, ClassifyExperiment):
             return build_classifier(without_unit(experiment.model))
@@ -63,8 +62,8 @@ def recipe_named(name: str) -> Experiment | ClassifyExperiment:
 
 def without_unit(config: Config) -> Config:
     """A recipe's model with no attention unit."""
-    unit: dict[str, Any] = {field.name: None for field in fields(config) if field.name.startswith("attention_")}
-    return replace(config, attention="none", **unit)
+    unit: dict[str, Any] = {key: None for key in config.model_dump() if key.startswith("attention_")}
+    return config.model_copy(update={"attention": "none", **unit})
 
 
 @cache

@@ -1,15 +1,14 @@
 """`dia-diffusion accuracies`: trained classifiers side by side, with tests against a baseline and a figure."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from rich.table import Table
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.imports import imports
+from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.io import refuse_existing, write_json, write_text
+from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
     from dia_diffusion.studies.accuracies import Row
@@ -28,25 +27,28 @@ COLUMNS = [
 ]
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Compares what the arguments say."""
-    parser = CommandParser("accuracies", "Compares the test accuracies of classifiers, over seeds.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs of classify that have ended")
-    parser.add_argument(
-        "--baseline", default="none", metavar="UNIT", help="the unit that the others are tested against"
-    )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the table, figure and numbers")
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """Compares the test accuracies of classifiers, over seeds."""
+
+    runs: Annotated[tuple[str, ...], Positional("RUN")]
+    """Finished runs of classify."""
+    baseline: Annotated[str, Metavar("UNIT")] = "none"
+    """The unit that the others are tested against."""
+    out: Annotated[Path | None, Metavar("DIR")] = None
+    """A new folder for the table, figure and numbers."""
+
+
+def run(options: Options) -> None:
+    """Prints the table, and writes it with its figure."""
+    from dia_diffusion.studies.accuracies import compare, read_result
+    from dia_diffusion.studies.accuracy_figure import draw_accuracies
+
     if options.out is not None:
         refuse_existing(options.out)
-    with imports():
-        from dia_diffusion.studies.accuracies import compare, read_result
-        from dia_diffusion.studies.accuracy_figure import draw_accuracies
-
     rows = compare([read_result(run) for run in options.runs], options.baseline)
     cells = [COLUMNS, *map(_cells, rows)]
-    told = [column for column in range(len(COLUMNS)) if any(line[column] for line in cells[1:])]
-    heads, *lines = [[line[column] for column in told] for line in cells]
+    filled = [column for column in range(len(COLUMNS)) if any(line[column] for line in cells[1:])]
+    heads, *lines = [[line[column] for column in filled] for line in cells]
     table = Table(*heads)
     for line in lines:
         table.add_row(*line)

@@ -1,31 +1,19 @@
-"""`dia-diffusion classify`: trains a classifier, or goes on with it; under `accelerate launch` as train/classify.py."""
+"""`dia-diffusion classify`: trains a classifier, or resumes it; under `accelerate launch` as train/classify.py."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from dia_diffusion.cli.train import run_recipe
+from dia_diffusion.cli.options import options_parser
+from dia_diffusion.cli.train import parse_command, train
 from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.recipe import recipe_parser, recipes_folder
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains what the arguments say."""
-    run_recipe(arguments, ClassifyExperiment, help_text, _task)
+def parse(arguments: Sequence[str]) -> ClassifyExperiment:
+    """The recipe with what overrides it."""
+    return parse_command(arguments, ClassifyExperiment, "classify", options_parser(ClassifyExperiment, "classify"))
 
 
-def _task(experiment: ClassifyExperiment) -> Any:
+def run(experiment: ClassifyExperiment) -> None:
+    """Trains the classifier."""
     from dia_diffusion.training.classification import ClassificationTask
 
-    return ClassificationTask(experiment)
-
-
-def help_text() -> str:
-    """Usage, the shipped recipes and every key."""
-    names = ", ".join(sorted(path.stem for path in recipes_folder(ClassifyExperiment).glob("*.yaml")))
-    keys = recipe_parser(ClassifyExperiment).format_help().split("options:")[-1]
-    return (
-        "usage: dia-diffusion classify --config RECIPE [--KEY VALUE ...]\n"
-        "       accelerate launch train/classify.py --config RECIPE [--KEY VALUE ...]\n\n"
-        "Trains a classifier into the folder `output`; the same command goes on with a run that was stopped.\n"
-        f"RECIPE is a YAML file or one of: {names}\n\nkeys:{keys}"
-    )
+    train(ClassificationTask(experiment))

@@ -1,20 +1,26 @@
 """`dia-diffusion convert`: official U-ViT weights into a pipeline folder."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.options import Positional
+from dia_diffusion.validation import Strict
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Converts what the arguments say."""
-    parser = CommandParser("convert", "Turns official U-ViT weights into a pipeline folder; runs nothing in them.")
-    parser.add_argument("source", metavar="IN.pth", type=Path, help="weights as U-ViT's own training saves them")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the pipeline folder to make")
-    parser.add_argument("--heads", type=int, help="attention heads, where the width is none of the published ones")
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """Turns official U-ViT weights into a pipeline folder; runs no code in them."""
 
+    source: Annotated[Path, Positional("IN.pth")]
+    """Weights as U-ViT's own training saves them."""
+    out: Annotated[Path, Positional("OUT")]
+    """The pipeline folder to make."""
+    heads: int | None = None
+    """Attention heads, where the width is none of the published ones."""
+
+
+def run(options: Options) -> None:
+    """Converts the weights."""
     from dia_diffusion.sharing.convert import convert_to_pipeline
 
     convert_to_pipeline(options.source, options.out, options.heads)

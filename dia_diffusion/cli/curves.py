@@ -1,88 +1,89 @@
-"""`dia-diffusion curves`: distance against images seen, of a study or a line a run (the paper's Fig. 8)."""
+"""`dia-diffusion curves`: distance against images seen, of a study or a line per run (the paper's Fig. 8)."""
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from dia_diffusion.cli.arguments import CommandParser
+from pydantic import Field, model_validator
+
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.imports import imports
+from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.floor import recorded_floor
-from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.io import write_json
-from dia_diffusion.studies.study import STUDY_FILE, study_names
-from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.validation import Strict
 
-STUDY_OPTIONS = ("output", "data", "reference", "final_protocol", "jobs", "plan", "only_plot")
-"""What `add_study_options` adds, by the names that they have once parsed."""
+if TYPE_CHECKING:
+    from dia_diffusion.evaluation.record import EvaluationRecord
 
-RUN_OPTIONS = ("out", "floor", "title")
-"""What says something of run folders only."""
+OF_STUDIES = ("output", "data", "reference", "final_protocol", "jobs", "plan", "only_plot")
+OF_RUNS = ("out", "floor", "title")
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Draws what the arguments say; of a study, trains and measures first what is missing."""
-    parser = CommandParser("curves", "Draws distance against images seen: of a study, or of runs that `fid` measured.")
-    parser.add_argument(
-        "subjects",
-        nargs="+",
-        metavar="STUDY_or_RUN",
-        help=f"a study: a YAML file, its folder, or one of {', '.join(study_names())}; or run folders with evaluations",
-    )
-    parser.add_argument(
-        "--protocol",
-        help="of a study: the one of its curves, by name or file; of runs measured by several: the start of its hash",
-    )
-    add_study_options(parser)
-    group = parser.add_argument_group("options of runs")
-    group.add_argument("--out", type=Path, default=Path("curves.png"), help="the figure; its numbers lie beside it")
-    group.add_argument(
-        "--floor",
-        metavar="FILE_or_DISTANCE",
-        help="a line for what a perfect model would reach: a number, or the file that `fid` recorded real images in",
-    )
-    group.add_argument("--title", help="above the figure")
-    options = parser.parse_args(arguments)
-    study = len(options.subjects) == 1 and names_study(options.subjects[0])
-    for name in RUN_OPTIONS if study else STUDY_OPTIONS:
-        if (value := getattr(options, name)) != parser.get_default(name):
-            said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-            which = "a study" if study else "run folders"
-            raise InputError(f"{said} says nothing of {which}; leave it out")
-    if study:
-        with imports():
-            from dia_diffusion.cli.study import run_study_command
-        run_study_command(options)
-    else:
+class Options(Strict):
+    """Draws distance against images seen: of a study, or of runs that `fid` measured."""
+
+    subjects: Annotated[tuple[str, ...], Positional("STUDY_or_RUN")]
+    """A study: a YAML file, its folder, or the name of a shipped one, such as digits; or run folders with
+    evaluations."""
+    protocol: str | None = None
+    """Of a study: the one of its curves, by name or file; of runs measured by several: the start of its hash."""
+    output: str | None = None
+    """Of a study: its folder; if not given, the one that the study names."""
+    data: Annotated[str | None, Metavar("SOURCE")] = None
+    """Of a study: the images to train on; if not given, the recipe's data.source."""
+    reference: Annotated[str | None, Metavar("DATA")] = None
+    """Of a study: the images to measure against; if not given, those trained on."""
+    final_protocol: Annotated[str | None, Metavar("NAME")] = None
+    """Of a study: the protocol of the last checkpoints; none for none."""
+    jobs: int = Field(1, ge=1)
+    """Of a study: runs at the same time, which share the cores, or have a GPU each."""
+    plan: bool = False
+    """Of a study: only print what is missing, and what it would take."""
+    only_plot: bool = False
+    """Of a study: only draw what there is."""
+    out: Path = Path("curves.png")
+    """Of runs: the figure; its numbers go beside it."""
+    floor: Annotated[str | None, Metavar("FILE_or_DISTANCE")] = None
+    """Of runs: a line for what a perfect model would reach: a number, or the file that `fid` recorded real images
+    in."""
+    title: str | None = None
+    """Of runs: above the figure."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Options":
+        refuse_both(self, "plan", "only_plot")
+        return self
+
+
+def run(options: Options) -> None:
+    """Draws the curves; of a study, trains and measures first what is missing."""
+    is_study = len(options.subjects) == 1 and names_study(options.subjects[0])
+    for name in OF_RUNS if is_study else OF_STUDIES:
+        if (value := getattr(options, name)) != Options.model_fields[name].default:
+            got = "" if value is True else f", got {value}"
+            raise InputError(f"`{flag([name])}` must be left out for {'a study' if is_study else 'run folders'}{got}")
+    if not is_study:
         _draw_runs(options)
+        return
+    from dia_diffusion.cli.study import run_study_command
 
-
-def add_study_options(parser: CommandParser) -> None:
-    """--output, --data, --reference, --final-protocol, --jobs, --plan, --only-plot."""
-    group = parser.add_argument_group("options of a study")
-    group.add_argument("--output", help="the study's folder; if none, the one that the study names")
-    group.add_argument("--data", metavar="SOURCE", help="the images to train on; if none, the recipe's data.source")
-    group.add_argument("--reference", metavar="DATA", help="the images to measure against; if none, those trained on")
-    group.add_argument("--final-protocol", metavar="NAME", help="of the last checkpoints; none for none")
-    group.add_argument("--jobs", type=int, default=1, help="runs side by side, the cores divided, or a GPU each")
-    what = group.add_mutually_exclusive_group()
-    what.add_argument("--plan", action="store_true", help="only say what is missing, and what it would take")
-    what.add_argument("--only-plot", action="store_true", help="only draw what there is")
+    run_study_command(options)
 
 
 def names_study(name: str) -> bool:
-    """Whether it is a study: what is no folder, the folder of one, or a shipped one's name rather than a run's."""
+    """Whether it is a study: not a folder, a study's folder, or a shipped one's name rather than a run's."""
+    from dia_diffusion.studies.study import STUDY_FILE, study_names
+    from dia_diffusion.training.run_folder import RunFolder
+
     folder = RunFolder(name)
     is_run = folder.config.is_file() or folder.evaluations.is_file()
     return not folder.path.is_dir() or (folder.path / STUDY_FILE).is_file() or (name in study_names() and not is_run)
 
 
-def _draw_runs(options: argparse.Namespace) -> None:
+def _draw_runs(options: Options) -> None:
+    from dia_diffusion.evaluation.curves import draw_curves
+
     runs = [(label(run), records(run, options.protocol)) for run in options.subjects]
     floor = None if options.floor is None else floor_of(options.floor, runs[0][1][0])
-    with imports():
-        from dia_diffusion.evaluation.curves import draw_curves
     points = draw_curves(runs, options.out, floor=floor, title=options.title)
     numbers = options.out.with_suffix(".json")
     write_json(numbers, points)
@@ -94,22 +95,27 @@ def label(run: str) -> str:
     return Path(run).resolve().name
 
 
-def records(run: str, protocol: str | None = None) -> list[EvaluationRecord]:
+def records(run: str, protocol: str | None = None) -> "list[EvaluationRecord]":
     """A run's records, of one protocol where its hash's start is given."""
+    from dia_diffusion.evaluation.record import read_records
+    from dia_diffusion.training.run_folder import RunFolder
+
     file = RunFolder(run).evaluations
     if not file.is_file():
         raise InputError(f"{run} has no evaluations.jsonl; `dia-diffusion fid {run} --every-step` makes it")
-    found = [r for r in read_records(file) if protocol is None or r.protocol_hash().startswith(protocol)]
-    if not found:
+    chosen = [r for r in read_records(file) if protocol is None or r.protocol_hash().startswith(protocol)]
+    if not chosen:
         raise InputError(f"{run} has no evaluations of protocol {protocol}")
-    return found
+    return chosen
 
 
-def floor_of(floor: str, record: EvaluationRecord) -> float:
+def floor_of(floor: str, record: "EvaluationRecord") -> float:
     """A number, or the distance of a file's newest record that was measured as a run's record was."""
+    from dia_diffusion.evaluation.floor import recorded_floor
+
     try:
         return float(floor)
     except ValueError:
         if not Path(floor).is_file():
-            raise InputError(f"--floor {floor} is neither a number nor a file of evaluations") from None
+            raise InputError(f"`--floor` must be a number or a file of evaluations, got {floor}") from None
     return recorded_floor(Path(floor), record)

@@ -1,50 +1,58 @@
 """`dia-diffusion distortions`: what a distance means, by the distances of real images spoilt in known ways."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Annotated
 
 from rich.table import Table
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
-from dia_diffusion.cli.feature_options import add_feature_options, load_features, tell_unreleased
-from dia_diffusion.cli.imports import imports
-from dia_diffusion.data import SPLITS, open_images
-from dia_diffusion.data.sources import accepted_sources
+from dia_diffusion.cli.options import Metavar, Positional
+from dia_diffusion.cli.shared_options import FeatureOptions, Split, load_features, warn_unreleased
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.io import write_json
-from dia_diffusion.sampling.samplers import parse_seeds
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Measures what the arguments say."""
-    parser = CommandParser("distortions", "Measures real images that are spoilt in known ways, and prints the table.")
-    parser.add_argument("images", metavar="IMAGES", help=f"what is spoilt: {accepted_sources()}")
-    parser.add_argument("--split", default="train", choices=SPLITS, help="of IMAGES, where they have parts")
-    parser.add_argument("--reference", required=True, metavar="DATA", help="other images of the same kind")
-    parser.add_argument("--reference-split", default="train", choices=SPLITS, help="of the reference")
-    add_feature_options(parser)
-    parser.add_argument("--size", type=int, help="crop and resize all images to this size first")
-    parser.add_argument("--num", type=int, default=10_000, help="images a row")
-    parser.add_argument("--seeds", default="0-2", help="choices of images to repeat it with, such as 0-2")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="the numbers; a PNG of the images beside it")
-    options = parser.parse_args(arguments)
+class Options(FeatureOptions):
+    """Scores corrupted real images to calibrate the metric, and prints the table."""
+
+    images: Annotated[str, Positional("IMAGES")]
+    """What is corrupted: a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10 or
+    cifar100."""
+    split: Split = "train"
+    """Of IMAGES, where they have parts."""
+    reference: Annotated[str, Metavar("DATA")]
+    """Other images of the same kind."""
+    reference_split: Split = "train"
+    """Of the reference."""
+    size: int | None = None
+    """Crop and resize all images to this size first."""
+    num: int = 10_000
+    """Images per row."""
+    seeds: str = "0-2"
+    """Choices of images to repeat it with, such as 0-2."""
+    out: Annotated[Path | None, Metavar("FILE.json")] = None
+    """The numbers; a PNG of the images goes beside it."""
+
+
+def run(options: Options) -> None:
+    """Scores the corrupted images."""
+    import torch
+
+    from dia_diffusion.data import open_images
+    from dia_diffusion.evaluation.distortions import cases, draw_spoilt
+    from dia_diffusion.evaluation.record import distance_name
+    from dia_diffusion.evaluation.reference import reference_statistics
+    from dia_diffusion.sampling.samplers import parse_seeds
+
     seeds = parse_seeds(options.seeds)
     if options.out is not None and options.out.suffix != ".json":
-        raise InputError(f"--out is {options.out}; accepted: a file ending in .json, a PNG goes beside it")
-    with imports():
-        import torch
-
-        from dia_diffusion.evaluation.distortions import cases, draw_spoilt
-        from dia_diffusion.evaluation.reference import reference_statistics
-
+        raise InputError(f"`--out` must be a file ending in .json, got {options.out}; a PNG goes beside it")
     extractor = load_features(options, options.images, "cuda" if torch.cuda.is_available() else "cpu")
-    tell_unreleased(options, extractor)
+    warn_unreleased(options, extractor)
     images = open_images(options.images, split=options.split, size=options.size)
-    size = images.shape[-1]
+    size = images.images.shape[-1]
     others = None if images.name == "digits" else open_images("digits", split="train", size=size)
     real = open_images(options.reference, split=options.reference_split, size=size)
     reference = reference_statistics(real, extractor)
@@ -84,7 +92,7 @@ class Row:
 
 def _table(rows: list[Row], metric: str) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("images", "amount", metric, "+-", "images a set", "sets"):
+    for column in ("images", "amount", metric, "+-", "images per set", "sets"):
         table.add_column(column, justify="left" if column == "images" else "right")
     for row in rows:
         table.add_row(

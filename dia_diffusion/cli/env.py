@@ -4,15 +4,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dia_diffusion.cli.arguments import CommandParser
-from dia_diffusion.cli.imports import imports
 from dia_diffusion.environment import installed_versions, usable_cores
 from dia_diffusion.errors import first_line
+from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +32,12 @@ VARIABLES = (
 CPU_SIZE, GPU_SIZE, EMULATED_SIZE = 1024, 4096, 256
 
 
-def run(arguments: Sequence[str]) -> None:
+class Options(Strict):
+    """Prints versions, devices, precision and speed of this machine. Paste it into a bug report."""
+
+
+def run(_: Options) -> None:
     """Prints the lines as they are known."""
-    CommandParser(
-        "env", "Prints versions, devices, precision and speed of this machine. Paste it into a bug report."
-    ).parse_args(arguments)
-    with imports():
-        import dia_diffusion.precision  # noqa: F401
     for key, value in describe():
         print(f"{key}: {value}")
 

@@ -1,29 +1,33 @@
-"""`dia-diffusion export`: a pipeline folder for others, on demand with the code that loads it without this package."""
+"""`dia-diffusion export`: a pipeline folder to share, with --with-code loadable without this package."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.imports import imports
-from dia_diffusion.pipelines.folder import find_pipeline
+from dia_diffusion.cli.options import Positional
+from dia_diffusion.validation import Strict
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Exports what the arguments say."""
-    parser = CommandParser("export", "Copies a pipeline with its card and evaluations, without paths of this machine.")
-    parser.add_argument("source", metavar="PIPELINE_OR_RUN", help="a pipeline folder, or a run folder")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make, where there is nothing yet")
-    parser.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
-    parser.add_argument(
-        "--with-code", action="store_true", help="add generated code, so that diffusers alone loads the folder"
-    )
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """Copies a pipeline with its card and evaluations, without paths of this machine."""
+
+    source: Annotated[str, Positional("PIPELINE_OR_RUN")]
+    """A pipeline folder, or a run folder."""
+    out: Annotated[Path, Positional("OUT")]
+    """The folder to make, which must not exist or be empty."""
+    step: int | None = None
+    """Which of a run's pipelines; the newest if not given."""
+    with_code: bool = False
+    """Add generated code, so that diffusers alone loads the folder."""
+
+
+def run(options: Options) -> None:
+    """Exports the pipeline."""
+    from dia_diffusion.pipelines.folder import find_pipeline
+    from dia_diffusion.sharing.export import export_pipeline, shared_files
+
     source = find_pipeline(options.source, options.step)
-    with imports():
-        from dia_diffusion.sharing.export import export_pipeline, shared_files
-    left_out = export_pipeline(source, options.out, options.with_code)
-    tell_left_out(left_out)
+    print_left_out(export_pipeline(source, options.out, options.with_code))
     files, _ = shared_files(options.out)
     console.print(f"{options.out}: {len(files)} files of {source}")
     if options.with_code:
@@ -31,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
         console.print(f"it carries code, and loads by diffusers alone: {call}")
 
 
-def tell_left_out(left_out: dict[Path, str]) -> None:
-    """Says what of a folder stays where it is, and why."""
+def print_left_out(left_out: dict[Path, str]) -> None:
+    """Says which files of a folder are left out, and why."""
     if left_out:
         console.print("left out: " + ", ".join(f"{path} ({reason})" for path, reason in left_out.items()))

@@ -1,115 +1,207 @@
-"""`dia-diffusion fid`: Frechet distances to reference images; also under `accelerate launch eval/fid.py`."""
+"""`dia-diffusion fid`: Frechet distances to reference images; also under `accelerate launch eval/fid.py`.
 
-import argparse
-from collections.abc import Sequence
+Here are the options and what a protocol decides of them; `measuring` does the work.
+"""
+
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dia_diffusion.cli.arguments import CommandParser
-from dia_diffusion.cli.feature_options import add_feature_options
-from dia_diffusion.cli.fid_protocol import (
-    add_protocol_option,
-    check_pipelines,
-    check_records,
-    parse_with_protocol,
-    reference_of_training,
-)
-from dia_diffusion.cli.fid_records import check_record_file, records_file_of
-from dia_diffusion.cli.imports import imports
-from dia_diffusion.cli.sampling_options import SAMPLING, add_sampling_options, check_batch_size
-from dia_diffusion.data import SPLITS
-from dia_diffusion.data.sources import accepted_sources
+from pydantic import Field, model_validator
+
+from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both
+from dia_diffusion.cli.shared_options import FeatureOptions, SamplingOptions, Split
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.extras import KID_SUBSET_SIZE, METRICS, Extras
-from dia_diffusion.io import step_folders
-from dia_diffusion.pipelines.folder import find_pipeline
-from dia_diffusion.training.run_folder import RunFolder
 
-DEFAULT_COUNT = 1000  # images of a pipeline
+if TYPE_CHECKING:
+    from dia_diffusion.evaluation.extras import Extras
+    from dia_diffusion.evaluation.protocols import NamedProtocol
 
-
-def run(arguments: Sequence[str]) -> None:
-    """Measures what the arguments say."""
-    options = _parse(arguments)
-    folders = _pipelines(options)
-    if options.reference is None:
-        options.reference = reference_of_training(folders[-1])
-    if options.protocol is not None:
-        check_pipelines(options.protocol, folders)
-        check_records(options.protocol, [records_file_of(options, folder) for folder in folders or (None,)])
-    extras = _extras(options)
-    with imports():
-        from dia_diffusion.cli.measuring import measure
-    measure(folders, options, extras, options.num or DEFAULT_COUNT)
+DEFAULT_COUNT = 1000
+"""Images of a pipeline."""
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, with what a protocol decides filled in; refuses what can't be measured before anything is read."""
-    parser = CommandParser("fid", "Measures the Frechet distance of images to reference images.")
-    parser.add_argument("source", metavar="SOURCE", help="a pipeline, a run, or images: a folder, a zip, digits, ...")
-    parser.add_argument(
-        "--reference",
-        metavar="DATA",
-        help=f"{accepted_sources()}; or a file of statistics; if none, with --protocol, what a run was trained on",
-    )
-    add_protocol_option(parser)
-    parser.add_argument("--reference-split", choices=SPLITS, help="of the reference's images; train if none")
-    parser.add_argument("--split", choices=SPLITS, help="of SOURCE, where it is images that have parts; train if none")
-    parser.add_argument("--size", type=int, help="crop and resize images to this size; a pipeline's have their own")
-    parser.add_argument("--channels", type=int, default=3, help="of images: 3, or 1 to measure them in grey")
-    parser.add_argument("--num", type=int, help=f"images to measure; if none {DEFAULT_COUNT}, of a folder all")
-    add_feature_options(parser)
-    parser.add_argument("--metrics", default="fid", help=f"of {', '.join(METRICS)}; the distance is always there")
-    parser.add_argument("--kid-subset-size", type=int, default=KID_SUBSET_SIZE, help="images a subset of KID")
-    parser.add_argument("--bootstrap", type=int, default=0, help="resamples for the distance's 95 %% interval; 0: none")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
-    which.add_argument("--every-step", action="store_true", help="all of a run's pipelines, one after the other")
-    add_sampling_options(parser)
-    parser.add_argument(
-        "--record", type=Path, help="the file to add records to; if none, evaluations.jsonl of the run, else here"
-    )
-    options = parser.parse_args(arguments)
-    drawn = _is_drawn(Path(options.source))
-    _refuse_ignored(options, parser, drawn)
-    if options.reference is None and not (options.protocol is not None and drawn):
-        raise InputError("--reference is missing; accepted without it: a run or its pipeline, with --protocol")
-    if options.protocol is not None:
-        options = parse_with_protocol(parser, arguments, drawn)
-    if options.num is not None and options.num < 2:
-        raise InputError(f"--num is {options.num}; accepted: 2 or more")
-    check_batch_size(options)
+class Options(SamplingOptions, FeatureOptions):
+    """Measures the Frechet distance of images to reference images."""
+
+    source: Annotated[str, Positional("SOURCE")]
+    """A pipeline, a run, or images: a folder, a zip, digits, ..."""
+    reference: Annotated[str | None, Metavar("DATA")] = None
+    """Images (a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10, cifar100), or a file of
+    statistics; if not given, with --protocol, what a run was trained on."""
+    protocol: Annotated[str | None, Metavar("NAME")] = None
+    """A YAML file, or the name of a shipped one, such as fd-digits: decides features, number of images, part of the
+    reference, and how a pipeline is sampled; of images that are there already, the first three."""
+    reference_split: Split | None = None
+    """Of the reference's images; train if not given."""
+    split: Split | None = None
+    """Of SOURCE, where it is images that have parts; train if not given."""
+    size: int | None = None
+    """Crop and resize images to this size; a pipeline's have their own."""
+    channels: Literal[1, 3] = 3
+    """Of images: 3, or 1 to measure them in gray."""
+    num: int | None = Field(None, ge=2)
+    """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
+    metrics: list[str] = Field(["fid"])
+    """Of fid, kid, isc, prc; the distance is always measured."""
+    kid_subset_size: int = 1000
+    """Images per subset of KID."""
+    bootstrap: int = 0
+    """Resamples for the distance's 95 % interval; 0 for none."""
+    step: int | None = None
+    """Which of a run's pipelines; the newest if not given."""
+    every_step: bool = False
+    """All of a run's pipelines, one after the other."""
+    record: Path | None = None
+    """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Options":
+        refuse_both(self, "step", "every_step")
+        return self
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be measured, checked."""
+
+    options: Options
+    """With what the protocol decides filled in."""
+    protocol: "NamedProtocol | None"
+    pipelines: list[Path]
+    """In order of step; empty where the source is images."""
+    reference: str
+    extras: "Extras"
+
+    def spell(self, name: str) -> str:
+        """An option with its value for a message, and which protocol has decided it."""
+        text = f"{flag([name])} {getattr(self.options, name)}"
+        if self.protocol is not None and name in _decided(self.protocol):
+            text += f" of protocol {self.protocol.name}"
+        return text
+
+    def records_file(self, pipeline: Path | None) -> Path:
+        """Where the records of a pipeline, or of images, are kept."""
+        from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
+
+        return self.options.record or (Path(EVALUATIONS) if pipeline is None else records_file(pipeline))
+
+
+def run(options: Options) -> None:
+    """Measures what the options ask for and records it."""
+    from dia_diffusion.cli.measuring import measure
+
+    measure(resolve(options))
+
+
+def resolve(options: Options) -> Request:
+    """The request of the options; refuses what can't be measured before anything is computed."""
+    from dia_diffusion.evaluation.extras import Extras
+    from dia_diffusion.evaluation.protocols import read_protocol
+
+    source = Path(options.source)
+    is_model = any((source / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
+    _refuse_ignored(options, is_model)
+    if options.reference is None and not (options.protocol is not None and is_model):
+        raise InputError("`--reference` is missing; only a run or its pipeline with --protocol needs none")
+    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    if protocol is not None:
+        options = _fill_in(options, protocol, is_model)
     if options.record is not None:
         check_record_file(options.record)
-    return options
+    pipelines = _pipelines(options) if is_model else []
+    reference = options.reference or _training_images(pipelines[-1])
+    extras = Extras(tuple(options.metrics), options.kid_subset_size, options.bootstrap)
+    request = Request(options, protocol, pipelines, reference, extras)
+    if protocol is not None:
+        _check_against(protocol, request)
+    return request
 
 
-def _pipelines(options: argparse.Namespace) -> list[Path]:
-    """The folders of the pipelines to measure, in order of step; none where the source is images."""
-    source = Path(options.source)
-    if not _is_drawn(source):
-        if options.every_step or options.step is not None:
-            raise InputError(f"{source} is no run folder; --step and --every-step choose among a run's pipelines")
-        return []
-    if options.every_step and (folders := list(step_folders(RunFolder(source).pipelines).values())):
-        return folders
-    return [find_pipeline(source, options.step)]
+def _refuse_ignored(options: Options, is_model: bool) -> None:
+    """Raises InputError for an option that has no effect on this kind of source."""
+    why = "draws images of its own" if is_model else "is no pipeline and no run"
+    ignored = ("size", "channels", "split") if is_model else (*SamplingOptions.model_fields, "step", "every_step")
+    for name in ignored:
+        if (value := getattr(options, name)) != Options.model_fields[name].default:
+            given = flag([name]) if value is True else f"{flag([name])} {value}"
+            raise InputError(f"{given}: {options.source} {why}; leave it out")
 
 
-def _is_drawn(source: Path) -> bool:
-    """Whether it is a pipeline or a run, and no images."""
-    return (
-        (source / "pipelines").is_dir() or (source / "model_index.json").is_file() or (source / "config.yaml").is_file()
-    )
+def _fill_in(options: Options, protocol: "NamedProtocol", is_model: bool) -> Options:
+    """The options with what the protocol decides; raises InputError for one of these that is given too."""
+    decided = {
+        name: value
+        for name, value in _decided(protocol).items()
+        if is_model or name not in SamplingOptions.model_fields
+    }
+    for name in options.model_fields_set & decided.keys():
+        says = "all" if decided[name] is None else decided[name]
+        given = f"{flag([name])} {getattr(options, name)}"
+        raise InputError(f"{given}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol")
+    return options.model_copy(update=decided)
 
 
-def _refuse_ignored(options: argparse.Namespace, parser: CommandParser, drawn: bool) -> None:
-    """Raises InputError for an option that says nothing of this kind of source."""
-    why = "draws images of its own" if drawn else "is no pipeline and no run"
-    for name in ("size", "channels", "split") if drawn else SAMPLING:
-        if (value := getattr(options, name)) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} {value}: {options.source} {why}; leave it out")
+def _decided(protocol: "NamedProtocol") -> dict[str, Any]:
+    """Option -> the protocol's value."""
+    decided = {
+        "features": protocol.features,
+        "num": protocol.num_samples,
+        "sampler": protocol.sampler,
+        "steps": protocol.steps,
+        "precision": protocol.precision,
+        "classes": None if protocol.classes is None else list(protocol.classes),
+        "guidance_scale": protocol.guidance_scale,
+    }
+    return decided if protocol.reference_split is None else {**decided, "reference_split": protocol.reference_split}
 
 
-def _extras(options: argparse.Namespace) -> Extras:
-    metrics = tuple(name.strip() for name in options.metrics.split(","))
-    return Extras(metrics, options.kid_subset_size, options.bootstrap)
+def _pipelines(options: Options) -> list[Path]:
+    """The folders of the pipelines to measure, in order of step."""
+    from dia_diffusion.io import step_folders
+    from dia_diffusion.pipelines.folder import find_pipeline
+    from dia_diffusion.training.run_folder import RunFolder
+
+    if options.every_step and (folders := step_folders(RunFolder(options.source).pipelines)):
+        return list(folders.values())
+    return [find_pipeline(options.source, options.step)]
+
+
+def _training_images(pipeline: Path) -> str:
+    """The images that a pipeline's run was trained on, as its recipe names them."""
+    from dia_diffusion.data.hf import PREFIX
+    from dia_diffusion.data.sources import DOWNLOADS
+    from dia_diffusion.pipelines.folder import read_training
+
+    training = read_training(pipeline)
+    if training is None:
+        raise InputError(f"{pipeline} doesn't say what it was trained on; give --reference DATA")
+    source = str(training["recipe"]["data"].get("source"))
+    if source not in ("digits", *DOWNLOADS) and not source.startswith(PREFIX) and not Path(source).exists():
+        raise InputError(f"{pipeline} was trained on {source}, which isn't here; give --reference DATA")
+    return source
+
+
+def check_record_file(file: Path) -> None:
+    """Raises InputError for what no record could be added to, before anything is measured."""
+    place = next(path for path in (file, *file.absolute().parents) if path.exists())
+    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+        raise InputError(f"`--record` must be a file in a writable folder, got {file}, which can't be written")
+
+
+def _check_against(protocol: "NamedProtocol", request: Request) -> None:
+    """Raises InputError for pipelines of other weights, and for records of this protocol with other settings."""
+    from dia_diffusion.evaluation.protocols import refuse_changed
+    from dia_diffusion.evaluation.record import read_records
+    from dia_diffusion.pipelines.folder import read_training
+
+    for pipeline in request.pipelines:
+        weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # others' don't say which they are
+        if weights != protocol.weights:
+            measured = f"protocol {protocol.name} measures {protocol.weights}"
+            raise InputError(f"{pipeline} holds {weights} weights; {measured}")
+    files = map(request.records_file, request.pipelines) if request.pipelines else [request.records_file(None)]
+    for file in dict.fromkeys(files):
+        if file.is_file():
+            refuse_changed(read_records(file), protocol, file)

@@ -1,20 +1,22 @@
 """`dia-diffusion NAME`: finds the command, and turns every way it can end into a line and an exit code."""
 
+import argparse
 import importlib
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 
-from dia_diffusion import __version__
-from dia_diffusion.cli.imports import imports
+from dia_diffusion.cli.options import OptionParser, parse_options
+from dia_diffusion.environment import __version__
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError, RunError, Stopped, Terminated, number_of, one_line
 
-# name -> what it does; its module is dia_diffusion.cli.NAME, with a function run(arguments)
+# name -> what it does; `_parse` tells what the module dia_diffusion.cli.NAME has
 COMMANDS = {
     "quickstart": "train twins on handwritten digits, sample, measure and draw the curve, in minutes on a CPU",
     "train": "train a recipe, or go on with a run",
@@ -70,11 +72,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if sys.platform == "win32":
             raise InputError(NOT_ON_WINDOWS)
         if name not in COMMANDS:
-            raise InputError(f"unknown command {name!r}; accepted: {', '.join(COMMANDS)}")
+            raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
         with _termination_as_interrupt():
-            with imports():
-                command = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
-            command.run(arguments[1:])
+            try:
+                command = _parse(name, arguments[1:])
+            except SystemExit:  # of --help
+                return 0
+            import_package()
+            command()
     except InputError as error:
         return _end(name, f"error: {error}", 2, told=False if error.alone else None)
     except RunError as error:
@@ -102,6 +107,41 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
     return 0
+
+
+def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
+    """The command with its options, checked, without importing torch.
+
+    A command's module has a model `Options`, or a function `parse(arguments)` that returns them, and `run(options)`.
+    One with several parts has instead a table PARTS: name -> (model, function of its options), and a DESCRIPTION.
+    """
+    module = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
+    if hasattr(module, "parse"):
+        return partial(module.run, module.parse(arguments))
+    if not hasattr(module, "PARTS"):
+        return partial(module.run, parse_options(module.Options, arguments, name))
+    parser = OptionParser(f"dia-diffusion {name}", description=module.DESCRIPTION)
+    parts = f"{{{','.join(module.PARTS)}}}"
+    parser.add_argument("part", metavar=parts, help=f"`dia-diffusion {name} PART --help` lists its options")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the part")
+    chosen = parser.parse_args(arguments)
+    if chosen.part not in module.PARTS:
+        raise InputError(f"PART must be one of {', '.join(module.PARTS)}, got {chosen.part!r}")
+    model, run = module.PARTS[chosen.part]
+    return partial(run, parse_options(model, chosen.arguments, f"{name} {chosen.part}"))
+
+
+def import_package() -> None:
+    """Runs the package's `__init__` if `dia_diffusion_command` has put it off, and quiets diffusers."""
+    package = sys.modules["dia_diffusion"]
+    if not hasattr(package, "__all__"):
+        assert package.__spec__ is not None and package.__spec__.loader is not None
+        package.__spec__.loader.exec_module(package)
+    from diffusers.utils import logging
+
+    # Its progress bars and warnings about loading say nothing that a person at this command line could act on.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _output_is_closed() -> bool:
@@ -144,7 +184,7 @@ def usage() -> str:
     rows = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     return (
         f"usage: dia-diffusion COMMAND [options]\n\n{rows}\n\n"
-        "`dia-diffusion COMMAND --help` tells a command's options; `dia-diffusion --version` the version."
+        "`dia-diffusion COMMAND --help` lists a command's options; `dia-diffusion --version` prints the version."
     )
 
 

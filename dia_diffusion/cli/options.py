@@ -8,8 +8,8 @@
 
     options = parse_options(Options, ["runs/a", "--batch-size", "32"], "sample")
 
-A field is an option, its docstring the help. A bool is a flag, a tuple takes one or more values, a section's fields are
-`--section.key`. `options.model_fields_set` has the names of those that were given.
+A field is an option, its docstring the help. A bool is a flag, a tuple takes one or more arguments, a list is text such
+as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has the names of those that were given.
 """
 
 import argparse
@@ -81,7 +81,14 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    groups: dict[str, Any] = {}
     for path, field in fields_of(model):
+        section = parser
+        if len(path) > 1:
+            if path[0] not in groups:
+                about = model_in(model.model_fields[path[0]].annotation).__doc__
+                groups[path[0]] = parser.add_argument_group(path[0], about)
+            section = groups[path[0]]
         kwargs: dict[str, Any] = {"help": _help(field)}
         if field.annotation is bool and len(path) == 1:
             kwargs["action"] = "store_true"
@@ -92,7 +99,7 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         if _is_positional(field):
             parser.add_argument(".".join(path), **kwargs)
         else:
-            parser.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
+            section.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
     return parser
 
 
@@ -112,6 +119,12 @@ def flag(path: Sequence[str]) -> str:
     return f"--{path[0].replace('_', '-')}" if len(path) == 1 else f"--{'.'.join(path)}"
 
 
+def refuse_both(options: BaseModel, first: str, second: str) -> None:
+    """Raises InputError if both options are given; for a model's validators."""
+    if {first, second} <= options.model_fields_set:
+        raise InputError(f"`{flag([second])}` must be left out beside `{flag([first])}`")
+
+
 def parse_text(text: Any, annotation: Any) -> Any:
     """The value that text stands for where a field is no plain string; left as it is where that fails."""
     kind = _without_none(annotation)
@@ -119,6 +132,8 @@ def parse_text(text: Any, annotation: Any) -> Any:
         return tuple(parse_text(item, get_args(kind)[0]) for item in text)
     if not isinstance(text, str) or kind is str:
         return text
+    if get_origin(kind) is list and not text.startswith("["):
+        return [parse_text(item.strip(), get_args(kind)[0]) for item in text.split(",")]
     if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if str(choice) == text), text)
     try:
@@ -146,6 +161,8 @@ def _is_positional(field: FieldInfo) -> bool:
 def _help(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
     text = " ".join((field.description or "").split())
-    if default not in (PydanticUndefined, None, False, ()):
-        text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+    if isinstance(default, tuple | list):
+        default = (" " if isinstance(default, tuple) else ",").join(map(str, default))
+    if default not in (PydanticUndefined, None, "") and default is not False:
+        text += f" (default: {default})"
     return text.replace("%", "%%")

@@ -1,35 +1,43 @@
 """`dia-diffusion push`: a pipeline folder to the Hugging Face Hub, after showing what will be sent."""
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.export import tell_left_out
-from dia_diffusion.cli.imports import imports
+from dia_diffusion.cli.export import print_left_out
+from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.errors import InputError
-from dia_diffusion.pipelines.folder import find_pipeline
+from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
     from dia_diffusion.sharing.push import Shipment
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Sends what the arguments say."""
-    parser = CommandParser("push", "Sends a pipeline folder to the Hugging Face Hub; shows what, and asks first.")
-    parser.add_argument("source", metavar="FOLDER", help="a pipeline folder, or a run folder")
-    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; made where there is none")
-    parser.add_argument("--step", type=int, help="which of a run's pipelines; the newest if none")
-    parser.add_argument("--private", action="store_true", help="a repository that only its owners see")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none; the main one if not given")
-    parser.add_argument("--yes", action="store_true", help="don't ask")
-    options = parser.parse_args(arguments)
-    folder = find_pipeline(options.source, options.step)
-    with imports():
-        from huggingface_hub.utils import disable_progress_bars
+class Options(Strict):
+    """Sends a pipeline folder to the Hugging Face Hub; shows what, and asks first."""
 
-        from dia_diffusion.sharing.push import find_token, prepare, send
+    source: Annotated[str, Positional("FOLDER")]
+    """A pipeline folder, or a run folder."""
+    repo_id: Annotated[str, Positional("OWNER/NAME")]
+    """The repository; created if it doesn't exist."""
+    step: int | None = None
+    """Which of a run's pipelines; the newest if not given."""
+    private: bool = False
+    """Create a private repository."""
+    revision: Annotated[str | None, Metavar("BRANCH")] = None
+    """Created if it doesn't exist; the main one if not given."""
+    yes: bool = False
+    """Don't ask."""
+
+
+def run(options: Options) -> None:
+    """Sends the folder."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    from dia_diffusion.pipelines.folder import find_pipeline
+    from dia_diffusion.sharing.push import find_token, prepare, send
+
+    folder = find_pipeline(options.source, options.step)
     shipment = prepare(folder, options.repo_id)
     token = find_token()
     if not options.yes and not sys.stdin.isatty():
@@ -51,7 +59,7 @@ def _show(shipment: "Shipment", private: bool, revision: str | None) -> None:
     for path, size in shipment.sizes.items():
         console.print(f"{size:>{width},}  {path}")
     console.print(f"{total:>{width},}  bytes in {len(shipment.sizes)} files")
-    tell_left_out(shipment.left_out)
+    print_left_out(shipment.left_out)
     if not shipment.carries_code:
         console.print(
             "it carries no code: from the Hub it loads once downloaded, and with this package installed; "

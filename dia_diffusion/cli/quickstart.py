@@ -6,20 +6,18 @@ way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import records
-from dia_diffusion.cli.imports import imports
-from dia_diffusion.data import open_images
-from dia_diffusion.evaluation.record import EvaluationRecord, count_records
-from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER
-from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.run_folder import RunFolder, logged_step
+from dia_diffusion.validation import Strict
+
+if TYPE_CHECKING:
+    from dia_diffusion.evaluation.record import EvaluationRecord
 
 TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
 LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
@@ -29,20 +27,35 @@ STEPS = 4200
 """In four minutes on two cores without bfloat16 arithmetic."""
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Runs the quickstart; what a folder holds already is not done again."""
-    parser = CommandParser("quickstart", __doc__.splitlines()[0].split(": ", 1)[1])
-    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="the folder to work in")
-    parser.add_argument("--seed", type=int, default=0, help="of the twins")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each twin's training")
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """The main job in miniature, on scikit-learn's handwritten digits."""
+
+    out: Path = Path("quickstart")
+    """The folder to work in."""
+    seed: int = 0
+    """Of the twins."""
+    steps: int = STEPS
+    """Of each twin's training."""
+
+
+def run(options: Options) -> None:
+    """Runs the quickstart; what the folder has already is not computed again."""
+    from dia_diffusion.data import open_images
+    from dia_diffusion.evaluation.curves import draw_curves
+    from dia_diffusion.evaluation.features import build_features
+    from dia_diffusion.evaluation.record import count_records
+    from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
+    from dia_diffusion.studies.grids import draw_grids
+    from dia_diffusion.training.recipe import read_experiment
+    from dia_diffusion.training.run_folder import RunFolder, logged_step
+
     started = time.monotonic()
     runs = {unit: options.out / unit for unit in TWINS}
     every = str(max(1, math.ceil(options.steps / CHECKPOINTS)))
     overrides = ["--seed", str(options.seed), "--train.max_steps", str(options.steps)]
     overrides += ["--train.checkpoint_every", every, "--train.sample_every", every]
     for recipe in TWINS.values():
-        read_experiment(recipe, overrides)  # tells here what the two would be refused for
+        read_experiment(recipe, overrides)  # refuses here what the two would be refused for
     console.print(
         "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"
         f"DIA-LSTM, {options.steps:,} steps each, side by side; then measuring both."
@@ -50,7 +63,14 @@ def run(arguments: Sequence[str]) -> None:
     train = {
         unit: ["train", "--config", recipe, "--output", str(runs[unit]), *overrides] for unit, recipe in TWINS.items()
     }
-    _side_by_side("training", "steps", train, runs, _trained, dict.fromkeys(TWINS, options.steps))
+    _run_in_parallel(
+        "training",
+        "steps",
+        train,
+        runs,
+        lambda run: logged_step(RunFolder(run).metrics),
+        dict.fromkeys(TWINS, options.steps),
+    )
 
     held_out = open_images("digits", size=8, channels=1, split="test")
     num = len(held_out)
@@ -58,13 +78,10 @@ def run(arguments: Sequence[str]) -> None:
     fid += ["--steps", str(SAMPLER_STEPS), "--batch-size", str(num)]
     measure = {unit: ["fid", str(path), *fid] for unit, path in runs.items()}
     checkpoints = {unit: len(list(RunFolder(path).pipelines.iterdir())) for unit, path in runs.items()}
-    _side_by_side("measuring", "checkpoints", measure, runs, _measured, checkpoints)
+    _run_in_parallel(
+        "measuring", "checkpoints", measure, runs, lambda run: count_records(RunFolder(run).evaluations), checkpoints
+    )
 
-    with imports():
-        from dia_diffusion.evaluation.curves import draw_curves
-        from dia_diffusion.evaluation.features import build_features
-        from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-        from dia_diffusion.studies.grids import draw_grids
     extractor = build_features("digits")
     reference = reference_statistics(held_out, extractor)
     training_images = open_images("digits", size=8, channels=1, split="train")
@@ -86,7 +103,7 @@ def run(arguments: Sequence[str]) -> None:
     )
 
 
-def _side_by_side(
+def _run_in_parallel(
     doing: str,
     unit_name: str,
     commands: dict[str, list[str]],
@@ -95,8 +112,8 @@ def _side_by_side(
     totals: dict[str, int],
 ) -> None:
     """Runs one command a twin at the same time, with a bar over their progress."""
-    with imports():
-        from dia_diffusion.studies.children import Job, run_jobs
+    from dia_diffusion.studies.children import Job, run_jobs
+
     total = sum(totals.values())
 
     def done() -> int:
@@ -108,8 +125,10 @@ def _side_by_side(
         run_jobs(jobs, len(jobs), lambda _: counter(done(), total))
 
 
-def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
+def _of_quickstart(record: "EvaluationRecord", num: int) -> bool:
     """Whether it was measured as the quickstart measures; a person may have measured the twins otherwise since."""
+    from dia_diffusion.sampling.samplers import DEFAULT_SAMPLER
+
     protocol = record.protocol
     return (protocol.reference_split, protocol.num_samples, protocol.sampler, protocol.num_inference_steps) == (
         "test",
@@ -119,15 +138,7 @@ def _of_quickstart(record: EvaluationRecord, num: int) -> bool:
     )
 
 
-def _trained(run_path: Path) -> int:
-    return logged_step(RunFolder(run_path).metrics)
-
-
-def _measured(run_path: Path) -> int:
-    return count_records(RunFolder(run_path).evaluations)
-
-
-def _print_table(measured: dict[str, list[EvaluationRecord]], floor: float, num: int) -> None:
+def _print_table(measured: "dict[str, list[EvaluationRecord]]", floor: float, num: int) -> None:
     table = Table(
         box=None, pad_edge=False, title=f"FD(digits) of {num} samples to {num} held-out digits", title_justify="left"
     )

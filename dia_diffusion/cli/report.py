@@ -1,25 +1,30 @@
-"""`dia-diffusion report`: one HTML file about a run or a study, whole in itself."""
+"""`dia-diffusion report`: one self-contained HTML file about a run or a study."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from dia_diffusion.cli.arguments import CommandParser
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.imports import imports
+from dia_diffusion.cli.options import Positional
 from dia_diffusion.errors import InputError
+from dia_diffusion.validation import Strict
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Writes the page that the arguments ask for."""
-    parser = CommandParser("report", "Writes an HTML page about a run or a study, which opens without a network.")
-    parser.add_argument("subject", metavar="RUN_OR_STUDY", help="a run's folder; a study's folder, YAML file or name")
-    parser.add_argument("--out", type=Path, help="the page; report.html in the run's or the study's folder if none")
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """Writes an HTML page about a run or a study, which opens without a network."""
+
+    subject: Annotated[str, Positional("RUN_OR_STUDY")]
+    """A run's folder; a study's folder, YAML file or name."""
+    out: Path | None = None
+    """The page; if not given, report.html in the run's or the study's folder."""
+
+
+def run(options: Options) -> None:
+    """Writes the page."""
+    from dia_diffusion.report.page import write_page
+    from dia_diffusion.report.subject import page_of
+
     if options.out is not None and (options.out.suffix != ".html" or options.out.is_dir()):
-        raise InputError(f"--out {options.out} is no name of a page; accepted: a file ending in .html")
-    with imports():
-        from dia_diffusion.report.page import write_page
-        from dia_diffusion.report.subject import page_of
+        raise InputError(f"`--out` must be a file ending in .html, got {options.out}")
     page, folder = page_of(options.subject)
     out = options.out or folder / "report.html"
     write_page(page, out)

@@ -1,12 +1,11 @@
-"""`dia-diffusion curves STUDY`: trains and measures what a study is missing, and draws what it has found."""
+"""`dia-diffusion curves STUDY`: trains and measures what a study is missing, and draws its results."""
 
-import argparse
 import os
 
 from rich.table import Table
 
 from dia_diffusion.cli.console import Counter, console
-from dia_diffusion.cli.study_tables import print_results
+from dia_diffusion.cli.curves import Options
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.io import FolderLock, remove_partial
 from dia_diffusion.precision import Precision, slow_warning, training_device
@@ -14,19 +13,17 @@ from dia_diffusion.studies.children import threads_of_each
 from dia_diffusion.studies.grids import draw_grids_of_study
 from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, in_one_precision, inventory
 from dia_diffusion.studies.plan import Plan, make_plan, read_plan, set_against, write_plan
-from dia_diffusion.studies.results import results_of, write_results
+from dia_diffusion.studies.results import Results, results_of, write_results
 from dia_diffusion.studies.runner import Progress, run_study
 from dia_diffusion.studies.study import Study, read_study
-from dia_diffusion.studies.table import told_time
+from dia_diffusion.studies.table import LEFT_ALIGNED, told_time
 
 BUSY = 0.8
 """Share of a core below which times say more of other work than of this."""
 
 
-def run_study_command(options: argparse.Namespace) -> None:
-    """Does what the options say with the study that `options.subjects` names."""
-    if options.jobs < 1:
-        raise InputError(f"--jobs is {options.jobs}; accepted: 1 or more")
+def run_study_command(options: Options) -> None:
+    """Plans, runs or draws the study."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a study starts processes of its own; run it without a launcher, with --jobs N")
     study, precision = in_one_precision(_read(options))
@@ -50,7 +47,7 @@ def run_study_command(options: argparse.Namespace) -> None:
                 raise Stopped(number_of(interrupt), text) from None
 
 
-def _read(options: argparse.Namespace) -> Study:
+def _read(options: Options) -> Study:
     changes = {key: getattr(options, key) for key in ("protocol", "final_protocol", "reference")}
     changes = {key: value for key, value in changes.items() if value is not None}
     if changes.get("final_protocol") == "none":
@@ -91,6 +88,20 @@ def _draw(study: Study) -> None:
     console.print(f"\nIn {study.folder}: {', '.join(path.name for path in drawn)}")
     if plan := read_plan(study):
         _set_against(study, plan)
+
+
+def print_results(results: Results) -> None:
+    """The tables of results.md and the notes below them."""
+    for result in results.tables:
+        table = Table(box=None, pad_edge=False, title=result.title, title_justify="left")
+        for name in result.columns:
+            table.add_column(name, justify="left" if name in LEFT_ALIGNED else "right")
+        for row in result.rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print()
+    for note in results.notes:
+        console.print(note)
 
 
 def _plan(study: Study, jobs: int) -> None:

@@ -1,90 +1,82 @@
-"""`dia-diffusion train`: trains a recipe, or goes on with a run; also under `accelerate launch train/train.py`."""
+"""`dia-diffusion train`: trains a recipe, or resumes a run; also under `accelerate launch train/train.py`."""
 
-from collections.abc import Callable, Sequence
+import argparse
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
-from dia_diffusion.cli.imports import imports
-from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.evaluation.protocols import protocol_names, read_protocol
-from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import read_experiment, recipe_parser, recipes_folder
+from dia_diffusion.cli.options import OptionParser, options_parser
+from dia_diffusion.errors import Stopped, number_of
+from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.recipe import R, parse_recipe, recipe_names, resolve
+
+MODELS = Path(__file__).parents[1] / "models"
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains what the arguments say."""
-    protocol, rest = take_option(arguments, "--evaluate")
-    every, rest = take_option(rest, "--evaluate-every")
-    if every is not None and (protocol is None or not every.isdecimal() or int(every) < 1):
-        raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
-    named = None if protocol is None else read_protocol(protocol)
-
-    def callbacks() -> list[Any]:
-        from dia_diffusion.evaluation.callback import EvaluatePipelines
-
-        return [] if named is None else [EvaluatePipelines(named, None if every is None else int(every))]
-
-    run_recipe(rest, Experiment, help_text, lambda experiment: experiment, callbacks)
+def parse(arguments: Sequence[str]) -> Experiment:
+    """The recipe with what overrides it; `model:` is checked where it runs."""
+    help_parser = options_parser(Experiment, "train")
+    uvit = help_parser.add_argument_group("model of backbone uvit")
+    for key, default, text in documented_arguments(MODELS / "uvit.py", "UViT"):
+        if key not in ModelConfig.model_fields:
+            uvit.add_argument(f"--model.{key}", metavar=key.upper(), help=f"{text} (default: {default})")
+    others = help_parser.add_argument_group("model of the other backbones")
+    for key, default, text in documented_arguments(MODELS / "attached.py", "AttachedModel"):
+        if key in ("backbone_kwargs", "attention_at"):
+            others.add_argument(f"--model.{key}", metavar=key.upper(), help=f"{text} (default: {default})")
+    return parse_command(arguments, Experiment, "train", help_parser)
 
 
-def run_recipe(
-    arguments: Sequence[str],
-    kind: type,
-    help_text: Callable[[], str],
-    trained: Callable[[Any], Any],
-    callbacks: Callable[[], list[Any]] = list,
-) -> None:
-    """Trains a recipe of a kind; `trained` makes of it what the Trainer takes, with further callbacks."""
-    arguments = list(arguments)
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        print(help_text())
-        return
-    config, overrides = split_config(arguments)
-    if config is None:
-        raise InputError("--config is missing; give a recipe: a YAML file or the name of a shipped one")
-    experiment = read_experiment(config, overrides, kind=kind)
+def run(experiment: Experiment) -> None:
+    """Trains the recipe."""
+    train(resolve(experiment))
 
-    with imports():
-        from dia_diffusion.training.trainer import Trainer
+
+def train(task: Any) -> None:
+    """Trains a recipe, or a task made of one, with progress on the terminal."""
+    from dia_diffusion.training.trainer import Trainer
+
     reporter = ConsoleReporter()
     try:
-        Trainer(trained(experiment), reporter, callbacks()).run()
+        Trainer(task, reporter).run()
     except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
-        text = "ended at once; the same command goes on from the last checkpoint that was written"
+        text = "ended at once; the same command resumes from the last checkpoint that was written"
         raise Stopped(number_of(interrupt), text) from None
     finally:
         reporter.close()
 
 
-def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """An option's value, None if it is not given, and the other arguments."""
-    value, others = None, []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, has_value, text = argument.partition("=")
-        if name != option:
-            others.append(argument)
-        elif (value := text if has_value else next(remaining, None)) is None:
-            raise InputError(f"`{option}` must have a value")
-    return value, others
+def parse_command(arguments: Sequence[str], kind: type[R], command: str, help_parser: OptionParser) -> R:
+    """The recipe of --config with what overrides it; --help prints its keys and exits."""
+    if not arguments or {"-h", "--help"} & {*arguments}:
+        help_parser.usage = (
+            f"dia-diffusion {command} --config RECIPE [--KEY VALUE ...]\n"
+            f"       accelerate launch train/{command}.py --config RECIPE [--KEY VALUE ...]"
+        )
+        help_parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        help_parser.description = (
+            "Trains a recipe into the folder `output`; the same command resumes a run that was stopped.\n"
+            f"RECIPE is a YAML file or one of: {recipe_names(kind)}"
+        )
+        print(help_parser.format_help())
+        raise SystemExit(0)
+    parser = OptionParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    options, overrides = parser.parse_known_args(arguments)
+    return parse_recipe(options.config, overrides, kind=kind)
 
 
-def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """--config's value, and the other arguments."""
-    config, others = take_option(arguments, "--config")
-    return config, [argument.replace("--init-from", "--init_from", 1) for argument in others]
-
-
-def help_text() -> str:
-    """Usage, the shipped recipes and every key."""
-    names = ", ".join(sorted(path.stem for path in recipes_folder().glob("*.yaml")))
-    keys = recipe_parser().format_help().split("options:")[-1]
-    return (
-        "usage: dia-diffusion train --config RECIPE [--init-from PIPELINE_OR_RUN] "
-        "[--evaluate PROTOCOL [--evaluate-every N]] [--KEY VALUE ...]\n"
-        "       accelerate launch train/train.py --config RECIPE [--KEY VALUE ...]\n\n"
-        "Trains a recipe into the folder `output`; the same command resumes a run that was stopped.\n"
-        "--evaluate measures each checkpoint, or every Nth step of them, as fid --protocol does.\n"
-        f"PROTOCOL is a YAML file or one of: {', '.join(protocol_names())}\n"
-        f"RECIPE is a YAML file or one of: {names}\n\nkeys:{keys}"
-    )
+def documented_arguments(file: Path, class_name: str) -> Iterator[tuple[str, str, str]]:
+    """Name, default and description of a class's arguments, from its source: importing it would import torch."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    kind = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    signature = next(node.args for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    described = (ast.get_docstring(kind) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+    for argument, default in zip(signature.args[1:], signature.defaults, strict=True):
+        value = ast.literal_eval(default) if isinstance(default, ast.Constant) else ast.unparse(default)
+        shown = {None: "null", True: "true", False: "false"}.get(value, value)
+        yield argument.arg, str(shown), " ".join(texts[argument.arg].split()).replace("%", "%%")

@@ -1,41 +1,39 @@
 """`dia-diffusion train-features`: trains the classifier whose features a distance is measured in."""
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-from dia_diffusion.cli.arguments import CommandParser
+from pydantic import Field
+
 from dia_diffusion.cli.console import ConsoleReporter
-from dia_diffusion.errors import InputError
+from dia_diffusion.cli.options import Metavar, Positional
+from dia_diffusion.validation import Strict
 
 
-def run(arguments: Sequence[str]) -> None:
-    """Trains what the arguments say."""
-    parser = CommandParser("train-features", "Trains a classifier whose features a distance is measured in.")
-    parser.add_argument("name", choices=("digits", "cifar10"), help="which features")
-    parser.add_argument(
-        "--data", metavar="DATA", help="images in ten classes; if none, those the features are named for"
-    )
-    parser.add_argument(
-        "--test-data", metavar="DATA", help="other images to test on, all of them; if none, the test part of --data"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="where the weights go; NAME.safetensors if none. cifar10 keeps its run beside them, in FILE.run",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation")
-    options = parser.parse_args(arguments)
+class Options(Strict):
+    """Trains a classifier whose features a distance is measured in."""
 
-    out = options.out or Path(f"{options.name}.safetensors")
-    if not 0 <= options.seed < 2**63:
-        raise InputError(f"--seed is {options.seed}; accepted: 0 to 2**63 - 1")
+    name: Annotated[Literal["digits", "cifar10"], Positional("NAME")]
+    """Which features: digits or cifar10."""
+    data: Annotated[str | None, Metavar("DATA")] = None
+    """Images in ten classes; if not given, those the features are named for."""
+    test_data: Annotated[str | None, Metavar("DATA")] = None
+    """Other images to test on, all of them; if not given, the test part of --data."""
+    out: Annotated[Path | None, Metavar("FILE.safetensors")] = None
+    """Where the weights go; NAME.safetensors if not given. cifar10 keeps its run beside them, in FILE.run."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of weights, batches and augmentation."""
 
+
+def run(options: Options) -> None:
+    """Trains the classifier and saves its weights."""
     from dia_diffusion.evaluation.train_features import train_features
 
-    data, test_data, seed = options.data, options.test_data, options.seed
+    out = options.out or Path(f"{options.name}.safetensors")
     reporter = ConsoleReporter()
     try:
-        train_features(options.name, out, data=data, test_data=test_data, seed=seed, reporter=reporter)
+        train_features(
+            options.name, out, data=options.data, test_data=options.test_data, seed=options.seed, reporter=reporter
+        )
     finally:
         reporter.close()

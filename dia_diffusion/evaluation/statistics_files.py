@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dia_diffusion import __version__
-from dia_diffusion.environment import installed_versions
+from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.reference import STATISTICS_VERSION, Reference

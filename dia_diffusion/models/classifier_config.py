@@ -1,11 +1,9 @@
 """What a classifier is built from, by name; `dia_diffusion.models.classifiers` builds it."""
 
-from dataclasses import dataclass
-from typing import Any
+from dia_diffusion.validation import Arguments, Attention, Float, Strict
 
 
-@dataclass
-class BackboneConfig:
+class BackboneConfig(Strict):
     """A classifier's network and its attention unit."""
 
     backbone: str = "cifar-resnet164"
@@ -19,11 +17,11 @@ class BackboneConfig:
     """Of the cifar- networks: "batch", or "none" for no norms at all."""
     residual: bool = True
     """Of the cifar- networks: shortcuts around the blocks."""
-    dropout: float = 0.0
+    dropout: Float = 0.0
     """Of cifar-wrn: between a block's convolutions."""
-    attention: str | None = "none"
+    attention: Attention = "none"
     """The unit at the end of the blocks' residual branches, one a stage: none, dia-lstm, dia-lstm-light, se, ..."""
-    attention_kwargs: dict[str, Any] | None = None
+    attention_kwargs: Arguments | None = None
     """Further arguments of the unit, such as {reduction: 16} or {sharing: individual}."""
     attention_stages: list[int] | None = None
     """The stages that carry the unit, counted from 0; null is all."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.factory import check_size, unusable
 from dia_diffusion.models.feature_resnet import FeatureResNet
 from dia_diffusion.reading import read_json_object, stored_shapes
-from dia_diffusion.reading.typed import fits, from_json
+from dia_diffusion.reading.typed import fits
 
 FEATURE_RESNET = "feature-resnet"
 RESNETS: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
@@ -174,7 +174,7 @@ def save_classifier(
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS_FILE)
         names = None if class_names is None else list(class_names)
-        about = {"model": asdict(config), "mean": mean, "std": std, "class_names": names}
+        about = {"model": config.model_dump(), "mean": mean, "std": std, "class_names": names}
         write_json(temporary / CONFIG_FILE, about)
         write_json(temporary / TRAINING_FILE, training)
 
@@ -193,7 +193,7 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
         folder = newest
     try:
         about = read_json_object(folder / CONFIG_FILE)
-        config = from_json(BackboneConfig, about["model"])
+        config = BackboneConfig.model_validate(about["model"])
         mean, std, class_names = about["mean"], about["std"], about["class_names"]
         if not all(fits(values, list[float]) and len(values) == 3 for values in (mean, std)):
             raise ValueError("mean and std of three channels")

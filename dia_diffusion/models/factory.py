@@ -1,6 +1,5 @@
 """Models built from what a recipe or a config says, with checks before memory is taken: configs may be made up."""
 
-import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -24,50 +23,26 @@ def build_model(config: Mapping[str, Any]) -> Any:
         config: the recipe's `model:`, a `backbone` of BACKBONES and arguments of its class.
 
     Raises:
-        InputError: an unknown backbone, or arguments that it doesn't have or refuses.
+        InputError: an unknown backbone, or arguments that it refuses.
     """
     backbone = config.get("backbone", "uvit")
-    return BACKBONES.choose(backbone, "model.backbone").model(**model_arguments(backbone, config))
+    accepted = recipe_arguments(backbone)
+    arguments = {key: value for key, value in config.items() if key in accepted or value not in (None, "none")}
+    if BACKBONES[backbone].network is None:
+        arguments.pop("backbone", None)
+    return BACKBONES[backbone].model(**arguments)
 
 
-def model_arguments(backbone: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a backbone's class from a recipe's `model:`.
-
-    Another backbone's keys are dropped where they have its default, since older recipes hold the keys of all backbones.
-
-    Raises:
-        InputError: an unknown backbone, a key that it doesn't have or lacks, or another backbone's with a value.
-    """
-    accepted = recipe_defaults(backbone)
-    others = [recipe_defaults(name) for name in BACKBONES if name != backbone]
-    arguments = {"backbone": backbone} if BACKBONES[backbone].network is not None else {}
-    for key, value in config.items():
-        if key == "backbone":
-            continue
-        if key in accepted:
-            arguments[key] = value
-            continue
-        defaults = [other[key] for other in others if key in other]
-        if not defaults:
-            nearest = difflib.get_close_matches(key, [*accepted], n=1, cutoff=0.0)
-            raise InputError(f"`model.{key}` is no key of backbone {backbone}; the nearest is {' '.join(nearest)}")
-        if value not in defaults:
-            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {value!r}")
-    if missing := [key for key, value in accepted.items() if value is inspect.Parameter.empty and key not in arguments]:
-        raise InputError(f"`model.{missing[0]}` must be given for backbone {backbone}")
-    return arguments
-
-
-def recipe_defaults(backbone: str) -> dict[str, Any]:
-    """The keys of a recipe's `model:` beside `backbone`, with their defaults; inspect.Parameter.empty is none.
+def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
+    """The arguments of a backbone's class that a recipe's `model:` may have.
 
     Raises:
         InputError: an unknown backbone.
     """
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
-    parameters = inspect.signature(row.model).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in left_out and p.kind is p.POSITIONAL_OR_KEYWORD}
+    parameters = inspect.signature(row.model, eval_str=True).parameters
+    return {name: p for name, p in parameters.items() if name not in left_out and p.kind is p.POSITIONAL_OR_KEYWORD}
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:

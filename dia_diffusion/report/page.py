@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
-from dia_diffusion import __version__
+from dia_diffusion.environment import __version__
 from dia_diffusion.io import write_text
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from dia_diffusion.report.page import Table
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe_keys import flatten, nest
+from dia_diffusion.training.recipe import flatten, nest
 
 OWN = ("output",)
 """Keys that are each run's own and say nothing of what it trains."""

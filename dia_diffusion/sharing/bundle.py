@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from importlib.resources import files
 
-from dia_diffusion import __version__
+from dia_diffusion.environment import __version__
 from dia_diffusion.errors import RunError
 
 PACKAGE = __name__.partition(".")[0]

@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from dia_diffusion import __version__
+from dia_diffusion.environment import __version__
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.pipelines.folder import INDEX
 from dia_diffusion.sharing.export import check_pipeline, find_local_path, index_and_code, shared_files

@@ -20,7 +20,7 @@ from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
-from dia_diffusion.training.recipe_keys import AUTO
+from dia_diffusion.training.recipe import AUTO
 from dia_diffusion.training.resuming import check_new_run, refuse_changes, refuse_other_randomness
 from dia_diffusion.training.run_folder import RunFolder
 

@@ -46,7 +46,7 @@ def placement_trials(
     """
     common = {"train.max_steps": steps, **keys}
     bases: dict[str, tuple[list[int], Experiment]] = {}
-    for name, blocks in placements(read_experiment(config, keys=keys).model.num_layers).items():
+    for name, blocks in placements(read_experiment(config, keys=keys).to_dict()["model"]["num_layers"]).items():
         if blocks in [others for others, _ in bases.values()]:  # all but the out blocks are the first ones
             continue
         with_unit = {**unit_keys(unit), "model.attention_blocks": blocks} if blocks else unit_keys("none")

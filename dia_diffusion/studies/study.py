@@ -2,21 +2,20 @@
 
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
+from pydantic import Field
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_text
 from dia_diffusion.reading import read_yaml
-from dia_diffusion.reading.typed import check_types
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import read_experiment
-from dia_diffusion.training.recipe_keys import flatten
+from dia_diffusion.training.recipe import flatten, override, read_experiment
+from dia_diffusion.validation import NonNegative, Positive, Strict, validate
 
 BASELINE = "none"
 """The unit that stands for none: the twin that the others are compared with."""
@@ -34,27 +33,25 @@ DECIDED = {
 """Recipe keys that are the study's own to choose."""
 
 
-@dataclass
-class Grid:
+class Grid(Strict):
     """Runs: every unit at every batch size with every seed."""
 
-    units: list[str]
+    units: list[str] = Field(min_length=1)
     """Attention units, or names of the study's variants."""
-    batch_sizes: list[int]
+    batch_sizes: list[Positive] = Field(min_length=1)
     """Images an optimizer step."""
-    seeds: list[int]
+    seeds: list[NonNegative] = Field(min_length=1)
     """Of first weights, order of images, flips, times and noise: runs that share a seed differ in the unit alone."""
 
 
-@dataclass
-class StudyConfig:
+class StudyConfig(Strict):
     """A study's keys."""
 
     output: str
     """The folder that holds the runs and what is drawn from them."""
     recipe: str
     """A shipped recipe or a YAML file; its unit, batch size, seed, steps and cadences are the study's to choose."""
-    runs: list[Grid]
+    runs: list[Grid] = Field(min_length=1)
     """What to train, in this order."""
     protocol: str
     """The evaluation protocol of the curves: a shipped one or a YAML file."""
@@ -62,15 +59,15 @@ class StudyConfig:
     """Another one for the last checkpoint, such as the paper's; null is none."""
     reference: str | None = None
     """The images that distances are to; null is those that were trained on."""
-    images: int | None = None
+    images: Positive | None = None
     """Images each run sees."""
-    steps: dict[int, int] | int | None = None
+    steps: dict[Positive, Positive] | Positive | None = None
     """Or optimizer steps: one number, or one a batch size."""
-    points: int = 6
+    points: Positive = 6
     """Points of a curve, evenly spaced and ending with the last step."""
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = Field({})
     """Names for units with other settings: name -> recipe keys, as {wide: {model.attention: dia-lstm, ...}}."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = Field({})
     """Recipe keys that differ from the recipe in every run."""
     name: str | None = None
     """What it is called; null is the name of the file."""
@@ -173,18 +170,20 @@ def read_study(
         InputError: no such study, not YAML, an unknown key, or a run whose recipe is refused.
     """
     path = study_path(name)
-    config = replace(_parse(path), **(changes or {}))
-    if path.name == STUDY_FILE and config.name is None:  # which `write_study` never leaves out
-        raise InputError(f"{path}: {STUDY_FILE} is the file that a study's folder keeps; give yours another name")
+    values = {**read_yaml(path, "study", "output, recipe, runs, protocol"), **(changes or {})}
     if path.name == STUDY_FILE:
-        config.output = str(path.parent)
-    config.output = output or config.output
-    config.overrides = {**flatten(config.overrides), **(overrides or {})}
+        if values.get("name") is None:  # which `write_study` never leaves out
+            raise InputError(f"{path}: {STUDY_FILE} is the file that a study's folder keeps; give yours another name")
+        values["output"] = str(path.parent)
+    if output is not None:
+        values["output"] = output
+    config = validate(StudyConfig, values, f"{path}: ")
+    config = config.model_copy(update={"overrides": {**flatten(config.overrides), **(overrides or {})}})
     _check(config, path)
     experiments = {
         unit: _of_unit(config, unit) for unit in dict.fromkeys(u for grid in config.runs for u in grid.units)
     }
-    runs: dict[str, StudyRun] = {}
+    runs: dict[str, StudyRun] = Field({})
     for grid in config.runs:
         for seed in grid.seeds:
             for batch_size in grid.batch_sizes:
@@ -197,42 +196,18 @@ def read_study(
 
 def write_study(study: Study) -> None:
     """Writes the study into its folder, from where `read_study` reads it; what is a file is named by its whole path."""
-    config = asdict(study.config) | {"name": study.name}
+    config = study.config.model_dump() | {"name": study.name}
     for key in ("recipe", "protocol", "final_protocol", "reference"):
         if config[key] is not None and Path(config[key]).is_file():
             config[key] = str(Path(config[key]).resolve())
     write_text(study.folder / STUDY_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
-def _parse(path: Path) -> StudyConfig:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(StudyConfig, nested_key=None)
-    try:
-        values = parser.instantiate(parser.parse_object(read_yaml(path, "study", "output, recipe, runs, protocol")))
-        config = StudyConfig(**vars(values))
-        check_types(config)
-        for grid in config.runs:
-            check_types(grid, "runs: ")
-        return config
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-
-
 def _check(config: StudyConfig, path: Path) -> None:
     if (config.images is None) == (config.steps is None):
-        raise InputError(f"{path} needs either images or steps, and not both")
+        raise InputError(f"{path}: either `images` or `steps` must be given")
     if config.images is not None and config.images < (size := _largest_batch(config)):
-        raise InputError(f"{path}: images is {config.images}; accepted: the largest batch size, {size}, or more")
-    if config.points < 1:
-        raise InputError(f"{path}: points is {config.points}; accepted: 1 or more")
-    if not config.runs or not all(grid.units and grid.batch_sizes and grid.seeds for grid in config.runs):
-        raise InputError(f"{path}: runs is empty; accepted: a list of units, batch_sizes and seeds")
-    for grid in config.runs:
-        for what, numbers, lowest in (("batch size", grid.batch_sizes, 1), ("seed", grid.seeds, 0)):
-            if min(numbers) < lowest:
-                raise InputError(f"{path}: {what} is {min(numbers)}; accepted: {lowest} or more")
+        raise InputError(f"{path}: `images` must be the largest batch size, {size}, or more, got {config.images}")
     for name in config.variants:
         if not re.fullmatch(r"[\w.+=-]+", name):
             raise InputError(f"{path}: variant {name!r} can't name a folder; accepted: letters, digits, _ . + = -")
@@ -259,16 +234,16 @@ def _of_unit(config: StudyConfig, unit: str) -> Experiment:
 
 def _run(of_unit: Experiment, unit: str, batch_size: int, seed: int, steps: int, config: StudyConfig) -> StudyRun:
     every = math.ceil(steps / config.points)
-    train = replace(
-        of_unit.train,
-        batch_size=batch_size,
-        max_steps=steps,
-        checkpoint_every=every,
-        sample_every=every,
-        keep_last=1,
-    )
-    output = str(Path(config.output) / run_name(unit, batch_size, seed))
-    return StudyRun(unit, batch_size, seed, replace(of_unit, output=output, seed=seed, train=train))
+    keys = {
+        "output": str(Path(config.output) / run_name(unit, batch_size, seed)),
+        "seed": seed,
+        "train.batch_size": batch_size,
+        "train.max_steps": steps,
+        "train.checkpoint_every": every,
+        "train.sample_every": every,
+        "train.keep_last": 1,
+    }
+    return StudyRun(unit, batch_size, seed, override(of_unit, keys))
 
 
 def _steps(config: StudyConfig, batch_size: int, path: Path) -> int:

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model, build_pipeline
+from dia_diffusion.training.recipe import override
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 STEPS = 10
@@ -60,15 +60,18 @@ def seconds_of_step(experiment: Experiment) -> float:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         _write_images(experiment, images)
-        trial = replace(
-            experiment,
-            output=str(Path(folder) / "run"),
-            init_from=None,
-            trackers=[],
-            data=replace(experiment.data, source=str(images), split="train"),
+        keys = {
+            "output": str(Path(folder) / "run"),
+            "init_from": None,
+            "trackers": [],
+            "data.source": str(images),
+            "data.split": "train",
+            "train.max_steps": 2 * STEPS + 1,
             # What a line logs is read from the device, so that the clock is that of finished steps.
-            train=replace(experiment.train, max_steps=2 * STEPS + 1, log_every=STEPS, sample_every=0),
-        )
+            "train.log_every": STEPS,
+            "train.sample_every": 0,
+        }
+        trial = override(experiment, keys)
         AcceleratorState._reset_state()  # a study's variants can differ in precision
         torch.compiler.reset()
         clock = _Clock()

@@ -22,10 +22,10 @@ from dia_diffusion.reading import read_json_object
 from dia_diffusion.studies.held_out import HeldOut
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.checkpoint import newest_state
-from dia_diffusion.training.config import Experiment, changed_keys
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.randomness import RANDOMNESS
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import changed_keys, override, read_experiment
 from dia_diffusion.training.resuming import refuse_other_randomness
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
@@ -69,15 +69,14 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     steps = experiment.train.max_steps
-    train = replace(
-        experiment.train,
-        log_every=max(1, steps // LINES),
-        checkpoint_every=steps,
-        sample_every=0,
-        keep_last=1,
-        max_skipped_steps=1,  # the first is what is asked for
-    )
-    return replace(experiment, train=train)
+    loop = {
+        "log_every": max(1, steps // LINES),
+        "checkpoint_every": steps,
+        "sample_every": 0,
+        "keep_last": 1,
+        "max_skipped_steps": 1,  # the first is what is asked for
+    }
+    return override(experiment, {f"train.{key}": value for key, value in loop.items()})
 
 
 def make_trial(
@@ -88,8 +87,10 @@ def make_trial(
     Raises:
         InputError: a seed or rate that isn't accepted.
     """
-    optimizer = base.optimizer if rate is None else replace(base.optimizer, learning_rate=rate)
-    return Trial(name, about, replace(base, output=str(folder / name), seed=seed, optimizer=optimizer))
+    keys = {"output": str(folder / name), "seed": seed}
+    if rate is not None:
+        keys["optimizer.learning_rate"] = rate
+    return Trial(name, about, override(base, keys))
 
 
 def check_trials(trials: Sequence[Trial]) -> None:
@@ -124,7 +125,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
     try:
         result = verify_checksum(read_json_object(file))
         before, now = result["recipe"], trial.experiment.to_dict()
-        changed = changed_keys(before, now)
+        changed = changed_keys(before, trial.experiment)
         if before["train"]["max_steps"] != now["train"]["max_steps"]:
             changed.append(f"train.max_steps: {before['train']['max_steps']} -> {now['train']['max_steps']}")
         if held_out is not None and result["held_out"] != held_out.described():

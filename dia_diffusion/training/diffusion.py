@@ -1,6 +1,5 @@
 """Training of a diffusion model: its images, loss, optimizer settings, sample grids and pipeline folders."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +183,7 @@ class SaveSamples(Callback):
 
 def build_model(config: ModelConfig) -> Any:
     """The recipe's backbone and unit, with first weights from torch's default generator."""
-    return factory.build_model(asdict(config))
+    return factory.build_model(config.model_dump())
 
 
 def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: torch.device) -> UViTPipeline:
@@ -201,7 +200,7 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
 
     settings: other ones than those of the grids.
     """
-    check_layers(asdict(experiment.model), MOST_LAYERS)
+    check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())

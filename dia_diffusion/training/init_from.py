@@ -1,6 +1,5 @@
 """The first weights of a new run from a pipeline's: of the same network, or of one that gains a shared unit."""
 
-from dataclasses import asdict
 from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -79,7 +78,7 @@ def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) 
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
-    own = asdict(experiment.model)
+    own = experiment.model.model_dump()
     if theirs.unit is None:
         return
     for key in UNIT_KEYS:

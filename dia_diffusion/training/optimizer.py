@@ -1,7 +1,6 @@
 """The optimizer's settings: parameter groups, learning rate by step, and both at another batch size."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -67,4 +66,4 @@ def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> Opti
     steps = reference_steps(train)
     beta1, beta2 = config.betas
     betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
-    return replace(config, betas=betas, warmup_steps=round(config.warmup_steps / steps))
+    return config.model_copy(update={"betas": list(betas), "warmup_steps": round(config.warmup_steps / steps)})

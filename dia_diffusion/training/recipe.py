@@ -1,50 +1,46 @@
-"""Recipes: YAML files and command-line overrides, checked and turned into an Experiment by jsonargparse."""
+"""Recipes: read from YAML and the command line, changed, migrated from older versions, and compared on resuming."""
 
-import difflib
+import copy
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, overload
 
-import jsonargparse
+from pydantic import ValidationError, create_model
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.reading import read_yaml
-from dia_diffusion.reading.typed import check_types
-from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe_keys import flatten, nest
+from dia_diffusion.reading import Unreadable, parse_yaml, read_yaml
+from dia_diffusion.training.config import Experiment, ModelConfig, Recipe
+from dia_diffusion.validation import Float, describe_error, model_in, shown, validate
 
-# Help texts come from the docstring under each field.
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+AUTO = "auto"
+"""A precision that each new run chooses for its device; it agrees with the one that a run began in."""
 
-
-E = TypeVar("E", Experiment, ClassifyExperiment)
+R = TypeVar("R", bound=Recipe)
 
 
-def recipes_folder(kind: type = Experiment) -> Path:
+def recipes_folder(kind: type[Recipe] = Experiment) -> Path:
     """The shipped recipes: in an installed package beside the code, in a checkout in train/configs."""
     packaged = Path(str(files("dia_diffusion"))) / "recipes"
     folder = packaged if packaged.is_dir() else packaged.parents[1] / "train" / "configs"
     return folder if kind is Experiment else folder / "classify"
 
 
-def recipe_path(name: str, kind: type = Experiment) -> Path:
+def recipe_names(kind: type[Recipe] = Experiment) -> str:
+    """The shipped recipes, for people."""
+    return ", ".join(sorted(path.stem for path in recipes_folder(kind).glob("*.yaml")))
+
+
+def recipe_path(name: str, kind: type[Recipe] = Experiment) -> Path:
     """A recipe's file, by path or by the name of a shipped one."""
     if Path(name).is_file():
         return Path(name)
     shipped = recipes_folder(kind) / f"{name}.yaml"
     if shipped.is_file():
         return shipped
-    names = sorted(path.stem for path in recipes_folder(kind).glob("*.yaml"))
-    raise InputError(f"no recipe {name!r}; accepted: a YAML file or one of {', '.join(names)}")
-
-
-def recipe_parser(kind: type = Experiment) -> jsonargparse.ArgumentParser:
-    """A parser with one option a recipe key, such as --train.batch_size."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, nested_key=None)
-    return parser
+    raise InputError(f"recipe must be a YAML file or one of {recipe_names(kind)}, got {name!r}")
 
 
 @overload
@@ -53,50 +49,207 @@ def read_experiment(
 ) -> Experiment: ...
 @overload
 def read_experiment(
-    config: str | None, overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None, *, kind: type[E]
-) -> E: ...
+    config: str | None, overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None, *, kind: type[R]
+) -> R: ...
 def read_experiment(
     config: str | None,
     overrides: Sequence[str] = (),
     keys: Mapping[str, Any] | None = None,
     *,
-    kind: type = Experiment,
+    kind: type[Any] = Experiment,
 ) -> Any:
-    """An Experiment from a recipe and what overrides it.
+    """A recipe with what overrides it, completely checked.
 
-    overrides: in command-line form ("--train.batch_size", "32", ...).
-    keys: the same as values ({"train.batch_size": 32}).
-    kind: Experiment, or ClassifyExperiment.
+    Args:
+        config: a YAML file, or the name of a shipped recipe.
+        overrides: in command-line form ("--train.batch_size", "32", ...).
+        keys: the same as values ({"train.batch_size": 32}).
+        kind: Experiment, or ClassifyExperiment.
 
     Raises:
-        InputError: no such recipe, not YAML, an unknown key (the nearest valid one is named), a value of wrong type.
+        InputError: no such recipe, not YAML, an unknown key (the nearest valid one is named), or a value that isn't
+            accepted.
     """
-    parser = recipe_parser(kind)
+    return resolve(parse_recipe(config, overrides, keys, kind=kind))
+
+
+def parse_recipe(
+    config: str | None,
+    overrides: Sequence[str] = (),
+    keys: Mapping[str, Any] | None = None,
+    *,
+    kind: type[R],
+) -> R:
+    """The same without torch: what only registered classes know isn't checked yet, see `resolve`."""
     recipe = {} if config is None else read_yaml(recipe_path(config, kind), "recipe", "data, model, train")
-    known = flatten(kind().to_dict())
-    sections = {key.partition(".")[0] for key in known}
-    _check_keys([*flatten(recipe), *(key for key in recipe if key not in sections)], known, str(config))
-    if keys:
-        _check_keys([*keys], known, f"what changes {config}")
-        recipe = nest({**flatten(recipe), **keys})
-    _check_keys([o[2:].split("=")[0] for o in overrides if o.startswith("--")], known, "the command line")
+    return validate(kind, nest({**(keys or {}), **_parse_overrides(overrides, kind)}, recipe))
+
+
+def override(recipe: R, keys: Mapping[str, Any]) -> R:
+    """A copy of a recipe with other values, such as {"train.max_steps": 5}. Raises InputError for refused ones."""
+    return resolve(validate(type(recipe), nest(keys, recipe.model_dump())))
+
+
+def resolve(recipe: R) -> R:
+    """Checks what only registered classes know, and imports torch for it: the names of `noise:`, and `model:`.
+
+    The keys of `model:` are the arguments of the class that `model.backbone` names; its defaults are filled in.
+
+    Raises:
+        InputError: an unknown name or key, or a value of another type than the signature says.
+    """
+    if not isinstance(recipe, Experiment):
+        return recipe
+    from dia_diffusion.models.factory import recipe_arguments
+
+    recipe.noise_process()
+    backbone = recipe.model.backbone
+    section = migrate({"model": recipe.model.model_dump()}, backbone)["model"]
+    own, others = recipe_arguments(backbone), _arguments_of_others(backbone)
+    for key, value in section.items():
+        if key in others and key not in own:
+            raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(value)}")
+    if "attention" not in own:
+        section["attention"] = "none"
+    kind = _section_kind(backbone)
     try:
-        with_recipe = parser.parse_object(recipe, defaults=True)
-        parsed = parser.parse_args(list(overrides), namespace=with_recipe)
-        values = parser.instantiate(parsed)
-        experiment: Any = object.__new__(kind)  # its checks come last, and take the types as they are told
-        vars(experiment).update(vars(values))
-        check_types(experiment)
-        return kind(**vars(values))
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(" ".join(str(error).split())) from None
+        values = kind.modelvalidate(section).model_dump()
+    except ValidationError as error:
+        raise InputError(describe_error(error, kind, lambda key: ".".join(("model", *key)))) from None
+    return recipe.model_copy(update={"model": ModelConfig(**values)})
 
 
-def _check_keys(keys: Sequence[str], known: dict[str, Any], where: str) -> None:
-    for key in keys:
-        # These are open: the unit and the network check what they are given.
-        if key not in known and not key.startswith(("model.attention_kwargs", "model.backbone_kwargs")):
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key {key!r} in {where}; did you mean {nearest!r}?")
+def migrate(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
+    """A recipe that may be of an older version, from a config.yaml or a checkpoint, in this version's keys.
+
+    Older recipes hold the keys of all backbones in `model:`; other backbones' are left out where they have their
+    defaults. Keys that an older version didn't know have their defaults, which is how that version trained.
+    """
+    from dia_diffusion.models.factory import recipe_arguments
+
+    own, others = recipe_arguments(backbone), _arguments_of_others(backbone)
+    model = {
+        key: value
+        for key, value in recipe["model"].items()
+        if key in own or key not in others or value not in others[key]
+    }
+    return {**recipe, "model": model}
+
+
+def _arguments_of_others(backbone: str) -> dict[str, list[Any]]:
+    """The keys of the other backbones, each with its defaults."""
+    from dia_diffusion.models.factory import BACKBONES, recipe_arguments
+
+    defaults: dict[str, list[Any]] = {}
+    for name in BACKBONES.keys() - {backbone}:
+        for key, parameter in recipe_arguments(name).items():
+            defaults.setdefault(key, []).append(parameter.default)
+    return defaults
+
+
+class _ClosedModelConfig(ModelConfig, extra="forbid"):
+    """A `model:` section of which all keys are known."""
+
+
+@cache
+def _section_kind(backbone: str) -> type[ModelConfig]:
+    """The typed keys of `model:` for a backbone, of its class's signature."""
+    from dia_diffusion.models.factory import recipe_arguments
+
+    fields: dict[str, Any] = {}
+    for name, parameter in recipe_arguments(backbone).items():
+        if name not in ModelConfig.model_fields:
+            annotation = {float: Float, parameter.empty: Any}.get(parameter.annotation, parameter.annotation)
+            fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
+    return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
+
+
+def changed_keys(old: Mapping[str, Any], recipe: Recipe, may_change: frozenset[str] | None = None) -> list[str]:
+    """Keys that differ from a run's recipe and may not: "train.batch_size: 32 -> 64".
+
+    Args:
+        old: the run's recipe, as to_dict gives it, or as an older version did.
+        may_change: keys that may differ; None is those that may when a run resumes.
+
+    A new precision of "auto" differs from none.
+    """
+    if may_change is None:
+        may_change = recipe.MAY_CHANGE
+        if flatten(old).get("optimizer.schedule") in ("cosine", "linear"):
+            may_change -= {"train.max_steps"}  # every step's rate depends on it
+    recipe = resolve(recipe)
+    defaults = type(recipe)().to_dict()
+    if isinstance(recipe, Experiment):
+        old = migrate(old, recipe.model.backbone)
+        defaults["model"] = _section_kind(recipe.model.backbone).model_construct().model_dump()
+    before, after = flatten(defaults) | flatten(old), flatten(recipe.to_dict())
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in may_change
+        and before.get(key) != after.get(key)
+        and not (key == "train.mixed_precision" and after.get(key) == AUTO)
+    ]
+
+
+def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, a key for each line of a recipe."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if not isinstance(key, str):
+            raise InputError(f"recipe key {prefix}{key!r} must be text")
+        if isinstance(value, dict) and not prefix:  # a section; deeper, it is a value such as attention_kwargs
+            flat.update(flatten(value, prefix=f"{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def nest(flat: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `flatten` flattened, over a recipe if one is given."""
+    nested = copy.deepcopy(dict(recipe or {}))
+    for key, value in flat.items():
+        section = nested
+        *path, name = key.split(".")
+        for part in path:
+            if section.get(part) is None:
+                section[part] = {}
+            section = section[part]
+            if not isinstance(section, dict):
+                raise InputError(f"`{part}` must be a mapping where `{key}` is given, got {shown(section)}")
+        section[name] = value
+    return nested
+
+
+def _parse_overrides(arguments: Sequence[str], kind: type[Recipe]) -> dict[str, Any]:
+    """The keys of --KEY VALUE and --KEY=VALUE; a value is YAML unless its key is of text."""
+    keys: dict[str, Any] = {}
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, has_value, text = argument.partition("=")
+        if not option.startswith("--"):
+            raise InputError(f"options must be of the form --KEY VALUE, got {argument!r}")
+        key = option[2:] if "." in option else option[2:].replace("-", "_")
+        if not has_value:
+            following = next(remaining, None)
+            if following is None or following.startswith("--"):
+                raise InputError(f"`{option}` needs a value")
+            text = following
+        keys[key] = _parse_value(text, key, kind)
+    return keys
+
+
+def _parse_value(text: str, key: str, kind: type[Recipe]) -> Any:
+    annotation: Any = kind
+    for part in key.split("."):
+        model = model_in(annotation)
+        field = None if model is None else model.model_fields.get(part)
+        annotation = None if field is None else field.annotation
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    types = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
+    if str in types and types <= {str, NoneType}:
+        return None if text == "null" and NoneType in types else text
+    try:
+        return parse_yaml(text)
+    except Unreadable as error:
+        raise InputError(f"`{key}` must be YAML, got {text!r} ({' '.join(str(error).split())})") from None

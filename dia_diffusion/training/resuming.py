@@ -14,7 +14,7 @@ from dia_diffusion.io import step_folders
 from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.training.randomness import RANDOMNESS
-from dia_diffusion.training.recipe_keys import differing_keys
+from dia_diffusion.training.recipe import changed_keys
 from dia_diffusion.training.run_folder import RunFolder
 
 SECONDS_TO_SEE_A_FILE = 90.0
@@ -59,7 +59,7 @@ def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
     if ("noise" in old) != hasattr(experiment, "noise"):
         kind = "train" if "noise" in old else "classify"
         raise InputError(f"{path} holds a run of dia-diffusion {kind}; choose another output")
-    changed = experiment.changed_keys(old)
+    changed = changed_keys(old, experiment)
     if changed:
         raise InputError(
             f"{path} holds a run of another recipe ({'; '.join(changed)}); "
@@ -100,8 +100,7 @@ def _is_recipe_of(experiment: Any, place: Path) -> bool:
     """Whether a new run of this recipe makes this pipeline or classifier again; an older one lacks newer keys."""
     try:
         training = read_json_object(place / TRAINING_FILE)
-        usual = type(experiment)().to_dict()
-        same_recipe = not differing_keys(training["recipe"], experiment.to_dict(), usual, may_differ=set())
+        same_recipe = not changed_keys(training["recipe"], experiment, may_change=frozenset())
         return same_recipe and training.get("randomness", 1) == RANDOMNESS
     except (OSError, ValueError, KeyError, AttributeError):
         return False

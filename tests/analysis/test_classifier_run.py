@@ -15,8 +15,8 @@ from dia_diffusion.analysis.attention_maps import maps_of_run
 from dia_diffusion.analysis.correlation import correlations_of_run
 from dia_diffusion.analysis.gradients import gradients_of_run
 from dia_diffusion.analysis.map_ablations import ablations_of_run
-from dia_diffusion.analysis.options import Coverage
 from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.trained_run import Coverage
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier

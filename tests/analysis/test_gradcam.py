@@ -14,8 +14,8 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import SavedClassifier, build_classifier, load_classifier, save_classifier
 
 pytest.importorskip("pytorch_grad_cam")
-RESNET = BackboneConfig("cifar-resnet20-basic", 32, 10, attention="dia-lstm")
-VIT = BackboneConfig("vit_s_16", 32, 10)
+RESNET = BackboneConfig(backbone="cifar-resnet20-basic", sample_size=32, num_classes=10, attention="dia-lstm")
+VIT = BackboneConfig(backbone="vit_s_16", sample_size=32, num_classes=10)
 
 
 def saved(place: Path, config: BackboneConfig, seed: int = 0) -> Path:

@@ -50,7 +50,9 @@ def test_counted_is_what_a_built_network_has(unit: str) -> None:
     name = "cifar-resnet20-basic"
     stages = stages_of(model_named(name))
     assert stages == [Stage(16, 3), Stage(32, 3), Stage(64, 3)]
-    plain, with_unit = (build_classifier(BackboneConfig(name, num_classes=100, attention=a)) for a in ("none", unit))
+    plain, with_unit = (
+        build_classifier(BackboneConfig(backbone=name, num_classes=100, attention=a)) for a in ("none", unit)
+    )
     assert count_parameters(with_unit) - count_parameters(plain) == unit_parameters(stages, unit)
 
     (stage,) = stages_of(model_named("tiny/2"))

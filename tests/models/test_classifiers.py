@@ -11,7 +11,7 @@ from dia_diffusion.models.classifiers import build_classifier
 
 def count(backbone: str, **options: object) -> int:
     with torch.device("meta"):
-        model = build_classifier(BackboneConfig(backbone, num_classes=100, **options))
+        model = build_classifier(BackboneConfig(backbone=backbone, num_classes=100, **options))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -51,7 +51,7 @@ def test_published_counts_with_dia_lstm(backbone: str, millions: float) -> None:
 
 def test_a_basic_resnet20_has_the_count_of_its_paper() -> None:
     """0.27 M in Table 6 of He et al. (2016), for 10 classes and shortcuts without parameters."""
-    model = build_classifier(BackboneConfig("cifar-resnet20-basic"))
+    model = build_classifier(BackboneConfig(backbone="cifar-resnet20-basic"))
     shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
     assert round((sum(p.numel() for p in model.parameters()) - shortcuts) / 1e6, 2) == 0.27
 
@@ -59,7 +59,7 @@ def test_a_basic_resnet20_has_the_count_of_its_paper() -> None:
 @pytest.mark.parametrize(("name", "parameters"), [("vit_s_16", 22_050_664), ("vit_b_16", 86_567_656)])
 def test_vits_have_the_counts_of_deit(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = build_classifier(BackboneConfig(name, sample_size=224, num_classes=1000))
+        model = build_classifier(BackboneConfig(backbone=name, sample_size=224, num_classes=1000))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -70,10 +70,10 @@ def test_vits_have_the_counts_of_deit(name: str, parameters: int) -> None:
 def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
     """The unit stands at the end of the branches, and the backbone starts the same with and without it."""
     torch.manual_seed(0)
-    plain = build_classifier(BackboneConfig(backbone))
+    plain = build_classifier(BackboneConfig(backbone=backbone))
     torch.manual_seed(0)
     unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 1.0}}
-    with_unit = build_classifier(BackboneConfig(backbone, **unit))
+    with_unit = build_classifier(BackboneConfig(backbone=backbone, **unit))
     images = torch.randn(4, 3, 32, 32)
     own, theirs = with_unit.state_dict(), plain.state_dict()
     if "wrn" not in backbone:  # which has a further norm with a unit
@@ -91,7 +91,7 @@ def test_norms_over_all_processes_keep_the_unit(backbone: str, attention: str) -
     outputs = []
     for sync_batchnorm in (False, True):
         torch.manual_seed(0)
-        model = build_classifier(BackboneConfig(backbone, attention=attention), sync_batchnorm).eval()
+        model = build_classifier(BackboneConfig(backbone=backbone, attention=attention), sync_batchnorm).eval()
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
         assert norms and all(isinstance(norm, nn.SyncBatchNorm) == sync_batchnorm for norm in norms)
         outputs.append(model(images))
@@ -101,7 +101,7 @@ def test_norms_over_all_processes_keep_the_unit(backbone: str, attention: str) -
 def test_a_unit_scales_the_branch_and_not_the_shortcut() -> None:
     """With a scale of zero what remains are shortcuts alone."""
     unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 0.0}}
-    model = build_classifier(BackboneConfig("cifar-resnet20-basic", **unit)).eval()
+    model = build_classifier(BackboneConfig(backbone="cifar-resnet20-basic", **unit)).eval()
     images = torch.randn(2, 3, 32, 32)
     x = model.stem(images)
     for block in (block for stage in model.stages for block in stage):
@@ -111,7 +111,9 @@ def test_a_unit_scales_the_branch_and_not_the_shortcut() -> None:
 
 def test_stages_and_blocks_that_carry_the_unit() -> None:
     def positions(**options: object) -> list[str]:
-        config = BackboneConfig("cifar-resnet20-basic", attention="se", attention_kwargs={"reduction": 4}, **options)
+        config = BackboneConfig(
+            backbone="cifar-resnet20-basic", attention="se", attention_kwargs={"reduction": 4}, **options
+        )
         stages = build_classifier(config).attention_units.attachment.stages
         return [position.module for stage in stages for position in stage.positions]
 
@@ -123,7 +125,9 @@ def test_stages_and_blocks_that_carry_the_unit() -> None:
 
 
 def test_no_norms_and_no_shortcuts() -> None:
-    model = build_classifier(BackboneConfig("cifar-resnet29", norm="none", residual=False, attention="dia-lstm"))
+    model = build_classifier(
+        BackboneConfig(backbone="cifar-resnet29", norm="none", residual=False, attention="dia-lstm")
+    )
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert not any("shortcut" in name for name, _ in model.named_parameters())
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)

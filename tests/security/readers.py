@@ -187,7 +187,7 @@ def loaded_state(folder: Path) -> Reader:
 
 
 def classifier(folder: Path) -> Path:
-    config = BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=2)
+    config = BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=2)
     weights = build_classifier(config).state_dict()
     recipe = {"run": "a", "step": 1}
     save_classifier(folder / "classifier", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)

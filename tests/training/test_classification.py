@@ -54,7 +54,9 @@ def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path
     """Six steps with torchvision's crops, one image at a time, and torch's SGD and MultiStepLR."""
     train(tiny(tmp_path, "run", "--train.label_smoothing", "0.1"))
     torch.manual_seed(derive(0, WEIGHTS))
-    model = build_classifier(BackboneConfig("cifar-resnet8-basic", sample_size=8, num_classes=10, attention="dia-lstm"))
+    model = build_classifier(
+        BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=10, attention="dia-lstm")
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.1)
     digits = open_images("digits", size=8, channels=3)

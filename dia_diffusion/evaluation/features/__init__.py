@@ -7,7 +7,6 @@ import torch
 from torch_fidelity import register_feature_extractor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.feature_names import ACCEPTED, PACKAGED
 from dia_diffusion.evaluation.features.cifar10 import Cifar10Extractor
 from dia_diffusion.evaluation.features.classifier import ClassifierExtractor
 from dia_diffusion.evaluation.features.custom import build_custom
@@ -18,7 +17,9 @@ from dia_diffusion.io import sha256_of_file
 
 __all__ = ["FEATURES", "FeatureExtractor", "build_features"]
 
-FEATURES: dict[str, type[ClassifierExtractor]] = dict(zip(PACKAGED, (DigitsExtractor, Cifar10Extractor), strict=True))
+FEATURES: dict[str, type[ClassifierExtractor]] = {"digits": DigitsExtractor, "cifar10": Cifar10Extractor}
+"""This project's own, their weights packaged."""
+ACCEPTED = f"{', '.join(FEATURES)}, inception, or MODULE:CLASS, a torch-fidelity extractor of your own"
 
 for _name, _extractor in FEATURES.items():
     register_feature_extractor(_name, _extractor)
@@ -43,7 +44,7 @@ def build_features(
     if ":" in name:
         return FeatureExtractor(name, *build_custom(name), device)
     if name not in FEATURES:
-        raise InputError(f"unknown features {name!r}; there are: {ACCEPTED}")
+        raise InputError(f"`features` must be one of {ACCEPTED}, got {name!r}")
     extractor = FEATURES[name]
     weights = Path(weights or extractor.weights)
     layers = [extractor.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]

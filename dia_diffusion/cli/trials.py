@@ -1,6 +1,5 @@
 """`dia-diffusion analyze stability` and `analyze placement`: trainings that an analysis starts itself and compares."""
 
-import argparse
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,14 +8,15 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from dia_diffusion.cli.arguments import CommandParser
+from dia_diffusion.cli.analyses import refuse_file
+from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.studies.held_out import open_held_out
 from dia_diffusion.studies.placement import placement_trials, summarise_placement
-from dia_diffusion.studies.stability import UNITS, VARIANTS, stability_trials, summarise_stability
+from dia_diffusion.studies.stability import stability_trials, summarise_stability
 from dia_diffusion.studies.trial_distances import measure_trials
 from dia_diffusion.studies.trial_figures import draw_placement, draw_stability
 from dia_diffusion.studies.trials import TRAINED, Trial, finished, run_trials
@@ -30,22 +30,17 @@ DIVERGED = (
 )
 
 
-def stability(arguments: Sequence[str]) -> None:
+def stability(options: StabilityOptions) -> None:
     """Which unit still trains, at which learning rate, with a part of the network taken out."""
-    parser = _parser("stability", "Trains units in networks with a part taken out, at growing learning rates.", 400)
-    parser.add_argument("--units", default=",".join(UNITS), help="as none,se; NAME-individual: one a block")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="what is taken out of the network")
-    parser.add_argument("--learning-rates", default="1e-3,3e-3,1e-2,3e-2", help="each held from the first step on")
-    parser.add_argument("--batch-size", type=int, default=4, help="images an optimizer step")
-    options = _checked(parser, arguments)
-    units = _list("--units", options.units, str)
+    _check(options)
+    units = _unique(options.units)
     trials = stability_trials(
         options.out / "stability",
         options.config,
-        variants=_list("--variants", options.variants, str),
+        variants=_unique(options.variants),
         units=units,
-        rates=_list("--learning-rates", options.learning_rates, float),
-        seeds=_list("--seeds", options.seeds, int),
+        rates=_unique(options.learning_rates),
+        seeds=_unique(options.seeds),
         batch_size=options.batch_size,
         steps=options.steps,
         keys=_keys(options),
@@ -56,24 +51,18 @@ def stability(arguments: Sequence[str]) -> None:
     protocol = {"batch_size": options.batch_size, "schedule": "constant, no warm-up"}
     rows = summarise_stability(results)
     _write(options, "stability", protocol, results, rows, draw_stability)
-    _tell_stability(rows, units)
+    _print_stability(rows, units)
 
 
-def placement(arguments: Sequence[str]) -> None:
+def placement(options: PlacementOptions) -> None:
     """Which blocks have to carry the unit."""
-    parser = _parser("placement", "Trains a unit in the first blocks only, and in all but one part's.", 1500)
-    parser.add_argument("--unit", default="dia-lstm", help="NAME-individual has parameters of its own for each block")
-    parser.add_argument(
-        "--protocol", metavar="NAME", help="also measure distances, by this protocol, such as fd-digits"
-    )
-    options = _checked(parser, arguments)
+    _check(options)
     protocol = None if options.protocol is None else read_protocol(options.protocol)
-    seeds = _list("--seeds", options.seeds, int)
     trials = placement_trials(
         options.out / "placement",
         options.config,
         unit=options.unit,
-        seeds=seeds,
+        seeds=_unique(options.seeds),
         steps=options.steps,
         keys=_keys(options),
     )
@@ -83,54 +72,27 @@ def placement(arguments: Sequence[str]) -> None:
     metric = None
     if protocol is not None:
         with Counter("measuring distances", "trials") as counter:
-            metric = measure_trials(trials, results, protocol, options.protocol, counter)
-    rows = summarise_placement(results, trials[0].experiment.model.num_layers)
+            metric = measure_trials(trials, results, protocol, str(options.protocol), counter)
+    rows = summarise_placement(results, trials[0].experiment.to_dict()["model"]["num_layers"])
     _write(options, "placement", {"unit": options.unit, "metric": metric}, results, rows, draw_placement)
-    _tell_placement(rows, metric)
+    _print_placement(rows, metric)
 
 
-def _parser(analysis: str, description: str, steps: int) -> CommandParser:
-    parser = CommandParser(f"analyze {analysis}", description)
-    parser.add_argument("--config", default="digits_uvit_cpu", help="the recipe: a YAML file, or a shipped one's name")
-    parser.add_argument(
-        "--out", type=Path, default=Path("analysis"), help="the folder of figure, numbers and trainings"
-    )
-    parser.add_argument("--data", metavar="SOURCE", help="the images to train on; if none, the recipe's data.source")
-    parser.add_argument("--held-out", metavar="SOURCE", help="the images to measure; if none, the test part of those")
-    parser.add_argument("--images", type=int, default=256, help="held-out images to measure the loss on, at most")
-    parser.add_argument("--times", type=int, default=8, help="times to measure it at, spread as training draws them")
-    parser.add_argument("--steps", type=int, default=steps, help="of each training")
-    parser.add_argument("--seeds", default="0,1,2", help="of first weights, images, times and noise")
-    parser.add_argument("--plan", action="store_true", help="only say what is there and what is missing")
-    return parser
-
-
-def _checked(parser: CommandParser, arguments: Sequence[str]) -> argparse.Namespace:
-    options = parser.parse_args(arguments)
-    for name, lowest in (("steps", 1), ("images", 2), ("times", 1)):
-        if (value := getattr(options, name)) < lowest:
-            raise InputError(f"--{name} is {value}; accepted: {lowest} or more")
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"--out {options.out} is no folder")
+def _check(options: TrialOptions) -> None:
+    refuse_file(options.out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("these trainings are done one after the other by one process; run it without a launcher")
-    return options
+        raise InputError("these trainings are run one after the other by one process; run it without a launcher")
 
 
-def _list(option: str, text: str, kind: Callable[[str], Value]) -> list[Value]:
-    """What a comma-separated option names, each once."""
-    try:
-        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"{option} is {text}; accepted: {what} with commas between them") from None
+def _unique(values: Sequence[Value]) -> list[Value]:
+    return list(dict.fromkeys(values))
 
 
-def _keys(options: argparse.Namespace) -> dict[str, Any]:
+def _keys(options: TrialOptions) -> dict[str, Any]:
     return {} if options.data is None else {"data.source": options.data}
 
 
-def _trained(options: argparse.Namespace, trials: list[Trial]) -> list[dict[str, Any]] | None:
+def _trained(options: StabilityOptions | PlacementOptions, trials: list[Trial]) -> list[dict[str, Any]] | None:
     """The trials' results; None where only the plan is asked for."""
     missing = [trial for trial in trials if finished(trial) is None]
     steps = sum(trial.experiment.train.max_steps for trial in missing)
@@ -153,7 +115,7 @@ def _trained(options: argparse.Namespace, trials: list[Trial]) -> list[dict[str,
 
 
 def _write(
-    options: argparse.Namespace,
+    options: StabilityOptions | PlacementOptions,
     analysis: str,
     protocol: dict[str, Any],
     results: list[dict[str, Any]],
@@ -175,7 +137,7 @@ def _write(
     console.print(f"{figure}, numbers in {numbers}")
 
 
-def _tell_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
+def _print_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
     table = Table(box=None, pad_edge=False, title="held-out loss of the seeds that trained", title_justify="left")
     for name in ("variant", "learning rate", *units):
         table.add_column(name, justify="left" if name == "variant" else "right")
@@ -187,14 +149,14 @@ def _tell_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
 
 def _cell(row: dict[str, Any]) -> str:
     failed = [outcome for outcome in row["outcomes"] if outcome != TRAINED]
-    told = [f"{failed.count(outcome)} {outcome}" for outcome in dict.fromkeys(failed)]
+    parts = [f"{failed.count(outcome)} {outcome}" for outcome in dict.fromkeys(failed)]
     if row["not_finite_at"]:
-        told.append(f"step {statistics.median(row['not_finite_at']):.0f}")
+        parts.append(f"step {statistics.median(row['not_finite_at']):.0f}")
     loss = [] if row["held_out_loss"] is None else [f"{row['held_out_loss']:.4f}"]
-    return ", ".join(loss + told)
+    return ", ".join(loss + parts)
 
 
-def _tell_placement(rows: list[dict[str, Any]], metric: str | None) -> None:
+def _print_placement(rows: list[dict[str, Any]], metric: str | None) -> None:
     table = Table(box=None, pad_edge=False, title="mean over seeds ± 95 %", title_justify="left")
     keys = {"held_out_loss": "held-out loss", **({} if metric is None else {"distance": metric})}
     for name in ("placement", "blocks", "seeds", *keys.values()):

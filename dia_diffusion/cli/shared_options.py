@@ -1,0 +1,106 @@
+"""Options that several commands share, and what they lead to: a pipeline, a feature extractor."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dia_diffusion.cli.console import ConsoleReporter, console
+from dia_diffusion.cli.options import Metavar
+from dia_diffusion.errors import InputError
+from dia_diffusion.validation import Strict
+
+if TYPE_CHECKING:
+    import torch
+
+    from dia_diffusion.evaluation.features import FeatureExtractor
+    from dia_diffusion.sampling.generate import ImagePipeline
+
+Split = Literal["train", "test"]
+"""The part of a dataset that has parts."""
+
+
+class SamplingOptions(Strict):
+    sampler: str = "dpmsolver++"
+    """ddpm, ddim, dpmsolver++, dpmsolver++3m, dpmsolver++sde, unipc, euler, euler-ancestral, heun or euler-maruyama;
+    own is the pipeline's scheduler unchanged."""
+    steps: int = 50
+    """Sampler steps."""
+    batch_size: int = Field(64, ge=1)
+    """Images that a process samples at once."""
+    classes: list[int] | None = None
+    """Such as 3 or 0,1,2: the class of each seed in turn; all classes of the model if not given."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
+
+
+def load_for_sampling(folder: Path, options: SamplingOptions, device: "torch.device") -> tuple["ImagePipeline", str]:
+    """The pipeline of a folder, adapted with the options' sampling settings, and its precision."""
+    import torch
+
+    from dia_diffusion.pipelines.folder import read_training
+    from dia_diffusion.precision import best_precision
+    from dia_diffusion.sampling.generate import adapt_pipeline
+    from dia_diffusion.sampling.load import load_pipeline
+    from dia_diffusion.sampling.samplers import SamplingSettings
+
+    precision: str = options.precision
+    if precision == "auto":
+        chosen = best_precision(device)
+        precision = chosen.dtype
+        if os.environ.get("RANK", "0") == "0":
+            console.print(f"sampling in {chosen}")
+    classes = None if options.classes is None else tuple(options.classes)
+    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
+    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)), settings)
+    training = read_training(folder)
+    if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
+        raise InputError(
+            f"`--guidance-scale` must be 1 for {folder}, which was trained with data.label_dropout 0 and so without a "
+            f"null label, got {settings.guidance_scale}"
+        )
+    return pipeline, precision
+
+
+class FeatureOptions(Strict):
+    features: str | None = None
+    """digits, cifar10, inception, or MODULE:CLASS, a torch-fidelity extractor of your own; if not given, those of a
+    file of statistics, digits for the digits, and cifar10 for other images."""
+    inception_weights: Annotated[Path | None, Metavar("FILE")] = None
+    """Weights of torch-fidelity's Inception, .pth or .safetensors; if not given, from torch's hub folder, or a
+    download."""
+
+
+def load_features(options: FeatureOptions, data: str, device: "str | torch.device") -> "FeatureExtractor":
+    """The extractor that the options name, or that suits the data; a download is shown on the terminal."""
+    from dia_diffusion.evaluation.features import build_features
+
+    name = options.features or _features_for(data)
+    if options.inception_weights is not None and name != "inception":
+        raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
+    progress = partial(ConsoleReporter().reading, "bytes")
+    return build_features(name, device, options.inception_weights, progress)
+
+
+def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> None:
+    """Prints a warning where the weights given aren't the released Inception."""
+    from dia_diffusion.evaluation.features.inception import unreleased
+
+    if options.inception_weights is not None and (text := unreleased(extractor.name, options.inception_weights)):
+        console.print(f"warning: {text}")
+
+
+def _features_for(data: str) -> str:
+    """The features of a file of statistics, if it names them; else those that suit the images."""
+    from dia_diffusion.evaluation.features import FEATURES
+    from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
+
+    if Path(data).is_file() and is_statistics_file(data) and (name := read_statistics(data).features) is not None:
+        if name not in FEATURES:  # these might be downloaded, or be a module to run, which takes asking for by name
+            raise InputError(f"{data} holds statistics in features {name}; name them with --features")
+        return name
+    return "digits" if data == "digits" else "cifar10"
