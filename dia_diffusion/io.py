@@ -146,6 +146,20 @@ def _runs(process: int) -> bool:
     return process != os.getpid()
 
 
+_IN_CHECKOUT = {"recipes": "train/configs", "curves": "eval/curves", "protocols": "eval/protocols"}
+
+
+def shipped_folder(kind: str) -> Path:
+    """The shipped recipes, curves (studies) or protocols: in an installed package beside the code, or in a checkout."""
+    package = Path(__file__).parent
+    return package / kind if (package / kind).is_dir() else package.parent / _IN_CHECKOUT[kind]
+
+
+def shipped_names(kind: str) -> list[str]:
+    """The names of the shipped recipes, curves or protocols."""
+    return sorted(path.stem for path in shipped_folder(kind).glob("*.yaml"))
+
+
 def step_name(step: int) -> str:
     """The name of a step's checkpoint and pipeline folder."""
     return f"step-{step:08d}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from dia_diffusion.errors import InputError
 
@@ -84,7 +85,8 @@ def describe_error(
     key, first = errors[0]
     if first["type"] in ("extra_forbidden", "invalid_key"):
         unknown = spell([*key, str(first["loc"][-1])])
-        return f"unknown key `{unknown}`; did you mean `{nearest(unknown, map(spell, keys_of(model)))}`?"
+        valid = nearest(unknown, (spell(path) for path, _ in fields_of(model)))
+        return f"unknown key `{unknown}`; did you mean `{valid}`?"
     if first["type"] == "missing":
         return f"`{spell(key)}` is missing"
     if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
@@ -113,14 +115,14 @@ def shown(value: Any) -> str:
     return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
-def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
-    """The keys of a model and of the models within it, in order, each by its parts; a section's own key is left out."""
+def fields_of(model: type[BaseModel]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """The path and field of each key of a model and of the models within it, in order."""
     for name, field in model.model_fields.items():
         section = model_in(field.annotation)
         if section is None:
-            yield (field.alias or name,)
+            yield (field.alias or name,), field
         else:
-            yield from ((field.alias or name, *rest) for rest in keys_of(section))
+            yield from (((field.alias or name, *path), inner) for path, inner in fields_of(section))
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

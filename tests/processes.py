@@ -31,7 +31,7 @@ FORKED.set_forkserver_preload(
         "dia_diffusion.training.trainer",
         "dia_diffusion.cli.classify",
         "dia_diffusion.training.classification",
-        "dia_diffusion.cli.drawing",
+        "dia_diffusion.cli.sample",
         "dia_diffusion.cli.measuring",
     ]
 )

@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class RateColumn(ProgressColumn):
-    """How many a second."""
+    """Units per second."""
 
     def __init__(self, unit: str):
         super().__init__()
@@ -129,12 +129,12 @@ class SharedProgress:
 
 
 class MeasuringProgress(SharedProgress):
-    """The same for a measurement (an evaluation's `Reporter`), which may go on where an earlier one was stopped."""
+    """The same for a measurement (an evaluation's `Reporter`), which may resume an earlier one that was stopped."""
 
     def going_on(self, done: int, total: int) -> None:
         self.done = done
         if self.accelerator.is_main_process:
-            console.print(f"going on after {done:,} of {total:,} images")
+            console.print(f"resuming after {done:,} of {total:,} images")
             self.counter.start_at(done, total)
 
     def computing(self, what: str, done: int = 0, total: int = 0) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both
+from dia_diffusion.cli.options import Metavar, Positional, refuse_both, spell
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import write_json
+from dia_diffusion.io import shipped_names, write_json
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
@@ -21,9 +21,10 @@ OF_RUNS = ("out", "floor", "title")
 class Options(Strict):
     """Draws distance against images seen: of a study, or of runs that `fid` measured."""
 
-    subjects: Annotated[tuple[str, ...], Positional("STUDY_or_RUN")]
-    """A study: a YAML file, its folder, or the name of a shipped one, such as digits; or run folders with
-    evaluations."""
+    subjects: Annotated[tuple[str, ...], Positional("STUDY_or_RUN")] = Field(
+        description=f"A study: a YAML file, its folder, or one of {', '.join(shipped_names('curves'))}; or run folders "
+        "with evaluations."
+    )
     protocol: str | None = None
     """Of a study: the one of its curves, by name or file; of runs measured by several: the start of its hash."""
     output: str | None = None
@@ -58,9 +59,9 @@ def run(options: Options) -> None:
     """Draws the curves; of a study, trains and measures first what is missing."""
     is_study = len(options.subjects) == 1 and names_study(options.subjects[0])
     for name in OF_RUNS if is_study else OF_STUDIES:
-        if (value := getattr(options, name)) != Options.model_fields[name].default:
-            got = "" if value is True else f", got {value}"
-            raise InputError(f"`{flag([name])}` must be left out for {'a study' if is_study else 'run folders'}{got}")
+        if getattr(options, name) != Options.model_fields[name].default:
+            of = "a study" if is_study else "run folders"
+            raise InputError(f"{spell(options, name)}: not an option of {of}; leave it out")
     if not is_study:
         _draw_runs(options)
         return
@@ -71,12 +72,16 @@ def run(options: Options) -> None:
 
 def names_study(name: str) -> bool:
     """Whether it is a study: not a folder, a study's folder, or a shipped one's name rather than a run's."""
-    from dia_diffusion.studies.study import STUDY_FILE, study_names
+    from dia_diffusion.studies.study import STUDY_FILE
     from dia_diffusion.training.run_folder import RunFolder
 
     folder = RunFolder(name)
     is_run = folder.config.is_file() or folder.evaluations.is_file()
-    return not folder.path.is_dir() or (folder.path / STUDY_FILE).is_file() or (name in study_names() and not is_run)
+    return (
+        not folder.path.is_dir()
+        or (folder.path / STUDY_FILE).is_file()
+        or (name in shipped_names("curves") and not is_run)
+    )
 
 
 def _draw_runs(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""`dia-diffusion distortions`: what a distance means, by the distances of real images spoilt in known ways."""
+"""`dia-diffusion distortions`: scores corrupted real images to calibrate the metric."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     extractor = load_features(options, options.images, "cuda" if torch.cuda.is_available() else "cpu")
     warn_unreleased(options, extractor)
     images = open_images(options.images, split=options.split, size=options.size)
-    size = images.images.shape[-1]
+    size = images.shape[-1]
     others = None if images.name == "digits" else open_images("digits", split="train", size=size)
     real = open_images(options.reference, split=options.reference_split, size=size)
     reference = reference_statistics(real, extractor)

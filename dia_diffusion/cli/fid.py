@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both
+from dia_diffusion.cli.options import Metavar, Positional, refuse_both, spell
 from dia_diffusion.cli.shared_options import FeatureOptions, SamplingOptions, Split
 from dia_diffusion.errors import InputError
+from dia_diffusion.io import shipped_names
 
 if TYPE_CHECKING:
     from dia_diffusion.evaluation.extras import Extras
@@ -30,9 +31,12 @@ class Options(SamplingOptions, FeatureOptions):
     reference: Annotated[str | None, Metavar("DATA")] = None
     """Images (a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10, cifar100), or a file of
     statistics; if not given, with --protocol, what a run was trained on."""
-    protocol: Annotated[str | None, Metavar("NAME")] = None
-    """A YAML file, or the name of a shipped one, such as fd-digits: decides features, number of images, part of the
-    reference, and how a pipeline is sampled; of images that are there already, the first three."""
+    protocol: Annotated[str | None, Metavar("NAME")] = Field(
+        None,
+        description=f"A YAML file, or one of {', '.join(shipped_names('protocols'))}: decides features, number of "
+        "images, part of the reference, and how a pipeline is sampled; of images that are there already, the first "
+        "three.",
+    )
     reference_split: Split | None = None
     """Of the reference's images; train if not given."""
     split: Split | None = None
@@ -76,7 +80,7 @@ class Request:
 
     def spell(self, name: str) -> str:
         """An option with its value for a message, and which protocol has decided it."""
-        text = f"{flag([name])} {getattr(self.options, name)}"
+        text = spell(self.options, name)
         if self.protocol is not None and name in _decided(self.protocol):
             text += f" of protocol {self.protocol.name}"
         return text
@@ -124,9 +128,8 @@ def _refuse_ignored(options: Options, is_model: bool) -> None:
     why = "draws images of its own" if is_model else "is no pipeline and no run"
     ignored = ("size", "channels", "split") if is_model else (*SamplingOptions.model_fields, "step", "every_step")
     for name in ignored:
-        if (value := getattr(options, name)) != Options.model_fields[name].default:
-            given = flag([name]) if value is True else f"{flag([name])} {value}"
-            raise InputError(f"{given}: {options.source} {why}; leave it out")
+        if getattr(options, name) != Options.model_fields[name].default:
+            raise InputError(f"{spell(options, name)}: {options.source} {why}; leave it out")
 
 
 def _fill_in(options: Options, protocol: "NamedProtocol", is_model: bool) -> Options:
@@ -136,11 +139,13 @@ def _fill_in(options: Options, protocol: "NamedProtocol", is_model: bool) -> Opt
         for name, value in _decided(protocol).items()
         if is_model or name not in SamplingOptions.model_fields
     }
-    for name in options.model_fields_set & decided.keys():
-        says = "all" if decided[name] is None else decided[name]
-        given = f"{flag([name])} {getattr(options, name)}"
-        raise InputError(f"{given}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol")
-    return options.model_copy(update=decided)
+    filled = options.model_copy(update=decided)
+    if given := next((name for name in decided if name in options.model_fields_set), None):
+        says = "all" if decided[given] is None else spell(filled, given).partition(" ")[2]
+        raise InputError(
+            f"{spell(options, given)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
+        )
+    return filled
 
 
 def _decided(protocol: "NamedProtocol") -> dict[str, Any]:
@@ -170,15 +175,14 @@ def _pipelines(options: Options) -> list[Path]:
 
 def _training_images(pipeline: Path) -> str:
     """The images that a pipeline's run was trained on, as its recipe names them."""
-    from dia_diffusion.data.hf import PREFIX
-    from dia_diffusion.data.sources import DOWNLOADS
+    from dia_diffusion.data.sources import find_format
     from dia_diffusion.pipelines.folder import read_training
 
     training = read_training(pipeline)
     if training is None:
         raise InputError(f"{pipeline} doesn't say what it was trained on; give --reference DATA")
     source = str(training["recipe"]["data"].get("source"))
-    if source not in ("digits", *DOWNLOADS) and not source.startswith(PREFIX) and not Path(source).exists():
+    if find_format(source) is None and not Path(source).exists():
         raise InputError(f"{pipeline} was trained on {source}, which isn't here; give --reference DATA")
     return source
 

@@ -16,11 +16,11 @@ from dia_diffusion.cli.options import OptionParser, parse_options
 from dia_diffusion.environment import __version__
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError, RunError, Stopped, Terminated, number_of, one_line
 
-# name -> what it does; `_parse` tells what the module dia_diffusion.cli.NAME has
+# name -> what it does; `_parse` says what the module dia_diffusion.cli.NAME has
 COMMANDS = {
     "quickstart": "train twins on handwritten digits, sample, measure and draw the curve, in minutes on a CPU",
-    "train": "train a recipe, or go on with a run",
-    "classify": "train a classifier, or go on with it",
+    "train": "train a recipe, or resume a run",
+    "classify": "train a classifier, or resume its run",
     "sample": "draw images from a pipeline or run",
     "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
     "stats": "make, show and compare files of the mean and covariance of images' features",
@@ -33,7 +33,7 @@ COMMANDS = {
     "convert": "turn official U-ViT weights into a pipeline folder",
     "export": "copy a pipeline for others, with the code that loads it by diffusers alone if asked",
     "push": "send a pipeline folder to the Hugging Face Hub, after showing what will be sent",
-    "distortions": "measure real images spoilt in known ways, to learn what a distance means",
+    "distortions": "score corrupted real images to calibrate the metric",
     "train-features": "train the classifier whose features a distance is measured in",
     "env": "print versions, devices and speed of this machine, for a bug report",
 }
@@ -81,9 +81,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             import_package()
             command()
     except InputError as error:
-        return _end(name, f"error: {error}", 2, told=False if error.alone else None)
+        return _end(name, f"error: {error}", 2, reported=False if error.alone else None)
     except RunError as error:
-        return _end(name, f"failed: {error}", 1, told=error.reported)
+        return _end(name, f"failed: {error}", 1, reported=error.reported)
     except Stopped as stopped:
         return _end(name, str(stopped), 128 + stopped.signal_number)
     except KeyboardInterrupt as interrupt:
@@ -96,7 +96,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
         if (lost := lost_a_process(error)) is not None:
             line = f"another process of this launch has ended or can't be reached ({lost})"
-            return _end(name, f"failed: {line}; the same command goes on from what is written", 1)
+            return _end(name, f"failed: {line}; the same command resumes from what is written", 1)
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         return _end(name, f"failed: {str(error).split('. ')[0]}; use smaller batches or more train.accumulation", 1)
@@ -188,10 +188,10 @@ def usage() -> str:
     )
 
 
-def _end(name: str, line: str, code: int, told: bool | None = None) -> int:
+def _end(name: str, line: str, code: int, reported: bool | None = None) -> int:
     """Prints a command's last line: once a machine where its processes end alike, else by each that has one."""
-    if told is None:
-        told = code != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
-    if not told:
+    if reported is None:
+        reported = code != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not reported:
         print(f"dia-diffusion {name}: {line}", file=sys.stderr)
     return code

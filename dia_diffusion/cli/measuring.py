@@ -153,7 +153,7 @@ def _explain_interrupt(work: Path) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         text = "stopped before the first chunk of images was finished; nothing is kept"
         if (work / FINISHED).is_file():
-            text = f"stopped; the same command goes on after the last finished chunk of images, kept in {work.parent}"
+            text = f"stopped; the same command resumes after the last finished chunk of images, kept in {work.parent}"
         raise Stopped(number_of(interrupt), text) from None
 
 

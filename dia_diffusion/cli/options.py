@@ -13,7 +13,7 @@ as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.validation import describe_error, model_in, nearest
+from dia_diffusion.validation import describe_error, fields_of, model_in, nearest
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -83,12 +83,9 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
     )
     groups: dict[str, Any] = {}
     for path, field in fields_of(model):
-        section = parser
-        if len(path) > 1:
-            if path[0] not in groups:
-                about = model_in(model.model_fields[path[0]].annotation).__doc__
-                groups[path[0]] = parser.add_argument_group(path[0], about)
-            section = groups[path[0]]
+        if len(path) > 1 and path[0] not in groups:
+            section = model_in(model.model_fields[path[0]].annotation)
+            groups[path[0]] = parser.add_argument_group(path[0], section.__doc__ if section else None)
         kwargs: dict[str, Any] = {"help": _help(field)}
         if field.annotation is bool and len(path) == 1:
             kwargs["action"] = "store_true"
@@ -99,19 +96,9 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         if _is_positional(field):
             parser.add_argument(".".join(path), **kwargs)
         else:
-            section.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
+            group = groups[path[0]] if len(path) > 1 else parser
+            group.add_argument(flag(path), dest=".".join(path), required=field.is_required(), **kwargs)
     return parser
-
-
-def fields_of(model: type[BaseModel]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """The path and field of each option; a section's fields in its place."""
-    for name, field in model.model_fields.items():
-        name = field.alias or name
-        section = model_in(field.annotation)
-        if section is None:
-            yield (name,), field
-        else:
-            yield from (((name, *path), inner) for path, inner in fields_of(section))
 
 
 def flag(path: Sequence[str]) -> str:
@@ -123,6 +110,14 @@ def refuse_both(options: BaseModel, first: str, second: str) -> None:
     """Raises InputError if both options are given; for a model's validators."""
     if {first, second} <= options.model_fields_set:
         raise InputError(f"`{flag([second])}` must be left out beside `{flag([first])}`")
+
+
+def spell(options: BaseModel, name: str) -> str:
+    """An option as it is typed, with its value: `--classes 0,1`."""
+    value = getattr(options, name)
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return flag([name]) if value is True else f"{flag([name])} {value}"
 
 
 def parse_text(text: Any, annotation: Any) -> Any:

@@ -43,7 +43,7 @@ def run_study_command(options: Options) -> None:
                 _run(study, options.jobs, precision)
                 _draw(study)
             except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
-                text = "ended at once; the same command goes on from what is written"
+                text = "ended at once; the same command resumes from what is written"
                 raise Stopped(number_of(interrupt), text) from None
 
 

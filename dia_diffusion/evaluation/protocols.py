@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +13,7 @@ from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import ACCEPTED, FEATURES
 from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.sampling.samplers import PRECISIONS, check_sampler_name
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
@@ -75,26 +75,17 @@ class NamedProtocol(Strict):
         return (record.protocol_name, record.protocol_file_hash) == (self.name, self.hash())
 
 
-def protocols_folder() -> Path:
-    """The shipped protocols: in an installed package beside the code, in a checkout in eval/protocols."""
-    packaged = Path(str(files("dia_diffusion"))) / "protocols"
-    return packaged if packaged.is_dir() else packaged.parents[1] / "eval" / "protocols"
-
-
-def protocol_names() -> list[str]:
-    """The names of the shipped ones."""
-    return sorted(path.stem for path in protocols_folder().glob("*.yaml"))
-
-
 def read_protocol(name: str) -> NamedProtocol:
     """A protocol from its file, by path or by the name of a shipped one.
 
     Raises:
         InputError: no such protocol, not YAML, an unknown key (the nearest is named), or a value that isn't accepted.
     """
-    path = Path(name) if Path(name).is_file() else protocols_folder() / f"{name}.yaml"
+    path = Path(name) if Path(name).is_file() else shipped_folder("protocols") / f"{name}.yaml"
     if not path.is_file():
-        raise InputError(f"no protocol {name!r}; accepted: a YAML file or one of {', '.join(protocol_names())}")
+        raise InputError(
+            f"no protocol {name!r}; accepted: a YAML file or one of {', '.join(shipped_names('protocols'))}"
+        )
     values = read_yaml(path, "protocol", "features, num_samples, sampler, steps")
     if "name" in values:
         raise InputError(f"{path}: unknown key `name`; a protocol is named by its file")

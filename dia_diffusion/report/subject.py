@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.io import shipped_names
 from dia_diffusion.report.page import Page
 from dia_diffusion.report.run import run_page
 from dia_diffusion.report.study import study_page
-from dia_diffusion.studies.study import STUDY_FILE, read_study, study_names, study_path
+from dia_diffusion.studies.study import STUDY_FILE, read_study, study_path
 from dia_diffusion.training.run_folder import RunFolder
 
 
@@ -21,9 +22,10 @@ def page_of(subject: str) -> tuple[Page, Path]:
     try:
         study_path(subject)
     except InputError:
+        names = ", ".join(shipped_names("curves"))
         raise InputError(
             f"{subject} is no run's folder, which has a config.yaml, nor a study's, which has a {STUDY_FILE}; accepted "
-            f"besides: a study's YAML file, or one of {', '.join(study_names())}"
+            f"besides: a study's YAML file, or one of {names}"
         ) from None
     study = read_study(subject)
     if not study.folder.is_dir():

@@ -109,7 +109,7 @@ def run_jobs(
                 child.process.kill()
     watch([])
     if stop.received:
-        raise Stopped(stop.received, "stopped; the same command goes on from there")
+        raise Stopped(stop.received, "stopped; the same command resumes from there")
     if failed is not None:
         raise failed
 

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from pydantic import Field
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import write_text
+from dia_diffusion.io import shipped_folder, shipped_names, write_text
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import flatten, override, read_experiment
@@ -129,17 +128,6 @@ def run_name(unit: str, batch_size: int, seed: int) -> str:
     return f"{unit}-b{batch_size}-s{seed}"
 
 
-def studies_folder() -> Path:
-    """The shipped studies: in an installed package beside the code, in a checkout in eval/curves."""
-    packaged = Path(str(files("dia_diffusion"))) / "curves"
-    return packaged if packaged.is_dir() else packaged.parents[1] / "eval" / "curves"
-
-
-def study_names() -> list[str]:
-    """The names of the shipped ones."""
-    return sorted(path.stem for path in studies_folder().glob("*.yaml"))
-
-
 def study_path(name: str) -> Path:
     """A study's file: by path, by the folder of a study, or by the name of a shipped one, with or without .yaml."""
     path = Path(name)
@@ -147,10 +135,10 @@ def study_path(name: str) -> Path:
         return path
     if (path / STUDY_FILE).is_file():
         return path / STUDY_FILE
-    shipped = studies_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    shipped = shipped_folder("curves") / f"{path.name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and path.parent in (Path("."), Path("eval/curves")):
         return shipped
-    accepted = f"a YAML file, the folder of a study, or one of {', '.join(study_names())}"
+    accepted = f"a YAML file, the folder of a study, or one of {', '.join(shipped_names('curves'))}"
     raise InputError(f"no study {name!r}; accepted: {accepted}")
 
 

@@ -70,12 +70,12 @@ def test_command_draws_classifiers_side_by_side(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "grid.png").stat().st_size > 10_000
     assert "of images.npz" in capsys.readouterr().out
     assert main(["gradcam", places[0], *command[1:-1], str(tmp_path / "b.png")]) == 2
-    assert "called the same" in capsys.readouterr().err
+    assert "classifiers must have folders of different names" in capsys.readouterr().err
     for more, told in (
         ([], "exists"),
         (["--out", str(tmp_path / "b.png"), "--class", "10"], "class 10 is asked about; none knows 0 to 9"),
         (["--out", str(tmp_path / "b.what")], "names no known format"),
-        (["--out", str(tmp_path / "b.png"), "--count", "0"], "--count is 0"),
+        (["--out", str(tmp_path / "b.png"), "--count", "0"], "`--count` must be 1 or more, got 0"),
     ):
         assert main([*command, *more]) == 2
         error = capsys.readouterr().err

@@ -95,9 +95,9 @@ def test_the_command_sets_ours_beside_the_papers(capsys: pytest.CaptureFixture[s
         (["--model", "S/x"], "got 'S/x'"),
         (["--model", "tiny/2", "--unit", "sea"], "attention unit must be none or one of"),
         (["--model", "tiny/2", "--unit", "eca", "--kwargs", "{reduction: 8}"], "attention unit 'eca' can't be built"),
-        (["--model", "tiny/2", "--kwargs", "[8]"], "--kwargs is '[8]'; accepted: names and values"),
+        (["--model", "tiny/2", "--kwargs", "[8]"], "`--kwargs` must be a mapping, got [8]"),
         (["--model", "tiny/2", "--unit", "se", "--kwargs", "{sharing: individual}"], "both are counted, leave it out"),
-        (["--table", "V"], "no table 'V' counts parameters; accepted: IV"),
+        (["--table", "V"], "`--table` must be one of IV"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_killed_it_goes_on_to_the_same_number(
 
     assert main(["fid", *fid]) == 0
     assert sampled == list(range(1000, 2000))
-    assert "going on after 1,000 of 2,000 images" in capsys.readouterr().out
+    assert "resuming after 1,000 of 2,000 images" in capsys.readouterr().out
     assert not (run / "evaluations.unfinished").exists()
     assert main(["fid", *fid, "--record", str(tmp_path / "whole.jsonl")]) == 0
     assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance
@@ -124,7 +124,7 @@ def test_one_image_is_refused_before_any_work(
     folder.mkdir()
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     assert main(["fid", str(folder), "--reference", "digits"]) == 2
-    assert f"{folder} has 1 image; a distance takes 2 or more" in capsys.readouterr().err
+    assert f"{folder} must have 2 images or more, got 1" in capsys.readouterr().err
     assert main(["stats", "make", str(folder), str(out), "--features", "digits"]) == 2
     assert "a covariance of 1 image" in capsys.readouterr().err and not out.exists()
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -134,4 +134,4 @@ def test_statistics_are_no_reference_for_kid(run: Path, tmp_path: Path, capsys: 
     (tmp_path / "s.npz").write_bytes(b"")
     statistics = ["--reference", str(tmp_path / "s.npz")]
     assert main(["fid", str(run), "--features", "digits", *statistics, "--metrics", "prc"]) == 2
-    assert "accepted for kid and prc: images" in capsys.readouterr().err
+    assert "`--reference` must be images for kid and prc" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path: Path, capsys: py
         data = {"name": "digits", "split": "train", "count": 9, "fingerprint": "0", "class_names": None}
         (tmp_path / "ours" / "training.json").write_text(json.dumps({**training, "data": data}))
         assert main([*arguments, "--grid", str(tmp_path / "grid.png")]) == code
-        assert ("needs a null label that is trained" in capsys.readouterr().err) is (code == 2)
+        assert ("and so without a null label" in capsys.readouterr().err) is (code == 2)
 
 
 def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: 
         (["sample", pipelines / "latents", "--guidance-scale", "0", *grid], "must be 1, which is none, or more, got 0"),
         (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "no null label"),
         (["sample", pipelines / "sde", *grid], "`sampler` must be own"),
-        (["fid", pipelines / "wide", "--reference", "digits"], "images of 8x16; accepted: square"),
+        (["fid", pipelines / "wide", "--reference", "digits"], "must draw square images, got 8x16"),
     ):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2

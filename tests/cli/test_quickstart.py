@@ -46,7 +46,7 @@ def test_a_stopped_quickstart_stops_its_trainings(
 
     threading.Thread(target=stop, daemon=True).start()
     assert main(["quickstart", "--out", str(tmp_path / "q")]) == 128 + number
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "the same command resumes" in capfd.readouterr().err
     for run in runs:
         assert [place.name for place in (run / "checkpoints").iterdir()] == ["step-00000003"]
 

@@ -59,7 +59,7 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
     children.held_step = 7
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["curves", study]) == 130
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "the same command resumes" in capfd.readouterr().err
     assert [path.name for path in (first / "checkpoints").iterdir()] == ["step-00000007"]
     assert not (tmp_path / "out" / "dia-lstm-b8-s0" / "metrics.jsonl").exists()
 
@@ -112,15 +112,15 @@ def test_options_of_the_other_kind_and_missing_things(
     study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for arguments, said in (
-        ([study, "--jobs", "0"], "--jobs is 0; accepted: 1 or more"),
-        ([study, "--out", "x.png"], "--out x.png says nothing of a study"),
-        ([tmp_path, "--jobs", "2"], "--jobs 2 says nothing of run folders"),
-        ([tmp_path, "--plan"], "--plan says nothing of run folders"),
+        ([study, "--jobs", "0"], "`--jobs` must be 1 or more, got 0"),
+        ([study, "--out", "x.png"], "--out x.png: not an option of a study"),
+        ([tmp_path, "--jobs", "2"], "--jobs 2: not an option of run folders"),
+        ([tmp_path, "--plan"], "--plan: not an option of run folders"),
         (["letters"], "no study 'letters'; accepted: a YAML file, the folder of a study, or one of cifar10"),
         ([study, "--protocol", "letters"], "no protocol 'letters'"),
         ([study, "--final-protocol", "letters"], "no protocol 'letters'"),
         ([study, "--data", tmp_path / "none.zip"], "none.zip"),
-        ([study, "--reference", tmp_path / "none.zip"], "none.zip' is no file or folder here"),
+        ([study, "--reference", tmp_path / "none.zip"], "none.zip', which is no file or folder here"),
     ):
         assert main(["curves", *map(str, arguments)]) == 2
         error = capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_folded_normalisations_change_nothing():
 
 
 def test_unknown_name_is_told_which_exist():
-    with pytest.raises(InputError, match="unknown features 'inceptoin'; there are: digits"):
+    with pytest.raises(InputError, match="`features` must be one of digits"):
         build_features("inceptoin")
 
 

@@ -11,13 +11,12 @@ from diffusers import DDPMScheduler
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import (
-    protocol_names,
-    protocols_folder,
     read_protocol,
     refuse_changed,
     under_name,
 )
 from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.samplers import build_scheduler, check_steps
 
@@ -38,11 +37,11 @@ def write(tmp_path: Path) -> Callable[..., str]:
     return written
 
 
-@pytest.mark.parametrize("name", protocol_names())
+@pytest.mark.parametrize("name", shipped_names("protocols"))
 def test_a_shipped_protocol_can_be_followed(name: str) -> None:
     protocol = read_protocol(name)
     assert protocol.name == name
-    values = yaml.safe_load((protocols_folder() / f"{name}.yaml").read_text())
+    values = yaml.safe_load((shipped_folder("protocols") / f"{name}.yaml").read_text())
     assert {key: getattr(protocol, key) for key in values} == values
     scheduler = build_scheduler(protocol.sampler, DDPMScheduler(**NoiseProcess().scheduler_config()))
     check_steps(scheduler, protocol.steps)

@@ -95,5 +95,5 @@ def test_no_room_for_a_record(
     (disk / "filler").unlink()
     capsys.readouterr()
     assert main([*fid, "--num", "71"]) == 0
-    assert "going on after 71 of 71 images" in capsys.readouterr().out
+    assert "resuming after 71 of 71 images" in capsys.readouterr().out
     assert read_records(run / "evaluations.jsonl")[-1].protocol.num_samples == 71

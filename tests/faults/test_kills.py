@@ -90,7 +90,7 @@ def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: 
     survivor = running[1 - victim]
     assert survivor.wait() == 1
     told = "failed: another process of this launch has ended or can't be reached (Connection "
-    assert told in survivor.last_line() and survivor.last_line().endswith("goes on from what is written")
+    assert told in survivor.last_line() and survivor.last_line().endswith("resumes from what is written")
     assert "Traceback" not in survivor.text()
     assert checkpoints(run) == [20], "nothing is written after"
 

@@ -45,7 +45,7 @@ def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) 
     running.until(lambda: being_written(run))
     running.send(signal.SIGINT)
     assert running.wait() == 130
-    line = "dia-diffusion train: ended at once; the same command goes on from the last checkpoint that was written"
+    line = "dia-diffusion train: ended at once; the same command resumes from the last checkpoint that was written"
     assert running.last_line() == line and "Traceback" not in running.text()
     assert not checkpoints(run) and not leftovers(run)
 
@@ -54,11 +54,11 @@ def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) 
 def test_sample_keeps_its_images(number: int, code: int, trained: Path, tmp_path: Path) -> None:
     out, log = tmp_path / "images", tmp_path / "log"
     command = ["sample", trained / "run", "--seeds", "0-49", "--steps", 1, "--out", out]
-    running = Forked(*command, log=log, prepare=partial(hold, "dia_diffusion.cli.drawing", "save_png", 5))
+    running = Forked(*command, log=log, prepare=partial(hold, "dia_diffusion.sampling.writers", "save_png", 5))
     running.until(lambda: len(list(out.glob("*.png"))) == 5)
     running.send(number)
     assert running.wait() == code
-    assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the images that are missing"
+    assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the missing images"
     made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert len(made) == 5 and not leftovers(out)
     assert Forked(*command, log=log).wait() == 0
@@ -75,12 +75,12 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
     running.send(number)
     assert running.wait() == code
     assert re.fullmatch(
-        r"dia-diffusion fid: stopped; the same command goes on after the last finished chunk of images, kept in .*",
+        r"dia-diffusion fid: stopped; the same command resumes after the last finished chunk of images, kept in .*",
         running.last_line(),
     )
     again = Forked(*command, log=log, **cache)
     assert again.wait() == 0
-    assert "going on after 500 of 1,000 images" in again.text()
+    assert "resuming after 500 of 1,000 images" in again.text()
 
 
 @pytest.mark.long
@@ -101,10 +101,10 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
     print(f"ended {time.monotonic() - sent:.1f} s after {len(numbers)} signals")
     assert time.monotonic() - sent < 10
     if len(numbers) == 1:
-        how = "stopped; the same command goes on from there"
+        how = "stopped; the same command resumes from there"
         assert checkpoints(first)
     else:
-        how = "ended at once; the same command goes on from what is written"
+        how = "ended at once; the same command resumes from what is written"
     assert running.last_line() == f"dia-diffusion curves: {how}"
     again = Forked("curves", tmp_path / "mine.yaml", log=log)  # the lock of a child that is alive would refuse it
     again.until(lambda: (first / "train.log").read_text().count("$ dia-diffusion train") == 2)

@@ -83,7 +83,7 @@ def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped) as stopped:
         run_jobs(jobs(tmp_path, [waiting(ready), "echo never"], ["echo never"]), 1, lambda running: None)
-    assert stopped.value.signal_number == 2 and "the same command goes on" in str(stopped.value)
+    assert stopped.value.signal_number == 2 and "the same command resumes" in str(stopped.value)
     assert "asked to stop" in (tmp_path / "run0" / "train.log").read_text()
     assert not (tmp_path / "run1").exists()
 

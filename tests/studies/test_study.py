@@ -6,8 +6,9 @@ import pytest
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.io import shipped_names
 from dia_diffusion.studies.inventory import check_study
-from dia_diffusion.studies.study import Study, read_study, study_names, write_study
+from dia_diffusion.studies.study import Study, read_study, write_study
 from dia_diffusion.training.recipe import read_experiment
 from tests.training.conftest import TINY
 
@@ -62,7 +63,7 @@ def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path
     assert runs["none-b4-s0"].reference_batch_size is None
 
 
-@pytest.mark.parametrize("name", study_names())
+@pytest.mark.parametrize("name", shipped_names("curves"))
 def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))
     assert read_study(f"eval/curves/{name}.yaml", output=str(tmp_path)) == study
