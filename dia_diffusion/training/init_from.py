@@ -82,7 +82,7 @@ def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
     if theirs.unit is None:
         return
     for key in UNIT_KEYS:
-        there, here = theirs.config.get(key) or None, own[key] or None
+        there, here = theirs.config.get(key) or None, own.get(key) or None
         if key in theirs.config and there != here:
             raise InputError(f"`model.{key}` must be {there}, as of the shared unit of init_from {source}, got {here}")
 
