@@ -120,7 +120,7 @@ def test_options_of_the_other_kind_and_missing_things(
         ([study, "--protocol", "letters"], "no protocol 'letters'"),
         ([study, "--final-protocol", "letters"], "no protocol 'letters'"),
         ([study, "--data", tmp_path / "none.zip"], "none.zip"),
-        ([study, "--reference", tmp_path / "none.zip"], "none.zip' is no file or folder here"),
+        ([study, "--reference", tmp_path / "none.zip"], "none.zip', which is no file or folder here"),
     ):
         assert main(["curves", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
