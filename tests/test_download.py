@@ -144,7 +144,7 @@ def test_only_secure_addresses_are_asked(tmp_path, url, monkeypatch):
 @pytest.mark.parametrize("target", ["http://example.com/x", "ftp://example.com/x", "file:///etc/passwd"])
 def test_an_answer_that_sends_elsewhere_is_not_followed_where_that_is_less_secure(server, tmp_path, target):
     server.redirect = target
-    refused(server.download(), tmp_path, r"not secure; accepted: https|not allowed")
+    refused(server.download(), tmp_path, r"must be https|not allowed")
     assert server.requests == ["/data.bin"]
 
 

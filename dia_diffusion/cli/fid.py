@@ -175,15 +175,14 @@ def _pipelines(options: Options) -> list[Path]:
 
 def _training_images(pipeline: Path) -> str:
     """The images that a pipeline's run was trained on, as its recipe names them."""
-    from dia_diffusion.data.hf import PREFIX
-    from dia_diffusion.data.sources import DOWNLOADS
+    from dia_diffusion.data.sources import find_format
     from dia_diffusion.pipelines.folder import read_training
 
     training = read_training(pipeline)
     if training is None:
         raise InputError(f"{pipeline} doesn't say what it was trained on; give --reference DATA")
     source = str(training["recipe"]["data"].get("source"))
-    if source not in ("digits", *DOWNLOADS) and not source.startswith(PREFIX) and not Path(source).exists():
+    if find_format(source) is None and not Path(source).exists():
         raise InputError(f"{pipeline} was trained on {source}, which isn't here; give --reference DATA")
     return source
 

@@ -67,7 +67,7 @@ def make(options: MakeOptions) -> None:
         progress=partial(reporter.reading, "images"),
         download_progress=partial(reporter.reading, "bytes"),
     )
-    height, width = images.shape[1:]
+    _, height, width = images.shape
     if height != width:
         raise InputError(f"{options.source} must have square images, got {height}x{width}; --size makes them square")
     with Counter(f"measuring {images.name}", "images") as counter:

@@ -4,19 +4,30 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dia_diffusion.cli.console import ConsoleReporter
 from dia_diffusion.cli.options import OptionParser, options_parser
-from dia_diffusion.errors import Stopped, number_of
+from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.recipe import R, parse_recipe, recipe_names, resolve
 
 MODELS = Path(__file__).parents[1] / "models"
 
 
-def parse(arguments: Sequence[str]) -> Experiment:
+@dataclass(frozen=True)
+class Options:
+    """What `train` is given."""
+
+    experiment: Experiment
+    evaluate: str | None
+    """The protocol that checkpoints are measured by."""
+    evaluate_every: int | None
+
+
+def parse(arguments: Sequence[str]) -> Options:
     """The recipe with what overrides it; `model:` is checked where it runs."""
     help_parser = options_parser(Experiment, "train")
     uvit = help_parser.add_argument_group("model of backbone uvit")
@@ -27,21 +38,47 @@ def parse(arguments: Sequence[str]) -> Experiment:
     for key, default, text in documented_arguments(MODELS / "attached.py", "AttachedModel"):
         if key in ("backbone_kwargs", "attention_at"):
             others.add_argument(f"--model.{key}", metavar=key.upper(), help=f"{text} (default: {default})")
-    return parse_command(arguments, Experiment, "train", help_parser)
+    help_parser.add_argument("--evaluate", metavar="PROTOCOL", help="measure checkpoints as `fid --protocol` does")
+    help_parser.add_argument("--evaluate-every", metavar="N", help="only those of every Nth step, and the last")
+    evaluate, rest = take_option(arguments, "--evaluate")
+    every, rest = take_option(rest, "--evaluate-every")
+    if every is not None and (evaluate is None or not every.isdecimal() or int(every) < 1):
+        raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
+    experiment = parse_command(rest, Experiment, "train", help_parser)
+    return Options(experiment, evaluate, None if every is None else int(every))
 
 
-def run(experiment: Experiment) -> None:
+def run(options: Options) -> None:
     """Trains the recipe."""
-    train(resolve(experiment))
+    callbacks = []
+    if options.evaluate is not None:
+        from dia_diffusion.evaluation.callback import EvaluatePipelines
+        from dia_diffusion.evaluation.protocols import read_protocol
+
+        callbacks.append(EvaluatePipelines(read_protocol(options.evaluate), options.evaluate_every))
+    train(resolve(options.experiment), callbacks)
 
 
-def train(task: Any) -> None:
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """An option's value, None if it is not given, and the other arguments."""
+    value, others = None, []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, has_value, text = argument.partition("=")
+        if name != option:
+            others.append(argument)
+        elif (value := text if has_value else next(remaining, None)) is None:
+            raise InputError(f"`{option}` needs a value")
+    return value, others
+
+
+def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
     """Trains a recipe, or a task made of one, with progress on the terminal."""
     from dia_diffusion.training.trainer import Trainer
 
     reporter = ConsoleReporter()
     try:
-        Trainer(task, reporter).run()
+        Trainer(task, reporter, callbacks).run()
     except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
         text = "ended at once; the same command resumes from the last checkpoint that was written"
         raise Stopped(number_of(interrupt), text) from None

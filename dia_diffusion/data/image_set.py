@@ -121,10 +121,10 @@ class ImageSet:
 
         def decode(k: int) -> Pixels:
             index = int(indices[k])
+            name = one_line(f"{source.where}/{source.names[index]}")
             try:
                 return transform(k, source.read(index))
             except Exception as error:  # a corrupt file can raise almost anything inside a decoder
-                name = one_line(f"{source.where}/{source.names[index]}")
                 refused = InputError(f"{name} can't be read ({reason(error)})")
                 refused.alone = True  # each process reads its own part of a batch
                 raise refused from error

@@ -30,13 +30,12 @@ NEEDED: dict[str, Any] = {
     "recipe.train.batch_size": int,
     "recipe.model.attention": str | None,
     "recipe.model.num_classes": int | None,
-    "recipe.model.hidden_size": object,
-    "recipe.model.num_layers": object,
     "recipe.model.sample_size": object,
     "recipe.samples.count": int,
     "data.name": str,
     "data.count": int,
 }
+NEEDED_OF_UVIT = {"recipe.model.hidden_size": object, "recipe.model.num_layers": object}
 STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 
 
@@ -206,6 +205,8 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     training = read_record(path, NEEDED)
+    if training["recipe"]["model"].get("backbone", "uvit") == "uvit":
+        read_record(path, NEEDED_OF_UVIT)
     if training.get("init_from"):
         read_record(path, STARTED_FROM)
     if "randomness" in training:

@@ -7,23 +7,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 
-def check_types(value: Any, prefix: str = "") -> None:
-    """Raises ValueError, naming its key, for a field of a dataclass or of those within it that isn't of its type.
-
-    jsonargparse lets null pass for anything; and what is not a number is no float that compares to a bound.
-    """
-    hints = get_type_hints(type(value))
-    for name, inner in vars(value).items():
-        if dataclasses.is_dataclass(inner):
-            check_types(inner, f"{prefix}{name}.")
-        elif not fits(inner, hints[name]) or inner != inner:
-            shown = "null" if inner is None else inner
-            accepted = getattr(hints[name], "__name__", None) or str(hints[name])
-            if hints[name] is int and type(inner) is int:
-                accepted = "from -(2**63 - 1) to 2**63 - 1"
-            raise ValueError(f"{prefix}{name} is {shown}; accepted: {accepted}")
-
-
 def from_json(kind: type[T], values: Any) -> T:
     """A dataclass from the values of its fields.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dia_diffusion.errors import InputError
 from dia_diffusion.studies.statistics import estimate
 from dia_diffusion.studies.trials import TRAINED, Trial, base_recipe, check_trials, make_trial, unit_keys
 from dia_diffusion.training.config import Experiment
@@ -46,7 +47,10 @@ def placement_trials(
     """
     common = {"train.max_steps": steps, **keys}
     bases: dict[str, tuple[list[int], Experiment]] = {}
-    for name, blocks in placements(read_experiment(config, keys=keys).to_dict()["model"]["num_layers"]).items():
+    model = read_experiment(config, keys=keys).to_dict()["model"]
+    if "num_layers" not in model:
+        raise InputError(f"`model.backbone` must be uvit for placements, got {model['backbone']!r}")
+    for name, blocks in placements(model["num_layers"]).items():
         if blocks in [others for others, _ in bases.values()]:  # all but the out blocks are the first ones
             continue
         with_unit = {**unit_keys(unit), "model.attention_blocks": blocks} if blocks else unit_keys("none")

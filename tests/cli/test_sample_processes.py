@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dia_diffusion.cli import drawing
 from dia_diffusion.cli.main import main
+from dia_diffusion.sampling import writers
 from dia_diffusion.sampling.writers import missing_seeds, png_path, save_png
 from tests.training.conftest import TINY
 from tests.two_processes import on_two_processes
@@ -32,7 +32,7 @@ def sample(run: Path, out: Path, full_disk_of: int | None) -> tuple[int, list[in
         save_png(folder, seed, image)
         drawn.append(seed)
 
-    drawing.save_png = save
+    writers.save_png = save
     options = ["--seeds", "0-7", "--steps", "2", "--batch-size", "1", "--out", str(out)]
     return main(["sample", str(run), *options]), drawn
 

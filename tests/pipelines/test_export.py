@@ -187,8 +187,8 @@ def test_bad_input(save: Callable[..., Path], tmp_path: Path) -> None:
         (source / name).write_bytes(before)
         return said
 
-    assert "cut short" in altered(str(WEIGHTS), lambda content: content[:-1])
-    assert "cut short" in altered("model_index.json", lambda content: content[:-10])
+    assert "truncated" in altered(str(WEIGHTS), lambda content: content[:-1])
+    assert "truncated" in altered("model_index.json", lambda content: content[:-10])
     assert "tensor decoder.bias" in altered(
         "unet/config.json", lambda c: c.replace(b'"in_channels": 3', b'"in_channels": 1')
     )

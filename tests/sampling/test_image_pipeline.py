@@ -279,8 +279,8 @@ def test_networks_that_can_not_be_sampled_are_one_line():
     )
     for unet, said in (
         (conditioned, "unet of a DDPMPipeline must be a UViT or UNet2DModel .*, got a UNet2DConditionModel"),
-        (small_unet(class_embed_type="timestep"), "takes a timestep as its label"),
-        (small_unet(sample_size=None), "no sample_size"),
+        (small_unet(class_embed_type="timestep"), r"must be None .*, got 'timestep'"),
+        (small_unet(sample_size=None), "`sample_size` of the model must be"),
         (small_unet(in_channels=4, out_channels=4), "must have 1 or 3 channels, got 4"),
     ):
         with pytest.raises(InputError, match=said):

@@ -104,5 +104,6 @@ def test_the_readers_are_all_of_the_library() -> None:
         "distributed.py",
         "sampling/samplers.py",
         "sampling/writers.py",
+        "cli/options.py",
         "cli/params.py",
     }

@@ -168,6 +168,8 @@ def test_placements_are_trained_once_and_told_by_both_names(recipe: str, tmp_pat
     assert [m["attention_blocks"] for m in models] == 2 * [None, [0], [0, 1], [0, 1, 2], [1, 2], [0, 2]]
     assert [m["attention"] for m in models] == 2 * ["none", "se", "se", "se", "se", "se"]
     assert models[1]["attention_kwargs"] == {"sharing": "individual"}
+    with pytest.raises(InputError, match=r"`model\.backbone` must be uvit for placements, got 'unet2d'"):
+        placement_trials(tmp_path, "digits_unet_cpu", unit="se", seeds=[0], steps=2, keys={})
     results = [
         {"trial": trial.about, "outcome": "trained", "held_out_loss": len(trial.about["blocks"]) + 0.5 * seed}
         for trial, seed in zip(found, [0] * 6 + [1] * 6, strict=True)

@@ -125,7 +125,7 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
         ("optimizer: {betas: [0.9]}", "", "`optimizer.betas` must be a list of 2 or more, got [0.9]"),
         ("trackers: tensorboard", "", "`trackers` must be a list, got 'tensorboard'"),
         ("noise: {schedule: linear}", "", "'linear'"),
-        ("model: {backbone: vit}", "", "`model.backbone` must be one of uvit, unet2d, dit, got 'vit'"),
+        ("model: {backbone: vit}", "", "`model.backbone` must be one of uvit, unet2d, dit"),
         ("model: {attention_at: [x]}", "", "`model.attention_at` must be left out for backbone uvit, got ['x']"),
         (
             "model: {backbone: dit, hidden_size: 8}",
