@@ -214,7 +214,7 @@ class _SamplingTimes:
         return protocol.num_samples * (each + self._features[protocol.features])
 
     def _pass(self, experiment: Experiment, precision: str, sampler: str) -> float:
-        key = str((asdict(experiment.model), precision, sampler))
+        key = str((experiment.model.model_dump(), precision, sampler))
         if key not in self._passes:
             self._passes[key] = seconds_of_pass(experiment, precision, sampler)
         return self._passes[key]

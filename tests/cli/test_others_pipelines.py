@@ -15,6 +15,7 @@ from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import sha256_of_file
 from dia_diffusion.pipelines.folder import model_hash
 from dia_diffusion.training.config import DataConfig, Experiment, ModelConfig
+from dia_diffusion.training.recipe import resolve
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae
 
 
@@ -97,7 +98,7 @@ def test_guidance_needs_a_null_label_that_was_trained(tmp_path: Path, capsys: py
     UViTPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "ours")
     arguments = ["sample", str(tmp_path / "ours"), "--seeds", "0", "--steps", "2", "--guidance-scale", "3"]
     for dropout, code in ((0.0, 2), (0.1, 0)):
-        recipe = Experiment(data=DataConfig(label_dropout=dropout), model=ModelConfig(num_classes=3)).to_dict()
+        recipe = resolve(Experiment(data=DataConfig(label_dropout=dropout), model=ModelConfig(num_classes=3))).to_dict()
         training = {"run": "r", "step": 1, "images": 8, "weights": "ema", "recipe": recipe, "init_from": None}
         data = {"name": "digits", "split": "train", "count": 9, "fingerprint": "0", "class_names": None}
         (tmp_path / "ours" / "training.json").write_text(json.dumps({**training, "data": data}))

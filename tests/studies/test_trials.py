@@ -238,7 +238,7 @@ def test_commands_write_figure_and_numbers(recipe: str, tmp_path: Path, capsys: 
         (["placement", "--steps", "0"], "`--steps` must be 1 or more, got 0"),
         (["placement", "--unit", "dia-lstm-individual"], "sharing"),
         (["placement", "--protocol", "fd-digit"], "no protocol 'fd-digit'"),
-        (["placement", "--config", "cifar10_uvit_cp"], "no recipe 'cifar10_uvit_cp'"),
+        (["placement", "--config", "cifar10_uvit_cp"], "got 'cifar10_uvit_cp'"),
     ],
 )
 def test_bad_input_is_one_line(
