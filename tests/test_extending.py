@@ -95,7 +95,7 @@ def drawn(pipeline: UViTPipeline, sampler: str, seeds: list[int], batch_size: in
 
 def test_a_noise_process_of_ones_own_is_trained_saved_loaded_and_sampled(straight: None, tmp_path: Path) -> None:
     losses = train(tmp_path / "run", *FLOW)
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     (grid,) = (tmp_path / "run" / "samples").glob("*.png")
     assert grid.stat().st_size > 0
     pipeline = load_pipeline(tmp_path / "run")
