@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.training.config import LoopConfig, Place, Recipe, SsiaConfig
+from dia_diffusion.training.config import Betas, LoopConfig, Place, Recipe, SsiaConfig
 from dia_diffusion.validation import Float, Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
 
 
@@ -70,7 +70,7 @@ class ClassifyOptimizerConfig(Strict):
     """SGD's momentum."""
     nesterov: bool = False
     """SGD's momentum is Nesterov's."""
-    betas: list[Fraction] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: Betas = Field(default=[0.9, 0.999])
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 1.0e-4
     """SGD's is part of the gradient, AdamW's apart from it."""

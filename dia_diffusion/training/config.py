@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import (
@@ -33,6 +33,11 @@ def _refuse_address(value: str) -> str:
     return value
 
 
+Betas = Annotated[
+    list[Fraction],
+    BeforeValidator(lambda betas: list(betas) if isinstance(betas, tuple) else betas),
+    Field(min_length=2, max_length=2),
+]
 Place = Annotated[str, Field(min_length=1), AfterValidator(_refuse_address)]
 
 
@@ -156,7 +161,7 @@ class OptimizerConfig(Strict):
     """Rate after the warm-up."""
     unit_learning_rate: PositiveFloat | None = None
     """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
-    betas: list[Fraction] = Field(default=[0.99, 0.999], min_length=2, max_length=2)
+    betas: Betas = Field(default=[0.99, 0.999])
     """AdamW's decay rates."""
     beta1_in_images: bool = False
     """Keep the half-life of the first beta in images too, where train.reference_batch_size is set."""

@@ -108,7 +108,9 @@ def test_sampling_goes_on_in_a_folder_and_refuses_others(
     assert "another steps" in error_of(["sample", run, "--steps", "3", "--out", out], capsys)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    assert "not empty" in error_of(["sample", run, "--steps", "2", "--out", tmp_path / "mine"], capsys)
+    assert "must be new, empty, or have a samples.json" in error_of(
+        ["sample", run, "--steps", "2", "--out", tmp_path / "mine"], capsys
+    )
 
 
 def test_fid_of_images(

@@ -101,7 +101,7 @@ def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable
         ({"num_samples": 2.5}, "2.5"),
         ({"num_samples": 1}, "`num_samples` must be 2 or more, got 1"),
         ({"steps": 0}, "`steps` must be 1 or more, got 0"),
-        ({"sampler": "plms"}, "'plms'; accepted: ddpm"),
+        ({"sampler": "plms"}, "`sampler` must be one of ddpm"),
         ({"features": "vgg"}, "`features` must be one of digits"),
         ({"features": "my:"}, "`features` must be one of digits"),
         ({"precision": "fp16"}, "`precision` must be one of float32, bfloat16, float16, got 'fp16'"),

@@ -105,5 +105,4 @@ def test_the_readers_are_all_of_the_library() -> None:
         "sampling/samplers.py",
         "sampling/writers.py",
         "cli/options.py",
-        "cli/params.py",
     }

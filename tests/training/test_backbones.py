@@ -126,7 +126,7 @@ def test_first_weights_of_a_pipeline_of_diffusers(recipe: Recipe, tmp_path: Path
     assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
     changed = {**arguments, "norm_num_groups": 2}
     other = recipe("unet2d", "two", "--init_from", str(tmp_path / "ddpm"), "--model.backbone_kwargs", str(changed))
-    with pytest.raises(InputError, match=r"model.backbone_kwargs.norm_num_groups 4, and the recipe's is 2"):
+    with pytest.raises(InputError, match=r"`model.backbone_kwargs.norm_num_groups` must be 4, .* got 2"):
         Trainer(other, Recorder())
 
 
@@ -144,9 +144,9 @@ def test_twins_start_alike(recipe: Recipe, backbone: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
-        (["--model.patch_size", "4"], "model.patch_size is 4, which backbone_kwargs replaces for backbone unet2d"),
-        (["--model.pool_tokens", "patch"], "model.pool_tokens is 'patch', which backbone_kwargs replaces"),
-        (["--model.backbone", "uvit"], "model.backbone_kwargs is .*, which a UViT has not"),
+        (["--model.patch_size", "4"], "`model.patch_size` must be left out for backbone unet2d, got 4"),
+        (["--model.pool_tokens", "patch"], "`model.pool_tokens` must be left out for backbone unet2d, got 'patch'"),
+        (["--model.backbone", "uvit"], "`model.backbone_kwargs` must be left out for backbone uvit"),
         (["--model.backbone", "resnet"], "backbone"),
     ],
 )

@@ -137,7 +137,7 @@ def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Pat
     [
         ("", ["--evaluate-every", "2"], "must be a multiple of train.checkpoint_every, 3, got 2"),
         ("", ["--evaluate-every", "0"], "`--evaluate-every` must be 1 or more"),
-        ("features: fog", [], "features is fog"),
+        ("features: fog", [], "`features` must be one of digits, cifar10, inception"),
         ("classes: [0]", [], "class"),
         ("reference_count: 7", [], "must have 7 images for protocol mine, got 596"),
     ],

@@ -221,14 +221,14 @@ def test_a_broken_file_is_named_by_the_process_that_reads_it(
     (photos / "train" / "dog" / "2.png").write_text("no image")
     experiment = of_files(tmp_path, photos, "run")
 
-    def run(arguments: list[str]) -> None:
+    def run(options: object) -> None:
         try:
             train(experiment)
         finally:
             monkeypatch.setenv("LOCAL_RANK", "1")  # not before: there is nobody to connect to
 
     monkeypatch.setattr("dia_diffusion.cli.classify.run", run)
-    assert main(["classify"]) == 2
+    assert main(["classify", "--config", "cifar100_resnet"]) == 2
     assert "2.png can't be read" in capsys.readouterr().err
 
 
@@ -241,13 +241,13 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     refused("the test images are the training images", "--data.test_split", "train", "--data.test_source", "digits")
     refused("must be 2, the number of classes", "--data.source", str(photos))
     refused("`model.backbone` must be one of", "--model.backbone", "resnet99")
-    refused("optimizer.nesterov is true", "--optimizer.momentum", "0")
-    refused("did you mean 'model.backbone'", "--model.backbon", "resnet18")
+    refused("`optimizer.nesterov` must be false without sgd", "--optimizer.momentum", "0")
+    refused("did you mean `model.backbone`", "--model.backbon", "resnet18")
     refused(r"weights must fit into \d+ GiB of memory, got", "--model.backbone", "cifar-wrn16-999")
     refused("`train.sync_batchnorm` must be false without CUDA", "--train.sync_batchnorm", "true")
-    refused("three numbers each", "--data.mean", "[0.5]")
-    refused("data.border is reflected", "--data.border", "reflected", "--data.augmentation", "none")
-    refused("data.cutout is -1", "--data.cutout", "-1")
+    refused("`data.mean` must be a list of 3", "--data.mean", "[0.5]")
+    refused("`data.border` must be", "--data.border", "reflected", "--data.augmentation", "none")
+    refused("`data.cutout` must be 0 or more, got -1", "--data.cutout", "-1")
     assert not (tmp_path / "run").exists()
     train(tiny(tmp_path, "run"))
     refused(r"optimizer\.momentum: 0\.9 -> 0\.8", "--optimizer.momentum", "0.8")

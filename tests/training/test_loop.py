@@ -117,7 +117,7 @@ def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
 def test_learning_rates() -> None:
     config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
     assert [learning_rate(config, step, 100) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
-    config.schedule = "cosine"
+    config = config.model_copy(update={"schedule": "cosine"})
     assert learning_rate(config, 10, 110) == 1.0
     assert learning_rate(config, 60, 110) == pytest.approx(0.5)
     assert learning_rate(config, 110, 110) == pytest.approx(0.0)

@@ -157,7 +157,7 @@ def test_changed_keys_are_refused_and_older_runs_had_none(tiny: Callable[..., Ex
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--ssia.weight", "-1"), "ssia.weight is -1.0"),
+        (("--ssia.weight", "-1"), "`ssia.weight` must be 0 or more, got -1"),
         (("--ssia.weight", "1", "--ssia.reduction", "3"), "`ssia.reduction` must divide .* got 3"),
         (("--ssia.weight", "1", "--model.num_layers", "1"), "a UViT without two blocks of one width in a row"),
         (("--ssia.weight", "1", "--optimizer.unit_learning_rate", "0.1"), "unit_learning_rate"),

@@ -87,11 +87,11 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--ssia.weight", "-1"), r"ssia.weight is -1.0; accepted: 0, which is none, or more"),
-        (("--ssia.weight", ".inf"), "ssia.weight is inf"),
+        (("--ssia.weight", "-1"), r"`ssia.weight` must be 0 or more, got -1"),
+        (("--ssia.weight", ".inf"), "`ssia.weight` must be a finite number, got inf"),
         ((*GUIDED, "--ssia.reduction", "3"), "must divide the blocks' widths, 16, 32, 64, got 3"),
         (("--ssia.weight", "1"), "a CifarResNet without two blocks of one width in a row"),
-        (("--ssia.wieght", "1"), r"did you mean 'ssia.weight'"),
+        (("--ssia.wieght", "1"), r"did you mean `ssia.weight`"),
     ],
 )
 def test_refusals(tmp_path: Path, options: tuple[str, ...], told: str) -> None:
