@@ -67,7 +67,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "start from nothing": ([*config, "--init-from", folder / "none"], "none does not exist"),
         "start from images": ([*config, "--init-from", corrupt], "neither a pipeline folder"),
         "start from torn weights": ([*config, "--init-from", torn], "truncated"),
-        "start from another unit": ([*config, "--init-from", run, "--model.attention", "lstm"], "as of the shared unit"),
+        "start from another unit": ([*config, "--init-from", run, "--model.attention", "se"], "shared unit"),
         "start from another width": ([*config, f"--init-from={run}", "--model.hidden_size", "32"], "(1, 5, 32) here"),
         "start of a run under way": (
             [*config[:3], "--output", run, "--init-from", run],
@@ -173,7 +173,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "statistics of nothing": (["stats", "show", folder / "none.npz"], "no file here"),
         "statistics' objects": (["stats", "compare", stored, pickled_moments], "holds objects"),
         "statistics' file": (["stats", "make", "digits", folder / "x.bin"], ".safetensors"),
-        "statistics' size": (["stats", "make", "digits", folder / "x.safetensors", "--size", "0"], "a positive number of"),
+        "statistics' size": (["stats", "make", "digits", folder / "x.safetensors", "--size", "0"], "positive number"),
         "statistics' seed": (["stats", "make", "digits", folder / "x.safetensors", "--seed", "1"], "with --num"),
         "statistics' number": (["stats", "make", "digits", folder / "x.safetensors", "--num", "5000"], "has 1201"),
         "no action": (["stats", "mak"], "make"),
