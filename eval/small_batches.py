@@ -11,7 +11,14 @@ from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
-from dia_diffusion.studies.statistics import brown_forsythe, estimate, holm, paired_test, pitman_morgan
+from dia_diffusion.studies.statistics import (
+    brown_forsythe,
+    detectable_difference,
+    estimate,
+    holm,
+    paired_test,
+    pitman_morgan,
+)
 
 DIGITS, CLOCK, RATES, CHOSEN, PARTS, CIFAR10 = (
     f"small_batch_{name}"
@@ -73,15 +80,19 @@ def distances(folder: Path, study: str, unit: str, batch_size: int) -> dict[int,
     return {p["seed"]: p["distance"] for p in points if (p["unit"], p["batch_size"]) == (unit, batch_size)}
 
 
+def paired(folder: Path, comparison: Comparison) -> tuple[list[float], list[float]]:
+    """Both units' final distances, pair by pair, by seed."""
+    first = distances(folder, comparison.study, comparison.unit, comparison.batch_size)
+    second = distances(folder, comparison.other_study, comparison.other, comparison.batch_size)
+    seeds = sorted(first.keys() & second.keys())
+    return [first[seed] for seed in seeds], [second[seed] for seed in seeds]
+
+
 def row(folder: Path, comparison: Comparison) -> tuple[list[str], float | None]:
     """A comparison's cells without its adjusted p value, and its p value."""
-    size = comparison.batch_size
-    first = distances(folder, comparison.study, comparison.unit, size)
-    second = distances(folder, comparison.other_study, comparison.other, size)
-    seeds = sorted(first.keys() & second.keys())
-    a, b = [first[seed] for seed in seeds], [second[seed] for seed in seeds]
-    cells = [f"{size}", f"{comparison.unit} - {comparison.other}", f"{len(seeds)}"]
-    if len(seeds) < 3:
+    a, b = paired(folder, comparison)
+    cells = [f"{comparison.batch_size}", f"{comparison.unit} - {comparison.other}", f"{len(a)}"]
+    if len(a) < 3:
         return [*cells, "-", "-", "-"], None
     if comparison.spread:
         p, beside = pitman_morgan(a, b), brown_forsythe(a, b)
@@ -108,6 +119,10 @@ def main(folder: Path) -> None:
         print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
         for one, p in zip(cells, adjusted, strict=True):
             print(f"| {' | '.join([*one, '-' if p is None else f'{p:.4f}'])} |")
+        a, b = paired(folder, comparisons[0])
+        if len(a) >= 3:
+            smallest = detectable_difference(len(a)) * stdev(x - y for x, y in zip(a, b, strict=True))
+            print(f"\nPrimary outcome: 80 % power for a difference of {smallest:.2f} at the measured deviation.")
         print()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dia_diffusion.errors import InputError
 
 NORMS = ("batch", "none")
-NUM_STAGES = 3
 
 
 class Block(nn.Module):
