@@ -1,7 +1,7 @@
 """`dia-diffusion quickstart`: the main job in miniature, on scikit-learn's handwritten digits.
 
-Twins of one seed, without attention unit and with DIA-LSTM, are trained side by side, sampled from, measured along the
-way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
+Twins of one seed, without attention unit and with DIA-LSTM that starts as the identity, are trained side by side,
+sampled from, measured along the way and drawn as one curve each: the miniature of arXiv 2210.16101, Fig. 8.
 """
 
 import math
@@ -19,8 +19,9 @@ from dia_diffusion.validation import Strict
 if TYPE_CHECKING:
     from dia_diffusion.evaluation.record import EvaluationRecord
 
-TWINS = {"none": "digits_uvit_cpu", "dia-lstm": "digits_uvit_cpu_dia"}
-LABELS = {"none": "UViT", "dia-lstm": "UViT + DIA-LSTM"}
+UNIT = "dia-lstm-identity"
+TWINS = {"none": "digits_uvit_cpu", UNIT: "digits_uvit_cpu_dia_identity"}
+LABELS = {"none": "UViT", UNIT: "UViT + DIA-LSTM (starts as the identity)"}
 SAMPLER_STEPS = 25
 CHECKPOINTS = 6
 STEPS = 4200
@@ -91,15 +92,15 @@ def run(options: Options) -> None:
     draw_curves([(LABELS[unit], found) for unit, found in measured.items()], curve, floor=floor)
     draw_grids({LABELS[unit]: max(RunFolder(path).samples.iterdir()) for unit, path in runs.items()}, grids)
     _print_table(measured, floor, num)
-    pipeline = max(RunFolder(runs["dia-lstm"]).pipelines.iterdir())
+    pipeline = max(RunFolder(runs[UNIT]).pipelines.iterdir())
     console.print(
         f"\nDone in {time.monotonic() - started:.0f} s. Look at\n"
         f"  {grids}   what both draw from the seeds 0 to 63, not picked\n"
         f"  {curve}   distance to held-out digits over training; the dashed line is real digits\n"
         f"  {pipeline}   a diffusers pipeline folder\n"
         "Run next\n"
-        f"  dia-diffusion sample {runs['dia-lstm']} --seeds 0-99 --grid mine.png\n"
-        "  dia-diffusion train --config cifar10_uvit_cpu_dia --data.source IMAGES   (a folder, a zip, or cifar10)"
+        f"  dia-diffusion sample {runs[UNIT]} --seeds 0-99 --grid mine.png\n"
+        "  dia-diffusion train --config cifar10_uvit_cpu_dia_identity --data.source IMAGES  (a folder, zip or cifar10)"
     )
 
 

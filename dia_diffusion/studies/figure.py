@@ -144,15 +144,18 @@ def _scale(axes: Axes, distances: Sequence[float], floor: float | None) -> None:
         axes.set_ylim(0, 1.08 * max(shown))
 
 
+INCHES_PER_ENTRY = 2.4  # such as "dia-lstm-light-identity" with its marker
+
+
 def _draw_legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One for all panels, below them; the floor, dashed in each, comes after the units."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0].startswith("floor")))
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 4), frameon=False
-    )
+    fitting = max(1, int(figure.get_figwidth() // INCHES_PER_ENTRY))
+    columns = min(len(entries), fitting, 4)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _seeds(counts: Mapping[str, int]) -> str:

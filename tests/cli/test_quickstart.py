@@ -21,7 +21,7 @@ def test_quickstart_leaves_what_it_says(
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0
     shown = capfd.readouterr().out
-    for path in ("samples.png", "curve.png", "dia-lstm/pipelines/step-00000002"):
+    for path in ("samples.png", "curve.png", "dia-lstm-identity/pipelines/step-00000002"):
         assert str(out / path) in shown and (out / path).exists()
     assert Image.open(out / "samples.png").size[0] > 800
     assert "UViT + DIA-LSTM" in shown and "real digits" in shown
@@ -37,7 +37,7 @@ def test_quickstart_leaves_what_it_says(
 def test_a_stopped_quickstart_stops_its_trainings(
     number: int, children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [tmp_path / "q" / unit for unit in ("none", "dia-lstm")]
+    runs = [tmp_path / "q" / unit for unit in ("none", "dia-lstm-identity")]
     children.held_step = 3
 
     def stop() -> None:
