@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from dia_diffusion import UViTPipeline
+from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, PredictionType, Process
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
@@ -94,8 +95,11 @@ def drawn(pipeline: UViTPipeline, sampler: str, seeds: list[int], batch_size: in
 
 
 def test_a_noise_process_of_ones_own_is_trained_saved_loaded_and_sampled(straight: None, tmp_path: Path) -> None:
-    losses = train(tmp_path / "run", *FLOW)
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    steps = ["--train.max_steps", "150", "--train.checkpoint_every", "150", "--train.sample_every", "150"]
+    losses = train(tmp_path / "run", *FLOW, *steps)
+    images = torch.from_numpy(open_images("digits", size=8, channels=1).read(range(1201))) / 127.5 - 1
+    # What the best constant prediction of noise - image loses; a network has to look at x_t to lose less.
+    assert sum(losses[-5:]) / 5 < 1 + images.var(dim=0).mean()
     (grid,) = (tmp_path / "run" / "samples").glob("*.png")
     assert grid.stat().st_size > 0
     pipeline = load_pipeline(tmp_path / "run")
