@@ -47,7 +47,7 @@ class FeatureFile:
             path = self._path(name)
             try:
                 array = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError):  # not there yet, or cut short
+            except (OSError, ValueError, EOFError):  # not there yet, or truncated
                 array = None
             if array is None or array.shape != (count, width) or array.dtype != np.float32:
                 with naming(path):

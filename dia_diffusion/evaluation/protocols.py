@@ -84,7 +84,7 @@ def read_protocol(name: str) -> NamedProtocol:
     path = Path(name) if Path(name).is_file() else shipped_folder("protocols") / f"{name}.yaml"
     if not path.is_file():
         raise InputError(
-            f"no protocol {name!r}; accepted: a YAML file or one of {', '.join(shipped_names('protocols'))}"
+            f"a protocol must be a YAML file or one of {', '.join(shipped_names('protocols'))}, got {name!r}"
         )
     values = read_yaml(path, "protocol", "features, num_samples, sampler, steps")
     if "name" in values:

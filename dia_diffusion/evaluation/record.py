@@ -146,7 +146,7 @@ def append_record(path: str | Path, record: EvaluationRecord) -> None:
 def read_records(path: str | Path) -> list[EvaluationRecord]:
     """The records of a file that `append_record` wrote, in its order.
 
-    Raises InputError when there is no such file, and naming the line that is cut short or no record.
+    Raises InputError when there is no such file, and naming the line that is truncated or no record.
     """
     try:
         lines = read_lines(Path(path))

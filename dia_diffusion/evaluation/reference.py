@@ -67,7 +67,7 @@ def reference_statistics(
     path = cache_folder() / "statistics" / f"{_hash(provenance)}.safetensors"
     try:
         statistics, _ = FeatureStatistics.load(path)
-    except InputError:  # not there yet, or cut short
+    except InputError:  # not there yet, or truncated
         if features is None:
             statistics = measure(_batches(images, indices, progress), extractor)
         else:

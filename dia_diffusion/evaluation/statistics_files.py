@@ -80,7 +80,7 @@ def write_statistics(path: str | Path, reference: Reference, extractor: FeatureE
 def read_statistics(path: str | Path) -> StatisticsFile:
     """A file that `write_statistics` wrote, or another program's npz; nothing in either is executed.
 
-    Raises InputError, naming the file, for one that is cut short, holds other things than finite symmetric moments, or
+    Raises InputError, naming the file, for one that is truncated, holds other things than finite symmetric moments, or
     has other keys (which are named).
     """
     path = Path(path)
@@ -153,7 +153,7 @@ def _read_npz(path: Path) -> FeatureStatistics | GivenMoments:
                 raise ValueError("its entries are no arrays")
     except Exception as error:  # a damaged archive or header can raise almost anything
         raise InputError(
-            f"{path} is cut short, holds objects, or is no npz of arrays ({one_line(str(error))})"
+            f"{path} is truncated, holds objects, or is no npz of arrays ({one_line(str(error))})"
         ) from error
     for name, array in arrays.items():
         if not np.issubdtype(array.dtype, np.floating):

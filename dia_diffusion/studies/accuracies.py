@@ -156,7 +156,7 @@ def read_result(path: str | Path) -> ClassifierResult:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file} is cut short or altered; train the run again") from None
+        raise InputError(f"{file} is truncated or corrupted; train the run again") from None
 
 
 def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list[Row]:

@@ -63,7 +63,7 @@ def measured(study: Study, protocol: str) -> list[Measured]:
     """The records under this protocol's name, in order of run and step; of two of one step the later counts.
 
     Raises:
-        InputError: a record that is cut short, of another run, or made when the protocol had other settings; or records
+        InputError: a record that is truncated, of another run, or made when the protocol had other settings; or records
             that differ in what the protocol leaves open, such as the reference.
     """
     named = read_protocol(protocol)

@@ -139,7 +139,7 @@ def study_path(name: str) -> Path:
     if shipped.is_file() and path.parent in (Path("."), Path("eval/curves")):
         return shipped
     accepted = f"a YAML file, the folder of a study, or one of {', '.join(shipped_names('curves'))}"
-    raise InputError(f"no study {name!r}; accepted: {accepted}")
+    raise InputError(f"a study must be {accepted}, got {name!r}")
 
 
 def read_study(

@@ -131,7 +131,7 @@ def finished(trial: Trial, held_out: HeldOut | None = None) -> dict[str, Any] | 
         if held_out is not None and result["held_out"] != held_out.described():
             changed.append("other --images, --times or --held-out")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{file} is cut short or altered; remove it, and the trial is measured again") from None
+        raise InputError(f"{file} is truncated or corrupted; remove it, and the trial is measured again") from None
     if changed:
         raise InputError(f"{trial.folder} holds another trial ({'; '.join(changed)}); choose another --out")
     return dict(result)

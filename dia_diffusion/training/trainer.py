@@ -309,7 +309,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this step, on all ranks, unless there is one.
 
-        It is the last act of a step: one that was cut short before it is trained again whole.
+        It comes last in a step: a step that was interrupted before it is repeated when the run resumes.
         """
         self.check_finite()
         if self.saved_step == self.step:

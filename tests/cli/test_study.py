@@ -116,9 +116,9 @@ def test_options_of_the_other_kind_and_missing_things(
         ([study, "--out", "x.png"], "--out x.png: not an option of a study"),
         ([tmp_path, "--jobs", "2"], "--jobs 2: not an option of run folders"),
         ([tmp_path, "--plan"], "--plan: not an option of run folders"),
-        (["letters"], "no study 'letters'; accepted: a YAML file, the folder of a study, or one of cifar10"),
-        ([study, "--protocol", "letters"], "no protocol 'letters'"),
-        ([study, "--final-protocol", "letters"], "no protocol 'letters'"),
+        (["letters"], "a study must be a YAML file, the folder of a study, or one of cifar10"),
+        ([study, "--protocol", "letters"], "got 'letters'"),
+        ([study, "--final-protocol", "letters"], "got 'letters'"),
         ([study, "--data", tmp_path / "none.zip"], "none.zip"),
         ([study, "--reference", tmp_path / "none.zip"], "none.zip', which is no file or folder here"),
     ):

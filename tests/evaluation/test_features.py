@@ -166,7 +166,7 @@ def test_weights_cut_short_are_refused(tmp_path, with_card):
     path.write_bytes(WEIGHTS.read_bytes()[:-1000])
     if with_card:
         shutil.copy(WEIGHTS.with_suffix(".json"), tmp_path)
-    expected = sha256_of_file(WEIGHTS) if with_card else "cut short"
+    expected = sha256_of_file(WEIGHTS) if with_card else "truncated"
     with pytest.raises(InputError, match=expected) as caught:
         build_features("digits", weights=path)
     _one_line(caught, path)

@@ -215,8 +215,8 @@ def test_other_files_are_refused_with_the_expected_hash(weights, tmp_path):
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     (tmp_path / "text.pth").write_text("no weights")
     said = {
-        "cut.pth": "cut short",
-        "cut.safetensors": "cut short",
+        "cut.pth": "truncated",
+        "cut.safetensors": "truncated",
         "other.safetensors": "another network's",
         "other.pth": "another network's",
         "module.pth": "no file of tensors",

@@ -122,7 +122,7 @@ def test_what_is_refused(change: dict[str, object], said: str, write: Callable[.
 
 def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"no protocol 'fd1'; accepted: a YAML file or one of fd-digits, .*paper-cifar10"
+        InputError, match=r"a protocol must be a YAML file or one of fd-digits, .*paper-cifar10.*, got 'fd1'"
     ):
         read_protocol("fd1")
     (tmp_path / "torn.yaml").write_text("features: [")

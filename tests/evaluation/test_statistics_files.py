@@ -129,7 +129,7 @@ def test_damaged_and_other_files(path, tmp_path):
     refused(tmp_path / "flipped.npz", "CRC")
     for kept in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.npz").write_bytes(whole[:kept])
-        refused(tmp_path / "cut.npz", "cut short")
+        refused(tmp_path / "cut.npz", "truncated")
     for kept in (0, 5, len(ours) // 2, len(ours) - 1):
         (tmp_path / "cut.safetensors").write_bytes(ours[:kept])
         refused(tmp_path / "cut.safetensors", "not a whole file")

@@ -117,7 +117,7 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is being trained on since its result"):
         read_result(runs[1])
     (runs[0] / "result.json").write_text("{")
-    with pytest.raises(InputError, match="cut short or altered"):
+    with pytest.raises(InputError, match="truncated or corrupted"):
         read_result(runs[0])
 
 

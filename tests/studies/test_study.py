@@ -122,7 +122,7 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
         ([("model.attention: dia-lstm, ", "")], "", "unit slow"),
         ([], "overrides: {train.accumulation: 8}", "`train.batch_size` must be a multiple of 8"),
         ([], "overrides: {model.num_layers: 4}", "`num_layers` must be odd"),
-        ([], "final_protocol: fd-letters", "no protocol 'fd-letters'"),
+        ([], "final_protocol: fd-letters", "got 'fd-letters'"),
     ],
 )
 def test_what_can_not_run_is_refused(changes: list[tuple[str, str]], more: str, said: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def build_features(
     weights: a file instead of the packaged or usual one; MODULE:CLASS finds its own.
     progress: of Inception's download, called with bytes and of how many.
 
-    Raises InputError for an unknown name, and for weights that are missing, cut short or another network's; RunError
+    Raises InputError for an unknown name, and for weights that are missing, truncated or another network's; RunError
     for a failed download.
     """
     if name == "inception":

@@ -137,7 +137,7 @@ def load_weights(module: Module, path: str | Path) -> Module:
             f"{card} says no sha256 for the weights beside it; without that file they load unchecked"
         ) from error
     except (OSError, SafetensorError) as error:
-        raise InputError(f"weights {path} are missing, cut short or not safetensors ({error})") from error
+        raise InputError(f"weights {path} are missing, truncated or not safetensors ({error})") from error
     except RuntimeError as error:
         raise InputError(f"weights {path} are another network's, not a {type(module).__name__}'s") from error
     return module

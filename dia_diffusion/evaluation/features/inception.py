@@ -70,7 +70,7 @@ def build_inception(
         its release file, downloaded now (`progress` gets bytes and of how many) and checked by sha256; either is turned
         into safetensors in our cache once, and read from there afterwards.
 
-    Raises InputError for a file that is missing, cut short or another network's; RunError for a failed download.
+    Raises InputError for a file that is missing, truncated or another network's; RunError for a failed download.
     """
     name, extractor, weights_hash = _find(weights, features_list, progress)
     fold_normalisations(extractor)  # once the tensors' hash is known
@@ -141,7 +141,7 @@ def _read(path: Path) -> Tensors:
         raise InputError(f"{path}, given as weights, {error}; {EXPECTED}") from error
     except Exception as error:  # unpickling what anybody may have written raises almost anything
         raise InputError(
-            f"weights {path} are cut short, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {EXPECTED}"
+            f"weights {path} are truncated, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {EXPECTED}"
         ) from error
 
 
