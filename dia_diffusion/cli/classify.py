@@ -1,6 +1,7 @@
 """`dia-diffusion classify`: trains a classifier, or resumes it; under `accelerate launch` as train/classify.py."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from dia_diffusion.cli.options import options_parser
 from dia_diffusion.cli.train import parse_command, train
@@ -9,7 +10,8 @@ from dia_diffusion.training.classify_config import ClassifyExperiment
 
 def parse(arguments: Sequence[str]) -> ClassifyExperiment:
     """The recipe with what overrides it."""
-    return parse_command(arguments, ClassifyExperiment, "classify", options_parser(ClassifyExperiment, "classify"))
+    help_parser = partial(options_parser, ClassifyExperiment, "classify")
+    return parse_command(arguments, ClassifyExperiment, "classify", help_parser)[1]
 
 
 def run(experiment: ClassifyExperiment) -> None:

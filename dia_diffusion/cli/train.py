@@ -3,7 +3,7 @@
 import argparse
 import ast
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from dia_diffusion.cli.console import ConsoleReporter
 from dia_diffusion.cli.options import OptionParser, options_parser
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment, ModelConfig
-from dia_diffusion.training.recipe import R, parse_recipe, recipe_names, resolve
+from dia_diffusion.training.recipe import R, parse_recipe, recipe_names
 
 MODELS = Path(__file__).parents[1] / "models"
 
@@ -29,23 +29,27 @@ class Options:
 
 def parse(arguments: Sequence[str]) -> Options:
     """The recipe with what overrides it; `model:` is checked where it runs."""
-    help_parser = options_parser(Experiment, "train")
-    uvit = help_parser.add_argument_group("model of backbone uvit")
+    own, experiment = parse_command(arguments, Experiment, "train", train_help, ("--evaluate", "--evaluate-every"))
+    every = own.evaluate_every
+    if every is not None and (own.evaluate is None or not re.fullmatch(r"[1-9]\d{0,17}", every)):
+        raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
+    return Options(experiment, own.evaluate, None if every is None else int(every))
+
+
+def train_help() -> OptionParser:
+    """All options of the command, for --help."""
+    parser = options_parser(Experiment, "train")
+    uvit = parser.add_argument_group("model of backbone uvit")
     for key, default, text in documented_arguments(MODELS / "uvit.py", "UViT"):
         if key not in ModelConfig.model_fields:
             uvit.add_argument(f"--model.{key}", metavar=key.upper(), help=f"{text} (default: {default})")
-    others = help_parser.add_argument_group("model of the other backbones")
+    others = parser.add_argument_group("model of the other backbones")
     for key, default, text in documented_arguments(MODELS / "attached.py", "AttachedModel"):
         if key in ("backbone_kwargs", "attention_at"):
             others.add_argument(f"--model.{key}", metavar=key.upper(), help=f"{text} (default: {default})")
-    help_parser.add_argument("--evaluate", metavar="PROTOCOL", help="measure checkpoints as `fid --protocol` does")
-    help_parser.add_argument("--evaluate-every", metavar="N", help="only those of every Nth step, and the last")
-    evaluate, rest = take_option(arguments, "--evaluate")
-    every, rest = take_option(rest, "--evaluate-every")
-    if every is not None and (evaluate is None or not every.isdecimal() or int(every) < 1):
-        raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
-    experiment = parse_command(rest, Experiment, "train", help_parser)
-    return Options(experiment, evaluate, None if every is None else int(every))
+    parser.add_argument("--evaluate", metavar="PROTOCOL", help="measure checkpoints as `fid --protocol` does")
+    parser.add_argument("--evaluate-every", metavar="N", help="only those of every Nth step, and the last")
+    return parser
 
 
 def run(options: Options) -> None:
@@ -56,20 +60,7 @@ def run(options: Options) -> None:
         from dia_diffusion.evaluation.protocols import read_protocol
 
         callbacks.append(EvaluatePipelines(read_protocol(options.evaluate), options.evaluate_every))
-    train(resolve(options.experiment), callbacks)
-
-
-def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """An option's value, None if it is not given, and the other arguments."""
-    value, others = None, []
-    remaining = iter(arguments)
-    for argument in remaining:
-        name, has_value, text = argument.partition("=")
-        if name != option:
-            others.append(argument)
-        elif (value := text if has_value else next(remaining, None)) is None:
-            raise InputError(f"`{option}` needs a value")
-    return value, others
+    train(options.experiment, callbacks)
 
 
 def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
@@ -86,24 +77,33 @@ def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
         reporter.close()
 
 
-def parse_command(arguments: Sequence[str], kind: type[R], command: str, help_parser: OptionParser) -> R:
-    """The recipe of --config with what overrides it; --help prints its keys and exits."""
+def parse_command(
+    arguments: Sequence[str],
+    kind: type[R],
+    command: str,
+    help_parser: Callable[[], OptionParser],
+    own_options: Sequence[str] = (),
+) -> tuple[argparse.Namespace, R]:
+    """The command's own options, and the recipe of --config with what overrides it; --help prints all and exits."""
     if not arguments or {"-h", "--help"} & {*arguments}:
-        help_parser.usage = (
+        parser = help_parser()
+        parser.usage = (
             f"dia-diffusion {command} --config RECIPE [--KEY VALUE ...]\n"
             f"       accelerate launch train/{command}.py --config RECIPE [--KEY VALUE ...]"
         )
-        help_parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        help_parser.description = (
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.description = (
             "Trains a recipe into the folder `output`; the same command resumes a run that was stopped.\n"
             f"RECIPE is a YAML file or one of: {recipe_names(kind)}"
         )
-        print(help_parser.format_help())
+        print(parser.format_help())
         raise SystemExit(0)
     parser = OptionParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", required=True)
+    for option in own_options:
+        parser.add_argument(option)
     options, overrides = parser.parse_known_args(arguments)
-    return parse_recipe(options.config, overrides, kind=kind)
+    return options, parse_recipe(options.config, overrides, kind=kind)
 
 
 def documented_arguments(file: Path, class_name: str) -> Iterator[tuple[str, str, str]]:

@@ -6,8 +6,14 @@ from functools import partial
 import torch
 
 from dia_diffusion.data.sources import open_images_on_ranks
-from dia_diffusion.distributed import broadcast_from_rank_zero, first_on_each_machine, on_all_ranks, on_rank_zero
-from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.distributed import (
+    broadcast_from_rank_zero,
+    first_on_each_machine,
+    lost_a_process,
+    on_all_ranks,
+    on_rank_zero,
+)
+from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
 from dia_diffusion.evaluation.extras import DISTANCE_ALONE
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
@@ -26,6 +32,7 @@ from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.trainer import StepResult, Trainer
 
@@ -55,7 +62,12 @@ class EvaluatePipelines(Callback):
         Raises:
             InputError: the run can't be measured by the protocol, or has records of another protocol of its name.
         """
+        if not isinstance(trainer.experiment, Experiment):
+            raise InputError(f"`--evaluate` must be used with a diffusion model, got {trainer.task.description}")
         self.config, self.records = trainer.config, trainer.folder.evaluations
+        if trainer.step == self.config.max_steps:
+            trainer.message(f"the run is finished; `dia-diffusion fid {trainer.folder.path} --every-step` measures it")
+            return
         if self.every is not None and self.every % self.config.checkpoint_every:
             raise InputError(
                 f"`--evaluate-every` must be a multiple of train.checkpoint_every, {self.config.checkpoint_every}, "
@@ -108,11 +120,16 @@ class EvaluatePipelines(Callback):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FewImagesWarning)  # a message below
                     record = self.distance.measure(pipeline, protocol, origin, work=work)
-            except RunError as error:  # such as a sample that is not finite; training needs no distance
-                trainer.message(f"step {trainer.step:,}: no distance, {error}")
+            # Such as a sample that is not finite, too little memory or a full disk: training needs no distance. A rank
+            # that fails raises its own error, the others a RunError; all have to go on together.
+            except (InputError, RuntimeError, OSError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and lost_a_process(error) is not None:
+                    raise
+                trainer.message(f"step {trainer.step:,}: no distance, {first_line(error)}")
                 return
             on_rank_zero(trainer.accelerator, lambda: self._keep(trainer, under_name(record, self.protocol)))
             distance = record.distance
+        on_rank_zero(trainer.accelerator, lambda: update_card(folder, self.records))
         trainer.log({distance_name(protocol.features): distance})
 
     def _known(self, protocol: Protocol, origin: Origin) -> float | None:
@@ -122,7 +139,6 @@ class EvaluatePipelines(Callback):
 
     def _keep(self, trainer: Trainer, record: EvaluationRecord) -> None:
         keep_record(record, self.records, DISTANCE_ALONE)
-        update_card(trainer.folder.pipelines / step_name(trainer.step), self.records)
         trainer.message(f"step {trainer.step:,}: {record.metric} {record.distance:.3f} by {self.protocol.name}")
         for text in few_images(record.protocol, self.distance.extractor.num_features):
             trainer.message(f"warning: {text}")

@@ -33,7 +33,7 @@ def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
     """What logged steps took, images over rate: a line's rate is that of the images since the one before."""
     seconds, before = 0.0, 0
     for line in lines:
-        if rate := line.get("images_per_second"):
+        if rate := line.get("images_per_second"):  # a line of a distance or a test has none
             seconds += (line["images"] - before) / rate
-        before = line["images"]
+            before = line["images"]
     return seconds

@@ -85,8 +85,8 @@ class LogMetrics(Callback):
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
         trainer.check_finite()
         values = {name: metric(trainer, result) for name, metric in METRICS.items()}
-        if values["skipped_steps"] > self.skipped_steps:
-            self.skipped_steps = int(values["skipped_steps"])
+        if (skipped_steps := int(trainer.finite.skipped)) > self.skipped_steps:
+            self.skipped_steps = skipped_steps
             trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} steps skipped so far, not finite")
         now, images = time.perf_counter(), (trainer.step - self.step) * trainer.config.batch_size
         values["images_per_second"] = round(images / (now - self.time), 3)

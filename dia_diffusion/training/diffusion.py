@@ -179,9 +179,10 @@ class SaveSamples(Callback):
         if self._grid_due(step):
             try:
                 save_samples(pipeline, self.experiment, grid)
-                log_image(trainer, "samples", np.asarray(Image.open(grid).convert("RGB")))
             except (InputError, RunError) as error:  # such as too little memory; training needs no grid
                 trainer.message(f"step {step:,}: no grid, {error}")
+            else:
+                log_image(trainer, "samples", np.asarray(Image.open(grid).convert("RGB")))
         if checkpoint_due(self.config, step):
             save_pipeline(pipeline, trainer.folder.pipelines / step_name(step), trainer.origin(), grid)
 

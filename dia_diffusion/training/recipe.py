@@ -211,12 +211,13 @@ def nest(flat: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> di
     for key, value in flat.items():
         section = nested
         *path, name = key.split(".")
-        for part in path:
+        for depth, part in enumerate(path, start=1):
             if section.get(part) is None:
                 section[part] = {}
             section = section[part]
             if not isinstance(section, dict):
-                raise InputError(f"`{part}` must be a mapping where `{key}` is given, got {shown(section)}")
+                parent = ".".join(path[:depth])
+                raise InputError(f"`{parent}` must be a mapping where `{key}` is given, got {shown(section)}")
         section[name] = value
     return nested
 

@@ -62,7 +62,7 @@ class Task(ABC):
     """
 
     experiment: Any
-    """The recipe: the trainer reads output, seed, data.source, train, trackers, to_dict and changed_keys."""
+    """The recipe: the trainer reads output, seed, data.source, train, trackers, to_dict and MAY_CHANGE."""
     description: str
     """A few words on the model, for the first message."""
     optimizer_config: Any

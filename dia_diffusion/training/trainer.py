@@ -111,6 +111,11 @@ class Trainer:
         # Images.
         self.images = self.task.open_images(self.accelerator, self.reporter)
 
+        own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
+        self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
+        self.logged: dict[str, float] = {}
+        """The last logged metrics."""
+
         # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
         on_rank_zero(self.accelerator, self.folder.lock)
         try:
@@ -121,10 +126,6 @@ class Trainer:
         except BaseException:
             self.folder.unlock()
             raise
-        own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
-        self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
-        self.logged: dict[str, float] = {}
-        """The last logged metrics."""
 
     def _find_checkpoint(self) -> str | None:
         place, self.damaged = whole_checkpoint(self.folder.checkpoints)
@@ -276,7 +277,7 @@ class Trainer:
             self.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")
-        for callback in self.callbacks:
+        for callback in reversed(self.callbacks):  # so that LogMetrics' clock starts last
             callback.start(self)
 
     def _open_folder(self) -> None:

@@ -13,6 +13,7 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import step_name
+from dia_diffusion.studies.costs import training_seconds
 from dia_diffusion.studies.floor import floor_of
 from dia_diffusion.studies.plan import Group, Plan, write_plan
 from dia_diffusion.studies.points import collect, measured
@@ -233,3 +234,9 @@ def test_no_floor_is_measured_in_other_features(tmp_path):
     results = results_of(study)
     assert results.curve.floor_distance is None
     assert any("aren't measured in features inception while drawing" in note for note in results.notes)
+
+
+def test_a_line_without_a_rate_leaves_its_images_to_the_next() -> None:
+    """A distance measured along the way adds such a line between two logged ones."""
+    lines = [{"images": 10, "images_per_second": 10.0}, {"images": 15}, {"images": 20, "images_per_second": 10.0}]
+    assert training_seconds(lines) == 2.0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -116,7 +117,9 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     assert [compared(record) for record in records] == [compared(record) for record in read_records(record_file)]
     logged = [line for line in read_metrics(run / "metrics.jsonl") if "FD(digits)" in line]
     assert [(line["step"], line["FD(digits)"]) for line in logged] == [(r.step, r.distance) for r in records]
-    assert f"| FD(digits) | {records[1].distance:.3f} |" in (run / "pipelines/step-00000006/README.md").read_text()
+    for record in records:  # that of step 3 was measured before its pipeline was written again
+        card = (run / f"pipelines/step-{record.step:08d}/README.md").read_text()
+        assert f"| FD(digits) | {record.distance:.3f} |" in card
     assert not (run / "evaluations.unfinished").exists()
 
 
@@ -137,6 +140,7 @@ def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Pat
     [
         ("", ["--evaluate-every", "2"], "must be a multiple of train.checkpoint_every, 3, got 2"),
         ("", ["--evaluate-every", "0"], "`--evaluate-every` must be 1 or more"),
+        ("", ["--evaluate-every", "9" * 5000], "`--evaluate-every` must be 1 or more"),
         ("features: fog", [], "`features` must be one of digits, cifar10, inception"),
         ("classes: [0]", [], "class"),
         ("reference_count: 7", [], "must have 7 images for protocol mine, got 596"),
@@ -152,3 +156,17 @@ def test_evaluations_that_can_not_be_are_refused_before_the_first_step(
     assert main([str(word) for word in [*command, "--evaluate", tmp_path / "mine.yaml", *options]]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_training_goes_on_without_a_distance_where_measuring_fails(tiny, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine.yaml").write_text(SETTINGS)
+    callback = EvaluatePipelines(read_protocol(str(tmp_path / "mine.yaml")))
+    trainer = Trainer(tiny("run"), callbacks=[callback])
+
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("no memory for the features")
+
+    monkeypatch.setattr("dia_diffusion.evaluation.callback.PipelineDistance.measure", no_memory)
+    trainer.run()
+    assert trainer.step == 6 and not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert not [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "FD(digits)" in line]
