@@ -21,7 +21,7 @@ from typing import IO, Any, ClassVar
 import pytest
 import torch
 
-from dia_diffusion.studies import children as children_module
+from dia_diffusion.sweeps import children as children_module
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(

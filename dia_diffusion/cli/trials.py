@@ -14,12 +14,12 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.io import FolderLock, write_json
-from dia_diffusion.studies.held_out import open_held_out
-from dia_diffusion.studies.placement import placement_trials, summarise_placement
-from dia_diffusion.studies.stability import stability_trials, summarise_stability
-from dia_diffusion.studies.trial_distances import measure_trials
-from dia_diffusion.studies.trial_figures import draw_placement, draw_stability
-from dia_diffusion.studies.trials import TRAINED, Trial, finished, run_trials
+from dia_diffusion.sweeps.held_out import open_held_out
+from dia_diffusion.sweeps.placement import placement_trials, summarise_placement
+from dia_diffusion.sweeps.stability import stability_trials, summarise_stability
+from dia_diffusion.sweeps.trial_distances import measure_trials
+from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.trials import TRAINED, Trial, finished, run_trials
 
 Value = TypeVar("Value")
 COMMON = ("recipe", "held_out")

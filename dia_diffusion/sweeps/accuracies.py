@@ -1,0 +1,215 @@
+"""Trained classifiers side by side: accuracy over seeds, and Student's test against a baseline (Tables III to XIII)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dia_diffusion.errors import InputError
+from dia_diffusion.io import verify_checksum
+from dia_diffusion.reading import read_json_object
+from dia_diffusion.sweeps.statistics import holm, student_test
+from dia_diffusion.training.classification import RESULT_FILE
+from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.recipe import flatten
+from dia_diffusion.training.run_folder import RunFolder, read_metrics
+
+INDIVIDUAL = "individual"
+# What runs of one setting may differ in: the unit, and what decides nothing about the comparison.
+UNIT_KEYS = {"model.attention", "model.attention_kwargs", "model.attention_stages", "model.attention_blocks"}
+FREE_KEYS = {
+    "output",
+    "seed",
+    "trackers",
+    "data.source",
+    "data.test_source",
+    "data.test_split",
+    "train.compile",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+}
+
+
+@dataclass(frozen=True)
+class ClassifierResult:
+    """A finished run of `dia-diffusion classify`."""
+
+    path: Path
+    recipe: dict[str, Any]
+    """Flat: "model.attention" -> "se"."""
+    accuracy: float | None
+    """Of the test images, 0..1; None where the training diverged."""
+    diverged_at: int | None
+    parameters: int
+    train_fingerprint: str | None
+    """None where an older version didn't write it."""
+    test_fingerprint: str
+    curve: list[tuple[int, float]]
+    """Images seen and test accuracy at each test."""
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe["seed"])
+
+    def setting(self) -> dict[str, Any]:
+        """Everything that is compared at: the recipe without its unit and what decides nothing."""
+        return {key: value for key, value in self.recipe.items() if key not in UNIT_KEYS | FREE_KEYS}
+
+    def unit(self) -> str:
+        """The unit with its options: "se-individual {reduction: 4}"."""
+        options = dict(self.recipe.get("model.attention_kwargs") or {})
+        name = str(self.recipe["model.attention"])
+        if options.get("sharing") == INDIVIDUAL:
+            name += f"-{INDIVIDUAL}"
+        options.pop("sharing", None)
+        for key in ("stages", "blocks"):
+            if (value := self.recipe.get(f"model.attention_{key}")) is not None:
+                options[key] = value
+        told = ", ".join(f"{key}: {value}" for key, value in sorted(options.items()))
+        return f"{name} {{{told}}}" if told else name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A unit's runs in one setting."""
+
+    setting: str
+    """What tells the setting from the others; empty for a single one."""
+    unit: str
+    parameters: int
+    results: list[ClassifierResult]
+    """In order of their seeds."""
+    difference: float | None
+    """Of the mean accuracies, from the baseline's."""
+    p: float | None
+    """Student's two-sample test with the baseline's seeds."""
+    p_holm: float | None
+    """The same after Holm's correction for the tests of all rows."""
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of the runs that did not diverge."""
+        return [result.accuracy for result in self.results if result.accuracy is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return float(np.mean(self.accuracies)) if self.accuracies else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Between seeds, of a sample."""
+        return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
+
+    @property
+    def diverged_at(self) -> list[int]:
+        return [result.diverged_at for result in self.results if result.diverged_at is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "setting": self.setting,
+            "unit": self.unit,
+            "parameters": self.parameters,
+            "seeds": [result.seed for result in self.results],
+            "accuracies": [result.accuracy for result in self.results],
+            "diverged_at": [result.diverged_at for result in self.results],
+            "mean": self.mean,
+            "deviation": self.deviation,
+            "difference": self.difference,
+            "p": self.p,
+            "p_holm": self.p_holm,
+            "curves": [result.curve for result in self.results],
+        }
+
+
+def read_result(path: str | Path) -> ClassifierResult:
+    """A run's result.
+
+    Raises:
+        InputError: it is no run of classify, has not ended yet, or its files are altered.
+    """
+    folder = RunFolder(path)
+    file = folder.path / RESULT_FILE
+    if not file.is_file():
+        raise InputError(f"{path} has no {RESULT_FILE}; accepted: runs of dia-diffusion classify that have ended")
+    try:
+        record = verify_checksum(read_json_object(file))
+        lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+        # Of one that diverged the step is the first that was skipped; lines of those after it are no news.
+        if record["diverged_at"] is None and lines and lines[-1]["step"] > record["step"]:
+            raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")
+        return ClassifierResult(
+            folder.path,
+            flatten(ClassifyExperiment().to_dict()) | flatten(record["recipe"]),  # an older one lacks newer keys
+            record.get("test_accuracy"),
+            record["diverged_at"],
+            int(record["parameters"]),
+            record.get("train_data", {}).get("fingerprint"),
+            str(record["test_data"]["fingerprint"]),
+            [(line["images"], line["test_accuracy"]) for line in lines if "test_accuracy" in line],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is truncated or corrupted; train the run again") from None
+
+
+def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list[Row]:
+    """A row for each unit in each setting, in the order of the runs, compared with the setting's baseline.
+
+    baseline: the unit's name as in the rows, its options left out or not.
+
+    Raises:
+        InputError: two runs of one unit, setting and seed, runs trained or tested on different images, or no baseline.
+    """
+    settings: list[dict[str, Any]] = []
+    for result in results:
+        if result.setting() not in settings:
+            settings.append(result.setting())
+    told = _differences(settings)
+    rows = []
+    for setting, name in zip(settings, told, strict=True):
+        here = [result for result in results if result.setting() == setting]
+        if len({result.test_fingerprint for result in here}) > 1:
+            raise InputError(f"{here[0].path} and others were tested on different images; accepted: the same ones")
+        if len({result.train_fingerprint for result in here} - {None}) > 1:
+            raise InputError(f"{here[0].path} and others were trained on different images; accepted: the same ones")
+        rows += _rows(name, here, baseline)
+    if not any(row.unit.split(" ")[0] == baseline or row.unit == baseline for row in rows):
+        raise InputError(f"no run has the unit {baseline!r}; accepted as --baseline: {', '.join(_units(results))}")
+    adjusted = holm([row.p for row in rows])
+    return [Row(**{**vars(row), "p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
+
+
+def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> list[Row]:
+    groups = {unit: [result for result in results if result.unit() == unit] for unit in _units(results)}
+    for unit, group in groups.items():
+        group.sort(key=lambda result: result.seed)
+        for first, second in pairwise(group):
+            if first.seed == second.seed:
+                raise InputError(f"{first.path} and {second.path} are both {unit} of seed {first.seed}; leave one out")
+    base = next((group for unit, group in groups.items() if baseline in (unit, unit.split(" ")[0])), [])
+    theirs = [result.accuracy for result in base if result.accuracy is not None]
+    rows = []
+    for unit, group in groups.items():
+        own = [result.accuracy for result in group if result.accuracy is not None]
+        compared = group is not base and bool(own) and bool(theirs)
+        difference = float(np.mean(own) - np.mean(theirs)) if compared else None
+        p = student_test(own, theirs) if compared else None
+        rows.append(Row(setting, unit, group[0].parameters, group, difference, p, None))
+    return rows
+
+
+def _units(results: Sequence[ClassifierResult]) -> list[str]:
+    return list(dict.fromkeys(result.unit() for result in results))
+
+
+def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """What tells each setting from the others: "backbone cifar-resnet20-basic, norm none"."""
+    keys = [key for key in settings[0] if any(setting.get(key) != settings[0][key] for setting in settings)]
+    return [", ".join(f"{key.split('.')[-1]} {setting.get(key)}" for key in keys) for setting in settings]

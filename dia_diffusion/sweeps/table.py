@@ -1,0 +1,125 @@
+"""A study's rows as text: for the terminal, and as Markdown for a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dia_diffusion.sweeps.statistics import LEVEL, Estimate
+from dia_diffusion.sweeps.summary import Comparison, Row
+
+NOTHING = "-"
+_LEVEL = f"{LEVEL * 100:g} %"
+LEFT_ALIGNED = ("unit",)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns, the same number in each row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> str:
+        """A table of GitHub's Markdown, without the title."""
+        rule = ["---" if name in LEFT_ALIGNED else "---:" for name in self.columns]
+        lines = [self.columns, rule, *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What the tables' p values are, and for how many tests they are adjusted; nothing where there are none."""
+    compared = [row.comparison for row in rows if row.comparison]
+    student = sum(comparison.p_student is not None for comparison in compared)
+    paired = sum(comparison.p_paired is not None for comparison in compared)
+    if not student and not paired:
+        return []
+    return [
+        "p: Student's two-sample t-test with equal variances over all seeds of the two, and the t-test paired by seed; "
+        f"in brackets adjusted by Holm's method for the study's {student} and {paired} tests."
+    ]
+
+
+def tables(rows: Sequence[Row], curve: str, final: str) -> list[Table]:
+    """What was reached and what it cost; and, where there are twins to compare, the differences.
+
+    curve, final: what the distances along the curve and at its end are, as "FID, 10,000 samples (fid10k-dpm50)".
+    """
+    found = [_reached(rows, curve, final)]
+    if any(row.comparison for row in rows):
+        found.append(_differences(rows, final))
+    return found
+
+
+def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
+    columns = ["batch size", "unit", "seeds", "images seen", "final", "best", "along the curve"]
+    columns += ["training", "to twin's", "memory"]
+    text = [
+        [
+            f"{row.batch_size}",
+            row.unit,
+            _seeds(row),
+            f"{row.images_seen:,}",
+            _mean(row.final),
+            _mean(row.best),
+            _mean(row.mean_along),
+            NOTHING if row.seconds is None else told_time(row.seconds.mean),
+            NOTHING if row.time_ratio is None else f"{row.time_ratio:.2f}",
+            NOTHING if row.peak_memory_mib is None else f"{row.peak_memory_mib:,} MiB",
+        ]
+        for row in rows
+    ]
+    measured = final if final == curve else f"Final {final}, best and along the curve {curve}"
+    return Table(f"{measured}: mean over seeds ± half of its {_LEVEL} interval", columns, text)
+
+
+def _differences(rows: Sequence[Row], final: str) -> Table:
+    compared = [(row, row.comparison) for row in rows if row.comparison]
+    columns = ["batch size", "unit", "pairs", "difference to none", f"{_LEVEL} interval"]
+    columns += ["p (Holm)", "p paired by seed (Holm)"]
+    text = [
+        [
+            f"{row.batch_size}",
+            row.unit,
+            f"{len(comparison.seeds)}",
+            f"{comparison.difference.mean:+.3f}",
+            _interval(comparison),
+            _p(comparison.p_student, comparison.p_student_holm),
+            _p(comparison.p_paired, comparison.p_paired_holm),
+        ]
+        for row, comparison in compared
+    ]
+    return Table(f"Final {final}, with the unit less without: below zero the unit is better", columns, text)
+
+
+def _seeds(row: Row) -> str:
+    """The seeds whose final distance is known, and how many are still to come or have a curve only."""
+    told = f"{len(row.seeds)}"
+    if len(row.curve_seeds) != len(row.seeds):
+        told += f" (curve {len(row.curve_seeds)})"
+    return told if len(row.seeds) == len(row.planned_seeds) else f"{told} of {len(row.planned_seeds)}"
+
+
+def _mean(value: Estimate | None) -> str:
+    if value is None:
+        return NOTHING
+    return f"{value.mean:.3f}" + ("" if value.half_width is None else f" ± {value.half_width:.3f}")
+
+
+def _interval(comparison: Comparison) -> str:
+    low, high = comparison.difference.low, comparison.difference.high
+    return NOTHING if low is None else f"[{low:+.3f}, {high:+.3f}]"
+
+
+def _p(raw: float | None, adjusted: float | None) -> str:
+    return NOTHING if raw is None or adjusted is None else f"{_probability(raw)} ({_probability(adjusted)})"
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def told_time(seconds: float) -> str:
+    """As "1.6 h", "24.0 min" or "40 s"."""
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
