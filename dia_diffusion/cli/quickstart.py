@@ -113,7 +113,7 @@ def _run_in_parallel(
     totals: dict[str, int],
 ) -> None:
     """Runs one command a twin at the same time, with a bar over their progress."""
-    from dia_diffusion.sweeps.children import Job, run_jobs
+    from dia_diffusion.sweeps.launcher import Job, run_jobs
 
     total = sum(totals.values())
 

@@ -18,12 +18,10 @@ from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import write_statistics
 from dia_diffusion.io import FolderLock
-from dia_diffusion.sweeps.children import Job
-from dia_diffusion.sweeps.inventory import check_images, check_randomness, check_study, inventory
-from dia_diffusion.sweeps.measuring import check_measuring
+from dia_diffusion.sweeps.collect import check_images, check_measuring, check_randomness, check_study, inventory
+from dia_diffusion.sweeps.launcher import Job, commands, run_study
 from dia_diffusion.sweeps.plan import make_plan
-from dia_diffusion.sweeps.runner import commands, run_study
-from dia_diffusion.sweeps.study import Study, read_study
+from dia_diffusion.sweeps.sweep import Study, read_study
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.trainer import Trainer
@@ -217,7 +215,7 @@ def test_what_a_run_was_measured_by_is_compared_when_it_ends(
             append_record(RunFolder(run.folder).evaluations, under_name(record, read_protocol("fd-digits")))
             check(job)
 
-    monkeypatch.setattr("dia_diffusion.sweeps.runner.run_jobs", run_jobs)
+    monkeypatch.setattr("dia_diffusion.sweeps.launcher.run_jobs", run_jobs)
     with pytest.raises(InputError, match="reference_hash a against b"):
         run_study(here, 1, lambda progress: None)
 

@@ -13,11 +13,9 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import step_name
-from dia_diffusion.sweeps.costs import training_seconds
-from dia_diffusion.sweeps.floor import floor_of
+from dia_diffusion.sweeps.collect import collect, measured, training_seconds
 from dia_diffusion.sweeps.plan import Group, Plan, write_plan
-from dia_diffusion.sweeps.points import collect, measured
-from dia_diffusion.sweeps.results import results_of, write_results
+from dia_diffusion.sweeps.results import floor_of, results_of, write_results
 from dia_diffusion.training.run_folder import RunFolder
 from tests.sweeps.measured_studies import a_record, add_metrics, add_records, make_study
 

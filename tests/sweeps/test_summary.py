@@ -1,8 +1,7 @@
 import pytest
 
-from dia_diffusion.sweeps.costs import training_cost
-from dia_diffusion.sweeps.points import collect, measured
-from dia_diffusion.sweeps.summary import curve_of, summarize
+from dia_diffusion.sweeps.collect import collect, measured, training_cost
+from dia_diffusion.sweeps.stats import curve_of, summarize
 from dia_diffusion.sweeps.table import notes, tables
 from dia_diffusion.training.run_folder import RunFolder
 from tests.sweeps.measured_studies import add_metrics, add_records, make_study
