@@ -31,7 +31,7 @@ from dia_diffusion.evaluation.pipeline_distance import (
     pipeline_origin,
     update_card,
 )
-from dia_diffusion.evaluation.protocols import under_name
+from dia_diffusion.evaluation.protocol import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
 from dia_diffusion.evaluation.reference import Reference, choose, reference_statistics
 from dia_diffusion.evaluation.reference_features import reference_features

@@ -12,7 +12,7 @@ from dia_diffusion.cli.analyses import refuse_file
 from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.studies.held_out import open_held_out
 from dia_diffusion.studies.placement import placement_trials, summarise_placement
@@ -57,7 +57,7 @@ def stability(options: StabilityOptions) -> None:
 def placement(options: PlacementOptions) -> None:
     """Which blocks have to carry the unit."""
     _check(options)
-    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    protocol = None if options.protocol is None else EvalProtocol.read(options.protocol)
     trials = placement_trials(
         options.out / "placement",
         options.config,

@@ -24,7 +24,7 @@ from dia_diffusion.evaluation.pipeline_distance import (
     pipeline_origin,
     update_card,
 )
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed, under_name
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
 from dia_diffusion.io import step_name
@@ -51,7 +51,7 @@ class EvaluatePipelines(Callback):
             evaluated in any case.
     """
 
-    def __init__(self, protocol: NamedProtocol, every: int | None = None):
+    def __init__(self, protocol: EvalProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
         classes = None if protocol.classes is None else tuple(protocol.classes)
         self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
@@ -87,7 +87,7 @@ class EvaluatePipelines(Callback):
 
     def _check_records(self) -> None:
         if self.records.is_file():
-            refuse_changed(read_records(self.records), self.protocol, self.records)
+            self.protocol.refuse_changed(read_records(self.records), self.records)
 
     def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
         """The statistics of the images that `fid` would measure the run against."""

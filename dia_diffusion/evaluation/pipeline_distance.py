@@ -12,7 +12,7 @@ from dia_diffusion.evaluation.evaluate import discard_work, evaluate, work_folde
 from dia_diffusion.evaluation.extras import DISTANCE_ALONE, Extras
 from dia_diffusion.evaluation.feature_pass import SILENT, Reporter
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, read_records
 from dia_diffusion.evaluation.reference import Reference
 from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
@@ -136,7 +136,7 @@ class PipelineDistance:
 
 
 def known_record(
-    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: NamedProtocol | None
+    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: EvalProtocol | None
 ) -> EvaluationRecord | None:
     """The newest record of these weights by this protocol, with all that the extras ask for; None if there is none.
 

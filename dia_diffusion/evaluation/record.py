@@ -99,7 +99,7 @@ class EvaluationRecord(Origin):
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
     protocol_name: str | None = None
-    """Of the `NamedProtocol` it was measured by; None: by options of its own."""
+    """Of the `EvalProtocol` it was measured by; None: by options of its own."""
     protocol_file_hash: str | None = None
     """The hash of that named protocol's settings; `protocol_hash` is over all that they led to."""
 

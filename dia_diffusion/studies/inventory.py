@@ -9,7 +9,7 @@ from typing import Any
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.distributed import check_trackers, micro_batch_size
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import step_folders
 from dia_diffusion.pipelines.folder import read_training
@@ -66,7 +66,7 @@ def check_study(study: Study) -> None:
                 micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
                 check_trackers(experiment.trackers)
                 for name in filter(None, (study.config.protocol, study.config.final_protocol)):
-                    _check_classes(read_protocol(name), experiment)
+                    _check_classes(EvalProtocol.read(name), experiment)
     _check_records(study)
     states = inventory(study)
     fingerprints = [(state.run, origin["data"]["fingerprint"]) for state in states if (origin := _check_run(state))]
@@ -109,7 +109,7 @@ def check_images(study: Study, progress: Callable[[int, int], None] | None = Non
     check_measuring(study, [state.run for state in states if not state.complete], opened)
 
 
-def _check_classes(protocol: NamedProtocol, experiment: Experiment) -> None:
+def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
     known = experiment.model.num_classes or 0
     if protocol.classes is not None and max(protocol.classes) >= known:
         raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
@@ -208,14 +208,14 @@ def _origin_on_record(run: StudyRun) -> dict[str, Any] | None:
 
 def _check_records(study: Study) -> None:
     names = [study.config.protocol, study.config.final_protocol]
-    protocols = [read_protocol(name) for name in names if name is not None]
+    protocols = [EvalProtocol.read(name) for name in names if name is not None]
     if len({p.name for p in protocols}) < len({p.hash() for p in protocols}):
         raise InputError(f"protocol and final_protocol are both called {protocols[0].name} and differ; rename one")
     for run in study.runs:
         file = RunFolder(run.folder).evaluations
         records = read_records(file) if file.is_file() else []
         for protocol in protocols:
-            refuse_changed(records, protocol, file)
+            protocol.refuse_changed(records, file)
 
 
 def _steps_on_record(study: Study, protocol: str) -> dict[str, set[int]]:

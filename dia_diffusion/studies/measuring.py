@@ -7,7 +7,7 @@ import numpy as np
 from dia_diffusion.data import ImageSet
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.evaluation.reference import hash_of_images
 from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
@@ -33,7 +33,7 @@ def check_measuring(study: Study, unmeasured: Sequence[StudyRun], open_images: O
     of = study.runs[:1] if study.config.reference else unmeasured
     sources = {_source(study, run): run for run in of}
     for name in filter(None, (study.config.protocol, study.config.final_protocol)):
-        protocol, known = read_protocol(name), next((one.record for one in measured(study, name)), None)
+        protocol, known = EvalProtocol.read(name), next((one.record for one in measured(study, name)), None)
         if unmeasured:
             features_hash = build_features(protocol.features).weights_hash
             _refuse_others(known, protocol, f"features {protocol.features}", {"features_hash": features_hash})
@@ -57,7 +57,7 @@ def _source(study: Study, run: StudyRun) -> str:
     return str(run.experiment.data.source if training is None else training["recipe"]["data"].get("source"))
 
 
-def _reference(source: str, run: StudyRun, protocol: NamedProtocol, open_images: OpenImages) -> dict[str, object]:
+def _reference(source: str, run: StudyRun, protocol: EvalProtocol, open_images: OpenImages) -> dict[str, object]:
     """What its records will say of it."""
     try:
         if is_statistics_file(source):
@@ -77,7 +77,7 @@ def _reference(source: str, run: StudyRun, protocol: NamedProtocol, open_images:
 
 
 def _refuse_others(
-    record: EvaluationRecord | None, protocol: NamedProtocol, what: str, found: dict[str, object]
+    record: EvaluationRecord | None, protocol: EvalProtocol, what: str, found: dict[str, object]
 ) -> None:
     for key, value in found.items():
         if record is not None and (on_record := getattr(record.protocol, key)) != value:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import refuse_mixed_protocols
-from dia_diffusion.evaluation.protocols import read_protocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.studies.study import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder
@@ -66,12 +66,12 @@ def measured(study: Study, protocol: str) -> list[Measured]:
         InputError: a record that is truncated, of another run, or made when the protocol had other settings; or records
             that differ in what the protocol leaves open, such as the reference.
     """
-    named = read_protocol(protocol)
+    named = EvalProtocol.read(protocol)
     found: dict[str, list[EvaluationRecord]] = {}
     for run in study.runs:
         file = RunFolder(run.folder).evaluations
         records = read_records(file) if file.is_file() else []
-        refuse_changed(records, named, file)
+        named.refuse_changed(records, file)
         by_step = {record.step: record for record in records if record.step and named.named_in(record)}
         for record in by_step.values():
             _refuse_another_run(record, run)

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback
@@ -96,7 +96,7 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     return seconds / (count * SAMPLER_STEPS)
 
 
-def seconds_of_features(protocol: NamedProtocol, experiment: Experiment) -> float:
+def seconds_of_features(protocol: EvalProtocol, experiment: Experiment) -> float:
     """Of an image's features, where they are the package's; 0 for others, which take long to load or a download."""
     if protocol.features not in FEATURES:
         return 0.0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.studies.children import Job, run_jobs
 from dia_diffusion.studies.trials import TRAINED, Trial
@@ -13,7 +13,7 @@ from dia_diffusion.training.run_folder import RunFolder
 def measure_trials(
     trials: Sequence[Trial],
     results: Sequence[dict[str, Any]],
-    protocol: NamedProtocol,
+    protocol: EvalProtocol,
     given: str,
     watch: Callable[[int, int], None],
 ) -> str:
@@ -48,10 +48,10 @@ def measure_trials(
     return name
 
 
-def _record(trial: Trial, protocol: NamedProtocol) -> EvaluationRecord | None:
+def _record(trial: Trial, protocol: EvalProtocol) -> EvaluationRecord | None:
     """The newest record of a trial's last step."""
     file = RunFolder(trial.folder).evaluations
     records = read_records(file) if file.is_file() else []
-    refuse_changed(records, protocol, file)
+    protocol.refuse_changed(records, file)
     own = [r for r in records if protocol.named_in(r) and r.step == trial.experiment.train.max_steps]
     return own[-1] if own else None
