@@ -16,7 +16,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.io import shipped_names
 
 if TYPE_CHECKING:
-    from dia_diffusion.evaluation.extras import Extras
+    from dia_diffusion.evaluation.metrics import Extras
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
 DEFAULT_COUNT = 1000
@@ -101,7 +101,7 @@ def run(options: Options) -> None:
 
 def resolve(options: Options) -> Request:
     """The request of the options; refuses what can't be measured before anything is computed."""
-    from dia_diffusion.evaluation.extras import Extras
+    from dia_diffusion.evaluation.metrics import Extras
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
     source = Path(options.source)

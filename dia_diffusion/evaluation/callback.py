@@ -14,16 +14,18 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
-from dia_diffusion.evaluation.extras import DISTANCE_ALONE
-from dia_diffusion.evaluation.features import FeatureExtractor, build_features
-from dia_diffusion.evaluation.pipeline_distance import (
+from dia_diffusion.evaluation.evaluate import (
+    FewImagesWarning,
     PipelineDistance,
+    few_images,
     keep_record,
     known_record,
     pipeline_origin,
     update_card,
+    work_folder,
 )
+from dia_diffusion.evaluation.features import FeatureExtractor, build_features
+from dia_diffusion.evaluation.metrics import DISTANCE_ALONE
 from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics

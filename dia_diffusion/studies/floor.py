@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
-from dia_diffusion.evaluation.floor import recorded_floor
-from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.frechet import FeatureStatistics, GivenMoments, frechet_distance
+from dia_diffusion.evaluation.record import EvaluationRecord, recorded_floor
 from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments
 from dia_diffusion.studies.study import Study
 
 FILE = "floor.jsonl"

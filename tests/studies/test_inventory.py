@@ -15,8 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import append_record
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.statistics_files import write_statistics
+from dia_diffusion.evaluation.reference import reference_statistics, write_statistics
 from dia_diffusion.io import FolderLock
 from dia_diffusion.studies.children import Job
 from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, inventory
