@@ -13,9 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.frechet import Moments, frechet_distance
+from dia_diffusion.evaluation.frechet import Moments, frechet_distance, measure
 from dia_diffusion.evaluation.reference import choose
 from dia_diffusion.io import atomic_file
 

@@ -12,10 +12,9 @@ from safetensors.torch import save_file
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import FEATURES
-from dia_diffusion.evaluation.features.classifier import Classifier
-from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
+from dia_diffusion.evaluation.features.packaged import Classifier, DigitsClassifier
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
 from dia_diffusion.training.callbacks import Reporter
 from dia_diffusion.training.classification import ClassificationTask

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.features.cifar10 import Cifar10Classifier
-from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
+from dia_diffusion.evaluation.features.packaged import Cifar10Classifier, DigitsClassifier
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.train_features import accuracy

@@ -12,9 +12,9 @@ from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, Stopped
 from dia_diffusion.evaluation import train_features as module
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.features.cifar10 import Cifar10Classifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
+from dia_diffusion.evaluation.features.packaged import Cifar10Classifier
 from dia_diffusion.evaluation.train_features import accuracy, train_features
 from dia_diffusion.models.classifiers import load_classifier
 from tests.training.conftest import Recorder

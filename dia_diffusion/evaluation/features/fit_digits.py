@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dia_diffusion.evaluation.features.digits import DigitsClassifier
+from dia_diffusion.evaluation.features.packaged import DigitsClassifier
 
 
 @dataclass(frozen=True)
