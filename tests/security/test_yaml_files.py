@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dia_diffusion.analysis.runs import open_run
+from dia_diffusion.analysis.run import open_run
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.reading import Unreadable, parse_yaml

@@ -10,14 +10,18 @@ layers of the MLP are one linear map.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.losses import compared, losses
+from dia_diffusion.analysis.ablations import compared, draw_rise, losses
+from dia_diffusion.analysis.drawing import over_training, percent, save, style
+from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.analysis.trained_run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import Mlp, UViT
 
@@ -115,3 +119,35 @@ def linearity_of_run(
         comparison = {"losses": compared(own, {"lines for GELU": lines})}
         measured.append(run.measured(step) | fit.summary() | comparison)
     return {**run.described(), "steps": measured}
+
+
+def draw_linearity(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """What a line explains of GELU, by block at the end and over training; its input; the loss with lines."""
+    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
+    (by_block, deviation), (explained, rise) = figure.subplots(2, 2)
+    for index, run in enumerate(runs):
+        line = {**style(index), "label": run["run"]}
+        last = run["steps"][-1]
+        blocks = range(1, len(last["explained_by_block"]) + 1)
+        by_block.plot(blocks, last["explained_by_block"], **line)
+        deviation.plot(blocks, last["input_deviation_by_block"], **line)
+        seen = [step["images_seen"] for step in run["steps"]]
+        explained.plot(seen, [step["explained"] for step in run["steps"]], **line)
+        draw_rise(rise, run["steps"], "lines for GELU", line)
+    by_block.set_title("share of GELU's variance that lines explain, last step")
+    deviation.set_title("deviation of GELU's input, last step")
+    explained.set_title("the share in all blocks together")
+    rise.set_title("loss with lines for GELU: % higher (bars: 2 s.e.)")
+    for place in (by_block, deviation):
+        place.set_xlabel("block")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.grid(alpha=0.25, linewidth=0.6)
+    for place in (explained, rise):
+        over_training(place)
+    for place in (by_block, explained):
+        place.set_ylim(0, 1.02)
+    deviation.set_ylim(bottom=0)
+    percent(rise)
+    handles, labels = by_block.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    save(figure, path)
