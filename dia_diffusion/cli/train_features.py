@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.cli.console import ConsoleProgress
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.validation import Strict
 
@@ -30,7 +30,7 @@ def run(options: Options) -> None:
     from dia_diffusion.evaluation.train_features import train_features
 
     out = options.out or Path(f"{options.name}.safetensors")
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     try:
         train_features(
             options.name, out, data=options.data, test_data=options.test_data, seed=options.seed, reporter=reporter

@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digits
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
-from dia_diffusion.training.callbacks import Reporter
+from dia_diffusion.progress import Progress
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.classify_config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
@@ -39,13 +39,13 @@ class Fitted:
 
 
 def _fit_digits(
-    recipe: DigitsRecipe, source: str, test_source: str | None, seed: int, run: Path, reporter: Reporter
+    recipe: DigitsRecipe, source: str, test_source: str | None, seed: int, run: Path, reporter: Progress
 ) -> Fitted:
     train = _open_digits(source, "train")
     test = _open_digits(source, "test") if test_source is None else _open_digits(test_source, "train")
 
     assert train.labels is not None
-    progress = partial(reporter.progress, values={})
+    progress = partial(reporter.update, "training", "steps")
     fitted = fit_digits(train.read(range(len(train))), train.labels, recipe, seed=seed, progress=progress)
     return Fitted(fitted.state_dict(), asdict(recipe), train, test)
 
@@ -59,7 +59,7 @@ def _open_digits(source: str, split: str) -> ImageSet:
     return images
 
 
-def _fit_cifar10(recipe: str, source: str, test_source: str | None, seed: int, run: Path, reporter: Reporter) -> Fitted:
+def _fit_cifar10(recipe: str, source: str, test_source: str | None, seed: int, run: Path, reporter: Progress) -> Fitted:
     keys = {"output": str(run), "seed": seed, "data.source": source, "data.test_source": test_source}
     task = ClassificationTask(read_experiment(recipe, keys=keys, kind=ClassifyExperiment))
     trainer = Trainer(task, reporter)
@@ -105,7 +105,7 @@ def train_features(
     name: str,
     out: str | Path,
     *,
-    reporter: Reporter,
+    reporter: Progress,
     data: str | Path | None = None,
     test_data: str | Path | None = None,
     seed: int = 0,

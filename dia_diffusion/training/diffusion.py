@@ -19,11 +19,12 @@ from dia_diffusion.models.factory import build_on_meta, check_layers, check_memo
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import TRAINING_FILE
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
-from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due, log_image
+from dia_diffusion.training.callbacks import Callback, checkpoint_due, log_image
 from dia_diffusion.training.config import Experiment, ModelConfig
 from dia_diffusion.training.init_from import start_from
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
@@ -56,7 +57,7 @@ def image_losses(
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
 
-def open_training_images(experiment: Experiment, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+def open_training_images(experiment: Experiment, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """The recipe's images at its model's size, on each process.
 
     Raises:
@@ -64,7 +65,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
     """
     data, model = experiment.data, experiment.model
     options = {"size": model.sample_size, "channels": model.in_channels, "split": data.split}
-    images = open_images_on_ranks(data.source, accelerator, reporter.reading, **options)
+    images = open_images_on_ranks(data.source, accelerator, progress, **options)
     if model.num_classes is None:
         return images
     if images.labels is None:
@@ -137,8 +138,8 @@ class DiffusionTask(Task):
         source = self.experiment.init_from
         return None if source is None else start_from(source, model, self.experiment)
 
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
-        self.images = open_training_images(self.experiment, accelerator, reporter)
+    def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
+        self.images = open_training_images(self.experiment, accelerator, progress)
         return self.images
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:

@@ -27,7 +27,8 @@ from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, Stopped
 from dia_diffusion.io import write_json
 from dia_diffusion.precision import in_precision, slow_warning, training_device, training_precision
-from dia_diffusion.training.callbacks import Callback, LogMetrics, Reporter, SaveCheckpoint, ShowProgress, Silent
+from dia_diffusion.progress import Progress
+from dia_diffusion.training.callbacks import Callback, LogMetrics, SaveCheckpoint, ShowProgress
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     began_in,
@@ -66,7 +67,7 @@ class Trainer:
 
     Args:
         trained: a recipe, or the task of another kind of training.
-        reporter: shows how the run is going.
+        progress: shows how the run is going.
         callbacks: called after the task's own, before the checkpoint of a step.
 
     Raises:
@@ -74,11 +75,11 @@ class Trainer:
     """
 
     def __init__(
-        self, trained: Experiment | Task, reporter: Reporter | None = None, callbacks: Sequence[Callback] = ()
+        self, trained: Experiment | Task, progress: Progress | None = None, callbacks: Sequence[Callback] = ()
     ):
         # Recipe: its precision is resolved, so that configs, checkpoints and cards say what was chosen.
         self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
-        self.reporter = Silent() if reporter is None else reporter
+        self.progress = Progress() if progress is None else progress
         self.folder = RunFolder(self.task.experiment.output)
         asked, begun = self.task.experiment.train.mixed_precision, began_in(self.folder.checkpoints)
         self.precision = training_precision(asked, training_device(), begun)
@@ -109,7 +110,7 @@ class Trainer:
         )
 
         # Images.
-        self.images = self.task.open_images(self.accelerator, self.reporter)
+        self.images = self.task.open_images(self.accelerator, self.progress)
 
         own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
         self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
@@ -119,7 +120,7 @@ class Trainer:
         # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
         on_rank_zero(self.accelerator, self.folder.lock)
         try:
-            check_shared(self.folder, self.accelerator, self.reporter.message)
+            check_shared(self.folder, self.accelerator, self.progress.message)
             name = broadcast_from_rank_zero(self.accelerator, self._find_checkpoint)
             checkpoint = on_all_ranks(self.accelerator, lambda: self._load_weights(name))
             self._prepare(optimizer, checkpoint)
@@ -296,7 +297,7 @@ class Trainer:
     def message(self, line: str) -> None:
         """Shows a line, on rank 0."""
         if self.accelerator.is_main_process:
-            self.reporter.message(line)
+            self.progress.message(line)
 
     def log(self, values: Mapping[str, float | None]) -> None:
         """Adds numbers of this step to metrics.jsonl and the trackers, on all ranks; one that is not finite is null."""
