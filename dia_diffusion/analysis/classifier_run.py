@@ -17,7 +17,7 @@ from dia_diffusion.io import step_folders
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, normalized
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.classification import Batches
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import read_experiment
 

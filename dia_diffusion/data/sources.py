@@ -9,8 +9,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from dia_diffusion.data.arrays import digits, numpy_archive, numpy_file
-from dia_diffusion.data.cifar import FOLDERS, cifar_archive, cifar_folder, is_cifar_folder
+from dia_diffusion.data.arrays import (
+    FOLDERS,
+    cifar_archive,
+    cifar_folder,
+    digits,
+    is_cifar_folder,
+    numpy_archive,
+    numpy_file,
+)
 from dia_diffusion.data.files import SUFFIXES, files_of_folder, files_of_zip, image_names, of_split
 from dia_diffusion.data.hf import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
 from dia_diffusion.data.image_set import ImageSet, ImageSource, OnProgress, decoded_set, encoded_set

@@ -19,7 +19,7 @@ from dia_diffusion.evaluation.features.fit_digits import DigitsRecipe, fit_digit
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
 from dia_diffusion.progress import Progress
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 

@@ -26,7 +26,7 @@ from dia_diffusion.models.factory import build_on_meta, check_memory
 from dia_diffusion.progress import Progress
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
-from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
+from dia_diffusion.training.config import ClassifyExperiment, LabelledDataConfig
 from dia_diffusion.training.optimizer import parameter_groups
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
 from dia_diffusion.training.ssia import Guidance, without_heads
