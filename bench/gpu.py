@@ -28,7 +28,7 @@ from gpu_page import write_page
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_json, write_text
-from dia_diffusion.studies.study import Study, read_study
+from dia_diffusion.sweeps.sweep import Study, read_study
 
 ROOT = Path(__file__).parents[1]
 SUITES = "train,memory,overhead,sample,fid,scale"

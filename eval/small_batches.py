@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
-from dia_diffusion.studies.statistics import (
+from dia_diffusion.sweeps.stats import (
     brown_forsythe,
     detectable_difference,
     estimate,

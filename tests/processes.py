@@ -21,7 +21,7 @@ from typing import IO, Any, ClassVar
 import pytest
 import torch
 
-from dia_diffusion.studies import children as children_module
+from dia_diffusion.sweeps import launcher
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
@@ -153,8 +153,8 @@ def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
     def start(call: list[str], **options: Any) -> Any:
         return (subprocess.Popen if call[3] in child.not_forked else child)(call, **options)
 
-    monkeypatch.setattr(children_module, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr(children_module, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(launcher, "SECONDS_BETWEEN_LOOKS", 0.05)
     return child
 
 

@@ -13,8 +13,8 @@ from dia_diffusion.cli.console import RecentRate
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.precision import best_precision, matmul_rate, slow_warning, training_precision
-from dia_diffusion.studies.inventory import in_one_precision
-from dia_diffusion.studies.study import read_study
+from dia_diffusion.sweeps.collect import in_one_precision
+from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder, tiny, train
 

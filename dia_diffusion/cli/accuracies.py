@@ -11,7 +11,7 @@ from dia_diffusion.io import refuse_existing, write_json, write_text
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
-    from dia_diffusion.studies.accuracies import Row
+    from dia_diffusion.sweeps.accuracies import Row
 
 COLUMNS = [
     "setting",
@@ -40,8 +40,8 @@ class Options(Strict):
 
 def run(options: Options) -> None:
     """Prints the table, and writes it with its figure."""
-    from dia_diffusion.studies.accuracies import compare, read_result
-    from dia_diffusion.studies.accuracy_figure import draw_accuracies
+    from dia_diffusion.sweeps.accuracies import compare, read_result
+    from dia_diffusion.sweeps.accuracy_figure import draw_accuracies
 
     if options.out is not None:
         refuse_existing(options.out)

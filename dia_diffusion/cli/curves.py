@@ -72,7 +72,7 @@ def run(options: Options) -> None:
 
 def names_study(name: str) -> bool:
     """Whether it is a study: not a folder, a study's folder, or a shipped one's name rather than a run's."""
-    from dia_diffusion.studies.study import STUDY_FILE
+    from dia_diffusion.sweeps.sweep import STUDY_FILE
     from dia_diffusion.training.run_folder import RunFolder
 
     folder = RunFolder(name)

@@ -9,14 +9,13 @@ from dia_diffusion.cli.curves import Options
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.io import FolderLock, remove_partial
 from dia_diffusion.precision import Precision, slow_warning, training_device
-from dia_diffusion.studies.children import threads_of_each
-from dia_diffusion.studies.grids import draw_grids_of_study
-from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, in_one_precision, inventory
-from dia_diffusion.studies.plan import Plan, make_plan, read_plan, set_against, write_plan
-from dia_diffusion.studies.results import Results, results_of, write_results
-from dia_diffusion.studies.runner import Progress, run_study
-from dia_diffusion.studies.study import Study, read_study
-from dia_diffusion.studies.table import LEFT_ALIGNED, told_time
+from dia_diffusion.sweeps.collect import check_images, check_randomness, check_study, in_one_precision, inventory
+from dia_diffusion.sweeps.grids import draw_grids_of_study
+from dia_diffusion.sweeps.launcher import Progress, run_study, threads_of_each
+from dia_diffusion.sweeps.plan import Plan, make_plan, read_plan, set_against, write_plan
+from dia_diffusion.sweeps.results import Results, results_of, write_results
+from dia_diffusion.sweeps.sweep import Study, read_study
+from dia_diffusion.sweeps.table import LEFT_ALIGNED, told_time
 
 BUSY = 0.8
 """Share of a core below which times say more of other work than of this."""

@@ -14,12 +14,19 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.io import FolderLock, write_json
-from dia_diffusion.studies.held_out import open_held_out
-from dia_diffusion.studies.placement import placement_trials, summarise_placement
-from dia_diffusion.studies.stability import stability_trials, summarise_stability
-from dia_diffusion.studies.trial_distances import measure_trials
-from dia_diffusion.studies.trial_figures import draw_placement, draw_stability
-from dia_diffusion.studies.trials import TRAINED, Trial, finished, run_trials
+from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.trials import (
+    TRAINED,
+    Trial,
+    finished,
+    measure_trials,
+    open_held_out,
+    placement_trials,
+    run_trials,
+    stability_trials,
+    summarise_placement,
+    summarise_stability,
+)
 
 Value = TypeVar("Value")
 COMMON = ("recipe", "held_out")

@@ -10,7 +10,7 @@ from plotly.graph_objects import Figure, Scatter
 from plotly.subplots import make_subplots
 
 from dia_diffusion.evaluation.curves import LOG_FROM, style
-from dia_diffusion.studies.figure import DODGE
+from dia_diffusion.sweeps.figure import DODGE
 
 RATE = "learning rate"
 

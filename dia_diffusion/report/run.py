@@ -13,8 +13,8 @@ from dia_diffusion.report.metrics import MOST_POINTS, Metrics, metrics_of, peak_
 from dia_diffusion.report.page import Block, Code, Frames, Page, Plot, Plots, Section, Text
 from dia_diffusion.report.plots import RATE, Line, curves_figure, training_figure
 from dia_diffusion.report.tables import environment_table, protocol_label, protocols_table, results_table
-from dia_diffusion.studies.costs import training_seconds
-from dia_diffusion.studies.table import told_time
+from dia_diffusion.sweeps.collect import training_seconds
+from dia_diffusion.sweeps.table import told_time
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment

@@ -17,15 +17,13 @@ from dia_diffusion.report.plots import Line, curves_figure, ends_figure
 from dia_diffusion.report.recipes import differences_table, shared_recipe
 from dia_diffusion.report.run import count_parameters, samples_caption
 from dia_diffusion.report.tables import environment_table, protocols_table
-from dia_diffusion.studies.costs import training_seconds
-from dia_diffusion.studies.figure import drawn_end
-from dia_diffusion.studies.grids import twins
-from dia_diffusion.studies.points import measured
-from dia_diffusion.studies.results import Measurement, results_of
-from dia_diffusion.studies.statistics import Estimate, estimate
-from dia_diffusion.studies.study import STUDY_FILE, Study, StudyRun
-from dia_diffusion.studies.summary import curve_of
-from dia_diffusion.studies.table import LEFT_ALIGNED, told_time
+from dia_diffusion.sweeps.collect import measured, training_seconds
+from dia_diffusion.sweeps.figure import drawn_end
+from dia_diffusion.sweeps.grids import twins
+from dia_diffusion.sweeps.results import Measurement, results_of
+from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate
+from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, StudyRun
+from dia_diffusion.sweeps.table import LEFT_ALIGNED, told_time
 from dia_diffusion.training.run_folder import RunFolder
 
 MOST_MOMENTS = 6

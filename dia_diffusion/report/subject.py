@@ -7,7 +7,7 @@ from dia_diffusion.io import shipped_names
 from dia_diffusion.report.page import Page
 from dia_diffusion.report.run import run_page
 from dia_diffusion.report.study import study_page
-from dia_diffusion.studies.study import STUDY_FILE, read_study, study_path
+from dia_diffusion.sweeps.sweep import STUDY_FILE, read_study, study_path
 from dia_diffusion.training.run_folder import RunFolder
 
 

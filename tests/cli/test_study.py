@@ -12,8 +12,8 @@ from dia_diffusion.cli.curves import names_study
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import FolderLock, sha256_of_file
-from dia_diffusion.studies.study import read_study
-from dia_diffusion.studies.timing import threads
+from dia_diffusion.sweeps.plan import threads
+from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.trainer import Trainer
 from tests.processes import Child, wait_for
 from tests.training.conftest import TINY, Recorder

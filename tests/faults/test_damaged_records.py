@@ -15,9 +15,9 @@ from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
 from dia_diffusion.io import with_checksum, write_json
-from dia_diffusion.studies.accuracies import read_result
-from dia_diffusion.studies.trials import RESULT_FILE as TRIAL
-from dia_diffusion.studies.trials import base_recipe, finished, make_trial
+from dia_diffusion.sweeps.accuracies import read_result
+from dia_diffusion.sweeps.trials import RESULT_FILE as TRIAL
+from dia_diffusion.sweeps.trials import base_recipe, finished, make_trial
 from dia_diffusion.training.checkpoint import read_state
 from dia_diffusion.training.run_folder import read_metrics
 from tests.faults.damage import cuts, flips

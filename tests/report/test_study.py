@@ -16,7 +16,7 @@ from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.report.page import render
 from dia_diffusion.report.subject import page_of
-from dia_diffusion.studies.study import STUDY_FILE, Study, read_study, write_study
+from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, read_study, write_study
 from tests.report.conftest import Parsed, parse, write_run_of
 from tests.training.conftest import TINY
 

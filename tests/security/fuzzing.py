@@ -27,8 +27,8 @@ from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.convert import convert_official
 from dia_diffusion.sharing.export import check_pipeline
-from dia_diffusion.studies.accuracies import read_result
-from dia_diffusion.studies.study import read_study
+from dia_diffusion.sweeps.accuracies import read_result
+from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment, recipes_folder

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dia_diffusion.errors import DivergedError
-from dia_diffusion.studies.accuracies import read_result
+from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.training.checkpoint import optimizer_tensors
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.diffusion import DiffusionTask

@@ -13,13 +13,11 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import step_name
-from dia_diffusion.studies.costs import training_seconds
-from dia_diffusion.studies.floor import floor_of
-from dia_diffusion.studies.plan import Group, Plan, write_plan
-from dia_diffusion.studies.points import collect, measured
-from dia_diffusion.studies.results import results_of, write_results
+from dia_diffusion.sweeps.collect import collect, measured, training_seconds
+from dia_diffusion.sweeps.plan import Group, Plan, write_plan
+from dia_diffusion.sweeps.results import floor_of, results_of, write_results
 from dia_diffusion.training.run_folder import RunFolder
-from tests.studies.measured_studies import a_record, add_metrics, add_records, make_study
+from tests.sweeps.measured_studies import a_record, add_metrics, add_records, make_study
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +217,7 @@ def test_a_recorded_floor_counts_and_drawing_again_measures_none(tmp_path, extra
     record = measured_against(study, extractor, open_images("digits", size=8, channels=1, split="test"))
     measured_floor = results_of(study).curve.floor
     write_results(study)
-    monkeypatch.setattr("dia_diffusion.studies.results.floor_of", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("dia_diffusion.sweeps.results.floor_of", lambda *_: pytest.fail("measured again"))
     assert results_of(study).curve.floor == measured_floor
     monkeypatch.undo()
 

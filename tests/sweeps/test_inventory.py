@@ -18,16 +18,14 @@ from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_files import write_statistics
 from dia_diffusion.io import FolderLock
-from dia_diffusion.studies.children import Job
-from dia_diffusion.studies.inventory import check_images, check_randomness, check_study, inventory
-from dia_diffusion.studies.measuring import check_measuring
-from dia_diffusion.studies.plan import make_plan
-from dia_diffusion.studies.runner import commands, run_study
-from dia_diffusion.studies.study import Study, read_study
+from dia_diffusion.sweeps.collect import check_images, check_measuring, check_randomness, check_study, inventory
+from dia_diffusion.sweeps.launcher import Job, commands, run_study
+from dia_diffusion.sweeps.plan import make_plan
+from dia_diffusion.sweeps.sweep import Study, read_study
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.trainer import Trainer
-from tests.studies.measured_studies import a_record
+from tests.sweeps.measured_studies import a_record
 from tests.training.conftest import TINY, Recorder
 from tests.training.run_files import make_version_1
 
@@ -217,7 +215,7 @@ def test_what_a_run_was_measured_by_is_compared_when_it_ends(
             append_record(RunFolder(run.folder).evaluations, under_name(record, read_protocol("fd-digits")))
             check(job)
 
-    monkeypatch.setattr("dia_diffusion.studies.runner.run_jobs", run_jobs)
+    monkeypatch.setattr("dia_diffusion.sweeps.launcher.run_jobs", run_jobs)
     with pytest.raises(InputError, match="reference_hash a against b"):
         run_study(here, 1, lambda progress: None)
 
@@ -255,7 +253,7 @@ def test_a_run_in_use_is_refused_before_anything_is_started(study: Callable[...,
 def test_the_plan_adds_up(study: Callable[..., Study], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two runs of 4 steps with 2 points one is trained; all times are given."""
     for name, seconds in (("start", 5.0), ("step", 3.0), ("pass", 0.01), ("features", 0.1)):
-        monkeypatch.setattr(f"dia_diffusion.studies.plan.seconds_of_{name}", lambda *_, seconds=seconds: seconds)
+        monkeypatch.setattr(f"dia_diffusion.sweeps.plan.seconds_of_{name}", lambda *_, seconds=seconds: seconds)
     here = study()
     plan = make_plan(here, 2)
     none, unit = plan.groups

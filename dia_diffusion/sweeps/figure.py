@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from dia_diffusion.evaluation.curves import draw_floor, draw_line, save_figure, scale_distances, scale_images, style
-from dia_diffusion.studies.points import Point
-from dia_diffusion.studies.statistics import Estimate, estimate
-from dia_diffusion.studies.summary import curve_of
+from dia_diffusion.sweeps.collect import Point
+from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate
 
 INTERVAL_FROM = 3
 """The seeds from which an interval is drawn: that of two is 13 standard errors wide and hides all else."""

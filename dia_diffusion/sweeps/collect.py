@@ -1,27 +1,148 @@
-"""What is there of a study's runs, what is missing, and what can't be gone on with."""
+"""What is on record of a study's runs, what is missing, and what cannot be resumed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.distributed import check_trackers, micro_batch_size
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.curves import refuse_mixed_protocols
+from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
-from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.io import step_folders
+from dia_diffusion.evaluation.record import EvaluationRecord, read_records
+from dia_diffusion.evaluation.reference import hash_of_images
+from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
+from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
-from dia_diffusion.studies.measuring import check_measuring
-from dia_diffusion.studies.points import measured
-from dia_diffusion.studies.study import Study, StudyRun
+from dia_diffusion.sweeps.sweep import Study, StudyRun
 from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.recipe import AUTO
-from dia_diffusion.training.run_folder import RunFolder, check_new_run, refuse_changes, refuse_other_randomness
+from dia_diffusion.training.run_folder import (
+    RunFolder,
+    check_new_run,
+    read_metrics,
+    refuse_changes,
+    refuse_other_randomness,
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One distance of one run."""
+
+    unit: str
+    """The study's name for it, be it a variant's."""
+    batch_size: int
+    seed: int
+    step: int
+    images_seen: int
+    distance: float
+    low: float | None
+    """The ends of the interval over images, where one was asked for; seeds are no part of it."""
+    high: float | None
+    run: str
+    """The run's folder within the study's."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run's record that counts."""
+
+    run: StudyRun
+    record: EvaluationRecord
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the end of the run's training."""
+        return self.record.step == self.run.experiment.train.max_steps
+
+    @property
+    def point(self) -> Point:
+        run, record = self.run, self.record
+        step = record.step or 0
+        images = step * run.batch_size
+        return Point(
+            run.unit, run.batch_size, run.seed, step, images, record.distance, record.low, record.high, run.name
+        )
+
+
+def collect(study: Study) -> list[Point]:
+    """The points of the curves: one a run and step that is on record under the study's protocol, in the runs' order.
+
+    Raises:
+        InputError: as `measured`.
+    """
+    return [one.point for one in measured(study, study.config.protocol)]
+
+
+def measured(study: Study, protocol: str) -> list[Measured]:
+    """The records under this protocol's name, in order of run and step; of two of one step the later counts.
+
+    Raises:
+        InputError: a record that is truncated, of another run, or made when the protocol had other settings; or records
+            that differ in what the protocol leaves open, such as the reference.
+    """
+    named = read_protocol(protocol)
+    found: dict[str, list[EvaluationRecord]] = {}
+    for run in study.runs:
+        file = RunFolder(run.folder).evaluations
+        records = read_records(file) if file.is_file() else []
+        refuse_changed(records, named, file)
+        by_step = {record.step: record for record in records if record.step and named.named_in(record)}
+        for record in by_step.values():
+            _refuse_another_run(record, run)
+        found[run.name] = [by_step[step] for step in sorted(by_step)]
+    refuse_mixed_protocols(list(found.items()))
+    return [Measured(run, record) for run in study.runs for record in found[run.name]]
+
+
+def _refuse_another_run(record: EvaluationRecord, run: StudyRun) -> None:
+    theirs = (record.batch_size, record.seed, record.unit)
+    own = (run.batch_size, run.seed, run.experiment.model.attention)
+    if theirs != own:
+        raise InputError(
+            f"{RunFolder(run.folder).evaluations} has a record of batch size {theirs[0]}, seed {theirs[1]} and unit "
+            f"{theirs[2]}; the study's run has {own[0]}, {own[1]} and {own[2]}"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one whole training."""
+
+    seconds: float
+    """Of the logged steps: grids, checkpoints and pauses left out."""
+    peak_memory_mib: int | None
+    """The GPU's on a GPU, else the process's; None for a run that didn't log it."""
+
+
+def training_cost(run: StudyRun) -> Cost | None:
+    """The cost of a run's training; None while it isn't finished."""
+    file = RunFolder(run.folder).metrics
+    lines, train = read_metrics(file) if file.is_file() else [], run.experiment.train
+    last_logged = train.max_steps // train.log_every * train.log_every
+    if not lines or lines[-1]["step"] < last_logged:
+        return None
+    memory = [line["peak_memory_mib"] for line in lines if line.get("peak_memory_mib") is not None]
+    return Cost(training_seconds(lines), max(memory, default=None))
+
+
+def training_seconds(lines: Sequence[dict[str, Any]]) -> float:
+    """What logged steps took, images over rate: a line's rate is that of the images since the one before."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        if rate := line.get("images_per_second"):  # a line of a distance or a test has none
+            seconds += (line["images"] - before) / rate
+            before = line["images"]
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -232,3 +353,73 @@ def _named(unit: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"unit {unit}: {error}") from None
+
+
+OpenImages = Callable[[str, int, int, str], ImageSet]
+"""Images of a source, size, channels and split."""
+
+
+def check_measuring(study: Study, unmeasured: Sequence[StudyRun], open_images: OpenImages) -> None:
+    """Opens features and reference of the runs still to be measured; nothing where there are none.
+
+    A reference that the study names is opened in any case: records may be of another.
+
+    Raises:
+        InputError: they can't be used, or aren't those that are on record under a protocol's name.
+        RunError: of a download.
+    """
+    of = study.runs[:1] if study.config.reference else unmeasured
+    sources = {_source(study, run): run for run in of}
+    for name in filter(None, (study.config.protocol, study.config.final_protocol)):
+        protocol, known = read_protocol(name), next((one.record for one in measured(study, name)), None)
+        if unmeasured:
+            features_hash = build_features(protocol.features).weights_hash
+            _refuse_others(known, protocol, f"features {protocol.features}", {"features_hash": features_hash})
+        founds = {source: _reference(source, run, protocol, open_images) for source, run in sources.items()}
+        for source, found in founds.items():
+            if protocol.reference_count not in (None, found["reference_count"]):
+                told = f"has {found['reference_count']} images; protocol {protocol.name} measures against"
+                raise InputError(f"reference {source} {told} {protocol.reference_count:,}")
+            _refuse_others(known, protocol, f"reference {source}", found)
+            if found != next(iter(founds.values())):
+                told = " and ".join(f"{run.name} against {source}" for source, run in sources.items())
+                raise InputError(f"would measure {told}, which differ; --reference DATA gives one for all")
+
+
+def _source(study: Study, run: StudyRun) -> str:
+    """What `fid` will measure a run against: a trained one says itself what it was trained on."""
+    if study.config.reference is not None:
+        return study.config.reference
+    newest = step_folders(RunFolder(run.folder).pipelines).get(run.experiment.train.max_steps)
+    training = None if newest is None else read_training(newest)
+    return str(run.experiment.data.source if training is None else training["recipe"]["data"].get("source"))
+
+
+def _reference(source: str, run: StudyRun, protocol: NamedProtocol, open_images: OpenImages) -> dict[str, object]:
+    """What its records will say of it."""
+    try:
+        if is_statistics_file(source):
+            file = read_statistics(source)
+            if file.features not in (None, protocol.features):
+                told_features = f"{source} holds statistics in features {file.features}"
+                raise InputError(f"{told_features}; protocol {protocol.name} measures in {protocol.features}")
+            told = file.provenance or {"source": file.path.name, "split": None, "images_hash": sha256_of_file(source)}
+            found = [told["source"], told["split"], file.statistics.count, told["images_hash"]]
+        else:
+            model = run.experiment.model
+            images = open_images(source, model.sample_size, model.in_channels, protocol.reference_split or "train")
+            found = [images.name, images.split, len(images), hash_of_images(images, np.arange(len(images)))]
+    except InputError as error:
+        raise InputError(f"reference of {run.name}: {error}; --reference DATA gives another") from None
+    return dict(zip(("reference", "reference_split", "reference_count", "reference_hash"), found, strict=True))
+
+
+def _refuse_others(
+    record: EvaluationRecord | None, protocol: NamedProtocol, what: str, found: dict[str, object]
+) -> None:
+    for key, value in found.items():
+        if record is not None and (on_record := getattr(record.protocol, key)) != value:
+            raise InputError(
+                f"{what}: its records by protocol {protocol.name} would differ from those that are there, "
+                f"{key} {value} against {on_record}; go on with what these were measured with, or choose another output"
+            )

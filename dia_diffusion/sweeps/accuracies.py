@@ -11,7 +11,7 @@ import numpy as np
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import verify_checksum
 from dia_diffusion.reading import read_json_object
-from dia_diffusion.studies.statistics import holm, student_test
+from dia_diffusion.sweeps.stats import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import flatten

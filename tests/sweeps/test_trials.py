@@ -13,11 +13,20 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.studies import trials as module
-from dia_diffusion.studies.held_out import constant_loss, open_held_out
-from dia_diffusion.studies.placement import placement_trials, placements, summarise_placement
-from dia_diffusion.studies.stability import stability_trials, summarise_stability
-from dia_diffusion.studies.trials import Trial, base_recipe, make_trial, run_trials
+from dia_diffusion.sweeps import trials as module
+from dia_diffusion.sweeps.trials import (
+    Trial,
+    base_recipe,
+    constant_loss,
+    make_trial,
+    open_held_out,
+    placement_trials,
+    placements,
+    run_trials,
+    stability_trials,
+    summarise_placement,
+    summarise_stability,
+)
 from dia_diffusion.training.randomness import draw_step
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dia_diffusion.studies.study import read_study
+from dia_diffusion.sweeps.sweep import read_study
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "small_batches.py"))
 

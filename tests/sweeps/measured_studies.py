@@ -8,7 +8,7 @@ from typing import Any
 
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, make_record
-from dia_diffusion.studies.study import Study, StudyRun, read_study
+from dia_diffusion.sweeps.sweep import Study, StudyRun, read_study
 from dia_diffusion.training.run_folder import RunFolder
 
 PROTOCOL = """

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dia_diffusion.studies.statistics import (
+from dia_diffusion.sweeps.stats import (
     brown_forsythe,
     detectable_difference,
     estimate,

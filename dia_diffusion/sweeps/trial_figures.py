@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from dia_diffusion.evaluation.curves import save_figure, style
-from dia_diffusion.studies.trials import NO_BETTER, NOT_FINITE, TRAINED
+from dia_diffusion.sweeps.trials import NO_BETTER, NOT_FINITE, TRAINED
 
 FAILED = {NOT_FINITE: "×", NO_BETTER: "–"}  # noqa: RUF001
 DODGE = 0.07

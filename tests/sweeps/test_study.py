@@ -7,8 +7,8 @@ import pytest
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.io import shipped_names
-from dia_diffusion.studies.inventory import check_study
-from dia_diffusion.studies.study import Study, read_study, write_study
+from dia_diffusion.sweeps.collect import check_study
+from dia_diffusion.sweeps.sweep import Study, read_study, write_study
 from dia_diffusion.training.recipe import read_experiment
 from tests.training.conftest import TINY
 

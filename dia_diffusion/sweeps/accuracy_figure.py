@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from dia_diffusion.evaluation.curves import save_figure, scale_images, style
-from dia_diffusion.studies.accuracies import Row
+from dia_diffusion.sweeps.accuracies import Row
 
 TITLE_WIDTH = 50
 """Letters in a line of a panel's title."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.studies.children import Job, environment_of, run_jobs, threads_of_each
+from dia_diffusion.sweeps.launcher import Job, environment_of, run_jobs, threads_of_each
 from tests.processes import wait_for
 
 
@@ -21,7 +21,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.write_text('#!/bin/sh\nexec sh -c "$4"\n')
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr("dia_diffusion.studies.children.SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr("dia_diffusion.sweeps.launcher.SECONDS_BETWEEN_LOOKS", 0.02)
 
 
 def jobs(folder: Path, *texts: list[str]) -> list[Job]:

@@ -1,11 +1,10 @@
 import pytest
 
-from dia_diffusion.studies.costs import training_cost
-from dia_diffusion.studies.points import collect, measured
-from dia_diffusion.studies.summary import curve_of, summarize
-from dia_diffusion.studies.table import notes, tables
+from dia_diffusion.sweeps.collect import collect, measured, training_cost
+from dia_diffusion.sweeps.stats import curve_of, summarize
+from dia_diffusion.sweeps.table import notes, tables
 from dia_diffusion.training.run_folder import RunFolder
-from tests.studies.measured_studies import add_metrics, add_records, make_study
+from tests.sweeps.measured_studies import add_metrics, add_records, make_study
 
 
 def distance(run, step):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from dia_diffusion.data import read_image
 from dia_diffusion.io import atomic_file, step_name
-from dia_diffusion.studies.study import Study, StudyRun
+from dia_diffusion.sweeps.sweep import Study, StudyRun
 from dia_diffusion.training.run_folder import RunFolder
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dia_diffusion.studies.statistics import LEVEL, Estimate
-from dia_diffusion.studies.summary import Comparison, Row
+from dia_diffusion.sweeps.stats import LEVEL, Comparison, Estimate, Row
 
 NOTHING = "-"
 _LEVEL = f"{LEVEL * 100:g} %"

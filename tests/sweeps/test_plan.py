@@ -5,8 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dia_diffusion.studies.plan import wall_seconds
-from dia_diffusion.studies.timing import seconds_of_pass, seconds_of_step, threads
+from dia_diffusion.sweeps.plan import seconds_of_pass, seconds_of_step, threads, wall_seconds
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
