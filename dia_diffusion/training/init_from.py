@@ -4,8 +4,8 @@ from typing import Any
 
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from dia_diffusion.attention.attach import UNITS_NAME
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.models.uvit import UViT
