@@ -28,7 +28,7 @@ from dia_diffusion.cli.analyze import (
     MapsOptions,
     RunOptions,
 )
-from dia_diffusion.cli.console import ConsoleReporter, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_json
 from dia_diffusion.training.randomness import RANDOMNESS
@@ -224,10 +224,10 @@ def _over_batches(
 def _open(options: RunOptions) -> list[TrainedRun]:
     """The runs that the options name, with their images."""
     refuse_file(options.out)
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return open_runs(options.runs, options.data, device, partial(reporter.reading, "images"))
+        return open_runs(options.runs, options.data, device, reporter.reading("images"))
     finally:
         reporter.close()
 

@@ -80,7 +80,7 @@ class EvaluatePipelines(Callback):
         check_samples(trainer.experiment, self.settings)
         on_rank_zero(trainer.accelerator, self._check_records)
         features, device = self.protocol.features, trainer.accelerator.device
-        progress = partial(trainer.reporter.reading, "bytes")
+        progress = trainer.progress.reading("bytes")
         build = partial(build_features, features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
         reference = self._reference(trainer, extractor)
@@ -97,7 +97,7 @@ class EvaluatePipelines(Callback):
         images = trainer.images
         if data.split != split:
             options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
-            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.reporter.reading, **options)
+            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.progress, **options)
         if self.protocol.reference_count not in (None, len(images)):
             raise InputError(
                 f"data.source {data.source} must have {self.protocol.reference_count:,} images for protocol "

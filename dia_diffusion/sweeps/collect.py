@@ -24,8 +24,13 @@ from dia_diffusion.training.checkpoint import newest_state
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.recipe import AUTO
-from dia_diffusion.training.resuming import check_new_run, refuse_changes, refuse_other_randomness
-from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.run_folder import (
+    RunFolder,
+    check_new_run,
+    read_metrics,
+    refuse_changes,
+    refuse_other_randomness,
+)
 
 
 @dataclass(frozen=True)

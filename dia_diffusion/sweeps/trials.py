@@ -36,8 +36,7 @@ from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples, image_losses, training_batch
 from dia_diffusion.training.randomness import RANDOMNESS, StepDraws, draw_step
 from dia_diffusion.training.recipe import changed_keys, override, read_experiment
-from dia_diffusion.training.resuming import refuse_other_randomness
-from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"

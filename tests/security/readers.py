@@ -33,7 +33,7 @@ from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.sweeps.trials import finished, make_trial
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_state, save_checkpoint
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.evaluation.conftest import _record

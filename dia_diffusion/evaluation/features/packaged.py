@@ -10,7 +10,7 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase
 
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
-from dia_diffusion.models.feature_resnet import FeatureResNet
+from dia_diffusion.models.cifar_resnet import FeatureResNet
 
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
 
