@@ -25,7 +25,7 @@ from dia_diffusion.cli.main import run_script
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features import FEATURES
+from dia_diffusion.evaluation.features import PACKAGED
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.packaged import Classifier, DigitsClassifier
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
@@ -197,7 +197,7 @@ def _augment(images: torch.Tensor, recipe: DigitsRecipe, generator: torch.Genera
 
 def _card(options: Options, trained: Trained, file: Path) -> dict[str, Any]:
     """What was done; accuracies are those of the weights as they are stored."""
-    network = FEATURES[options.name].network
+    network = PACKAGED[options.name].network
     classifier = load_weights(network(), file).eval()
     train, test = trained.train, trained.test
     return {

@@ -131,19 +131,6 @@ class SharedProgress:
             self.counter(min(round(self.done), self.total), self.total)
 
 
-class MeasuringProgress(SharedProgress):
-    """The same for a measurement (an evaluation's `Reporter`), which may resume an earlier one that was stopped."""
-
-    def going_on(self, done: int, total: int) -> None:
-        self.done = done
-        if self.accelerator.is_main_process:
-            console.print(f"resuming after {done:,} of {total:,} images")
-            self.counter.start_at(done, total)
-
-    def computing(self, what: str, done: int = 0, total: int = 0) -> None:
-        self.counter(self.total, self.total, f"{what} {done}/{total}" if total else what)
-
-
 class ConsoleProgress(Progress):
     """Progress on the terminal, a bar at a time."""
 

@@ -1,23 +1,42 @@
 """`dia-diffusion fid`: Frechet distances to reference images; also under `accelerate launch eval/fid.py`.
 
-Here are the options and what a protocol decides of them; `measuring` does the work.
+The route: options -> protocol -> features -> reference -> images -> distances -> records.
 """
 
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from rich.table import Table
 
-from dia_diffusion.cli.options import Metavar, Positional, refuse_both, spell
-from dia_diffusion.cli.shared_options import FeatureOptions, SamplingOptions, Split
-from dia_diffusion.errors import InputError
+from dia_diffusion.cli.console import ConsoleProgress, console
+from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both, spell
+from dia_diffusion.cli.shared_options import (
+    FeatureOptions,
+    SamplingOptions,
+    Split,
+    chosen_precision,
+    features_for,
+    load_features,
+    load_for_sampling,
+    warn_unreleased,
+)
+from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.io import shipped_names
+from dia_diffusion.progress import Progress
+from dia_diffusion.validation import describe_error
 
 if TYPE_CHECKING:
-    from dia_diffusion.evaluation.metrics import Extras
+    from accelerate import Accelerator
+
+    from dia_diffusion.data import ImageSet
+    from dia_diffusion.evaluation.evaluate import ImageSource
+    from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
+    from dia_diffusion.evaluation.record import EvaluationRecord
+    from dia_diffusion.evaluation.reference import Reference
 
 DEFAULT_COUNT = 1000
 """Images of a pipeline."""
@@ -66,61 +85,80 @@ class Options(SamplingOptions, FeatureOptions):
         return self
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be measured, checked."""
-
-    options: Options
-    """With what the protocol decides filled in."""
-    protocol: "EvalProtocol | None"
-    pipelines: list[Path]
-    """In order of step; empty where the source is images."""
-    reference: str
-    extras: "Extras"
-
-    def spell(self, name: str) -> str:
-        """An option with its value for a message, and which protocol has decided it."""
-        text = spell(self.options, name)
-        if self.protocol is not None and name in _decided(self.protocol):
-            text += f" of protocol {self.protocol.name}"
-        return text
-
-    def records_file(self, pipeline: Path | None) -> Path:
-        """Where the records of a pipeline, or of images, are kept."""
-        from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
-
-        return self.options.record or (Path(EVALUATIONS) if pipeline is None else records_file(pipeline))
-
-
 def run(options: Options) -> None:
-    """Measures what the options ask for and records it."""
-    from dia_diffusion.cli.measuring import measure
+    """Measures what the options ask for, and records and prints it."""
+    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
+    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
 
-    measure(resolve(options))
+    folder = Path(options.source)
+    is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
+    _refuse_ignored(options, is_model)
+    pipelines = _pipelines(options) if is_model else []
+    reference_data = options.reference or _training_images(options, pipelines)
+    protocol = resolve_protocol(options, is_model, reference_data)
+    folders: list[Path | None] = [*pipelines] or [None]
+    files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
+    _check_records(options, protocol, files)
+
+    accelerator = start_accelerator()
+    feature_options = options.model_copy(update={"features": protocol.features})
+    extractor = first_on_each_machine(
+        accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
+    )
+    check_features(options, protocol, extractor.name)
+    protocol.check_logits(extractor)
+    records = []
+    with ConsoleProgress() as shown:
+        progress = shown if accelerator.is_main_process else Progress()
+        evaluator = None
+        for source, shape in _sources(options, protocol, pipelines, accelerator, progress):
+            if evaluator is None:
+                reference = _reference(options, protocol, reference_data, shape, extractor, accelerator, progress)
+                evaluator = Evaluator(protocol, extractor, reference, accelerator)
+            record, added = evaluator.record(source, files[source.folder], _measuring(progress))
+            records.append(record)
+            if added and source.folder is None and accelerator.is_main_process:
+                console.print(f"recorded in {files[None]}")
+    if accelerator.is_main_process:
+        print_records(records, protocol)
+        warn_unreleased(options, extractor)
+        for text in few_images(records[0].protocol, extractor.num_features):
+            console.print(f"warning: {text}")
+    accelerator.end_training()
 
 
-def resolve(options: Options) -> Request:
-    """The request of the options; refuses what can't be measured before anything is computed."""
-    from dia_diffusion.evaluation.metrics import Extras
+# The protocol.
+
+OPTION_OF = {"num_samples": "num"}
+"""Field of EvalProtocol -> the option, where they are called differently."""
+DECIDED = ("features", "num_samples", "sampler", "steps", "precision", "classes", "guidance_scale", "reference_split")
+"""What a named protocol decides."""
+EXTRA = ("metrics", "kid_subset_size", "bootstrap")
+
+
+def resolve_protocol(options: Options, is_model: bool, reference: str) -> "EvalProtocol":
+    """The protocol that the options name, or that they are. Raises InputError for what can't be asked for."""
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
-    source = Path(options.source)
-    is_model = any((source / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
-    _refuse_ignored(options, is_model)
-    if options.reference is None and not (options.protocol is not None and is_model):
-        raise InputError("`--reference` is missing; only a run or its pipeline with --protocol needs none")
-    protocol = None if options.protocol is None else EvalProtocol.read(options.protocol)
-    if protocol is not None:
-        options = _fill_in(options, protocol, is_model)
-    if options.record is not None:
-        check_record_file(options.record)
-    pipelines = _pipelines(options) if is_model else []
-    reference = options.reference or _training_images(pipelines[-1])
-    extras = Extras(tuple(options.metrics), options.kid_subset_size, options.bootstrap)
-    request = Request(options, protocol, pipelines, reference, extras)
-    if protocol is not None:
-        _check_against(protocol, request)
-    return request
+    values: dict[str, Any] = {}
+    if options.protocol is not None:
+        named = EvalProtocol.read(options.protocol)
+        _refuse_decided(options, named, is_model)
+        extra = {name: getattr(options, name) for name in EXTRA if name in options.model_fields_set}
+        values = named.model_dump() | extra
+    else:
+        values = {field: getattr(options, OPTION_OF.get(field, field)) for field in (*DECIDED, *EXTRA)}
+        values["features"] = options.features or features_for(reference)
+        values["num_samples"] = options.num or (DEFAULT_COUNT if is_model else 0)
+        values["precision"] = chosen_precision(options.precision)
+    try:
+        return EvalProtocol.model_validate(values)
+    except ValidationError as error:
+        raise InputError(describe_error(error, EvalProtocol, _flag)) from None
+
+
+def _flag(field: Sequence[str]) -> str:
+    return flag([OPTION_OF.get(field[0], field[0])])
 
 
 def _refuse_ignored(options: Options, is_model: bool) -> None:
@@ -130,36 +168,66 @@ def _refuse_ignored(options: Options, is_model: bool) -> None:
     for name in ignored:
         if getattr(options, name) != Options.model_fields[name].default:
             raise InputError(f"{spell(options, name)}: {options.source} {why}; leave it out")
+    if options.reference is None and not (options.protocol is not None and is_model):
+        raise InputError("`--reference` is missing; only a run or its pipeline with --protocol needs none")
 
 
-def _fill_in(options: Options, protocol: "EvalProtocol", is_model: bool) -> Options:
-    """The options with what the protocol decides; raises InputError for one of these that is given too."""
-    decided = {
-        name: value
-        for name, value in _decided(protocol).items()
-        if is_model or name not in SamplingOptions.model_fields
-    }
-    filled = options.model_copy(update=decided)
-    if given := next((name for name in decided if name in options.model_fields_set), None):
-        says = "all" if decided[given] is None else spell(filled, given).partition(" ")[2]
+def _refuse_decided(options: Options, protocol: "EvalProtocol", is_model: bool) -> None:
+    """Raises InputError for an option that a named protocol decides."""
+    for field in DECIDED:
+        option, value = OPTION_OF.get(field, field), getattr(protocol, field)
+        applies = is_model or option not in SamplingOptions.model_fields
+        is_open = field == "reference_split" and value is None
+        if option in options.model_fields_set and applies and not is_open:
+            says = "all" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
+            raise InputError(
+                f"{spell(options, option)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
+            )
+
+
+def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: str) -> None:
+    """Raises InputError for Inception's features of other weights than a named protocol means."""
+    if protocol.name and features != protocol.features:
         raise InputError(
-            f"{spell(options, given)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
+            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.inception_weights}, which give {features}"
         )
-    return filled
 
 
-def _decided(protocol: "EvalProtocol") -> dict[str, Any]:
-    """Option -> the protocol's value."""
-    decided = {
-        "features": protocol.features,
-        "num": protocol.num_samples,
-        "sampler": protocol.sampler,
-        "steps": protocol.steps,
-        "precision": protocol.precision,
-        "classes": None if protocol.classes is None else list(protocol.classes),
-        "guidance_scale": protocol.guidance_scale,
-    }
-    return decided if protocol.reference_split is None else {**decided, "reference_split": protocol.reference_split}
+def _spelled(protocol: "EvalProtocol", field: str) -> str:
+    """A field of the protocol in a message."""
+    named = f"`{field}` of protocol {protocol.name}"
+    return named if protocol.name else f"`{_flag([field])}`"
+
+
+# Records.
+
+
+def _records_file(options: Options, pipeline: Path | None = None) -> Path:
+    """Where the records of a pipeline, or of images, are kept."""
+    from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
+
+    return options.record or (Path(EVALUATIONS) if pipeline is None else records_file(pipeline))
+
+
+def _check_records(options: Options, protocol: "EvalProtocol", files: "dict[Path | None, Path]") -> None:
+    """Raises InputError for pipelines of other weights, files that can't be used, and records of a changed protocol."""
+    from dia_diffusion.evaluation.record import check_record_file, read_records
+    from dia_diffusion.pipelines.folder import read_training
+
+    if options.record is not None:
+        check_record_file(options.record)
+    for pipeline in filter(None, files) if protocol.name else ():
+        weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # others' don't say which they are
+        if weights != protocol.weights:
+            measured = f"protocol {protocol.name} measures {protocol.weights}"
+            raise InputError(f"{pipeline} holds {weights} weights; {measured}")
+    for file in dict.fromkeys(files.values()) if protocol.name else ():
+        if file.is_file():
+            protocol.refuse_changed(read_records(file), file)
+
+
+# Sources and the reference.
 
 
 def _pipelines(options: Options) -> list[Path]:
@@ -173,11 +241,12 @@ def _pipelines(options: Options) -> list[Path]:
     return [find_pipeline(options.source, options.step)]
 
 
-def _training_images(pipeline: Path) -> str:
+def _training_images(options: Options, pipelines: list[Path]) -> str:
     """The images that a pipeline's run was trained on, as its recipe names them."""
     from dia_diffusion.data.sources import find_format
     from dia_diffusion.pipelines.folder import read_training
 
+    pipeline = pipelines[-1]
     training = read_training(pipeline)
     if training is None:
         raise InputError(f"{pipeline} doesn't say what it was trained on; give --reference DATA")
@@ -187,24 +256,139 @@ def _training_images(pipeline: Path) -> str:
     return source
 
 
-def check_record_file(file: Path) -> None:
-    """Raises InputError for what no record could be added to, before anything is measured."""
-    place = next(path for path in (file, *file.absolute().parents) if path.exists())
-    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
-        raise InputError(f"`--record` must be a file in a writable folder, got {file}, which can't be written")
+def _sources(
+    options: Options, protocol: "EvalProtocol", pipelines: list[Path], accelerator: "Accelerator", progress: Progress
+) -> "Iterator[tuple[ImageSource, tuple[int, int, int]]]":
+    """What is to be measured, each with the shape (C, H, W) of its images, which are square."""
+    from dia_diffusion.evaluation.evaluate import images_source, pipeline_source
+
+    if not pipelines:
+        images = _open_source(options, protocol, accelerator, progress)
+        yield images_source(images), _square(options.source, (options.channels, *images.shape[1:]))
+        return
+    protocol.check_count(protocol.num_samples)
+    for folder in pipelines:
+        pipeline, _ = load_for_sampling(folder, protocol, accelerator.device)
+        shape = _square(folder, pipeline.image_shape)
+        yield pipeline_source(pipeline, folder, protocol.num_samples, options.batch_size), shape
 
 
-def _check_against(protocol: "EvalProtocol", request: Request) -> None:
-    """Raises InputError for pipelines of other weights, and for records of this protocol with other settings."""
-    from dia_diffusion.evaluation.record import read_records
-    from dia_diffusion.pipelines.folder import read_training
+def _square(source: str | Path, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if shape[1] != shape[2]:
+        raise InputError(f"{source} must have square images, got {shape[1]}x{shape[2]}")
+    return shape
 
-    for pipeline in request.pipelines:
-        weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # others' don't say which they are
-        if weights != protocol.weights:
-            measured = f"protocol {protocol.name} measures {protocol.weights}"
-            raise InputError(f"{pipeline} holds {weights} weights; {measured}")
-    files = map(request.records_file, request.pipelines) if request.pipelines else [request.records_file(None)]
-    for file in dict.fromkeys(files):
-        if file.is_file():
-            protocol.refuse_changed(read_records(file), file)
+
+def _open_source(
+    options: Options, protocol: "EvalProtocol", accelerator: "Accelerator", progress: Progress
+) -> "ImageSet":
+    """The images to measure; fewer than all are a choice by seed 0, since files are sorted by class."""
+    from dia_diffusion.data.sources import open_images_on_ranks
+    from dia_diffusion.evaluation.reference import choose
+
+    opening = {"split": options.split or "train", "size": options.size, "channels": options.channels}
+    images = open_images_on_ranks(options.source, accelerator, progress, **opening)
+    if (count := protocol.num_samples) > len(images):
+        what = _spelled(protocol, "num_samples")
+        raise InputError(f"{what} must be {len(images)} or less, the images of {options.source}, got {count}")
+    images = images.subset(choose(len(images), count, seed=0)) if count else images
+    if len(images) < 2:
+        raise InputError(f"{options.source} must have 2 images or more, got {len(images)}")
+    protocol.check_count(len(images))
+    return images
+
+
+def _reference(
+    options: Options,
+    protocol: "EvalProtocol",
+    data: str,
+    shape: tuple[int, int, int],
+    extractor: "FeatureExtractor",
+    accelerator: "Accelerator",
+    progress: Progress,
+) -> "Reference":
+    """The reference: a file of statistics, or images reduced to the shape that is measured."""
+    from dia_diffusion.data.sources import open_images_on_ranks
+    from dia_diffusion.distributed import on_all_ranks
+    from dia_diffusion.evaluation import reference as references
+
+    split = protocol.reference_split or options.reference_split
+    if not references.is_statistics_file(data):
+        opening = {"split": split or "train", "size": shape[1], "channels": shape[0]}
+        images = open_images_on_ranks(data, accelerator, progress, **opening)
+        return references.measure_reference(images, extractor, protocol, accelerator, progress)
+    if protocol.needs("reference features"):
+        raise InputError(f"`--reference` must be images for kid and prc, got {data}, which holds statistics")
+    reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
+    # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
+    known = reference.split or ("train" if reference.shape else None)
+    if split not in (None, known):
+        what = _spelled(protocol, "reference_split") if protocol.reference_split else "`--reference-split`"
+        raise InputError(f"{what} must be that of {data}, {known or 'no part that it names'}, got {split}")
+    references.check_reference_count(protocol, data, reference.statistics.count)
+    return reference
+
+
+def _measuring(progress: Progress) -> Any:
+    """A context around the measuring, in which the message of a signal says what is kept in the work folder."""
+
+    @contextmanager
+    def measuring(work: Path) -> Iterator[Progress]:
+        from dia_diffusion.evaluation.feature_store import CHUNK_FILES
+
+        try:
+            yield progress
+        except KeyboardInterrupt as interrupt:
+            text = "stopped before the first chunk of images was finished; nothing is kept"
+            if any(work.glob(CHUNK_FILES)):
+                text = f"stopped; the same command resumes after the last finished chunk of images in {work.parent}"
+            raise Stopped(number_of(interrupt), text) from None
+
+    return measuring
+
+
+# Tables.
+
+
+def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> None:
+    """A table of distances, and one of the other metrics that were asked for; each record has them."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol"):
+        table.add_column(name, justify="right" if name in ("step", "distance", "images", "seconds") else "left")
+    for record in records:
+        protocol = record.protocol
+        sampler = "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
+        count = None if protocol.reference_count is None else f"{protocol.reference_count:,}"
+        reference = ", ".join(filter(None, (protocol.reference, protocol.reference_split, count)))
+        interval = "" if record.low is None else f" [{record.low:.3f}, {record.high:.3f}]"
+        table.add_row(
+            *_place(record),
+            record.metric,
+            f"{record.distance:.3f}{interval}",
+            f"{protocol.num_samples:,}",
+            reference,
+            sampler,
+            f"{record.seconds:.1f}",
+            " ".join(filter(None, (record.protocol_name, record.protocol_hash()[:8]))),
+        )
+    console.print(table)
+    if names := asked.metric_labels(records[0].protocol.features):
+        console.print(_metrics_table(records, names))
+
+
+def _metrics_table(records: "list[EvaluationRecord]", names: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("source", "step", *names):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for record in records:
+        values = []
+        for name in names:
+            deviation = record.metrics.get(f"{name} std")
+            values.append(f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}"))
+        table.add_row(*_place(record), *values)
+    return table
+
+
+def _place(record: "EvaluationRecord") -> tuple[str, str]:
+    source = record.source if record.split is None else f"{record.source}, {record.split}"
+    return source, "" if record.step is None else f"{record.step:,}"

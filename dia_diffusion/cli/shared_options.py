@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dia_diffusion.evaluation.features import FeatureExtractor
+    from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.sampling.generate import ImagePipeline
 
 Split = Literal["train", "test"]
@@ -37,22 +38,30 @@ class SamplingOptions(Strict):
     """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
 
 
-def load_for_sampling(folder: Path, options: SamplingOptions, device: "torch.device") -> tuple["ImagePipeline", str]:
+def chosen_precision(precision: str, device: "torch.device | None" = None) -> str:
+    """The precision, or what `auto` is on the device, which is printed."""
+    from dia_diffusion.precision import best_precision, training_device
+
+    if precision != "auto":
+        return precision
+    chosen = best_precision(device or training_device())
+    if os.environ.get("RANK", "0") == "0":
+        console.print(f"sampling in {chosen}")
+    return chosen.dtype
+
+
+def load_for_sampling(
+    folder: Path, options: "SamplingOptions | EvalProtocol", device: "torch.device"
+) -> tuple["ImagePipeline", str]:
     """The pipeline of a folder, adapted with the options' sampling settings, and its precision."""
     import torch
 
     from dia_diffusion.pipelines.folder import read_training
-    from dia_diffusion.precision import best_precision
     from dia_diffusion.sampling.generate import adapt_pipeline
     from dia_diffusion.sampling.load import load_pipeline
     from dia_diffusion.sampling.samplers import SamplingSettings
 
-    precision: str = options.precision
-    if precision == "auto":
-        chosen = best_precision(device)
-        precision = chosen.dtype
-        if os.environ.get("RANK", "0") == "0":
-            console.print(f"sampling in {chosen}")
+    precision = chosen_precision(options.precision, device)
     classes = None if options.classes is None else tuple(options.classes)
     settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
     pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)), settings)
@@ -78,7 +87,7 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
     """The extractor that the options name, or that suits the data; a download is shown on the terminal."""
     from dia_diffusion.evaluation.features import build_features
 
-    name = options.features or _features_for(data)
+    name = options.features or features_for(data)
     if options.inception_weights is not None and name != "inception":
         raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
     progress = ConsoleProgress().reading("bytes")
@@ -93,13 +102,13 @@ def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> N
         console.print(f"warning: {text}")
 
 
-def _features_for(data: str) -> str:
+def features_for(data: str) -> str:
     """The features of a file of statistics, if it names them; else those that suit the images."""
-    from dia_diffusion.evaluation.features import FEATURES
+    from dia_diffusion.evaluation.features import PACKAGED
     from dia_diffusion.evaluation.reference import is_statistics_file, read_statistics
 
     if Path(data).is_file() and is_statistics_file(data) and (name := read_statistics(data).features) is not None:
-        if name not in FEATURES:  # these might be downloaded, or be a module to run, which takes asking for by name
+        if name not in PACKAGED:  # these might be downloaded, or be a module to run, which takes asking for by name
             raise InputError(f"{data} holds statistics in features {name}; name them with --features")
         return name
     return "digits" if data == "digits" else "cifar10"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dia_diffusion.cli.console import ConsoleProgress, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.shared_options import FeatureOptions, Split, load_features, warn_unreleased
 from dia_diffusion.errors import InputError
@@ -68,8 +68,8 @@ def make(options: MakeOptions) -> None:
     _, height, width = images.shape
     if height != width:
         raise InputError(f"{options.source} must have square images, got {height}x{width}; --size makes them square")
-    with Counter(f"measuring {images.name}", "images") as counter:
-        reference = reference_statistics(images, extractor, count=options.num, seed=options.seed, progress=counter)
+    with reporter:
+        reference = reference_statistics(images, extractor, count=options.num, seed=options.seed, progress=reporter)
     write_statistics(options.out, reference, extractor)
     _print(read_statistics(options.out))
 

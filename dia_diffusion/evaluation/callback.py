@@ -1,6 +1,5 @@
-"""Distances along the way: a callback of the trainer that measures a run's pipelines by a named protocol."""
+"""Evaluation during training: a callback that measures the pipeline of each checkpoint by a protocol."""
 
-import warnings
 from functools import partial
 
 import torch
@@ -14,38 +13,28 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import (
-    FewImagesWarning,
-    PipelineDistance,
-    few_images,
-    keep_record,
-    known_record,
-    pipeline_origin,
-    update_card,
-    work_folder,
-)
+from dia_diffusion.evaluation.evaluate import Evaluator, few_images, pipeline_source
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
-from dia_diffusion.evaluation.metrics import DISTANCE_ALONE
-from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, distance_name, read_records
-from dia_diffusion.evaluation.reference import Reference, reference_statistics
+from dia_diffusion.evaluation.protocol import EvalProtocol
+from dia_diffusion.evaluation.record import distance_name, read_records
+from dia_diffusion.evaluation.reference import Reference, measure_reference
 from dia_diffusion.io import step_name
+from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
+from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
-
-BATCH = 64  # images sampled at once, as by `fid`
 
 
 class EvaluatePipelines(Callback):
     """Measures the pipeline of each checkpoint, as `fid RUN --protocol NAME` does, against the training images.
 
     The record goes to the run's evaluations.jsonl, the distance to metrics.jsonl and the trackers. Weights that are on
-    record are not measured again, and an evaluation that was killed resumes after its last finished chunk.
+    record are not measured again. An evaluation that was killed is made up for when the run resumes, after its last
+    finished chunk.
 
     Args:
         protocol: what to measure.
@@ -53,94 +42,84 @@ class EvaluatePipelines(Callback):
             evaluated in any case.
     """
 
+    after_checkpoint = True
+
     def __init__(self, protocol: EvalProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
-        classes = None if protocol.classes is None else tuple(protocol.classes)
-        self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
 
     def start(self, trainer: Trainer) -> None:
-        """Loads features and reference.
+        """Loads features and reference, and measures the run's newest pipeline if that is due and missing.
 
         Raises:
             InputError: the run can't be measured by the protocol, or has records of another protocol of its name.
         """
         if not isinstance(trainer.experiment, Experiment):
-            raise InputError(f"`--evaluate` must be used with a diffusion model, got {trainer.task.description}")
+            raise InputError(f"EvaluatePipelines must be used with a diffusion model, got {trainer.task.description}")
         self.config, self.records = trainer.config, trainer.folder.evaluations
-        if trainer.step == self.config.max_steps:
-            trainer.message(f"the run is finished; `dia-diffusion fid {trainer.folder.path} --every-step` measures it")
+        missing = broadcast_from_rank_zero(trainer.accelerator, lambda: self._is_missing(trainer))
+        if trainer.step == self.config.max_steps and not missing:
             return
-        if self.every is not None and self.every % self.config.checkpoint_every:
-            raise InputError(
-                f"`--evaluate-every` must be a multiple of train.checkpoint_every, {self.config.checkpoint_every}, "
-                f"got {self.every}"
-            )
-        if self.settings.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
+        if self.protocol.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
             raise InputError(f"protocol {self.protocol.name} needs data.label_dropout above 0, for guidance, got 0")
-        check_samples(trainer.experiment, self.settings)
+        check_samples(trainer.experiment, self.protocol.sampling)
         on_rank_zero(trainer.accelerator, self._check_records)
-        features, device = self.protocol.features, trainer.accelerator.device
-        progress = trainer.progress.reading("bytes")
-        build = partial(build_features, features, device, progress=progress)
+        device, progress = trainer.accelerator.device, trainer.progress.reading("bytes")
+        build = partial(build_features, self.protocol.features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
+        self.protocol.check_count(self.protocol.num_samples)
+        self.protocol.check_logits(extractor)
         reference = self._reference(trainer, extractor)
-        count = self.protocol.num_samples
-        self.distance = PipelineDistance(extractor, reference, count, BATCH, trainer.accelerator)
+        self.evaluator = Evaluator(self.protocol, extractor, reference, trainer.accelerator)
+        if missing:
+            self._evaluate(trainer)
+
+    def _is_missing(self, trainer: Trainer) -> bool:
+        """Whether the pipeline of this step was due, and its evaluation was killed."""
+        folder, name = trainer.folder.pipelines / step_name(trainer.step), distance_name(self.protocol.features)
+        if trainer.step == 0 or not self.due(trainer.step) or not folder.is_dir():
+            return False
+        records = read_records(self.records) if self.records.is_file() else []
+        lines = read_metrics(trainer.folder.metrics) if trainer.folder.metrics.is_file() else []
+        recorded = any(record.step == trainer.step and self.protocol.named_in(record) for record in records)
+        return not (recorded and any(line["step"] == trainer.step and name in line for line in lines))
 
     def _check_records(self) -> None:
         if self.records.is_file():
             self.protocol.refuse_changed(read_records(self.records), self.records)
 
     def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
-        """The statistics of the images that `fid` would measure the run against."""
+        """The images that `fid` would measure the run against."""
         data, model, split = trainer.experiment.data, trainer.experiment.model, self.protocol.reference_split or "train"
         images = trainer.images
         if data.split != split:
             options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
             images = open_images_on_ranks(data.source, trainer.accelerator, trainer.progress, **options)
-        if self.protocol.reference_count not in (None, len(images)):
-            raise InputError(
-                f"data.source {data.source} must have {self.protocol.reference_count:,} images for protocol "
-                f"{self.protocol.name}, got {len(images):,}"
-            )
-        return first_on_each_machine(trainer.accelerator, partial(reference_statistics, images, extractor))
+        return measure_reference(images, extractor, self.protocol, trainer.accelerator, Progress())
 
     def due(self, step: int) -> bool:
         every = self.every or self.config.checkpoint_every
         return checkpoint_due(self.config, step) and (step % every == 0 or step == self.config.max_steps)
 
     def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
         folder = trainer.folder.pipelines / step_name(trainer.step)
         dtype = getattr(torch, self.protocol.precision)
         load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)
-        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.settings)
-        protocol, origin = self.distance.protocol(pipeline, folder), pipeline_origin(folder)
-        distance = broadcast_from_rank_zero(trainer.accelerator, lambda: self._known(protocol, origin))
-        if distance is None:
-            work = work_folder(self.records, protocol, origin, DISTANCE_ALONE)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FewImagesWarning)  # a message below
-                    record = self.distance.measure(pipeline, protocol, origin, work=work)
-            # Such as a sample that is not finite, too little memory or a full disk: training needs no distance. A rank
-            # that fails raises its own error, the others a RunError; all have to go on together.
-            except (InputError, RuntimeError, OSError, MemoryError) as error:
-                if isinstance(error, RuntimeError) and lost_a_process(error) is not None:
-                    raise
-                trainer.message(f"step {trainer.step:,}: no distance, {first_line(error)}")
-                return
-            on_rank_zero(trainer.accelerator, lambda: self._keep(trainer, under_name(record, self.protocol)))
-            distance = record.distance
-        on_rank_zero(trainer.accelerator, lambda: update_card(folder, self.records))
-        trainer.log({distance_name(protocol.features): distance})
-
-    def _known(self, protocol: ResolvedProtocol, origin: Origin) -> float | None:
-        """The distance of these weights, if it is on record under the protocol's name."""
-        known = known_record(self.records, protocol, origin, DISTANCE_ALONE, self.protocol)
-        return known.distance if known is not None and self.protocol.named_in(known) else None
-
-    def _keep(self, trainer: Trainer, record: EvaluationRecord) -> None:
-        keep_record(record, self.records, DISTANCE_ALONE)
-        trainer.message(f"step {trainer.step:,}: {record.metric} {record.distance:.3f} by {self.protocol.name}")
-        for text in few_images(record.protocol, self.distance.extractor.num_features):
-            trainer.message(f"warning: {text}")
+        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.protocol.sampling)
+        source = pipeline_source(pipeline, folder, self.protocol.num_samples)
+        try:
+            record, added = self.evaluator.record(source, self.records)
+        # Such as a sample that is not finite, too little memory or a full disk: training needs no distance. A rank that
+        # fails raises its own error, the others a RunError; all have to continue together.
+        except (InputError, RuntimeError, OSError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and lost_a_process(error) is not None:
+                raise
+            trainer.message(f"step {trainer.step:,}: no distance, {first_line(error)}")
+            return
+        if added:
+            trainer.message(f"step {trainer.step:,}: {record.metric} {record.distance:.3f} by {self.protocol.name}")
+            for text in few_images(record.protocol, self.evaluator.extractor.num_features):
+                trainer.message(f"warning: {text}")
+        trainer.log({record.metric: record.distance})

@@ -1,142 +1,146 @@
-"""The metrics: what is computed from features, and how records call it."""
+"""Metrics: rows of `METRICS`, each computed from the features of images and of a reference.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+`fid`, the distance, is computed in any case. The others are torch-fidelity's.
+"""
 
-import torch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, device
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
+from dia_diffusion.registry import Registry
 
-METRICS = ("fid", "kid", "isc", "prc")
-MIN_RESAMPLES = 10
-
-# torch-fidelity's defaults, written out because they are recorded with each number.
-RNG_SEED = 2020
-KID = {"kid_subsets": 100, "kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_coef0": 1}
-KID_SUBSET_SIZE = 1000
-ISC = {"splits": 10, "shuffle": True}
-PRC = {"prc_neighborhood": 3}
-PRC_NAMES = ("precision", "recall", "f_score")
-
-# Of the bootstrap's interval.
-SEED = 0
-LEVEL = 0.95
+DISTANCE = "fid"
+Needs = Literal["features", "logits", "reference features"]
 
 
 @dataclass(frozen=True)
-class Extras:
-    """What is asked for beside the distance."""
+class MetricInputs:
+    """What a metric is computed from. Tensors are float32 on the CPU, and None unless the metric needs them."""
 
-    metrics: tuple[str, ...] = ()
-    """Of METRICS; the distance, `fid`, is always there."""
-    kid_subset_size: int = KID_SUBSET_SIZE
-    bootstrap: int = 0
-    """Resamples for the distance's interval; 0: no interval."""
-
-    def __post_init__(self) -> None:
-        """Raises InputError for unknown metrics and numbers that can't be."""
-        for name in self.metrics:
-            if name not in METRICS:
-                raise InputError(f"unknown metric {name!r}; accepted: {', '.join(METRICS)}")
-        if self.kid_subset_size < 2:
-            raise InputError(f"a KID subset of {self.kid_subset_size} images; accepted: 2 or more")
-        if self.bootstrap != 0 and self.bootstrap < MIN_RESAMPLES:
-            raise InputError(
-                f"a bootstrap of {self.bootstrap} resamples; accepted: {MIN_RESAMPLES} or more, 0 for none"
-            )
-
-    @property
-    def logits(self) -> bool:
-        """Whether the features' file needs the classifier's logits too."""
-        return "isc" in self.metrics
-
-    @property
-    def reference_features(self) -> bool:
-        """Whether every reference image's features are needed, not their statistics alone."""
-        return "kid" in self.metrics or "prc" in self.metrics
-
-    def settings(self) -> dict[str, dict[str, Any]]:
-        """All that the extra numbers depend on besides the protocol, for the record."""
-        all_settings: dict[str, dict[str, Any]] = {
-            "kid": KID | {"kid_subset_size": self.kid_subset_size, "rng_seed": RNG_SEED},
-            "isc": ISC | {"rng_seed": RNG_SEED},
-            "prc": PRC,
-        }
-        chosen = {name: values for name, values in all_settings.items() if name in self.metrics}
-        if self.bootstrap:
-            chosen["bootstrap"] = {"resamples": self.bootstrap, "level": LEVEL, "seed": SEED}
-        return chosen
-
-    def names(self, features: str) -> list[str]:
-        """What the metrics beside the distance are called in these features, deviations left out."""
-        single = [named(name, features) for name in ("kid", "isc") if name in self.metrics]
-        return single + ([f"{name}({features})" for name in PRC_NAMES] if "prc" in self.metrics else [])
-
-    def check_samples(self, count: int) -> None:
-        """Raises InputError where so many images are too few for what is asked for."""
-        self._check(count, "images", ("kid", "isc", "prc"))
-
-    def check_reference(self, count: int) -> None:
-        """The same for reference images."""
-        self._check(count, "reference images", ("kid", "prc"))
-
-    def _check(self, count: int, what: str, concerned: tuple[str, ...]) -> None:
-        least = {"kid": self.kid_subset_size, "isc": ISC["splits"], "prc": PRC["prc_neighborhood"] + 1}
-        for name in concerned:
-            if name in self.metrics and count < least[name]:
-                smaller = ", or a smaller --kid-subset-size" if name == "kid" else ""
-                raise InputError(f"{name} of {count} {what}; accepted: {least[name]} or more{smaller}")
+    statistics: FeatureStatistics
+    """Of the images."""
+    reference: Moments
+    device: device
+    """For heavy computations."""
+    features: Tensor | None = None
+    """(N, D)"""
+    logits: Tensor | None = None
+    """(N, K)"""
+    reference_features: Tensor | None = None
+    """(M, D)"""
 
 
-DISTANCE_ALONE = Extras()
+@dataclass(frozen=True)
+class Metric:
+    """A metric. What it depends on besides the protocol is recorded with its numbers."""
+
+    names: tuple[str, ...]
+    """Of its numbers, without the features: a record calls "KD" in the features digits "KD(digits)"."""
+    compute: Callable[[MetricInputs, Mapping[str, Any]], Mapping[str, float]]
+    """Inputs and settings -> its numbers by name; "KD std" is the standard deviation of "KD"."""
+    needs: tuple[Needs, ...] = ()
+    """Besides the statistics."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    """Fields of EvalProtocol that are settings too."""
+    min_images: Callable[[Mapping[str, Any]], int] = lambda settings: 2
+    """Settings -> the least number of images, and of reference images if it needs their features."""
+    inception_names: tuple[str, ...] = ()
+    """As papers call the numbers in Inception's features, and nothing else."""
+
+    def labels(self, features: str) -> dict[str, str]:
+        """Name -> what a record calls the number in these features."""
+        if features == "inception" and self.inception_names:
+            return dict(zip(self.names, self.inception_names, strict=True))
+        return {name: f"{name}({features})" for name in self.names}
+
+    def check_count(self, name: str, count: int, settings: Mapping[str, Any], what: str = "images") -> None:
+        """Raises InputError if these are too few images."""
+        if count < (least := self.min_images(settings)):
+            options = f", or change {', '.join(f'`{option}`' for option in self.options)}" if self.options else ""
+            raise InputError(f"{what} for metric {name} must be {least} or more, got {count}{options}")
 
 
-def named(metric: str, features: str) -> str:
-    """What KID or the Inception score is called: as in papers for Inception's features and for no others."""
-    usual, other = {"kid": ("KID", "KD"), "isc": ("IS", "IS")}[metric]
-    return usual if features == "inception" else f"{other}({features})"
+METRICS: Registry[Metric] = Registry("metric")
 
 
-PRC_BATCH_SIZE = 1000  # rows of distances at once: memory, not meaning
+def labelled(metric: Metric, numbers: Mapping[str, float], features: str) -> dict[str, float]:
+    """A metric's numbers as a record calls them."""
+    labels = metric.labels(features)
+    labels |= {f"{name} std": f"{label} std" for name, label in labels.items()}
+    return {labels[name]: value for name, value in numbers.items()}
 
 
-def compute_metrics(
-    extras: Extras,
-    features_name: str,
-    features: torch.Tensor,
-    logits: torch.Tensor | None,
-    reference: torch.Tensor | None,
-    device: torch.device,
-    computing: Callable[[str], None] = lambda name: None,
-) -> dict[str, float]:
-    """The metrics that `extras` names, under the names that records give them, see `named`.
+def _distance(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    return {"FD": frechet_distance(inputs.statistics, inputs.reference)}
 
-    features (N, D), logits (N, K) and reference (M, D) are float32 on the CPU and may be memory maps; distances between
-    features are taken on `device`. `computing` is told each name before its work.
-    """
-    found: dict[str, float] = {}
-    if "kid" in extras.metrics:
-        computing("kid")
-        values = kid_features_to_metric(
-            features, reference, **KID, kid_subset_size=extras.kid_subset_size, rng_seed=RNG_SEED, verbose=False
-        )
-        name = named("kid", features_name)
-        found[name] = values["kernel_inception_distance_mean"]
-        found[f"{name} std"] = values["kernel_inception_distance_std"]
-    if "isc" in extras.metrics:
-        computing("isc")
-        values = isc_features_to_metric(logits, **ISC, rng_seed=RNG_SEED)
-        name = named("isc", features_name)
-        found[name], found[f"{name} std"] = values["inception_score_mean"], values["inception_score_std"]
-    if "prc" in extras.metrics:
-        computing("prc")
-        assert reference is not None
-        pair = (features.to(device), reference.to(device))
-        values = prc_features_to_metric(*pair, **PRC, prc_batch_size=PRC_BATCH_SIZE, save_cpu_ram=True, verbose=False)
-        for name in PRC_NAMES:
-            found[f"{name}({features_name})"] = values[name]
-    return found
+
+def _kid(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    values = kid_features_to_metric(inputs.features, inputs.reference_features, **settings, verbose=False)
+    return {"KD": values["kernel_inception_distance_mean"], "KD std": values["kernel_inception_distance_std"]}
+
+
+def _isc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    values = isc_features_to_metric(inputs.logits, **settings)
+    return {"IS": values["inception_score_mean"], "IS std": values["inception_score_std"]}
+
+
+PRC_NAMES = ("precision", "recall", "f_score")
+
+
+def _prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.features is not None and inputs.reference_features is not None
+    pair = (inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device))
+    batch = 1000  # rows of distances at once: memory, not meaning
+    values = prc_features_to_metric(*pair, **settings, prc_batch_size=batch, save_cpu_ram=True, verbose=False)
+    return {name: values[name] for name in PRC_NAMES}
+
+
+# Settings are torch-fidelity's defaults, written out because they are recorded with each number.
+METRICS.register(DISTANCE, Metric(("FD",), _distance, inception_names=("FID",)))
+METRICS.register(
+    "kid",
+    Metric(
+        ("KD",),
+        _kid,
+        needs=("features", "reference features"),
+        settings={
+            "kid_subsets": 100,
+            "kid_kernel": "poly",
+            "kid_kernel_poly_degree": 3,
+            "kid_kernel_poly_coef0": 1,
+            "rng_seed": 2020,
+        },
+        options=("kid_subset_size",),
+        min_images=lambda settings: int(settings["kid_subset_size"]),
+        inception_names=("KID",),
+    ),
+)
+METRICS.register(
+    "isc",
+    Metric(
+        ("IS",),
+        _isc,
+        needs=("logits",),
+        settings={"splits": 10, "shuffle": True, "rng_seed": 2020},
+        min_images=lambda settings: int(settings["splits"]),
+        inception_names=("IS",),
+    ),
+)
+METRICS.register(
+    "prc",
+    Metric(
+        PRC_NAMES,
+        _prc,
+        needs=("features", "reference features"),
+        settings={"prc_neighborhood": 3},
+        min_images=lambda settings: int(settings["prc_neighborhood"]) + 1,
+    ),
+)

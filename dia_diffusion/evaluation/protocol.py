@@ -1,44 +1,46 @@
-"""How images are evaluated: a protocol from a small YAML file, so that the curves of many runs share it."""
+"""What an evaluation measures: `EvalProtocol`, from a YAML file that many runs share, or from the options of `fid`."""
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features import ACCEPTED, FEATURES
+from dia_diffusion.evaluation.features.extractor import FeatureExtractor, check_features_name
+from dia_diffusion.evaluation.frechet import LEVEL, MIN_RESAMPLES, SEED
+from dia_diffusion.evaluation.metrics import DISTANCE, METRICS, Needs
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.reading import read_yaml
-from dia_diffusion.sampling.samplers import PRECISIONS, check_sampler_name
+from dia_diffusion.sampling.samplers import PRECISIONS, SamplingSettings, check_sampler_name
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
 
-WEIGHTS = ("ema",)
-"""What a run's pipelines hold."""
+UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap")
+"""What the distance doesn't depend on."""
 
 
 class EvalProtocol(Strict):
-    """A protocol's keys. Which images are the reference, hashes and versions are for each record to say."""
+    """What is asked for. Which images are the reference, hashes and versions are for each record to say."""
 
-    name: str
-    """The file's stem."""
+    name: str = ""
+    """The file's stem; empty for a protocol from options."""
     features: str
     """What the distance is measured in: digits, cifar10, inception or MODULE:CLASS."""
-    num_samples: Annotated[int, Field(ge=2)]
-    """Images, those of the seeds 0, 1, 2, ...; 2 or more."""
+    num_samples: NonNegative
+    """Images, 2 or more; a pipeline's are those of the seeds 0, 1, 2, ... From options also 0, all of a folder."""
     sampler: str
     """A name in SAMPLERS, or own."""
     steps: Positive
     """Of the sampler."""
     precision: Literal[*PRECISIONS] = "float32"  # type: ignore[valid-type]
     """Of the network, a name of PRECISIONS."""
-    weights: Literal[*WEIGHTS] = "ema"  # type: ignore[valid-type]
-    """Which weights of a run are sampled from."""
+    weights: Literal["ema"] = "ema"
+    """Which weights of a run are sampled from; a run's pipelines hold no others."""
     reference_split: Literal[*SPLITS] | None = None  # type: ignore[valid-type]
     """train or test, of a reference that has parts; None leaves it open."""
     reference_count: Annotated[int, Field(ge=2)] | None = None
@@ -47,6 +49,45 @@ class EvalProtocol(Strict):
     """Of class-conditional models, in turn by seed; None is all of a model's."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
     """Of classifier-free guidance; 1 is none."""
+    metrics: list[str] = Field(default_factory=lambda: [DISTANCE])
+    """Rows of METRICS; the distance is measured in any case."""
+    kid_subset_size: Annotated[int, Field(ge=2)] = 1000
+    """Images per subset of KID."""
+    bootstrap: NonNegative = 0
+    """Resamples for the distance's interval; 0 is no interval."""
+
+    @field_validator("features")
+    @classmethod
+    def _check_features(cls, features: str) -> str:
+        check_features_name(features)
+        return features
+
+    @field_validator("num_samples")
+    @classmethod
+    def _check_num_samples(cls, count: int, info: ValidationInfo) -> int:
+        if count < 2 and (count == 1 or info.data.get("name")):
+            raise ValueError("2 or more")
+        return count
+
+    @field_validator("sampler")
+    @classmethod
+    def _check_sampler(cls, sampler: str) -> str:
+        check_sampler_name(sampler)
+        return sampler
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, metrics: list[str]) -> list[str]:
+        for name in metrics:
+            METRICS.choose(name, "metrics")
+        return list(dict.fromkeys([DISTANCE, *metrics]))
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _check_bootstrap(cls, resamples: int) -> int:
+        if 0 < resamples < MIN_RESAMPLES:
+            raise ValueError(f"{MIN_RESAMPLES} or more, or 0 for none")
+        return resamples
 
     @classmethod
     def read(cls, name: str) -> "EvalProtocol":
@@ -63,27 +104,57 @@ class EvalProtocol(Strict):
         values = read_yaml(path, "protocol", "features, num_samples, sampler, steps")
         if "name" in values:
             raise InputError(f"{path}: unknown key `name`; a protocol is named by its file")
-        return validate(cls, {**values, "name": path.stem}, f"{path}: ")
+        return validate(cls, {"name": path.stem, **values}, f"{path}: ")
 
-    @field_validator("features")
-    @classmethod
-    def _check_features(cls, features: str) -> str:
-        if features not in (*FEATURES, "inception") and not all(features.partition(":")):
-            raise ValueError(f"one of {ACCEPTED}")
-        return features
+    # Sampling and metrics.
 
-    @field_validator("sampler")
-    @classmethod
-    def _check_sampler(cls, sampler: str) -> str:
-        check_sampler_name(sampler)
-        return sampler
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The settings that a pipeline is sampled by."""
+        classes = None if self.classes is None else tuple(self.classes)
+        return SamplingSettings(self.sampler, self.steps, classes, self.guidance_scale)
+
+    def needs(self, what: Needs) -> bool:
+        """Whether one of the metrics needs it."""
+        return any(what in METRICS[name].needs for name in self.metrics)
+
+    def metric_settings(self) -> dict[str, dict[str, Any]]:
+        """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
+        settings = {name: self.settings_of(name) for name in self.metrics if name != DISTANCE}
+        if self.bootstrap:
+            settings["bootstrap"] = {"resamples": self.bootstrap, "level": LEVEL, "seed": SEED}
+        return settings
+
+    def settings_of(self, metric: str) -> dict[str, Any]:
+        """The settings of one metric."""
+        row = METRICS[metric]
+        return {**row.settings, **{name: getattr(self, name) for name in row.options}}
+
+    def metric_labels(self, features: str) -> list[str]:
+        """What records call the metrics beside the distance in these features, standard deviations left out."""
+        return [label for name in self.metrics if name != DISTANCE for label in METRICS[name].labels(features).values()]
+
+    def check_count(self, count: int, *, reference: bool = False) -> None:
+        """Raises InputError if these images, or those of the reference, are too few for a metric."""
+        for name in self.metrics:
+            metric, what = METRICS[name], "reference images" if reference else "images"
+            if not reference or "reference features" in metric.needs:
+                metric.check_count(name, count, self.settings_of(name), what)
+
+    def check_logits(self, extractor: FeatureExtractor) -> None:
+        """Raises InputError if a metric needs logits and the features have none."""
+        for name in self.metrics:
+            if "logits" in METRICS[name].needs and extractor.num_classes is None:
+                raise InputError(f"features must have logits for metric {name}, got {extractor.name}, which have none")
+
+    # The name in records.
 
     def hash(self) -> str:
-        """sha256 over its settings, not its name; what has its default is left out, so that a new key changes none."""
+        """sha256 over what the distance depends on, without defaults, so that a new key changes no hash."""
         settings = {
             name: value
             for name, field in type(self).model_fields.items()
-            if name != "name" and (value := getattr(self, name)) != field.default
+            if name not in UNHASHED and (value := getattr(self, name)) != field.default
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -102,8 +173,8 @@ class EvalProtocol(Strict):
                 )
 
 
-def under_name(record: EvaluationRecord, protocol: EvalProtocol | None) -> EvaluationRecord:
-    """A record under a protocol's name; itself where it is already, or where there is no name."""
-    if protocol is None or protocol.named_in(record):
+def under_name(record: EvaluationRecord, protocol: EvalProtocol) -> EvaluationRecord:
+    """The record under the protocol's name; unchanged if it is already, or for a protocol without a name."""
+    if not protocol.name or protocol.named_in(record):
         return record
     return dataclasses.replace(record, protocol_name=protocol.name, protocol_file_hash=protocol.hash())

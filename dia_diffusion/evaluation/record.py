@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +135,17 @@ class EvaluationRecord(Origin):
         added = {"protocol_hash": self.protocol_hash(), "record_version": RECORD_VERSION}
         return dataclasses.asdict(self) | added
 
+    @classmethod
+    def from_dict(cls, line: dict[str, Any]) -> "EvaluationRecord":
+        """The record of such a line. Raises ValueError, KeyError, TypeError or AttributeError if it isn't whole."""
+        fields = {name: value for name, value in line.items() if name not in ("protocol_hash", "record_version")}
+        shape = fields["protocol"]["reference_shape"]
+        protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}
+        record = from_json(cls, {**fields, "protocol": from_json(ResolvedProtocol, protocol)})
+        if not all(map(math.isfinite, filter(None, (record.distance, record.low, record.high, record.seconds)))):
+            raise ValueError("a distance or time that is not finite")
+        return record
+
 
 def make_record(
     distance: float, protocol: ResolvedProtocol, origin: Origin, seconds: float, **optional: Any
@@ -154,6 +166,13 @@ def make_record(
 def distance_name(features: str) -> str:
     """What a Frechet distance in these features is called."""
     return "FID" if features == "inception" else f"FD({features})"
+
+
+def check_record_file(file: Path) -> None:
+    """Raises InputError if no record could be added to a file, before anything is measured."""
+    place = next(path for path in (file, *file.absolute().parents) if path.exists())
+    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+        raise InputError(f"records must go to a file in a writable folder, got {file}, which can't be written")
 
 
 def append_record(path: str | Path, record: EvaluationRecord) -> None:
@@ -179,28 +198,18 @@ def count_records(path: str | Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
 
-class _NewerVersion(Exception):
-    """The record version of a line that is none of ours."""
-
-
 def _parse(line: str, place: str) -> EvaluationRecord:
     try:
         fields = verify_checksum(parse_json(line))
-        version = fields.pop("record_version", 1)
-        if version not in (1, RECORD_VERSION):
-            raise _NewerVersion(version)
-        written_hash = str(fields.pop("protocol_hash"))
-        shape = fields["protocol"].pop("reference_shape")
-        protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}
-        record = from_json(EvaluationRecord, {**fields, "protocol": from_json(ResolvedProtocol, protocol)})
-        if not all(map(math.isfinite, filter(None, (record.distance, record.low, record.high, record.seconds)))):
-            raise ValueError("a distance or time that is not finite")
-    except _NewerVersion as error:
-        raise InputError(
-            f"{place}: `record_version` must be {RECORD_VERSION} or less, got {error}; a newer dia-diffusion wrote it"
-        ) from None
+        version = fields.get("record_version", 1)
+        record = EvaluationRecord.from_dict(fields) if version in (1, RECORD_VERSION) else None
+        written_hash = str(fields["protocol_hash"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error
+    if record is None:
+        raise InputError(
+            f"{place}: `record_version` must be {RECORD_VERSION} or less, got {version}; a newer dia-diffusion wrote it"
+        )
     if record.protocol_hash() != written_hash:
         raise InputError(f"{place}: the protocol was changed after it was recorded (hash {written_hash[:12]})")
     return record

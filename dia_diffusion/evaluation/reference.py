@@ -3,10 +3,11 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion.data import ImageSet
+from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
-from dia_diffusion.evaluation.feature_store import SILENT, Reporter, batches_of, fill, open_on_main, widths_of
-from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.feature_store import batches_of, filled_store
+from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import (
     SUM_BLOCK,
     FeatureStatistics,
@@ -28,11 +30,13 @@ from dia_diffusion.evaluation.frechet import (
     measure,
     sums,
 )
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import cache_folder, sha256_of_file
+from dia_diffusion.progress import Progress
 from dia_diffusion.reading import refuse_bomb
 
 STATISTICS_VERSION = 1
-"""To be raised when a change of code gives the same images and weights other statistics: it unlearns older caches."""
+"""To be raised when a change of code gives the same images and weights other statistics; older caches are ignored."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,39 @@ class Reference:
     hash: str
     """Of the very images chosen, whatever the features; of the file, where it doesn't say which images they were."""
     statistics: FeatureStatistics | GivenMoments
+    features: torch.Tensor | None = None
+    """(M, D), on rank 0 and only if a metric needs them."""
+
+
+def measure_reference(
+    images: ImageSet,
+    extractor: FeatureExtractor,
+    protocol: EvalProtocol,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> Reference:
+    """The reference that the images are for a protocol, on all ranks.
+
+    Raises:
+        InputError: another number of images than the protocol says, or too few for a metric.
+    """
+    check_reference_count(protocol, images.name, len(images))
+    protocol.check_count(len(images), reference=True)
+    features = None
+    if protocol.needs("reference features"):
+        features = reference_features(images, extractor, accelerator, progress)
+    compute = partial(reference_statistics, images, extractor, features=features)
+    return replace(first_on_each_machine(accelerator, compute), features=features)
+
+
+def check_reference_count(protocol: EvalProtocol, name: str, count: int | None) -> None:
+    """Raises InputError unless a reference has as many images as the protocol says, if it does."""
+    if protocol.reference_count not in (None, count):
+        got = "an unknown number" if count is None else f"{count:,}"
+        raise InputError(
+            f"the reference must have {protocol.reference_count:,} images for protocol {protocol.name}, got {got} in "
+            f"{name}"
+        )
 
 
 def reference_statistics(
@@ -54,25 +91,26 @@ def reference_statistics(
     *,
     count: int | None = None,
     seed: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     features: torch.Tensor | None = None,
 ) -> Reference:
     """The statistics of all of `images`, of the first `count`, or of `count` chosen by `seed`; cached on disk.
 
-    progress: called with (images measured, of how many), where they aren't in the cache.
-    features: of the very images (N, D), where they are known.
-    Where several processes share the cache, let the first go ahead (Accelerate's `main_process_first`).
-    Raises InputError when there are fewer than `count` images, or fewer than 2.
+    Args:
+        progress: shows the images that are measured.
+        features: of the very images (N, D), if they are known.
+
+    Raises:
+        InputError: fewer than `count` images, or fewer than 2.
     """
     indices = choose(len(images), count, seed)
     if len(indices) < 2:
-        raise InputError(f"{images.name}: a covariance of 1 image; accepted: 2 or more")
-    channels, height, width = images.shape
+        raise InputError(f"{images.name} must have 2 images or more, got {len(indices)}")
     image_hash = hash_of_images(images, indices)
     provenance: dict[str, object] = {
         "source": images.name,
         "split": images.split,
-        "shape": [channels, height, width],
+        "shape": list(images.shape),
         "images_hash": image_hash,
         "features": extractor.name,
         "features_hash": extractor.weights_hash,
@@ -88,7 +126,39 @@ def reference_statistics(
             statistics = sums(features.split(SUM_BLOCK), extractor.num_features)
         with suppress(OSError):  # a cache that can't be written is done without
             statistics.save(path, provenance)
-    return Reference(images.name, images.split, (channels, height, width), image_hash, statistics)
+    return Reference(images.name, images.split, images.shape, image_hash, statistics)
+
+
+def _batches(images: ImageSet, indices: np.ndarray, progress: Progress | None) -> Iterator[torch.Tensor]:
+    done = 0
+
+    def advance(amount: float) -> None:
+        nonlocal done
+        done += round(amount)
+        if progress is not None:
+            progress.update(f"measuring {images.name}", "images", done, len(indices))
+
+    yield from batches_of(images)(indices, advance)  # type: ignore[arg-type]
+
+
+def reference_features(
+    images: ImageSet, extractor: FeatureExtractor, accelerator: Accelerator, progress: Progress | None = None
+) -> torch.Tensor | None:
+    """The features (N, D) of the images, cached on disk; None except on rank 0. All ranks share the work."""
+    depends = [images.fingerprint, extractor.name, extractor.weights_hash, STATISTICS_VERSION]
+    folder = cache_folder() / "features" / hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    measured = filled_store(
+        batches_of(images),
+        len(images),
+        extractor,
+        accelerator,
+        images.name,
+        folder=folder,
+        cache=True,
+        progress=progress or Progress(),
+    )
+    with measured as store:
+        return None if store is None else store.read("features")
 
 
 def hash_of_images(images: ImageSet, indices: np.ndarray) -> str:
@@ -99,7 +169,7 @@ def hash_of_images(images: ImageSet, indices: np.ndarray) -> str:
 def floor_distance(
     reference: Reference, images: ImageSet, extractor: FeatureExtractor, *, count: int, seed: int = 0
 ) -> float:
-    """The line a perfect model would reach: the distance of `count` other real images, chosen by `seed`."""
+    """The distance that a perfect model would reach: that of `count` other real images, chosen by `seed`."""
     others = reference_statistics(images, extractor, count=count, seed=seed)
     return frechet_distance(others.statistics, reference.statistics)
 
@@ -109,22 +179,15 @@ def choose(total: int, count: int | None = None, seed: int | None = None) -> np.
     if count is None:
         return np.arange(total)
     if not 0 < count <= total:
-        raise InputError(f"{count} images asked for; the source has {total}")
+        raise InputError(f"the number of images must be 1 to {total}, which the source has, got {count}")
     return np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
-
-
-def _batches(
-    images: ImageSet, indices: np.ndarray, progress: Callable[[int, int], None] | None, size: int = 64
-) -> Iterator[torch.Tensor]:
-    for start in range(0, len(indices), size):
-        yield torch.from_numpy(images.read(indices[start : start + size]))
-        if progress is not None:  # the caller has measured the batch when it asks for the next
-            progress(min(start + size, len(indices)), len(indices))
 
 
 def _hash(values: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
+
+# Files of statistics.
 
 NPZ_KEYS = "mu and sigma (as of pytorch-fid and U-ViT) or pool_3 (as of score_sde)"
 MOMENTS = {"mu", "sigma", "pool_3"}
@@ -194,17 +257,17 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path} is no file here; accepted: statistics by `dia-diffusion stats make`, or an npz")
+        raise InputError(f"statistics must be a file of `dia-diffusion stats make` or an npz, got {path}: no such file")
     if path.suffix == ".npz":
         return StatisticsFile(path, _read_npz(path), None)
     statistics, provenance = FeatureStatistics.load(path)
     if not isinstance(provenance, dict) or not all(isinstance(provenance.get(name), str) for name in TEXTS):
         raise InputError(f"{path} doesn't say what it was made of, which takes texts for {', '.join(TEXTS)}")
     if not isinstance(provenance.get("split"), str | None):
-        raise InputError(f"{path} says its images are the part {provenance['split']}; accepted: a name, or none")
+        raise InputError(f"the split in {path} must be a name or none, got {provenance['split']}")
     shape = provenance.get("shape")
     if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(length, int) for length in shape):
-        raise InputError(f"{path} says its images have the shape {shape}; accepted: three numbers (C, H, W)")
+        raise InputError(f"the shape of images in {path} must be three numbers (C, H, W), got {shape}")
     if (version := provenance.get("statistics_version")) != STATISTICS_VERSION:
         raise InputError(f"{path} is of version {version}, this program's are {STATISTICS_VERSION}; make it again")
     return StatisticsFile(path, statistics, provenance)
@@ -266,26 +329,26 @@ def _read_npz(path: Path) -> FeatureStatistics | GivenMoments:
         ) from error
     for name, array in arrays.items():
         if not np.issubdtype(array.dtype, np.floating):
-            raise InputError(f"{path}: {name} is of type {array.dtype}; accepted: floating point numbers")
+            raise InputError(f"{name} in {path} must be floating point numbers, got {array.dtype}")
     if {"mu", "sigma"} <= arrays.keys():
         moments = GivenMoments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
         check_moments(path, moments.mean, moments.covariance)
         values = np.linalg.eigvalsh(moments.covariance)  # ascending
         if values[0] < -1e-3 * values[-1]:
             raise InputError(
-                f"{path} holds a sigma that is no covariance: its eigenvalues go from {values[0]:.3g} to "
-                f"{values[-1]:.3g}; accepted: none below zero"
+                f"sigma in {path} must be a covariance, with eigenvalues of 0 or more, got {values[0]:.3g} to "
+                f"{values[-1]:.3g}"
             )
         return moments
     if "pool_3" in arrays:
         return _of_features(path, arrays["pool_3"])
-    raise InputError(f"{path} has the keys {one_line(', '.join(keys)) or 'of nothing'}; accepted: {NPZ_KEYS}")
+    raise InputError(f"the keys of {path} must be {NPZ_KEYS}, got {one_line(', '.join(keys)) or 'none'}")
 
 
 def _of_features(path: Path, features: np.ndarray, block: int = 4096) -> FeatureStatistics:
     """The statistics of the features (N, D) themselves."""
     if features.ndim != 2 or len(features) < 2:
-        raise InputError(f"{path}: pool_3 has the shape {features.shape}; accepted: (N, D) of 2 images or more")
+        raise InputError(f"pool_3 in {path} must be (N, D) of 2 images or more, got {features.shape}")
     statistics = FeatureStatistics(features.shape[1])
     for start in range(0, len(features), block):
         statistics.update(torch.from_numpy(features[start : start + block].astype(np.float64)))
@@ -295,23 +358,3 @@ def _of_features(path: Path, features: np.ndarray, block: int = 4096) -> Feature
 
 def _sizes(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} with {shape[0]} channel{'s' if shape[0] > 1 else ''}"
-
-
-def reference_features(
-    images: ImageSet,
-    extractor: FeatureExtractor,
-    accelerator: Accelerator,
-    progress: Callable[[float], None] | None = None,
-    reporter: Reporter = SILENT,
-) -> torch.Tensor | None:
-    """The features (N, D) of the images, a memory map of a file in the cache; None where this isn't the main process.
-
-    All processes share the work where it isn't in the cache, and it goes on where it was stopped. A cache that can't be
-    written is done without.
-    """
-    depends = [images.fingerprint, extractor.name, extractor.weights_hash, STATISTICS_VERSION]
-    folder = cache_folder() / "features" / hashlib.sha256(json.dumps(depends).encode()).hexdigest()
-    widths = widths_of(extractor, logits=False)
-    with open_on_main(accelerator, folder, widths, len(images), cache=True) as file:
-        fill(file, len(images), batches_of(images, progress), extractor, accelerator, widths, images.name, reporter)
-        return None if file is None else file.read("features")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
-from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_json
@@ -109,7 +109,7 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
 
 def seconds_of_features(protocol: EvalProtocol, experiment: Experiment) -> float:
     """Of an image's features, where they are the package's; 0 for others, which take long to load or a download."""
-    if protocol.features not in FEATURES:
+    if protocol.features not in PACKAGED:
         return 0.0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractor, model = build_features(protocol.features, device), experiment.model
@@ -393,4 +393,4 @@ def _bytes_of_features(study: Study) -> int:
 
 
 def _width(protocol: EvalProtocol) -> int:
-    return build_features(protocol.features).num_features if protocol.features in FEATURES else INCEPTION_FEATURES
+    return build_features(protocol.features).num_features if protocol.features in PACKAGED else INCEPTION_FEATURES

@@ -10,7 +10,7 @@ from typing import Any
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.curves import distance_label
-from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
+from dia_diffusion.evaluation.features import PACKAGED, FeatureExtractor, build_features
 from dia_diffusion.evaluation.frechet import FeatureStatistics, GivenMoments, frechet_distance
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, recorded_floor
@@ -57,7 +57,7 @@ def floor_of(study: Study, record: EvaluationRecord) -> Floor:
     if file.is_file():
         return Floor(recorded_floor(file, record), f"on record in {FILE}")
     protocol, source = record.protocol, study.config.reference or study.runs[0].experiment.data.source
-    if protocol.features not in FEATURES:
+    if protocol.features not in PACKAGED:
         raise InputError(
             f"real images aren't measured in features {protocol.features} while drawing; "
             f"`dia-diffusion fid IMAGES ... --record {file}` does it"

@@ -15,8 +15,7 @@ from tests.processes import Forked, hold_evaluation
 
 def finished(run: Path) -> int:
     """How many chunks of 500 images the unfinished work holds."""
-    files = list(run.glob("evaluations.unfinished/*/finished.json"))
-    return len(json.loads(files[0].read_text())) if files else 0
+    return len(list(run.glob("evaluations.unfinished/*/chunk-*.safetensors")))
 
 
 def test_killed_it_goes_on_to_the_same_number(
@@ -96,7 +95,7 @@ def test_the_end_says_what_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.fill", interrupted)
+    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.filled_store", interrupted)
     fid = ["fid", "digits", "--reference", "digits", "--num", "100", "--record", str(tmp_path / "r.jsonl")]
     assert main(fid) == 130
     assert "nothing is kept" in capsys.readouterr().err
@@ -126,7 +125,7 @@ def test_one_image_is_refused_before_any_work(
     assert main(["fid", str(folder), "--reference", "digits"]) == 2
     assert f"{folder} must have 2 images or more, got 1" in capsys.readouterr().err
     assert main(["stats", "make", str(folder), str(out), "--features", "digits"]) == 2
-    assert "a covariance of 1 image" in capsys.readouterr().err and not out.exists()
+    assert "must have 2 images or more, got 1" in capsys.readouterr().err and not out.exists()
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dia_diffusion.cli.fid import check_features
 from dia_diffusion.cli.main import main
-from dia_diffusion.cli.measuring import check_features
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
@@ -109,13 +109,13 @@ def test_what_it_refuses(
             [*named, option, value], capsys
         )
     mine.write_text(SETTINGS.replace("596", "1201"))
-    assert "--reference digits has 596 images; protocol mine measures against 1,201" in line_of(named, capsys)
+    assert "must have 1,201 images for protocol mine, got 596" in line_of(named, capsys)
     mine.write_text(SETTINGS)
     np.savez(tmp_path / "m.npz", mu=np.zeros(64), sigma=np.eye(64))
     unknown = line_of([*named, "--reference", tmp_path / "m.npz"], capsys)
-    assert "--reference-split test of protocol mine" in unknown and "no part that it names" in unknown
+    assert "`reference_split` of protocol mine" in unknown and "no part that it names" in unknown
     few = line_of(["fid", "digits", "--reference", "digits", "--protocol", "fd2k-dpm25"], capsys)
-    assert "--num 2000 of protocol fd2k-dpm25: digits has 1201 images" in few
+    assert "`num_samples` of protocol fd2k-dpm25 must be 1201 or less" in few
 
     pipeline = run / "pipelines" / "step-00000006"
     training = json.loads((pipeline / "training.json").read_text())
@@ -130,11 +130,12 @@ def test_what_it_refuses(
 
 
 def test_inception_of_other_weights_is_another_measure() -> None:
-    options = SimpleNamespace(inception_weights="w.pth")
-    request: Any = SimpleNamespace(protocol=EvalProtocol.read("fid10k-dpm50"), options=options)
-    check_features(request, "inception")
-    with pytest.raises(InputError, match=r"w\.pth give features inception-1a2b3c4d; protocol fid10k-dpm50 measures in"):
-        check_features(request, "inception-1a2b3c4d")
+    options: Any = SimpleNamespace(inception_weights="w.pth")
+    protocol = EvalProtocol.read("fid10k-dpm50")
+    check_features(options, protocol, "inception")
+    said = r"features inception for protocol fid10k-dpm50, got w\.pth, which give inception-1a2b3c4d"
+    with pytest.raises(InputError, match=said):
+        check_features(options, protocol, "inception-1a2b3c4d")
 
 
 def test_images_are_measured_by_what_applies_to_them(

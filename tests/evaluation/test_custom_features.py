@@ -117,7 +117,7 @@ def test_logits_are_optional(module, digits):
     features, logits = with_logits.with_logits(images)
     assert torch.equal(logits, features[:, :2])
     assert torch.equal(without(images), features)
-    with pytest.raises(InputError, match="have no logits"):
+    with pytest.raises(InputError, match="must have logits"):
         without.with_logits(images)
 
 
@@ -144,7 +144,7 @@ def test_hash_is_of_the_code_too(module, tmp_path):
     ("name", "said"),
     [
         ("LargeKernel", r"fail on images of 8x8 .RuntimeError: .*[Kk]ernel size"),
-        ("AsWideAsTheImage", r"give \(4, 24\) for images of shape \(4, 3, 8, 8\); accepted: \(4, 192\)"),
+        ("AsWideAsTheImage", r"must be \(4, 192\) for images of shape \(4, 3, 8, 8\), got \(4, 24\)"),
         ("NotFiniteInColour", "aren't finite for images of 8x8"),
     ],
 )
@@ -159,12 +159,12 @@ def test_what_fails_on_the_images_themselves_is_told_in_one_line(module, name, s
     ("name", "said"),
     [
         ("Failing", "fail on images of 64x64 .RuntimeError: out of order"),
-        ("Flat", r"give \(1,\) for images of shape \(1, 3, 64, 64\); accepted: \(1, number of features\)"),
+        ("Flat", r"must be \(1, number of features\) for images of shape \(1, 3, 64, 64\), got \(1,\)"),
         ("NotFinite", "aren't finite"),
         ("Unbuildable", r"can't be constructed as Unbuildable\(name, layers\) .TypeError"),
         ("Unrelated", "Unrelated in .* isn't one; .* has: Projection, Classifying"),
         ("Nothing", "no Nothing there; .* has: Projection"),
-        ("", "accepted: MODULE:CLASS"),
+        ("", "or MODULE:CLASS"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(module, name, said):

@@ -1,7 +1,7 @@
 import json
 import os
-import warnings
 import weakref
+from dataclasses import replace
 from multiprocessing import get_context
 from threading import Event, Thread
 
@@ -14,21 +14,40 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.evaluation import reference as module
-from dia_diffusion.evaluation.evaluate import discard_work, evaluate, work_folder
-from dia_diffusion.evaluation.feature_store import open_feature_file, open_on_main
+from dia_diffusion.evaluation import feature_store
+from dia_diffusion.evaluation.evaluate import Evaluator, ImageSource, discard_work, few_images
+from dia_diffusion.evaluation.feature_store import filled_store, open_store
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import measure
-from dia_diffusion.evaluation.metrics import Extras
+from dia_diffusion.evaluation.metrics import METRICS, Metric
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import Origin
 from dia_diffusion.evaluation.reference import reference_features, reference_statistics
+from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images
 from tests.processes import PATIENCE, free_port
 
 ORIGIN = Origin(source="runs/a", unit="none", step=7, images_seen=224)
-ORDERED = Extras(bootstrap=10)
+SAMPLED_BY = (
+    "seeds",
+    "sampler",
+    "scheduler",
+    "num_inference_steps",
+    "class_labels",
+    "guidance_scale",
+    "weights",
+    "dtype",
+)
+
+
+def asking(**extras):
+    return EvalProtocol(features="digits", num_samples=2, sampler="ddim", steps=1, **extras)
+
+
+PLAIN = asking()
+ORDERED = asking(bootstrap=10)
 """Which a distance isn't, these numbers are of the images in their order: resample k chooses by index."""
-ALL = Extras(("fid", "kid", "isc", "prc"), kid_subset_size=200, bootstrap=20)
+ALL = asking(metrics=["fid", "kid", "isc", "prc"], kid_subset_size=200, bootstrap=20)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +61,15 @@ def many():
     return torch.from_numpy(open_images("digits", split="train").images).repeat(2, 1, 1, 1)
 
 
+def source_of(images_of, count, protocol):
+    sampled_by = {name: getattr(protocol(), name) for name in SAMPLED_BY}
+    return ImageSource("images", ORIGIN, count, images_of, sampled_by)
+
+
 def in_batches(images, batch, asked=None, fail_at=None):
     """Gives the images of indices; `asked` collects these, and from `fail_at` on someone presses Ctrl-C."""
 
-    def images_of(indices):
+    def images_of(indices, advance):
         for start in range(0, len(indices), batch):
             part = list(indices[start : start + batch])
             if fail_at is not None and part[-1] >= fail_at:
@@ -62,10 +86,12 @@ def run(extractor, digits, protocol):
     """Evaluates a tensor of images."""
     reference = reference_statistics(digits, extractor)
 
-    def evaluate_images(images, batch=64, asked=None, fail_at=None, num_samples=None, reference_count=596, **kwargs):
-        images_of = in_batches(images, batch, asked, fail_at)
-        measured = protocol(num_samples=num_samples or len(images), reference_count=reference_count)
-        return evaluate(images_of, extractor, reference.statistics, measured, ORIGIN, Accelerator(cpu=True), **kwargs)
+    def evaluate_images(
+        images, batch=64, asked=None, fail_at=None, extras=PLAIN, features=None, work=None, num_samples=None
+    ):
+        source = source_of(in_batches(images, batch, asked, fail_at), num_samples or len(images), protocol)
+        evaluator = Evaluator(extras, extractor, replace(reference, features=features), Accelerator(cpu=True))
+        return evaluator.measure(source, work)
 
     return evaluate_images
 
@@ -90,14 +116,17 @@ def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, 
     expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert found.distance == pytest.approx(expected, rel=1e-6)
     assert (found.metric, found.source, found.unit, found.step) == ("FD(digits)", "runs/a", "none", 7)
-    assert found.protocol == protocol(num_samples=300, reference_count=596)
+    expected = protocol(num_samples=300, reference_count=596)
+    left = {"features_hash", "reference_hash"}
+    assert found.protocol.differences(expected).keys() == left
+    assert found.protocol.features_hash == extractor.weights_hash
     assert found.seconds > 0
     assert found.low is None and found.metrics == {} == found.metric_settings
 
 
 def test_every_metric_is_torch_fidelitys(extractor, train, digits, run):
     features = reference_features(digits, extractor, Accelerator(cpu=True))
-    found = run(train, extras=ALL, reference_features=features)
+    found = run(train, extras=ALL, features=features)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(train),
         input2=Images(digits.images),
@@ -144,7 +173,7 @@ def test_batch_size_hardly_changes_a_distance(train, run):
     assert distances == pytest.approx([distances[0]] * 4, rel=1e-6)  # 1e-3 is promised
 
 
-@pytest.mark.parametrize("extras", [Extras(), Extras(("isc",))])
+@pytest.mark.parametrize("extras", [PLAIN, asking(metrics=["isc"])])
 def test_what_was_stopped_goes_on_to_the_same_number(many, run, tmp_path, extras):
     whole = run(many, extras=extras)
     asked = []
@@ -161,37 +190,45 @@ def test_what_was_stopped_goes_on_to_the_same_number(many, run, tmp_path, extras
 
 
 def test_torn_chunks_are_made_again(many, run, tmp_path):
-    work = tmp_path / "work"
+    work, asked = tmp_path / "work", []
     whole = run(many, work=work).distance
-    file, asked = work / "features.npy", []
-
-    content = bytearray(file.read_bytes())
-    content[-100:] = bytes(100)
-    file.write_bytes(content)
-    assert run(many, work=work, asked=asked).distance == whole
-    assert sorted(asked) == list(range(1801, 2402))
-
-    for damage in (
-        lambda: file.write_bytes(file.read_bytes()[:5000]),
-        lambda: file.write_bytes(b""),
-        file.unlink,
-        lambda: (work / "finished.json").write_text("{"),
-        lambda: (work / "finished.json").write_text(json.dumps({"0": {}})),
-    ):
+    files = sorted(work.glob("chunk-*.safetensors"))
+    last, content = files[-1], files[-1].read_bytes()
+    damages = (
+        lambda: last.write_bytes(content[:-100] + bytes(100)),
+        lambda: last.write_bytes(content[:5000]),
+        lambda: last.write_bytes(b""),
+        last.unlink,
+        lambda: last.write_bytes(files[0].read_bytes()),  # whole, of another length
+    )
+    for damage in damages:
         damage()
         asked.clear()
         assert run(many, work=work, asked=asked).distance == whole
-        assert sorted(asked) == list(range(2402))
+        assert sorted(asked) == list(range(1801, 2402))
+
+
+def test_blocks_are_the_arrays_rows_whatever_the_chunks_are(tmp_path):
+    rows = torch.randn(2402, 3, generator=torch.Generator().manual_seed(0))
+    with open_store(tmp_path, {"features": 3}, 2402) as store:
+        for chunk in store.chunks:
+            store.write(chunk, {"features": rows[chunk.start : chunk.stop]}, 1.0)
+        assert torch.equal(store.read("features"), rows)
+        for size in (1, 601, 1000, 5000):
+            blocks = list(store.blocks("features", size))
+            assert [len(block) for block in blocks] == [len(block) for block in rows.split(size)]
+            assert torch.equal(torch.cat(blocks), rows)
 
 
 def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp_path):
-    def place(extras=None, weights="a", model="m", **changes):
-        origin = Origin(source="x", weights_hash=weights, model_hash=model)
-        return work_folder(tmp_path / "evaluations.jsonl", protocol(**changes), origin, extras or Extras())
+    def place(extras=PLAIN, weights="a", model="m", **changes):
+        source = ImageSource("x", Origin(source="x", weights_hash=weights, model_hash=model), 9, None, {})
+        evaluator = Evaluator(extras, None, None, None)
+        return evaluator.work_folder(source, protocol(**changes), tmp_path / "evaluations.jsonl")
 
     assert place().parent == tmp_path / "evaluations.unfinished"
-    assert place() == place(Extras(("kid",), bootstrap=100))
-    different = [place(), place(weights="b"), place(model="n"), place(num_samples=7), place(Extras(("isc",)))]
+    assert place() == place(asking(metrics=["kid"], bootstrap=100))
+    different = [place(), place(weights="b"), place(model="n"), place(num_samples=7), place(asking(metrics=["isc"]))]
     different.append(place(dtype="bfloat16"))
     assert len(set(different)) == 6
     for folder in different[:2]:
@@ -202,9 +239,29 @@ def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_metric_from_outside_is_one_row(train, run, monkeypatch):
+    """Its number is recorded in the features' name, with its settings."""
+    monkeypatch.setattr(METRICS, "_rows", dict(METRICS))
+    row = Metric(
+        ("norm",),
+        lambda inputs, settings: {"norm": settings["factor"] * float(inputs.features.norm(dim=1).mean())},
+        needs=("features",),
+        settings={"factor": 2.0},
+        min_images=lambda settings: 301,
+    )
+    METRICS.register("norm", row)
+    with pytest.raises(InputError, match="images for metric norm must be 301 or more, got 300"):
+        run(train, extras=asking(metrics=["norm"]))
+    METRICS._rows["norm"] = replace(row, min_images=lambda settings: 2)
+    found = run(train, extras=asking(metrics=["norm"]))
+    features = build_features("digits")(train)
+    assert found.metrics == {"norm(digits)": pytest.approx(2 * float(features.norm(dim=1).mean()), rel=1e-5)}
+    assert found.metric_settings == {"norm": {"factor": 2.0}} and found.distance == run(train).distance
+
+
 def test_two_measurements_do_not_share_a_folder(train, run, tmp_path):
     with (
-        open_feature_file(tmp_path / "work", {"features": 64}, 300),
+        open_store(tmp_path / "work", {"features": 64}, 300),
         pytest.raises(RunError, match="another process is measuring the same images"),
     ):
         run(train, work=tmp_path / "work")
@@ -214,7 +271,7 @@ def test_two_measurements_do_not_share_a_folder(train, run, tmp_path):
 def test_a_second_command_waits_for_the_references_features(extractor, digits, monkeypatch):
     """Two at once on one reference: the second goes on when the first one lets go of the cache."""
     first_is_in, second, found = Event(), [], []
-    fill = module.fill
+    fill = feature_store._fill
 
     def slow_fill(*args):
         if not second:
@@ -226,7 +283,7 @@ def test_a_second_command_waits_for_the_references_features(extractor, digits, m
         fill(*args)
 
     accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(module, "fill", slow_fill)
+    monkeypatch.setattr(feature_store, "_fill", slow_fill)
     features = reference_features(digits, extractor, accelerator)
     second[0].join(timeout=PATIENCE)
     assert torch.equal(found[0], features)
@@ -242,24 +299,23 @@ def test_a_cache_that_cannot_be_written_is_done_without(extractor, digits, tmp_p
 
 
 def iter_opened(folder):
-    with open_on_main(Accelerator(cpu=True), folder, {"features": 64}, 300) as file:
-        yield file
+    images_of = in_batches(torch.zeros(300, 3, 8, 8, dtype=torch.uint8), 64)
+    extractor, progress = build_features("digits"), Progress()
+    with filled_store(images_of, 300, extractor, Accelerator(cpu=True), "x", folder=folder, progress=progress) as store:
+        yield store
 
 
 def test_fewer_images_than_asked_for_are_refused(train, run):
-    with pytest.raises(InputError, match="500 images asked for, runs/a gave 300"):
-        run(train, num_samples=500)
+    with pytest.raises(InputError, match="images must give 500 images, got 300"):
+        run(train, count=500)
 
 
-def test_warns_of_fewer_images_than_features(train, run):
-    with pytest.warns(UserWarning, match="50 samples for 64 features: their covariance is singular"):
-        run(train[:50])
-    with pytest.warns(UserWarning, match="64 reference images for 64 features"):
-        run(train, reference_count=64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run(train[:65])
-        run(train, reference_count=None)
+def test_warns_of_fewer_images_than_features(protocol):
+    (samples,) = few_images(protocol(num_samples=50, reference_count=596), 64)
+    assert "50 samples for 64 features: their covariance is singular" in samples
+    (reference,) = few_images(protocol(num_samples=65, reference_count=64), 64)
+    assert "64 reference images for 64 features" in reference
+    assert few_images(protocol(num_samples=65, reference_count=None), 64) == []
 
 
 def _share(rank, port, folder, images, reference, protocol):
@@ -274,7 +330,8 @@ def _share(rank, port, folder, images, reference, protocol):
         asked = []
         images_of = in_batches(images, batch, asked)
         work = folder / "work" if batch == 64 else None
-        record = evaluate(images_of, extractor, reference, protocol, ORIGIN, accelerator, extras=ORDERED, work=work)
+        evaluator = Evaluator(ORDERED, extractor, reference, accelerator)
+        record = evaluator.measure(source_of(images_of, len(images), protocol), work)
         found[batch] = [record.distance, len(asked), record.low, record.high]
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()
@@ -285,8 +342,8 @@ def test_two_processes_find_the_distance_of_one_and_go_on_with_its_work(
 ):
     with pytest.raises(KeyboardInterrupt):
         run(many, work=tmp_path / "work", fail_at=1900)
-    reference, port = reference_statistics(digits, extractor).statistics, free_port()
-    arguments = (port, tmp_path, many, reference, protocol(num_samples=2402))
+    reference, port = reference_statistics(digits, extractor), free_port()
+    arguments = (port, tmp_path, many, reference, protocol)
     processes = [get_context("fork").Process(target=_share, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()

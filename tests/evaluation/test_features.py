@@ -12,7 +12,7 @@ from train_features import accuracy
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
 from dia_diffusion.evaluation.features.packaged import Cifar10Classifier, DigitsClassifier
 from dia_diffusion.evaluation.frechet import frechet_distance
@@ -20,12 +20,12 @@ from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import sha256_of_file
 from tests.evaluation.torch_images import Images
 
-WEIGHTS = FEATURES["digits"].weights
+WEIGHTS = PACKAGED["digits"].weights
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", PACKAGED)
 def test_packaged_weights_are_small_and_recorded(name):
-    weights = FEATURES[name].weights
+    weights = PACKAGED[name].weights
     card = json.loads(weights.with_suffix(".json").read_text())
     assert weights.stat().st_size < 2_000_000
     assert card["sha256"] == sha256_of_file(weights)
@@ -196,7 +196,7 @@ def test_missing_weights_are_refused(tmp_path):
 def test_color_features_are_the_mean_over_image_and_mirror_of_the_mean_over_the_last_map():
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     extractor = build_features("cifar10")
-    trunk = load_weights(Cifar10Classifier(), FEATURES["cifar10"].weights).eval().trunk
+    trunk = load_weights(Cifar10Classifier(), PACKAGED["cifar10"].weights).eval().trunk
     with torch.no_grad():
         maps = [trunk((view / 255 - 0.5) / 0.25) for view in (images, images.flip(3))]
     assert maps[0].shape == (5, 256, 8, 8)

@@ -94,7 +94,7 @@ def test_distance_equals_torch_fidelitys(weights, layer, count):
         verbose=False,
         batch_size=count,
     )
-    extractor = FeatureExtractor(*build_inception(weights, [layer]), "cpu")
+    extractor = FeatureExtractor(*build_inception(weights, features_list=[layer]), "cpu")
     ours = frechet_distance(measure(first.split(7), extractor), measure(second.split(5), extractor))
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
 
@@ -117,7 +117,7 @@ def test_a_batch_larger_than_a_cpu_takes_at_once_is_torch_fidelitys(network, wei
     early = Unfilled(["64"])
     FeatureExtractorInceptionV3.load_state_dict(early, network.state_dict())
     (expected,) = early(batch)
-    _, extractor, _ = build_inception(weights, ["64"])
+    _, extractor, _ = build_inception(weights, features_list=["64"])
     torch.testing.assert_close(extractor(batch)[0], expected, rtol=1e-4, atol=1e-4)
     assert extractor(batch[:0])[0].shape == (0, 64)
 
@@ -128,7 +128,7 @@ def test_both_formats_have_one_hash(weights, tmp_path):
     tensors["fc.bias"][0] += 1
     save_file(tensors, tmp_path / "other.safetensors")
     first, same, other = (
-        build_inception(path, ["64"])[2]
+        build_inception(path, features_list=["64"])[2]
         for path in (weights, tmp_path / "same.safetensors", tmp_path / "other.safetensors")
     )
     assert first == same
@@ -143,11 +143,11 @@ def test_only_the_released_weights_are_called_inception(weights, released, own_c
     save_file(tensors, tmp_path / "other.safetensors")
 
     def name(path=None):
-        return build_inception(path, ["64"])[0]
+        return build_inception(path, features_list=["64"])[0]
 
     assert name(weights) == "inception"
     other = name(tmp_path / "other.pth")
-    assert other == f"inception-{build_inception(tmp_path / 'other.pth', ['64'])[2][:8]}"
+    assert other == f"inception-{build_inception(tmp_path / 'other.pth', features_list=['64'])[2][:8]}"
     assert name(tmp_path / "other.safetensors") == other
     assert distance_name(other) == f"FD({other})"
     assert name(tmp_path / "same.safetensors").startswith("inception-")  # whose tensors they are isn't known yet
@@ -163,7 +163,7 @@ def test_only_the_released_weights_are_called_inception(weights, released, own_c
 
 def test_torchs_hub_folder_is_read_once_and_safetensors_afterwards(weights, released, own_cache, monkeypatch):
     shutil.copy(weights, released)
-    *_, expected = build_inception(weights, ["64"])
+    *_, expected = build_inception(weights, features_list=["64"])
     assert build_inception(features_list=["64"])[2] == expected
     (cached,) = own_cache.rglob("*.*")
     assert load_file(cached).keys() == torch.load(weights, weights_only=True).keys()
@@ -187,7 +187,7 @@ def test_a_damaged_cache_is_made_again(weights, released, own_cache):
 def test_what_is_nowhere_is_downloaded_and_checked(weights, released, own_cache, monkeypatch):
     told = []
     *_, found = build_inception(features_list=["64"], progress=lambda *done: told.append(done))
-    assert found == build_inception(weights, ["64"])[2]
+    assert found == build_inception(weights, features_list=["64"])[2]
     assert told[-1] == (weights.stat().st_size, weights.stat().st_size)
     shutil.rmtree(own_cache)
     monkeypatch.setattr(inception, "RELEASED", Download(weights.as_uri(), "0" * 64, weights.stat().st_size))

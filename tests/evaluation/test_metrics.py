@@ -1,9 +1,15 @@
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_store import chunks_of
-from dia_diffusion.evaluation.metrics import Extras, compute_metrics, named
+from dia_diffusion.evaluation.metrics import METRICS, MetricInputs, labelled
+from dia_diffusion.evaluation.protocol import EvalProtocol
+
+
+def asking(*metrics, **options):
+    return EvalProtocol(features="digits", num_samples=2, sampler="ddim", steps=1, metrics=list(metrics), **options)
 
 
 @pytest.mark.parametrize("count", [1, 2, 499, 999, 1000, 1201, 9_999, 10_000, 50_000, 123_457])
@@ -17,33 +23,39 @@ def test_chunks_cover_all_images_in_order(count):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("options", "said"),
     [
-        ({"metrics": ("fid", "lpips")}, "unknown metric 'lpips'; accepted: fid, kid, isc, prc"),
-        ({"bootstrap": 9}, "bootstrap of 9 resamples; accepted: 10 or more"),
-        ({"bootstrap": -1}, "bootstrap of -1 resamples"),
-        ({"kid_subset_size": 1}, "a KID subset of 1 images"),
+        ({"bootstrap": 9}, "10 or more, or 0 for none"),
+        ({"bootstrap": -1}, "greater than or equal to 0"),
+        ({"kid_subset_size": 1}, "greater than or equal to 2"),
     ],
 )
-def test_what_can_not_be_asked_for(arguments, said):
-    with pytest.raises(InputError, match=said):
-        Extras(**arguments)
+def test_what_can_not_be_asked_for(options, said):
+    with pytest.raises(ValidationError, match=said):
+        asking(**options)
+    with pytest.raises(ValidationError, match="must be one of fid, kid, isc, prc, got 'lpips'"):
+        asking("fid", "lpips")
 
 
 def test_too_few_images_are_refused_before_any_work():
     for metric, least in (("kid", 1000), ("isc", 10), ("prc", 4)):
-        Extras((metric,)).check_samples(least)
-        with pytest.raises(InputError, match=f"{metric} of {least - 1} images; accepted: {least} or more"):
-            Extras((metric,)).check_samples(least - 1)
-    with pytest.raises(InputError, match=r"kid of 596 reference images; .* or a smaller --kid-subset-size"):
-        Extras(("kid",)).check_reference(596)
-    Extras(("isc",)).check_reference(2)
-    Extras(("kid",), kid_subset_size=50).check_samples(50)
+        asking(metric).check_count(least)
+        with pytest.raises(InputError, match=f"images for metric {metric} must be {least} or more, got {least - 1}"):
+            asking(metric).check_count(least - 1)
+    with pytest.raises(InputError, match=r"reference images for metric kid must be 1000 or more.*`kid_subset_size`"):
+        asking("kid").check_count(596, reference=True)
+    asking("isc").check_count(2, reference=True)
+    asking("kid", kid_subset_size=50).check_count(50)
 
 
 def test_only_inceptions_scores_have_the_usual_names():
-    assert [named("kid", "inception"), named("isc", "inception")] == ["KID", "IS"]
-    assert [named("kid", "cifar10"), named("isc", "cifar10")] == ["KD(cifar10)", "IS(cifar10)"]
+    assert asking("kid", "isc").metric_labels("inception") == ["KID", "IS"]
+    assert asking("kid", "isc").metric_labels("cifar10") == ["KD(cifar10)", "IS(cifar10)"]
+
+
+def computed(name, **inputs):
+    values = MetricInputs(None, None, torch.device("cpu"), **inputs)
+    return labelled(METRICS[name], METRICS[name].compute(values, asking().settings_of(name)), "a")
 
 
 def test_precision_and_recall_tell_which_side_is_missing():
@@ -51,15 +63,13 @@ def test_precision_and_recall_tell_which_side_is_missing():
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(200, 8, generator=generator) + shift for shift in (0, 100))
     samples = torch.randn(200, 8, generator=generator)
-    found = compute_metrics(Extras(("prc",)), "a", samples, None, torch.cat([left, right]), torch.device("cpu"))
+    found = computed("prc", features=samples, reference_features=torch.cat([left, right]))
     assert found["precision(a)"] > 0.8
     assert 0.4 < found["recall(a)"] <= 0.5
 
 
 def test_inception_score_of_known_classes():
     """Ten certain classes, equally often: the score is their number."""
-    logits = 100 * torch.eye(10).repeat(50, 1)
-    found = compute_metrics(Extras(("isc",)), "a", torch.zeros(500, 2), logits, None, torch.device("cpu"))
+    found = computed("isc", logits=100 * torch.eye(10).repeat(50, 1))
     assert found["IS(a)"] == pytest.approx(10, rel=0.1)  # split at random into ten parts of 50
-    same = compute_metrics(Extras(("isc",)), "a", logits, torch.zeros(500, 10), None, torch.device("cpu"))
-    assert same["IS(a)"] == pytest.approx(1)
+    assert computed("isc", logits=torch.zeros(500, 10))["IS(a)"] == pytest.approx(1)

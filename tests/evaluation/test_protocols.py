@@ -128,7 +128,8 @@ def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
 
 def test_a_record_under_a_name(write: Callable[..., str], record: Callable[..., EvaluationRecord]) -> None:
     protocol, plain = EvalProtocol.read(write()), record()
-    assert under_name(plain, None) is plain
+    unnamed = protocol.model_copy(update={"name": ""})
+    assert under_name(plain, unnamed) is plain
     named = under_name(plain, protocol)
     assert protocol.named_in(named) and not protocol.named_in(plain)
     assert replace(named, protocol_name=None, protocol_file_hash=None) == plain

@@ -5,7 +5,7 @@ import torch
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation import reference as module
-from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.reference import choose, floor_distance, reference_statistics
 
 
@@ -33,12 +33,12 @@ def test_choice_is_a_function_of_the_seed_without_repetition():
 
 @pytest.mark.parametrize("count", [0, 597])
 def test_refuses_counts_it_cannot_give(extractor, digits, count):
-    with pytest.raises(InputError, match=f"{count} images asked for; the source has 596"):
+    with pytest.raises(InputError, match=f"must be 1 to 596, which the source has, got {count}"):
         reference_statistics(digits, extractor, count=count)
 
 
 def test_one_image_is_refused_before_it_is_measured(extractor, digits, own_cache):
-    with pytest.raises(InputError, match="digits: a covariance of 1 image; accepted: 2 or more"):
+    with pytest.raises(InputError, match="digits must have 2 images or more, got 1"):
         reference_statistics(digits, extractor, count=1)
     assert not own_cache.exists()
 
@@ -53,7 +53,7 @@ def test_second_time_nothing_is_measured(extractor, digits, monkeypatch):
 
 def test_whatever_they_come_from_makes_another_file(extractor, digits, own_cache, tmp_path):
     path = tmp_path / "other.safetensors"
-    data = bytearray(FEATURES["digits"].weights.read_bytes())
+    data = bytearray(PACKAGED["digits"].weights.read_bytes())
     data[-4] ^= 1
     path.write_bytes(data)
     other_weights = build_features("digits", weights=path)

@@ -33,7 +33,7 @@ def test_far_from_zero_the_covariance_keeps_its_digits():
 
 def test_union_of_halves_is_the_whole(features):
     halves = statistics_of(features[:40])
-    halves.merge(statistics_of(features[40:]))
+    halves = halves.merge(statistics_of(features[40:]))
     whole = statistics_of(features)
     assert halves.count == whole.count
     np.testing.assert_allclose(halves.mean, whole.mean, rtol=1e-14)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import (
     is_statistics_file,
@@ -100,8 +100,8 @@ def test_npz_files_that_are_not_moments(tmp_path):
     }
     said = {
         "objects": "holds objects",
-        "keys": "has the keys mean, cov; accepted: mu and sigma .* or pool_3",
-        "mu-alone": "has the keys mu; accepted",
+        "keys": "must be mu and sigma .* or pool_3 .*got mean, cov",
+        "mu-alone": "must be mu and sigma .*got mu",
         "not-finite": "aren't finite",
         "infinite": "aren't finite",
         "asymmetric": "isn't symmetric",
@@ -136,8 +136,8 @@ def test_damaged_and_other_files(path, tmp_path):
     with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.eye(3))
     refused(tmp_path / "array.npz", "no npz")
-    refused(tmp_path / "none.npz", "no file here")
-    refused(FEATURES["digits"].weights, "not a whole file")
+    refused(tmp_path / "none.npz", "no such file")
+    refused(PACKAGED["digits"].weights, "not a whole file")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_damaged_and_other_files(path, tmp_path):
         ({"shape": [8, 8]}, {}, "three numbers"),
         ({"features": None}, {}, "doesn't say what it was made of"),
         ({"statistics_version": 0}, {}, "of version 0, this program's are 1"),
-        ({}, {"count": torch.tensor(1)}, "made of 1 images"),
-        ({}, {"sum": torch.zeros(3)}, r"arrays of \(3,\) and \(64, 64\)"),
+        ({}, {"count": torch.tensor(1)}, "of 2 images or more, got 1"),
+        ({}, {"sum": torch.zeros(3)}, r"got \(3,\) and \(64, 64\)"),
         ({}, {"outer": torch.full((64, 64), torch.nan)}, "aren't finite"),
         ({}, {"outer": torch.ones(64, 64).triu()}, "isn't symmetric"),
     ],
@@ -164,7 +164,7 @@ def test_a_reference_of_other_features_weights_and_images_is_refused(path, extra
         "images of 8x8 with 3 channels, measured are images of 16x16 with 3",
         lambda p: open_reference(p, extractor, (3, 16, 16)),
     )
-    weights = load_file(FEATURES["digits"].weights)
+    weights = load_file(PACKAGED["digits"].weights)
     weights["head.bias"] += 1
     save_file(weights, tmp_path / "weights.safetensors")
     other = build_features("digits", weights=tmp_path / "weights.safetensors")

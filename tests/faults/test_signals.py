@@ -71,7 +71,7 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
     command = ["fid", trained / "run", "--reference", "digits", "--num", 1000, "--steps", 1, "--record", record]
     cache = {"DIA_DIFFUSION_CACHE": str(tmp_path / "cache")}
     running = Forked(*command, log=log, prepare=partial(hold_evaluation, 1), **cache)
-    running.until(lambda: list(tmp_path.glob("records.unfinished/*/finished.json")))
+    running.until(lambda: list(tmp_path.glob("records.unfinished/*/chunk-*.safetensors")))
     running.send(number)
     assert running.wait() == code
     assert re.fullmatch(

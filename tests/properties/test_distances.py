@@ -32,7 +32,7 @@ def test_statistics_of_a_union_are_merged_statistics(seed: int, width: int, coun
     whole, merged = statistics(vectors), FeatureStatistics(width)
     start = 0
     for count in [*counts, 2]:
-        merged.merge(statistics(vectors[start : start + count]))
+        merged = merged.merge(statistics(vectors[start : start + count]))
         start += count
     assert merged.count == whole.count
     np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12 * float(vectors.abs().max()))

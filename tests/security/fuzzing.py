@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dia_diffusion.data import open_images, read_image
-from dia_diffusion.evaluation.features import FEATURES, build_features
+from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record, read_records
@@ -112,7 +112,7 @@ def targets(folder: Path) -> dict[str, Target]:
     result = readers.result(place("result"))
     add("classifier's result", result.file, lambda p: read_result(p.parent))
     card = readers.weights_card(place("features"))
-    network = FEATURES["digits"].network()
+    network = PACKAGED["digits"].network()
     (folder / "features" / "weights.json").unlink()
     add("features' weights", card.file.with_suffix(".safetensors"), lambda p: load_weights(network, p))
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data.image_set import array_source, decoded_set
-from dia_diffusion.evaluation.feature_store import FINISHED, open_feature_file
-from dia_diffusion.evaluation.features import FEATURES
+from dia_diffusion.evaluation.feature_store import open_store
+from dia_diffusion.evaluation.features import PACKAGED
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.io import sha256_of_file, write_json
@@ -252,17 +252,17 @@ def features_finished(folder: Path) -> Reader:
     place = folder / "features"
 
     def read() -> Any:
-        with open_feature_file(place, {"features": 4}, 10) as file:
-            return file.missing, file.seconds
+        with open_store(place, {"features": 4}, 10) as file:
+            return file.missing, file.resumed_seconds
 
     read()
-    with open_feature_file(place, {"features": 4}, 10) as file:
+    with open_store(place, {"features": 4}, 10) as file:
         file.write(range(10), {"features": torch.ones(10, 4)}, 1.0)
-    return Reader(place / FINISHED, read)
+    return Reader(place / "chunk-00000000.safetensors", read)
 
 
 def weights_card(folder: Path) -> Reader:
-    network = FEATURES["digits"].network
+    network = PACKAGED["digits"].network
     save_file(network().state_dict(), folder / "weights.safetensors")
     write_json(folder / "weights.json", {"sha256": sha256_of_file(folder / "weights.safetensors")})
     return Reader(folder / "weights.json", lambda: load_weights(network(), folder / "weights.safetensors"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dia_diffusion.evaluation.features import FEATURES
+from dia_diffusion.evaluation.features import PACKAGED
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.inception import build_inception
 from dia_diffusion.models.classifiers import load_classifier
@@ -47,7 +47,7 @@ def of_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 def of_features(folder: Path) -> tuple[Path, Callable[[], Any]]:
     file = folder / "features.safetensors"
-    return file, lambda: load_weights(FEATURES["digits"].network(), file)
+    return file, lambda: load_weights(PACKAGED["digits"].network(), file)
 
 
 def of_inception(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -178,7 +178,7 @@ NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_numbers_that_are_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
     file, read = READERS[name](sandbox.folder)
     if name == "features":
-        save_file(FEATURES["digits"].network().state_dict(), file)
+        save_file(PACKAGED["digits"].network().state_dict(), file)
     tensors = load_file(file)
     first = min(key for key, tensor in tensors.items() if tensor.is_floating_point())
     save_file({**tensors, first: NUMBERS[kind](tensors[first]).contiguous()}, file, metadata={"format": "pt"})

@@ -1,10 +1,13 @@
-"""One layer of a feature extractor: images in, the vectors that a distance compares out."""
+"""Feature extractors: images in, the vectors that a distance compares out.
+
+Features are rows of `FEATURES`, or MODULE:CLASS, a torch-fidelity extractor of the user's own.
+"""
 
 import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +25,57 @@ from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import sha256_of_file
 from dia_diffusion.models.factory import unusable
 from dia_diffusion.reading import Unreadable, read_json_object
+from dia_diffusion.registry import Registry
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+DownloadProgress = Callable[[int, int], None]
+"""Called with bytes, and of how many."""
+BuildFeatures = Callable[[str | Path | None, DownloadProgress | None], tuple[str, FeatureExtractorBase, str]]
+"""Weights (None: the usual ones), progress of a download -> the name for records, the extractor, the weights' hash."""
+
+FEATURES: Registry[BuildFeatures] = Registry("features")
+OWN = "MODULE:CLASS, a torch-fidelity extractor of your own"
+
+
+def check_features_name(name: str) -> None:
+    """Raises InputError unless features are a row of FEATURES or named as MODULE:CLASS."""
+    if name not in FEATURES and not all(name.partition(":")):
+        raise InputError(f"`features` must be one of {', '.join(FEATURES)}, or {OWN}, got {name!r}")
+
+
+def build_features(
+    name: str,
+    device: str | torch.device = "cpu",
+    weights: str | Path | None = None,
+    progress: DownloadProgress | None = None,
+) -> "FeatureExtractor":
+    """The extractor called `name` on `device`; Inception with other weights gets another name.
+
+    Args:
+        name: a row of FEATURES, or MODULE:CLASS.
+        weights: a file instead of the usual one; MODULE:CLASS finds its own.
+        progress: of a download.
+
+    Raises:
+        InputError: an unknown name, or weights that are missing, truncated or another network's.
+        RunError: a failed download.
+    """
+    check_features_name(name)
+    built = (name, *build_custom(name)) if name not in FEATURES else FEATURES[name](weights, progress)
+    return FeatureExtractor(*built, device)
 
 
 class FeatureExtractor:
     """A torch-fidelity extractor under a name, with the hash of its weights; made by `build_features`.
 
-    name: as records call it.
-    module: gives the features, and after them the logits if it has any.
-    Raises InputError for a module that fails on an image, or gives no finite features (B, D).
+    Args:
+        name: as in records.
+        module: gives the features, and after them the logits if it has any.
+
+    Raises:
+        InputError: a module that fails on an image, or doesn't give finite features (B, D).
     """
 
     def __init__(self, name: str, module: FeatureExtractorBase, weights_hash: str, device: str | torch.device) -> None:
@@ -48,27 +92,28 @@ class FeatureExtractor:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) with 1 or 3 channels, on any device -> float32 features (B, num_features).
 
-        In float32 whatever autocast is around, and without TF32: a ruler doesn't change with its surroundings.
-        Raises InputError for other types and shapes, and where the module fails or gives no finite features (B, D).
+        Features don't depend on the caller's autocast or TF32 settings.
+
+        Raises:
+            InputError: images of another type or shape, a module that fails, or features that aren't finite (B, D).
         """
         return self._layers(images)[0]
 
     def with_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, num_features) and logits (B, num_classes) of the same images, from one pass.
 
-        Raises InputError where there are no logits.
+        Raises:
+            InputError: as above, or there are no logits.
         """
         features, logits = self._layers(images)
         if logits is None:
-            raise InputError(f"features {self.name} have no logits, which a score of classes needs")
+            raise InputError(f"features must have logits for a score of classes, got {self.name}, which have none")
         return features, logits
 
     @torch.no_grad()
     def _layers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise InputError(
-                f"features are taken from uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
+            raise InputError(f"images must be uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
         images = images.to(self.device).expand(-1, 3, -1, -1)
         with torch.autocast(self.device.type, enabled=False), exact_float32():
             features, *logits = self._layers_of_module(images)
@@ -91,8 +136,8 @@ class FeatureExtractor:
             given = ", ".join(map(str, shapes)) or "nothing"
             widths = "number of features" if self._widths is None else " and ".join(map(str, self._widths))
             raise InputError(
-                f"features {self.name} give {given} for images of shape {tuple(images.shape)}; accepted: "
-                f"({len(images)}, {widths})"
+                f"features {self.name} must be ({len(images)}, {widths}) for images of shape {tuple(images.shape)}, "
+                f"got {given}"
             )
         if not layers[0].isfinite().all():
             raise InputError(f"features {self.name} give values that aren't finite for images of {size}")
@@ -128,7 +173,7 @@ def load_weights(module: Module, path: str | Path) -> Module:
     path = Path(path)
     card = path.with_suffix(".json")
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"weights {path} are no regular file; accepted: safetensors")
+        raise InputError(f"weights must be a regular safetensors file, got {path}")
     try:
         if card.exists() and (expected := read_json_object(card)["sha256"]) != sha256_of_file(path):
             raise InputError(f"weights {path} are damaged or another network's: {card.name} says sha256 {expected}")
@@ -190,7 +235,7 @@ def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
-        raise InputError(f"features {name!r} lack a name; accepted: MODULE:CLASS")
+        raise InputError(f"features of your own must be MODULE:CLASS, got {name!r}")
     module = _import(module_name)
     extractor = getattr(module, class_name, None)
     if not (isinstance(extractor, type) and issubclass(extractor, FeatureExtractorBase)):

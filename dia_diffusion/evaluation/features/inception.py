@@ -1,7 +1,7 @@
 """The features `inception`: torch-fidelity's inception-v3-compat, the network that FID is defined by."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features.extractor import fold_normalisations, state_hash
+from dia_diffusion.evaluation.features.extractor import DownloadProgress, fold_normalisations, state_hash
 from dia_diffusion.io import atomic_file, cache_folder, sha256_of_file
 from dia_diffusion.reading import NotTensors, load_pickled_tensors
 
@@ -29,7 +29,6 @@ CPU_BATCH = 16
 """Images that a CPU takes at once: their maps of 147x147 are 90 MB; with 64 an image takes a seventh more time."""
 EXPECTED = f"expected: {RELEASED.file} with sha256 {RELEASED.sha256}, or a safetensors file of its tensors"
 
-Progress = Callable[[int, int], None]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -59,7 +58,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
 
 
 def build_inception(
-    weights: str | Path | None = None, features_list: list[str] = LAYERS, progress: Progress | None = None
+    weights: str | Path | None = None, progress: DownloadProgress | None = None, features_list: list[str] = LAYERS
 ) -> tuple[str, InceptionExtractor, str]:
     """The features' name, the extractor, and the `state_hash` of its weights, the same for a .pth and its safetensors.
 
@@ -78,7 +77,7 @@ def build_inception(
 
 
 def _find(
-    weights: str | Path | None, features_list: list[str], progress: Progress | None
+    weights: str | Path | None, features_list: list[str], progress: DownloadProgress | None
 ) -> tuple[str, InceptionExtractor, str]:
     """As `build_inception`, with the tensors as they are in the file."""
     cached = cache_folder() / "inception" / f"{RELEASED.sha256}.safetensors"
@@ -114,7 +113,7 @@ def _build(tensors: Tensors, path: Path, features_list: list[str]) -> tuple[Ince
     return extractor, state_hash(extractor.state_dict())
 
 
-def _released_file(progress: Progress | None) -> Path:
+def _released_file(progress: DownloadProgress | None) -> Path:
     """The release file in torch's hub folder, else in our cache, else downloaded to there."""
     theirs = Path(torch.hub.get_dir()) / "checkpoints" / RELEASED.file
     if not theirs.is_file():

@@ -7,9 +7,15 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch_fidelity import FeatureExtractorBase
+from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
-from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
+from dia_diffusion.evaluation.features.extractor import (
+    BuildFeatures,
+    DownloadProgress,
+    fold_normalisations,
+    load_weights,
+)
+from dia_diffusion.io import sha256_of_file
 from dia_diffusion.models.cifar_resnet import FeatureResNet
 
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
@@ -133,3 +139,23 @@ class Cifar10Extractor(ClassifierExtractor):
 
     network = Cifar10Classifier
     weights = PACKAGED_WEIGHTS / "cifar10.safetensors"
+
+
+PACKAGED: dict[str, type[ClassifierExtractor]] = {"digits": DigitsExtractor, "cifar10": Cifar10Extractor}
+"""Features that need no download, by name."""
+
+for _name, _extractor in PACKAGED.items():
+    register_feature_extractor(_name, _extractor)
+
+
+def build_packaged(name: str) -> BuildFeatures:
+    """The row of FEATURES for an extractor of PACKAGED."""
+
+    def build(weights: str | Path | None, progress: DownloadProgress | None) -> tuple[str, FeatureExtractorBase, str]:
+        extractor = PACKAGED[name]
+        file = Path(weights or extractor.weights)
+        layers = [extractor.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
+        module = extractor(name, layers, feature_extractor_weights_path=file)
+        return name, module, sha256_of_file(file)
+
+    return build
