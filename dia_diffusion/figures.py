@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import Normalize
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import atomic_file
@@ -29,10 +29,10 @@ GRAY = "#595959"
 SYMBOLS = dict(zip(MARKERS, ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"), strict=True))
 DASH_NAMES = dict(zip(DASHES, ("solid", "dash", "dot"), strict=True))
 
+LOG_DIGITS = (1, 2, 5)
+"""Ticks of each power of ten on a logarithmic axis."""
 LOG_FROM = 10
 """The ratio of the largest to the smallest value from which an axis is logarithmic."""
-INCHES_PER_ENTRY = 2.4
-"""Width of an entry of a legend, such as "dia-lstm-light-identity" with its marker."""
 
 Values = Sequence[float | None]
 
@@ -44,7 +44,7 @@ class Series:
     x: Sequence[float]
     y: Values
     label: str = ""
-    """In the legend; none if empty."""
+    """In the legend, unless pale, and beside the mouse; none if empty."""
     style: int = 0
     """Index of its color, marker and dashes, see `style_of`."""
     color: str | None = None
@@ -160,7 +160,7 @@ class Axis:
     scale: Literal["linear", "log", "symlog"] = "linear"
     low: float | None = None
     high: float | None = None
-    ticks: Mapping[float, str] | None = None
+    ticks: Mapping[float, str] | Mapping[int, str] | None = None
     form: Literal["plain", "si", "percent"] = "plain"
     """How numbers are written: 50000 as it is, as 50k, or 0.5 as 50%."""
     step_images: int | None = None
@@ -225,22 +225,17 @@ def value_axis(label: str, values: Iterable[float | None], others: Iterable[floa
         others: those that it must have room for too, such as the floor.
     """
     known, rest = _finite(values), _finite(others)
-    shown = known + rest
     if known and min(known) > 0 and max(known) / min(known) >= LOG_FROM:
-        positive = [value for value in shown if value > 0]
-        low, high = min(positive), max(positive)
-        room = (high / low) ** 0.05
-        return Axis(label, "log", low / room, high * room, log_ticks(low / room, high * room))
-    low, high = min([0.0, *shown]), max([0.0, *shown])
-    return Axis(label, low=low and 1.08 * low, high=1.08 * high or None)
+        return log_axis(label, known + rest)
+    low, high = (end([0.0, *known, *rest]) for end in (min, max))
+    return Axis(label, low=1.08 * low, high=1.08 * high or None)
 
 
-def log_ticks(low: float, high: float) -> dict[float, str]:
-    """1, 2 and 5 of each power of ten between the two, or 1 alone if there are more than three powers."""
-    digits = (1, 2, 5) if high < 1000 * low else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**power for power in powers for digit in digits]
-    return {tick: f"{tick:g}" for tick in ticks if low <= tick <= high}
+def log_axis(label: str, values: Iterable[float | None], room: float = 0.05) -> Axis:
+    """Logarithmic, with room for all values above zero and a part more at both ends."""
+    shown = [value for value in _finite(values) if value > 0]
+    room = (max(shown) / min(shown)) ** room
+    return Axis(label, "log", low=min(shown) / room, high=max(shown) * room)
 
 
 def block_axis(names: Sequence[str], label: str = "block") -> Axis:
@@ -301,12 +296,12 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize="medium" if len(panels) == 1 else "small")
     elif figure.legend == "below":
-        _draw_legend(rendered, [axes for axes, _ in panels], figure.legend_title)
+        _draw_legend(rendered, panels, figure.legend_title)
     return rendered
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    axes.set_title(_plain(panel.title), fontsize="medium" if "\n" in panel.title or len(panel.title) > 40 else None)
+    axes.set_title(_plain(panel.title), fontsize="large" if len(panel.title) <= 40 else "medium")
     if panel.note:
         axes.text(0.97, 0.96, _plain(panel.note), transform=axes.transAxes, ha="right", va="top", fontsize="small")
     if not panel.frame:
@@ -372,6 +367,8 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
     own = axes.xaxis if which == "x" else axes.yaxis
     if axis.scale != "linear":
         axes.set(**{f"{which}scale": axis.scale})
+        if axis.scale == "log":
+            own.set_major_locator(LogLocator(subs=(1,) if narrow else LOG_DIGITS))
         own.set_major_formatter("{x:g}")
         own.set_minor_formatter(NullFormatter())
     if labeled:
@@ -379,9 +376,9 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
     if axis.low is not None or axis.high is not None:
         axes.set_xlim(axis.low, axis.high) if which == "x" else axes.set_ylim(axis.low, axis.high)
     if axis.ticks is not None:
-        longest = max(map(len, axis.ticks.values()), default=0)
-        turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-        turned = turned if which == "x" and longest > 3 and longest * len(axis.ticks) > 50 else {}
+        longest = max((len(line) for text in axis.ticks.values() for line in text.split("\n")), default=0)
+        crowded = which == "x" and longest > 3 and longest * len(axis.ticks) > 50
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
         own.set_ticks(list(axis.ticks), [_plain(text) for text in axis.ticks.values()], **turned)
         own.set_minor_locator(NullLocator())
     elif narrow and axis.scale == "linear":
@@ -399,12 +396,13 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
             steps.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[Axes], title: str) -> None:
-    """One for all panels, below them."""
-    entries = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    columns = max(1, min(len(entries), int(figure.get_figwidth() // INCHES_PER_ENTRY), 4))
+def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[tuple[Axes, Panel]], title: str) -> None:
+    """One for all panels, below them; levels come last."""
+    drawn = [pair for axes, _ in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    levels = {_plain(item.label) for _, panel in panels for item in panel.items if isinstance(item, Level)}
+    entries = {label: handle for handle, label in sorted(drawn, key=lambda pair: pair[1] in levels)}
+    widths, width = [0.75 + 0.065 * len(label) for label in entries], figure.get_figwidth()  # in inches
+    columns = len(entries) if sum(widths) <= width else max(1, int(width // max(widths)))
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     if entries:
         figure.legend(entries.values(), entries.keys(), title=title or None, title_fontsize="medium", **place)
@@ -417,10 +415,13 @@ def _plain(text: str) -> str:
 # ---- plotly
 
 
-def to_plotly(panels: Sequence[Panel], height: int = 400) -> dict[str, Any]:
-    """Data and layout of plotly for panels below each other over one x axis; of these, series and levels are drawn.
+def to_plotly(panels: Sequence[Panel], height: int, legend: bool = True) -> dict[str, Any]:
+    """Data and layout of plotly for panels below each other over one x axis: their series, levels and notes.
 
-    height: of all panels together, in pixels.
+    Args:
+        panels: from the top.
+        height: of all panels together, in pixels.
+        legend: whether there is one, if there are two lines.
     """
     x = panels[-1].x
     layout: dict[str, Any] = PAGE_LAYOUT | {
@@ -450,10 +451,9 @@ def to_plotly(panels: Sequence[Panel], height: int = 400) -> dict[str, Any]:
                     raise TypeError(f"the page has no {type(item).__name__}")
         if panel.note:
             place = {"xref": "x domain", "yref": f"{y} domain", "x": 1, "y": 1, "align": "right"}
-            layout["annotations"].append(
-                {"text": _escape(panel.note).replace("\n", "<br>"), "showarrow": False, **place}
-            )
-    layout["showlegend"] = any(trace.get("showlegend", True) for trace in traces[1:]) or bool(layout["shapes"])
+            layout["annotations"].append({"text": _escape(panel.note), "showarrow": False, **place})
+    labels = [trace for trace in traces + layout["shapes"] if trace.get("showlegend", True)]
+    layout["showlegend"] = legend and len(labels) > 1
     layout["margin"] = {"l": 64, "r": 12, "t": 34 if layout["showlegend"] else 12, "b": 48}
     # Bands first, so that no band covers a line.
     return {"data": sorted(traces, key=lambda trace: trace["line"]["width"] > 0), "layout": layout}
@@ -468,7 +468,6 @@ PAGE_LAYOUT: dict[str, Any] = {
     "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",
-    "hovermode": "x unified",
     "hoversubplots": "axis",
     "modebar": {"bgcolor": "rgba(0,0,0,0)"},
     "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
@@ -493,8 +492,13 @@ def _plotly_axis(axis: Axis) -> dict[str, Any]:
         "showline": axis.form == "si" or axis.ticks is not None,
         "zeroline": False,
     }
-    if axis.ticks is not None:
-        described |= {"tickvals": list(axis.ticks), "ticktext": [_escape(text) for text in axis.ticks.values()]}
+    ticks = axis.ticks
+    if axis.scale == "log" and axis.low and axis.high:
+        digits = LOG_DIGITS if axis.high < 1000 * axis.low else (1,)
+        powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
+        ticks = {digit * 10.0**power: f"{digit * 10.0**power:g}" for power in powers for digit in digits}
+    if ticks is not None:
+        described |= {"tickvals": list(ticks), "ticktext": [_escape(text) for text in ticks.values()]}
     return described
 
 
@@ -507,14 +511,16 @@ def _plotly_series(series: Series, step_images: int | None) -> dict[str, Any]:
         "y": list(series.y),
         "name": _escape(series.label),
         "mode": "+".join(["lines"] * series.lines + ["markers"] * series.markers),
-        "line": {"color": style["color"], "dash": DASH_NAMES[style["linestyle"]], "width": 0.8 if series.pale else 1.8},
+        "line": {"color": style["color"], "dash": DASH_NAMES[style["linestyle"]], "width": 1.0 if series.pale else 1.8},
         "marker": {"symbol": SYMBOLS[style["marker"]], "size": 4 if series.pale else 7},
         "opacity": 0.35 if series.pale else 1,
         "hovertemplate": "%{y:.4g} (%{text})" if hover else "%{y:.4g}",
         "text": [_escape(text) for text in hover],
     }
     if series.pale:
-        trace |= {"showlegend": False} | ({} if series.hover else {"hoverinfo": "skip", "hovertemplate": None})
+        trace["showlegend"] = False
+    if not series.label:
+        trace |= {"showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
     if (errors := series.errors) is not None:
         trace["error_y"] = {"type": "data", "symmetric": False, "arrayminus": errors[0], "array": errors[1]}
     return trace
@@ -531,7 +537,7 @@ def _plotly_band(series: Series) -> list[dict[str, Any]]:
 
 def _escape(text: str) -> str:
     """plotly takes some tags for markup; it shows entities as the characters that they stand for."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
 
 
 def _minus(larger: float | None, smaller: float | None) -> float:

@@ -41,7 +41,7 @@ class Options(Strict):
 def run(options: Options) -> None:
     """Prints the table, and writes it with its figure."""
     from dia_diffusion.sweeps.accuracies import compare, read_result
-    from dia_diffusion.sweeps.accuracy_figure import draw_accuracies
+    from dia_diffusion.sweeps.figures import draw_accuracies
 
     if options.out is not None:
         refuse_existing(options.out)

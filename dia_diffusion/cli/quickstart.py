@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     from dia_diffusion.evaluation.features import build_features
     from dia_diffusion.evaluation.record import count_records
     from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-    from dia_diffusion.sweeps.grids import draw_grids
+    from dia_diffusion.sweeps.figures import draw_grids
     from dia_diffusion.training.recipe import read_experiment
     from dia_diffusion.training.run_folder import RunFolder, logged_step
 

@@ -10,12 +10,12 @@ from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.io import FolderLock, remove_partial
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.sweeps.collect import check_images, check_randomness, check_study, in_one_precision, inventory
-from dia_diffusion.sweeps.grids import draw_grids_of_study
+from dia_diffusion.sweeps.figures import draw_grids_of_study
 from dia_diffusion.sweeps.launcher import Progress, run_study, threads_of_each
 from dia_diffusion.sweeps.plan import Plan, make_plan, read_plan, set_against, write_plan
 from dia_diffusion.sweeps.results import Results, results_of, write_results
 from dia_diffusion.sweeps.sweep import Study, read_study
-from dia_diffusion.sweeps.table import LEFT_ALIGNED, told_time
+from dia_diffusion.sweeps.table import told_time
 
 BUSY = 0.8
 """Share of a core below which times say more of other work than of this."""
@@ -91,13 +91,8 @@ def _draw(study: Study) -> None:
 
 def print_results(results: Results) -> None:
     """The tables of results.md and the notes below them."""
-    for result in results.tables:
-        table = Table(box=None, pad_edge=False, title=result.title, title_justify="left")
-        for name in result.columns:
-            table.add_column(name, justify="left" if name in LEFT_ALIGNED else "right")
-        for row in result.rows:
-            table.add_row(*row)
-        console.print(table)
+    for table in results.tables:
+        console.print(table.to_rich())
         console.print()
     for note in results.notes:
         console.print(note)

@@ -14,7 +14,7 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
 from dia_diffusion.io import FolderLock, write_json
-from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.figures import draw_placement, draw_stability
 from dia_diffusion.sweeps.trials import (
     TRAINED,
     Trial,

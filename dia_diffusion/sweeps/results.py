@@ -21,12 +21,13 @@ from dia_diffusion.io import write_json, write_text
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.sweeps.collect import Measured, Point, collect, measured, training_cost
-from dia_diffusion.sweeps.figure import draw_curves_of_study, draw_final_distances
+from dia_diffusion.sweeps.figures import draw_curves_of_study, draw_final_distances
 from dia_diffusion.sweeps.plan import read_plan, set_against
 from dia_diffusion.sweeps.stats import LEVEL, Row, summarize
 from dia_diffusion.sweeps.sweep import Study
-from dia_diffusion.sweeps.table import Table, tables
 from dia_diffusion.sweeps.table import notes as table_notes
+from dia_diffusion.sweeps.table import tables
+from dia_diffusion.tables import Table
 
 __all__ = ["Measurement", "Results", "collect", "results_of", "write_results"]
 
@@ -281,6 +282,6 @@ def _markdown(study: Study, results: Results) -> str:
     """The tables with what a reader has to know of them, to be pasted into a page."""
     parts = [f"# {study.name}\n"]
     for table in results.tables:
-        parts += [f"{table.title}.\n", table.markdown()]
+        parts += [f"{table.title}.\n", table.to_markdown()]
     parts.append("\n\n".join(results.notes) + "\n")
     return "\n".join(parts)

@@ -13,7 +13,7 @@ from torch import nn
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.report.page import render
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from tests.report.conftest import parse
 
 
@@ -95,8 +95,8 @@ def test_names_from_outside_are_text(tmp_path: Path, write_run, record) -> None:
 def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     new = write_run(tmp_path / "new", steps=())
     page = parse(render(run_page(new)))
-    assert f"No evaluations yet; `dia-diffusion fid {new}" in page.text
-    assert "No grids yet" in page.text and "No metrics yet; `dia-diffusion train" in page.text
+    assert f"No evaluations yet; dia-diffusion fid {new}" in page.text
+    assert "No grids yet" in page.text and "No metrics yet; dia-diffusion train" in page.text
     assert not page.plots
 
     torn = write_run(tmp_path / "torn")
@@ -104,7 +104,7 @@ def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "ima')
     page = parse(render(run_page(torn)))
-    assert "no whole picture: step-00000003.png" in page.text
+    assert "truncated or corrupted: step-00000003.png" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
     assert len(page.traces("value")[0]["x"]) == 6
 

@@ -22,7 +22,7 @@ from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_s
 from dia_diffusion.io import shipped_folder
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.folder import read_training
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.convert import convert_official

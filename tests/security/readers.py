@@ -22,7 +22,7 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, save_classifier
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import model_hash, read_training, weights_hash
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.writers import open_folder
 from dia_diffusion.sharing.card import write_card

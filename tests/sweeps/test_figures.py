@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dia_diffusion.sweeps.collect import Point
-from dia_diffusion.sweeps.figure import draw_curves_of_study, draw_final_distances
+from dia_diffusion.sweeps.figures import draw_curves_of_study, draw_final_distances
 
 UNITS = ["none", "dia-lstm"]
 BETTER = {"none": 0.0, "dia-lstm": 1.0}
