@@ -1,4 +1,4 @@
-"""Figures described once, as data: matplotlib renders them to files, plotly to the HTML page.
+"""Figures described once, as data. matplotlib renders them to files here, plotly to the HTML page in report/plots.py.
 
 All text is shown as it is: no mathtext, no markup.
 """
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 GRAY = "#595959"
-# plotly's names of these markers and dashes.
-SYMBOLS = dict(zip(MARKERS, ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"), strict=True))
-DASH_NAMES = dict(zip(DASHES, ("solid", "dash", "dot"), strict=True))
 
 LOG_DIGITS = (1, 2, 5)
 """Ticks of each power of ten on a logarithmic axis."""
@@ -48,7 +46,7 @@ class Series:
     style: int = 0
     """Index of its color, marker and dashes, see `style_of`."""
     color: str | None = None
-    """Instead of its style's."""
+    """Instead of its style's, as #rrggbb."""
     low: Values | None = None
     high: Values | None = None
     """Ends of each point's interval; None where a point has none. A band where all points have one, else bars."""
@@ -60,6 +58,11 @@ class Series:
     """In the background and in no legend, such as a seed's own curve behind the mean."""
     hover: Sequence[str] = ()
     """What each point says on the page besides its value."""
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Color, marker and line style of matplotlib."""
+        return style_of(self.style) | ({"color": self.color} if self.color else {})
 
     @property
     def has_band(self) -> bool:
@@ -83,7 +86,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed gray line at a value of the y axis (or the x axis)."""
+    """A dashed gray line at a value of an axis."""
 
     value: float
     label: str = ""
@@ -132,13 +135,12 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Text:
-    """A few words at a place."""
+    """A few words, centered at a place."""
 
     x: float
     y: float
     text: str
     color: str = "black"
-    align: Literal["left", "center", "right"] = "center"
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels in rows; None leaves a place empty."""
+    """Panels in rows; None leaves a place empty, and rows may be of different lengths."""
 
     rows: Sequence[Sequence[Panel | None]]
     size: tuple[float, float] = (6.4, 4.2)
@@ -192,9 +194,9 @@ class Figure:
     legend: Literal["panel", "below", "none"] = "panel"
     """One in each panel that has labels, or one for all below them."""
     legend_title: str = ""
-    share_x: Literal["none", "col", "all"] = "none"
+    share_x: Literal["none", "col"] = "none"
     share_y: Literal["none", "row", "all"] = "none"
-    """Panels with the same limits. Only those at the left are labeled."""
+    """Which panels have the same limits; their axis is labeled at the left and the bottom alone."""
     widths: Sequence[float] | None = None
     heights: Sequence[float] | None = None
     """Ratios of columns and rows; all the same if None."""
@@ -231,16 +233,16 @@ def value_axis(label: str, values: Iterable[float | None], others: Iterable[floa
     return Axis(label, low=1.08 * low, high=1.08 * high or None)
 
 
-def log_axis(label: str, values: Iterable[float | None], room: float = 0.05) -> Axis:
-    """Logarithmic, with room for all values above zero and a part more at both ends."""
-    shown = [value for value in _finite(values) if value > 0]
-    room = (max(shown) / min(shown)) ** room
-    return Axis(label, "log", low=min(shown) / room, high=max(shown) * room)
-
-
 def block_axis(names: Sequence[str], label: str = "block") -> Axis:
     """Blocks at 0, 1, ...; of more than 12 every second, third, ... one is named."""
     return Axis(label, ticks={place: names[place] for place in range(0, len(names), -(-len(names) // 12))}, grid=False)
+
+
+def log_axis(label: str, values: Iterable[float | None]) -> Axis:
+    """Logarithmic, with room for all values above zero."""
+    shown = [value for value in _finite(values) if value > 0]
+    room = (max(shown) / min(shown)) ** 0.05
+    return Axis(label, "log", low=min(shown) / room, high=max(shown) * room)
 
 
 # ---- matplotlib
@@ -258,7 +260,7 @@ def check_format(path: str | Path) -> str:
     return file_format
 
 
-def save_figure(figure: "Figure | matplotlib.figure.Figure", path: str | Path, dpi: int = 200) -> None:
+def save_figure(figure: Figure | matplotlib.figure.Figure, path: str | Path, dpi: int = 200) -> None:
     """Writes a figure in the format that its suffix names, whole or not at all."""
     rendered = render(figure) if isinstance(figure, Figure) else figure
     file_format = check_format(path)
@@ -281,14 +283,14 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
     )
     panels: list[tuple[Axes, Panel]] = []
     for row, places in zip(figure.rows, grid, strict=True):
-        for axes, panel in zip(places, [*row, *[None] * (columns - len(row))], strict=True):
+        for axes, panel in zip_longest(places, row):
             if panel is None:
                 axes.remove()
             else:
                 panels.append((axes, panel))
                 _draw_panel(axes, panel)
     for axes, panel in panels:  # limits once everything is drawn, since they may be shared
-        labeled = figure.share_y == "none" or axes.get_subplotspec().is_first_col()  # type: ignore[union-attr]
+        labeled = figure.share_y == "none" or axes.get_subplotspec().is_first_col()
         _scale(axes, panel.x, "x", narrow=figure.size[0] / columns < 4.2)
         _scale(axes, panel.y, "y", labeled=labeled)
     if figure.legend == "panel":
@@ -327,13 +329,13 @@ def _draw(axes: Axes, item: Item) -> None:
         case HeatMap():
             _draw_heat_map(axes, item)
         case Text():
-            axes.text(item.x, item.y, _plain(item.text), color=item.color, ha=item.align, va="center", fontsize="small")
+            axes.text(item.x, item.y, _plain(item.text), color=item.color, ha="center", va="center", fontsize="small")
         case Picture():
             axes.imshow(item.pixels)
 
 
 def _draw_series(axes: Axes, series: Series) -> None:
-    style = style_of(series.style) | ({"color": series.color} if series.color else {})
+    style = series.look
     y = [math.nan if value is None else value for value in series.y]
     if series.has_band:
         axes.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.2, linewidth=0)  # type: ignore[arg-type]
@@ -410,134 +412,6 @@ def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[tuple[Axes, 
 
 def _plain(text: str) -> str:
     return text.replace("$", r"\$")
-
-
-# ---- plotly
-
-
-def to_plotly(panels: Sequence[Panel], height: int, legend: bool = True) -> dict[str, Any]:
-    """Data and layout of plotly for panels below each other over one x axis: their series, levels and notes.
-
-    Args:
-        panels: from the top.
-        height: of all panels together, in pixels.
-        legend: whether there is one, if there are two lines.
-    """
-    x = panels[-1].x
-    layout: dict[str, Any] = PAGE_LAYOUT | {
-        "height": height,
-        "xaxis": _plotly_axis(x) | {"anchor": _name(len(panels) - 1)},
-    }
-    layout["shapes"], layout["annotations"], traces = [], [], []
-    between = 0.08 if len(panels) > 1 else 0
-    share = (1 - between * (len(panels) - 1)) / len(panels)
-    for index, panel in enumerate(panels):
-        y, top = _name(index), 1 - index * (share + between)
-        layout[y.replace("y", "yaxis")] = _plotly_axis(panel.y) | {
-            "domain": [max(0.0, top - share), top],
-            "title_standoff": 8,
-        }
-        for item in panel.items:
-            match item:
-                case Series():
-                    drawn = [*(_plotly_band(item) if item.has_band else ()), _plotly_series(item, panel.x.step_images)]
-                    traces += [trace | {"yaxis": y} for trace in drawn]
-                case Level(value, label, "y"):
-                    line = {"color": GRAY, "dash": "dash", "width": 1.2}
-                    shape = {"type": "line", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line}
-                    shape |= {"xref": "x domain", "yref": y, "name": _escape(label)}
-                    layout["shapes"].append(shape | {"showlegend": bool(label)})
-                case _:
-                    raise TypeError(f"the page has no {type(item).__name__}")
-        if panel.note:
-            place = {"xref": "x domain", "yref": f"{y} domain", "x": 1, "y": 1, "align": "right"}
-            layout["annotations"].append({"text": _escape(panel.note), "showarrow": False, **place})
-    labels = [trace for trace in traces + layout["shapes"] if trace.get("showlegend", True)]
-    layout["showlegend"] = legend and len(labels) > 1
-    layout["margin"] = {"l": 64, "r": 12, "t": 34 if layout["showlegend"] else 12, "b": 48}
-    # Bands first, so that no band covers a line.
-    return {"data": sorted(traces, key=lambda trace: trace["line"]["width"] > 0), "layout": layout}
-
-
-def _name(index: int) -> str:
-    """plotly's name of a panel's y axis."""
-    return f"y{index + 1}" if index else "y"
-
-
-PAGE_LAYOUT: dict[str, Any] = {
-    "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hoversubplots": "axis",
-    "modebar": {"bgcolor": "rgba(0,0,0,0)"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-}
-"""The page's style sheet colors text and grid, for light and dark."""
-
-
-def _plotly_axis(axis: Axis) -> dict[str, Any]:
-    position = math.log10 if axis.scale == "log" else float
-    low, high = (None if end is None else position(end) for end in (axis.low, axis.high))
-    described: dict[str, Any] = {
-        "title": {"text": _escape(axis.label)},
-        "type": axis.scale,
-        "range": [low, high],
-        "autorangeoptions": {"include": 0} if high is None and low == 0 else {},
-        "tickformat": {"plain": "", "si": "~s", "percent": ".0%"}[axis.form],
-        "hoverformat": "," if axis.form == "si" else "",
-        "exponentformat": "power",
-        "showgrid": axis.grid,
-        "gridcolor": "#d9dcdf",
-        "linecolor": "#59616a",
-        "showline": axis.form == "si" or axis.ticks is not None,
-        "zeroline": False,
-    }
-    ticks = axis.ticks
-    if axis.scale == "log" and axis.low and axis.high:
-        digits = LOG_DIGITS if axis.high < 1000 * axis.low else (1,)
-        powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
-        ticks = {digit * 10.0**power: f"{digit * 10.0**power:g}" for power in powers for digit in digits}
-    if ticks is not None:
-        described |= {"tickvals": list(ticks), "ticktext": [_escape(text) for text in ticks.values()]}
-    return described
-
-
-def _plotly_series(series: Series, step_images: int | None) -> dict[str, Any]:
-    style = style_of(series.style)
-    hover = series.hover or [f"step {round(x / step_images):,}" for x in series.x if step_images]
-    trace: dict[str, Any] = {
-        "type": "scatter",
-        "x": list(series.x),
-        "y": list(series.y),
-        "name": _escape(series.label),
-        "mode": "+".join(["lines"] * series.lines + ["markers"] * series.markers),
-        "line": {"color": style["color"], "dash": DASH_NAMES[style["linestyle"]], "width": 1.0 if series.pale else 1.8},
-        "marker": {"symbol": SYMBOLS[style["marker"]], "size": 4 if series.pale else 7},
-        "opacity": 0.35 if series.pale else 1,
-        "hovertemplate": "%{y:.4g} (%{text})" if hover else "%{y:.4g}",
-        "text": [_escape(text) for text in hover],
-    }
-    if series.pale:
-        trace["showlegend"] = False
-    if not series.label:
-        trace |= {"showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
-    if (errors := series.errors) is not None:
-        trace["error_y"] = {"type": "data", "symmetric": False, "arrayminus": errors[0], "array": errors[1]}
-    return trace
-
-
-def _plotly_band(series: Series) -> list[dict[str, Any]]:
-    """The interval as an area behind the line."""
-    red, green, blue = (int(style_of(series.style)["color"][place : place + 2], 16) for place in (1, 3, 5))
-    shared: dict[str, Any] = {"type": "scatter", "x": list(series.x), "mode": "lines", "line": {"width": 0}}
-    shared |= {"showlegend": False, "hoverinfo": "skip"}
-    area = {"fill": "tonexty", "fillcolor": f"rgba({red}, {green}, {blue}, 0.22)"}
-    return [shared | {"y": list(series.low or ())}, shared | {"y": list(series.high or ())} | area]
-
-
-def _escape(text: str) -> str:
-    """plotly takes some tags for markup; it shows entities as the characters that they stand for."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
 
 
 def _minus(larger: float | None, smaller: float | None) -> float:

@@ -13,8 +13,9 @@ from plotly.offline import get_plotlyjs
 
 from dia_diffusion.data.decode import read_file
 from dia_diffusion.environment import __version__
-from dia_diffusion.figures import Panel, to_plotly
+from dia_diffusion.figures import Panel
 from dia_diffusion.io import write_text
+from dia_diffusion.report.plots import to_plotly
 from dia_diffusion.tables import Table
 
 

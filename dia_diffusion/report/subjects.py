@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.figures import Axis, Panel, Series, images_axis, value_axis
 from dia_diffusion.io import STEP_FOLDER, shipped_names
 from dia_diffusion.models.registry import BACKBONES
+from dia_diffusion.report.metrics import mean_of_runs, metric, running_mean, spread, thin
 from dia_diffusion.report.page import Block, Code, Frames, Page, Picture, Plot, Plots, read_picture
 from dia_diffusion.report.tables import (
     differences_table,
@@ -42,15 +43,8 @@ MOST_POINTS = 10_000
 """Of a metric in a run's plot: 500,000 steps, logged every 50."""
 MOST_MEANS = 1_000
 """Of a metric in a study's plot."""
-SMOOTHED_OVER = 20
-"""A running mean is over this part of a run."""
 QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm"}
 """Title -> metric."""
-
-Metrics = Sequence[dict[str, Any]]
-Curve = tuple[np.ndarray, np.ndarray]
-"""Images seen and values of a metric."""
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,7 +54,7 @@ class Progress:
     folder: RunFolder
     name: str
     experiment: Experiment
-    metrics: Metrics
+    metrics: list[dict[str, Any]]
     records: list[EvaluationRecord]
 
     @classmethod
@@ -235,10 +229,10 @@ def _training_of_run(run: Progress) -> list[Block]:
     x, every, panels = images_axis([run.experiment.train.batch_size]), run.experiment.train.log_every, []
     for title, key in QUANTITIES.items():
         logged = metric(run.metrics, key)
-        own = _series("value", *thin(*logged, MOST_POINTS), pale=True)
-        mean = _series("mean", *running_mean(*logged, MOST_POINTS))
+        own = _series(title, *thin(*logged, MOST_POINTS), pale=True)
+        mean = _series(f"{title}, running mean", *running_mean(*logged, MOST_POINTS))
         panels.append(Panel([own, mean], x=x, y=value_axis(title, own.y)))
-    rate = _series("value", *thin(*metric(run.metrics, "lr"), MOST_POINTS))
+    rate = _series("learning rate", *thin(*metric(run.metrics, "lr"), MOST_POINTS))
     panels.append(Panel([rate], x=x, y=Axis("learning rate", low=0)))
     logged_at = "each step" if every == 1 else f"every {every} steps"
     caption = f"Pale: values as logged, {logged_at}; dark: their running mean."
@@ -368,48 +362,6 @@ def _runs_table(planned: Sequence[StudyRun], runs: Mapping[str, Progress]) -> Ta
 def _command(study: Study) -> str:
     name = study.folder if (study.folder / STUDY_FILE).is_file() else study.name
     return f"`dia-diffusion curves {name}`"
-
-
-# ---- Metrics
-
-
-def metric(lines: Metrics, key: str) -> Curve:
-    """The values of a metric."""
-    known = [line for line in lines if line.get(key) is not None]
-    return np.array([line["images"] for line in known]), np.array([line[key] for line in known], dtype=float)
-
-
-def thin(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
-    """At most `most` points: the lowest and the highest of each of `most` / 2 stretches."""
-    if len(x) <= most:
-        return x, y
-    stretches = np.array_split(np.arange(len(y)), most // 2)
-    kept = sorted({int(part[end(y[part])]) for part in stretches for end in (np.argmin, np.argmax)})
-    return x[kept], y[kept]
-
-
-def running_mean(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
-    """At most `most` means, evenly spaced, each of the values around a point."""
-    if not len(y):
-        return x, y
-    window = max(1, len(y) // SMOOTHED_OVER)
-    means = np.convolve(y, np.full(window, 1 / window), mode="valid")
-    kept = np.array(spread(range(len(means)), most))
-    return x[kept + window // 2], means[kept]
-
-
-def mean_of_runs(runs: Sequence[Curve]) -> Curve:
-    """The mean over the runs that have come furthest, at the images that all of these have."""
-    curves = [dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in runs if len(x)]
-    furthest = max((max(curve) for curve in curves), default=0)
-    curves = [curve for curve in curves if furthest in curve]
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return np.array(shared, dtype=int), np.array([np.mean([curve[x] for curve in curves]) for x in shared])
-
-
-def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(len(items), most))]
 
 
 def _series(label: str, x: np.ndarray, y: np.ndarray, **how: Any) -> Series:

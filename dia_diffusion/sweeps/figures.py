@@ -232,7 +232,7 @@ def draw_stability(record: dict[str, Any], path: str | Path) -> None:
             for row in own:
                 sign = "".join(sorted(FAILED.get(outcome, "") for outcome in row["outcomes"]))
                 place = (row["learning_rate"], len(units) - 1 - style)
-                signs.append(Text(*place, sign, color=style_of(style)["color"]))
+                signs.append(Text(*place, sign, style_of(style)["color"]))
             shift = 10 ** (DODGE_DECADES * (style - (len(units) - 1) / 2))
             own = [row for row in sorted(own, key=lambda row: row["learning_rate"]) if row["held_out_loss"] is not None]
             at, means = ([row[key] for row in own] for key in ("learning_rate", "held_out_loss"))
@@ -284,5 +284,5 @@ def _placements(rows: Mapping[int, dict[str, Any]], key: str, **how: Any) -> lis
     halves = [row[f"{key}_half_width"] or 0.0 for row in rows.values()]
     low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))
     seeds = [(x, value) for x, row in rows.items() for value in row[key]]
-    marks = Series([x for x, _ in seeds], [y for _, y in seeds], color="black", lines=False, pale=True)
+    marks = Series([x for x, _ in seeds], [y for _, y in seeds], color="#000000", lines=False, pale=True)
     return [Series(list(rows), means, style=1, low=low, high=high, **how), marks]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dia_diffusion.report.subjects import mean_of_runs, metric, running_mean, spread, thin
+from dia_diffusion.report.metrics import mean_of_runs, metric, running_mean, spread, thin
 
 EIGHT = 8 * np.arange(1, 3001)
 """Images seen."""

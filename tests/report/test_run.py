@@ -24,7 +24,7 @@ def test_a_page_shows_what_the_run_has(tmp_path: Path, write_run: Callable[..., 
 
     (distance,) = page.traces("FD(digits)")
     assert (distance["x"], distance["y"]) == ([24, 48], [9.5, 4.25]), "in order of step, the later of two"
-    (losses,), (rates,) = [[t for t in page.traces("value") if t["yaxis"] == axis] for axis in ("y", "y3")]
+    (losses,), (rates,) = page.traces("loss"), page.traces("learning rate")
     assert losses["x"] == [8 * step for step in range(1, 7)]
     assert losses["y"] == [1 / step for step in range(1, 7)]
     assert rates["y"] == pytest.approx([0.001 * step for step in range(1, 7)])
@@ -106,7 +106,7 @@ def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     page = parse(render(run_page(torn)))
     assert "truncated or corrupted: step-00000003.png" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
-    assert len(page.traces("value")[0]["x"]) == 6
+    assert len(page.traces("loss")[0]["x"]) == 6
 
 
 def test_an_environment_that_was_altered_is_shown_as_text(tmp_path: Path, write_run) -> None:
