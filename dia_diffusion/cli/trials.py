@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 from rich.table import Table
 
-from dia_diffusion.cli.analyses import refuse_file
-from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
+from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions, refuse_file
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocols import read_protocol
