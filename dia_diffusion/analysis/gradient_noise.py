@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.drawing import over_training, save, style
 from dia_diffusion.analysis.run import GradientBatches, TrainedRun
-from dia_diffusion.attention.attach import UNITS_NAME
+from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")

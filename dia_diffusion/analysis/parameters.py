@@ -16,8 +16,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, build_classifier
 from dia_diffusion.models.uvit import UVIT_SIZES, UViT
-from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.config import ClassifyExperiment, Experiment, ModelConfig
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
 

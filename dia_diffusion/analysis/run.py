@@ -27,7 +27,7 @@ from dia_diffusion.training import randomness
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
 from dia_diffusion.training.classification import Batches
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
 from dia_diffusion.training.recipe import read_experiment

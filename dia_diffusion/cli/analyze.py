@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dia_diffusion.cli.console import ConsoleReporter, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
@@ -184,12 +184,12 @@ def _open(options: RunOptions) -> "list[TrainedRun]":
     from dia_diffusion.analysis.run import open_runs
 
     refuse_file(options.out)
-    reporter = ConsoleReporter()
+    progress = ConsoleProgress()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return open_runs(options.runs, options.data, device, partial(reporter.reading, "images"))
+        return open_runs(options.runs, options.data, device, progress.reading("images"))
     finally:
-        reporter.close()
+        progress.close()
 
 
 def refuse_file(out: Path) -> None:

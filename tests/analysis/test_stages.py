@@ -9,8 +9,8 @@ from dia_diffusion.analysis.gradients import ANALYSIS as GRADIENTS
 from dia_diffusion.analysis.gradients import gradients_at
 from dia_diffusion.analysis.run import Coverage, GradientBatches, open_runs
 from dia_diffusion.analysis.stages import attended_stages, maps_during, stages_of
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attach
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
 from dia_diffusion.models.uvit import UViT
 from tests.analysis.conftest import MakeRun

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dia_diffusion import attach
-from dia_diffusion.attention.attach import attachment_in
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attachment_in
 from tests.attention.networks import Network, gradients, is_branch, tiny_dit, tiny_unet
 
 UNITS = [("dia-lstm", {}), ("se", {"sharing": "individual"}), ("cbam", {})]

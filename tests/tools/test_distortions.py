@@ -1,12 +1,18 @@
+import json
+
 import numpy as np
 import pytest
 import torch
+from distortions import Options, Row, blur, cases, draw_corrupted, jpeg, noise, run
 from PIL import Image, ImageFilter
 
+from dia_diffusion.cli.main import run_script
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.distortions import blur, cases, draw_spoilt, jpeg, noise
+from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.reference import reference_statistics
+from tests.security.hostile import write_bomb
+from tests.tools.conftest import script_error
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +77,9 @@ def test_cases_are_what_they_say(train):
         cases(train, 2000)
 
 
-def test_distance_rises_with_the_amount(train, digits, extractor):
-    reference = reference_statistics(digits, extractor).statistics
+def test_distance_rises_with_the_amount(train):
+    extractor = build_features("digits")
+    reference = reference_statistics(open_images("digits", split="test"), extractor).statistics
     found: dict[str, list[float]] = {}
     for case in cases(train, 500):
         found.setdefault(case.name, []).append(case.distance(extractor, reference))
@@ -83,7 +90,24 @@ def test_distance_rises_with_the_amount(train, digits, extractor):
         assert strong[-1] > 2 * unchanged, name
 
 
-def test_the_figure_shows_every_way_of_spoiling(train, tmp_path):
-    means = {(case.name, case.amount): 1.5 for case in cases(train, 10)}
-    draw_spoilt(train, means, tmp_path / "spoilt.png")
-    assert np.asarray(Image.open(tmp_path / "spoilt.png")).std() > 10
+def test_the_figure_shows_every_corruption(train, tmp_path):
+    rows = [Row(case.name, case.amount, 10, [1.5]) for case in cases(train, 10)]
+    draw_corrupted(train, rows, tmp_path / "corrupted.png")
+    assert np.asarray(Image.open(tmp_path / "corrupted.png")).std() > 10
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    """Two choices of 20 digits; a file that can't be written to and an archive that is a bomb end in one line."""
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    reference = ["--reference", "digits", "--reference-split", "test"]
+    out = ["--num", "20", "--seeds", "0-1", "--out", str(tmp_path / "x.json")]
+    assert run_script("distortions.py", Options, run, ["digits", *reference, *out]) == 0
+    assert "FD(digits)" in capsys.readouterr().out and (tmp_path / "x.png").is_file()
+    numbers = json.loads((tmp_path / "x.json").read_text())
+    assert {len(row["distances"]) for row in numbers["rows"]} == {2} and numbers["reference"]["count"] == 596
+    bomb = write_bomb(tmp_path / "bomb.zip", "a.png", 1 << 26)
+    for arguments, said in (
+        (["digits", *reference, "--out", tmp_path / "z.png"], "ending in .json, got"),
+        ([bomb, *reference, "--features", "digits"], "bomb.zip"),
+    ):
+        assert said in script_error("distortions.py", Options, run, arguments, capsys)

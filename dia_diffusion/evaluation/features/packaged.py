@@ -1,4 +1,4 @@
-"""A classifier of this project as a torch-fidelity extractor: the layer before its last gives the features."""
+"""The features `digits` and `cifar10`: classifiers of this project whose weights are in the package."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import nn
 from torch_fidelity import FeatureExtractorBase
 
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
+from dia_diffusion.models.cifar_resnet import FeatureResNet
 
 PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
 
@@ -75,3 +76,60 @@ class ClassifierExtractor(FeatureExtractorBase):
         features = self.classifier.features(pixels.contiguous(memory_format=torch.channels_last))
         layers = dict(zip(self.get_provided_features_list(), (features, self.classifier.head(features)), strict=True))
         return tuple(layers[name] for name in self.features_list)
+
+
+class DigitsClassifier(Classifier):
+    """A small classifier of 8x8 grey images in [0, 1]; the layer before its last gives 64 features.
+
+    GELU instead of ReLU and strides instead of maxima: a feature that is flat over half its range or jumps between
+    pixels makes a poor ruler.
+    """
+
+    in_channels = 1
+    image_size = 8
+    num_features = 64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.GELU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 64),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 1, 8, 8) in [0, 1] -> (B, 64)."""
+        return self.trunk(2 * images - 1)
+
+
+class DigitsExtractor(ClassifierExtractor):
+    """The classifier of digits with the layers "64" and "logits"."""
+
+    network = DigitsClassifier
+    weights = PACKAGED_WEIGHTS / "digits.safetensors"
+
+
+class Cifar10Classifier(FeatureResNet, Classifier):
+    """That network for 32x32 colour images in [0, 1]; trained as `dia-diffusion classify --config cifar10_features`."""
+
+    in_channels = 3
+    image_size = 32
+    num_features = FeatureResNet.num_features
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, 32, 32) in [0, 1] -> (B, 256), the same for an image and its mirror; see FeatureResNet."""
+        return super().features(4 * images - 2)  # the recipe's mean of 0.5 and deviation of 0.25
+
+
+class Cifar10Extractor(ClassifierExtractor):
+    """The classifier of CIFAR-10 with the layers "256" and "logits"."""
+
+    network = Cifar10Classifier
+    weights = PACKAGED_WEIGHTS / "cifar10.safetensors"

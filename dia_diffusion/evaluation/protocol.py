@@ -1,4 +1,4 @@
-"""Named protocols: small YAML files that fix how a distance is measured, so that curves of many runs can share it."""
+"""How images are evaluated: a protocol from a small YAML file, so that the curves of many runs share it."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ WEIGHTS = ("ema",)
 """What a run's pipelines hold."""
 
 
-class NamedProtocol(Strict):
+class EvalProtocol(Strict):
     """A protocol's keys. Which images are the reference, hashes and versions are for each record to say."""
 
     name: str
@@ -47,6 +47,23 @@ class NamedProtocol(Strict):
     """Of class-conditional models, in turn by seed; None is all of a model's."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
     """Of classifier-free guidance; 1 is none."""
+
+    @classmethod
+    def read(cls, name: str) -> "EvalProtocol":
+        """A protocol from its file, by path or by the name of a shipped one.
+
+        Raises:
+            InputError: no such protocol, not YAML, an unknown key (the nearest is named), or an invalid value.
+        """
+        path = Path(name) if Path(name).is_file() else shipped_folder("protocols") / f"{name}.yaml"
+        if not path.is_file():
+            raise InputError(
+                f"a protocol must be a YAML file or one of {', '.join(shipped_names('protocols'))}, got {name!r}"
+            )
+        values = read_yaml(path, "protocol", "features, num_samples, sampler, steps")
+        if "name" in values:
+            raise InputError(f"{path}: unknown key `name`; a protocol is named by its file")
+        return validate(cls, {**values, "name": path.stem}, f"{path}: ")
 
     @field_validator("features")
     @classmethod
@@ -74,37 +91,19 @@ class NamedProtocol(Strict):
         """Whether a record was made under this name and these settings."""
         return (record.protocol_name, record.protocol_file_hash) == (self.name, self.hash())
 
-
-def read_protocol(name: str) -> NamedProtocol:
-    """A protocol from its file, by path or by the name of a shipped one.
-
-    Raises:
-        InputError: no such protocol, not YAML, an unknown key (the nearest is named), or a value that isn't accepted.
-    """
-    path = Path(name) if Path(name).is_file() else shipped_folder("protocols") / f"{name}.yaml"
-    if not path.is_file():
-        raise InputError(
-            f"a protocol must be a YAML file or one of {', '.join(shipped_names('protocols'))}, got {name!r}"
-        )
-    values = read_yaml(path, "protocol", "features, num_samples, sampler, steps")
-    if "name" in values:
-        raise InputError(f"{path}: unknown key `name`; a protocol is named by its file")
-    return validate(NamedProtocol, {**values, "name": path.stem}, f"{path}: ")
+    def refuse_changed(self, records: Iterable[EvaluationRecord], place: str | Path) -> None:
+        """Raises InputError if records in `place` have this protocol's name but were made with other settings."""
+        for record in records:
+            if record.protocol_name == self.name and not self.named_in(record):
+                theirs, own = str(record.protocol_file_hash)[:8], self.hash()[:8]
+                raise InputError(
+                    f"{place} has records of a protocol {self.name} with other settings (hash {theirs}, now {own}); "
+                    "give the changed protocol another name, or remove these records"
+                )
 
 
-def under_name(record: EvaluationRecord, protocol: NamedProtocol | None) -> EvaluationRecord:
+def under_name(record: EvaluationRecord, protocol: EvalProtocol | None) -> EvaluationRecord:
     """A record under a protocol's name; itself where it is already, or where there is no name."""
     if protocol is None or protocol.named_in(record):
         return record
     return dataclasses.replace(record, protocol_name=protocol.name, protocol_file_hash=protocol.hash())
-
-
-def refuse_changed(records: Iterable[EvaluationRecord], protocol: NamedProtocol, place: str | Path) -> None:
-    """Raises InputError where records of `place` were made under this protocol's name when it had other settings."""
-    for record in records:
-        if record.protocol_name == protocol.name and not protocol.named_in(record):
-            theirs, own = str(record.protocol_file_hash)[:8], protocol.hash()[:8]
-            raise InputError(
-                f"{place} has records of a protocol {protocol.name} with other settings (hash {theirs}, now {own}); "
-                "give the changed protocol another name, or remove these records"
-            )
