@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dia_diffusion.cli.console import ConsoleProgress, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
-    from dia_diffusion.analysis.run import Coverage, GradientBatches, TrainedRun
+    from dia_diffusion.analysis.run import Coverage, GradientBatches
 
 DESCRIPTION = "Measures what the attention unit of trained runs does."
 
@@ -148,21 +148,26 @@ class PlacementOptions(TrialOptions):
 
 def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) -> None:
     """Measures the runs, writes NAME.json and NAME.png, and prints the numbers of the last step."""
+    import torch
+
     from dia_diffusion.analysis.analysis import Analysis
+    from dia_diffusion.analysis.run import open_runs
     from dia_diffusion.io import write_json
     from dia_diffusion.training.randomness import RANDOMNESS
 
+    refuse_file(options.out)
     analysis: Analysis = importlib.import_module(f"dia_diffusion.analysis.{module}").ANALYSIS
-    runs = _open(options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     done = total = 0
-    with Counter(f"measuring {name}", options.unit) as counter:
+    with ConsoleProgress() as progress:
+        runs = open_runs(options.runs, options.data, device, progress.reading("images"))
 
-        def progress(amount: int) -> None:
+        def count(amount: int) -> None:
             nonlocal done
             done += amount
-            counter(done, total)
+            progress.update(f"measuring {name}", options.unit, done, total)
 
-        over = options.over(progress)
+        over = options.over(count)
         for run in runs:  # all are checked before the first is measured
             total += len(analysis.check(run, options.steps, over, options.weights)) * analysis.passes * over.work(run)
         records = [analysis.of_run(run, options.steps, over, options.weights) for run in runs]
@@ -175,21 +180,6 @@ def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) ->
     for record in records:
         for line in analysis.describe(record):
             console.print(line)
-
-
-def _open(options: RunOptions) -> "list[TrainedRun]":
-    """The runs that the options name, with their images."""
-    import torch
-
-    from dia_diffusion.analysis.run import open_runs
-
-    refuse_file(options.out)
-    progress = ConsoleProgress()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return open_runs(options.runs, options.data, device, progress.reading("images"))
-    finally:
-        progress.close()
 
 
 def refuse_file(out: Path) -> None:
