@@ -75,6 +75,8 @@ class LoopConfig(Strict):
 class Recipe(Strict):
     """What the recipes of `train` and `classify` share."""
 
+    COMMAND: ClassVar[str]
+    """The command that trains it."""
     MAY_CHANGE: ClassVar[frozenset[str]]
     """Keys that may change when a run resumes: where it lies, what it reports and how it is computed, but not what is
     trained. Training images and initial weights are compared by their content, so their place may change too."""
@@ -199,6 +201,7 @@ class SamplesConfig(Strict):
 class Experiment(Recipe):
     """A recipe of `train` with every default filled in."""
 
+    COMMAND = "train"
     MAY_CHANGE = frozenset(
         {
             "output",
@@ -351,6 +354,7 @@ class ClassifyOptimizerConfig(Strict):
 class ClassifyExperiment(Recipe):
     """A recipe of `classify` with every default filled in."""
 
+    COMMAND = "classify"
     MAY_CHANGE = frozenset(
         {
             "output",

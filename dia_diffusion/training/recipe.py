@@ -164,6 +164,11 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
     return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
 
 
+def command_of(recipe: Mapping[str, Any]) -> str:
+    """The command that a recipe of any version is of: those of `train` alone have a noise process."""
+    return "train" if "noise" in recipe else "classify"
+
+
 def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] | None = None) -> list[str]:
     """Keys that differ from a run's recipe and may not: "train.batch_size: 32 -> 64".
 
