@@ -6,14 +6,9 @@ blocks are checked against the parsers.
 """
 
 import importlib
-import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
