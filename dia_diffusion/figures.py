@@ -290,7 +290,7 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
                 panels.append((axes, panel))
                 _draw_panel(axes, panel)
     for axes, panel in panels:  # limits once everything is drawn, since they may be shared
-        labeled = figure.share_y == "none" or axes.get_subplotspec().is_first_col()
+        labeled = figure.share_y == "none" or axes.get_subplotspec().is_first_col()  # type: ignore[union-attr]
         _scale(axes, panel.x, "x", narrow=figure.size[0] / columns < 4.2)
         _scale(axes, panel.y, "y", labeled=labeled)
     if figure.legend == "panel":

@@ -24,10 +24,10 @@ from dia_diffusion.report.tables import (
     results_table,
     shared_recipe,
 )
-from dia_diffusion.sweeps.collect import measured, training_seconds
+from dia_diffusion.sweeps.collect import scan, training_seconds
 from dia_diffusion.sweeps.figures import curve_panels, final_panel, twins
 from dia_diffusion.sweeps.results import results_of
-from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, StudyRun, read_study, study_path
+from dia_diffusion.sweeps.sweep import STUDY_FILE, Run, Study, read_study, study_path
 from dia_diffusion.sweeps.table import told_time
 from dia_diffusion.tables import Table
 from dia_diffusion.training.config import Experiment
@@ -278,8 +278,8 @@ def _facts_of_study(study: Study, runs: Iterable[Progress]) -> dict[str, str]:
         "batch sizes": ", ".join(f"{size:,}" for size in study.batch_sizes),
         "seeds": ", ".join(map(str, sorted({run.seed for run in study.runs}))),
         "runs trained": f"{trained}" if trained == len(study.runs) else f"{trained} of {len(study.runs)}",
-        "protocol": study.config.protocol,
-        "final protocol": study.config.final_protocol or "",
+        "protocol": study.protocol.name,
+        "final protocol": study.final_protocol.name if study.final_protocol else "",
         "training time": told_time(seconds) if seconds else "",
     }
     return {name: value for name, value in facts.items() if value}
@@ -287,20 +287,23 @@ def _facts_of_study(study: Study, runs: Iterable[Progress]) -> dict[str, str]:
 
 def _distance_of_study(study: Study, records: Sequence[EvaluationRecord]) -> list[Block]:
     """The study's own figures, tables and notes, and how each distance was measured."""
-    if not measured(study, study.config.protocol):
-        missing = f"No evaluations by protocol {study.config.protocol} yet; {_command(study)} makes them."
+    inventory = scan(study)
+    if not inventory.curve:
+        missing = f"No evaluations by protocol {study.protocol.name} yet; {_command(study)} makes them."
         return [missing, *([protocols_table(records)] if records else [])]
-    results = results_of(study)
+    results = results_of(inventory)
     curve, final = results.curve, results.final
     plots = []
     for panel in curve_panels(curve.points, study.units, curve.metric, curve.floor_distance):
         means = [item for item in panel.items if isinstance(item, Series) and not item.pale]
         ends = ", ".join(f"{series.label} ends at {series.y[-1]:.3f}" for series in means)
-        plots.append(Plot([panel], f"{curve.told} over images seen at {panel.title}: {ends}", panel.title.capitalize()))
+        plots.append(
+            Plot([panel], f"{curve.title} over images seen at {panel.title}: {ends}", panel.title.capitalize())
+        )
     blocks: list[Block] = [Plots(plots, "Means over seeds with their 95 % bands; thin, the curve of each seed.")]
     if final:
         panel = final_panel(final.points, study.units, final.metric, final.floor_distance)
-        description = f"{final.told} at the end of training; the table below has its numbers"
+        description = f"{final.title} at the end of training; the table below has its numbers"
         title = "End of training: mean over seeds and its 95 % interval; pale, each seed"
         blocks.append(Plots([Plot([panel], description, title)]))
     return [*blocks, *results.tables, *results.notes, protocols_table(records)]
@@ -346,7 +349,7 @@ def _training_of_study(study: Study, runs: Mapping[str, Progress]) -> list[Block
     return [*rows] or [f"No metrics yet; {_command(study)} trains the runs."]
 
 
-def _runs_table(planned: Sequence[StudyRun], runs: Mapping[str, Progress]) -> Table:
+def _runs_table(planned: Sequence[Run], runs: Mapping[str, Progress]) -> Table:
     columns = ["run", "unit", "batch size", "seed", "steps", "parameters", "last loss", "evaluations", "time", "memory"]
     rows = []
     for run in planned:

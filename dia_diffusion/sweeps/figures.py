@@ -27,7 +27,7 @@ from dia_diffusion.io import step_name
 from dia_diffusion.sweeps.accuracies import Row
 from dia_diffusion.sweeps.collect import Point
 from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate
-from dia_diffusion.sweeps.sweep import Study, StudyRun
+from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.sweeps.trials import NO_BETTER, NOT_FINITE, TRAINED
 from dia_diffusion.training.run_folder import RunFolder
 
@@ -152,9 +152,9 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
     save_figure(Figure([panels], (4 * len(grids), 4.2)), path, dpi=160)
 
 
-def twins(study: Study, batch_size: int, has_grids: Callable[[StudyRun], bool]) -> list[StudyRun]:
+def twins(study: Study, batch_size: int, has_grids: Callable[[Run], bool]) -> list[Run]:
     """One run per unit, with grids and of one seed of training: the first seed that the most units have."""
-    by_seed: dict[int, list[StudyRun]] = {}
+    by_seed: dict[int, list[Run]] = {}
     for run in study.runs:
         if run.batch_size == batch_size and has_grids(run):
             by_seed.setdefault(run.seed, []).append(run)
@@ -174,7 +174,7 @@ def draw_grids_of_study(study: Study) -> list[Path]:
     return drawn
 
 
-def _last_grid(run: StudyRun) -> Path:
+def _last_grid(run: Run) -> Path:
     return RunFolder(run.folder).samples / f"{step_name(run.experiment.train.max_steps)}.png"
 
 
