@@ -407,7 +407,7 @@ def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[tuple[Axes, 
     columns = len(entries) if sum(widths) <= width else max(1, int(width // max(widths)))
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     if entries:
-        figure.legend(entries.values(), entries.keys(), title=title or None, title_fontsize="medium", **place)
+        figure.legend(entries.values(), entries.keys(), title=_plain(title) or None, title_fontsize="medium", **place)
 
 
 def _plain(text: str) -> str:
