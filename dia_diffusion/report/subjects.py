@@ -1,6 +1,6 @@
 """The page of a run, and that of a study."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm"}
 
 
 @dataclass
-class Progress:
+class RunData:
     """What there is of a run so far."""
 
     folder: RunFolder
@@ -58,7 +58,7 @@ class Progress:
     records: list[EvaluationRecord]
 
     @classmethod
-    def read(cls, path: Path, name: str, experiment: Experiment) -> "Progress":
+    def read(cls, path: Path, name: str, experiment: Experiment) -> "RunData":
         folder = RunFolder(path)
         metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else []
         records = read_records(folder.evaluations) if folder.evaluations.is_file() else []
@@ -99,10 +99,6 @@ class Progress:
         description = f"{count} samples of run {self.name} at step {step:,}, seeds 0-{count - 1}"
         return read_picture(self.grids()[step], description, title)
 
-    def moment(self, step: int) -> str:
-        """What the slider shows."""
-        return f"step {step:,}, {step * self.experiment.train.batch_size:,} images"
-
 
 def page_of(subject: str) -> tuple[Page, Path]:
     """The page of a run (its folder) or of a study (its folder, file or name), and the folder.
@@ -135,14 +131,15 @@ def run_page(path: Path) -> Page:
         InputError: its recipe or its evaluations can't be read.
     """
     config = RunFolder(path).config
-    run = Progress.read(path, path.resolve().name, read_experiment(str(config)))
+    run = RunData.read(path, path.resolve().name, read_experiment(str(config)))
     return Page(
         title=run.name,
         subtitle=f"A training run, {describe(run.experiment)}.",
         facts=_facts_of_run(run),
         sections={
             "Distance": _distance_of_run(run),
-            "Samples": _samples_of_run(run),
+            "Samples": _frames("The same seeds over training", {"": run}, MOST_GRIDS)
+            or ["No grids yet; a run draws one every `train.sample_every` steps."],
             "Training": _training_of_run(run),
             "Recipe": [Code(config.read_text(encoding="utf-8"))],
             "Environment": [environment_table([run.folder], run.records)],
@@ -159,7 +156,7 @@ def describe(experiment: Experiment) -> str:
     return f"{network} on {model['sample_size']}x{model['sample_size']} images, attention unit {model['attention']}"
 
 
-def _facts_of_run(run: Progress) -> dict[str, str]:
+def _facts_of_run(run: RunData) -> dict[str, str]:
     batch_size, seconds = run.experiment.train.batch_size, training_seconds(run.metrics)
     facts = {
         "attention unit": str(run.experiment.model.attention),
@@ -177,7 +174,7 @@ def _facts_of_run(run: Progress) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _distance_of_run(run: Progress) -> list[Block]:
+def _distance_of_run(run: RunData) -> list[Block]:
     """A plot per protocol that has more than one point, since those of two can't share an axis; then the tables."""
     if not run.records:
         command = f"dia-diffusion fid {run.folder.path} --every-step --reference IMAGES"
@@ -200,29 +197,31 @@ def _distance_of_run(run: Progress) -> list[Block]:
     return [*curves, results_table(run.records), protocols_table(run.records)]
 
 
-def _samples_of_run(run: Progress) -> list[Block]:
-    files = run.grids()
-    if not files:
-        return ["No grids yet; a run draws one every `train.sample_every` steps."]
-    chosen = spread(list(files), MOST_GRIDS)
-    pictures = {step: run.grid(step) for step in chosen}
-    moments = {run.moment(step): [picture] for step, picture in pictures.items() if picture}
-    caption = _samples_caption(run.experiment)
-    if len(chosen) < len(files):
-        caption += f" {len(chosen)} of the run's {len(files)} grids."
-    unreadable = [files[step].name for step, picture in pictures.items() if not picture]
-    frames = [Frames("The same seeds over training", moments, caption)] if moments else []
-    return [*frames, *([f"Not shown, since truncated or corrupted: {', '.join(unreadable)}."] if unreadable else ())]
-
-
-def _samples_caption(experiment: Experiment) -> str:
-    samples = experiment.samples
+def _frames(title: str, runs: Mapping[str, RunData], most: int) -> list[Block]:
+    """A slider over the grids that all runs (caption -> run) have, side by side; at most `most` of them."""
+    steps = sorted(set.intersection(*(set(run.grids()) for run in runs.values()))) if runs else []
+    if not steps:
+        return []
+    first, chosen = next(iter(runs.values())), spread(steps, most)
+    pictures = {step: [run.grid(step, caption) for caption, run in runs.items()] for step in chosen}
+    moments = {
+        f"step {step:,}, {step * first.experiment.train.batch_size:,} images": shown
+        for step in chosen
+        if (shown := [picture for picture in pictures[step] if picture])
+    }
+    samples = first.experiment.samples
     guidance = f", guidance {samples.guidance_scale:g}" if samples.guidance_scale != 1 else ""
-    images = f"Images of the seeds 0 to {samples.count - 1}, not picked"
-    return f"{images}; averaged weights, {samples.sampler}, {samples.steps} steps{guidance}."
+    caption = f"Images of the seeds 0 to {samples.count - 1}, not picked; averaged weights, {samples.sampler}, "
+    caption += f"{samples.steps} steps{guidance}."
+    if len(chosen) < len(steps):
+        caption += f" {len(chosen)} of {len(steps)} grids."
+    blocks: list[Block] = [Frames(title, moments, caption)] if moments else []
+    if unreadable := [f"step {step:,}" for step in chosen if not all(pictures[step])]:
+        blocks.append(f"Not shown, since truncated or corrupted: {', '.join(unreadable)}.")
+    return blocks
 
 
-def _training_of_run(run: Progress) -> list[Block]:
+def _training_of_run(run: RunData) -> list[Block]:
     """Each metric as logged, pale, and its running mean."""
     if not run.metrics:
         return [f"No metrics yet; `dia-diffusion train --config {run.folder.config}` makes them."]
@@ -252,7 +251,7 @@ def study_page(study: Study) -> Page:
     Raises:
         InputError: evaluations can't be read.
     """
-    runs = {run.name: Progress.read(run.folder, run.name, run.experiment) for run in study.runs}
+    runs = {run.name: RunData.read(run.folder, run.name, run.experiment) for run in study.runs}
     records = [record for run in runs.values() for record in run.records]
     experiments = {run.name: run.experiment for run in study.runs}
     return Page(
@@ -270,7 +269,7 @@ def study_page(study: Study) -> Page:
     )
 
 
-def _facts_of_study(study: Study, runs: Iterable[Progress]) -> dict[str, str]:
+def _facts_of_study(study: Study, runs: Collection[RunData]) -> dict[str, str]:
     trained = sum(run.step >= run.experiment.train.max_steps for run in runs)
     seconds = sum(training_seconds(run.metrics) for run in runs)
     facts = {
@@ -309,24 +308,17 @@ def _distance_of_study(study: Study, records: Sequence[EvaluationRecord]) -> lis
     return [*blocks, *results.tables, *results.notes, protocols_table(records)]
 
 
-def _samples_of_study(study: Study, runs: Mapping[str, Progress]) -> list[Block]:
-    """A slider per batch size: every unit's grid from the same seeds, at the steps that all of them have."""
+def _samples_of_study(study: Study, runs: Mapping[str, RunData]) -> list[Block]:
+    """A slider per batch size: every unit's grid from the same seeds."""
     blocks: list[Block] = []
     for size in study.batch_sizes:
-        shown = [runs[run.name] for run in twins(study, size, lambda run: bool(runs[run.name].grids()))]
-        units = {run.name: run.unit for run in study.runs}
-        steps = sorted(set.intersection(*(set(run.grids()) for run in shown))) if shown else []
-        moments = {}
-        for step in spread(steps, MOST_MOMENTS):
-            if pictures := [picture for run in shown if (picture := run.grid(step, units[run.name]))]:
-                moments[shown[0].moment(step)] = pictures
-        if moments:
-            title = f"Batch size {size}, training seed {shown[0].experiment.seed}"
-            blocks.append(Frames(title, moments, _samples_caption(shown[0].experiment)))
+        shown = twins(study, size, lambda run: bool(runs[run.name].grids()))
+        title = f"Batch size {size}, training seed {shown[0].seed}" if shown else ""
+        blocks += _frames(title, {run.unit: runs[run.name] for run in shown}, MOST_MOMENTS)
     return blocks or [f"No grids yet; {_command(study)} trains the runs that draw them."]
 
 
-def _training_of_study(study: Study, runs: Mapping[str, Progress]) -> list[Block]:
+def _training_of_study(study: Study, runs: Mapping[str, RunData]) -> list[Block]:
     """A row of plots per quantity, a plot per batch size, a line per unit."""
     rows = []
     for title, key in QUANTITIES.items():
@@ -349,7 +341,7 @@ def _training_of_study(study: Study, runs: Mapping[str, Progress]) -> list[Block
     return [*rows] or [f"No metrics yet; {_command(study)} trains the runs."]
 
 
-def _runs_table(planned: Sequence[Run], runs: Mapping[str, Progress]) -> Table:
+def _runs_table(planned: Sequence[Run], runs: Mapping[str, RunData]) -> Table:
     columns = ["run", "unit", "batch size", "seed", "steps", "parameters", "last loss", "evaluations", "time", "memory"]
     rows = []
     for run in planned:
