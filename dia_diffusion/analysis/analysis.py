@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
 from torch import nn
 
 from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.errors import InputError
+from dia_diffusion.figures import Figure
 
 Record = dict[str, Any]
 
@@ -19,8 +20,8 @@ class Analysis:
 
     measure: Callable[[TrainedRun, nn.Module, Any], Record]
     """(run, network of a step, over) -> what the record has of the step."""
-    draw: Callable[[Sequence[Record], Path], None]
-    """Draws the records of runs into a PNG."""
+    draw: Callable[[Sequence[Record]], Figure | matplotlib.figure.Figure]
+    """The records of runs -> the figure."""
     describe: Callable[[Record], Iterator[str]]
     """The last step of a run's record in lines of text."""
     about: Callable[[TrainedRun, Any], Record] = lambda run, over: {}

@@ -10,18 +10,16 @@ With K batches of B images at the same weights, gradients g_k and their mean m:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.analysis import Analysis, Record
-from dia_diffusion.analysis.drawing import over_training, save, style
 from dia_diffusion.analysis.run import GradientBatches, TrainedRun
+from dia_diffusion.figures import COLORS, Axis, Figure, Item, Panel, Series, Text, images_axis
 from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
@@ -171,51 +169,55 @@ def _in_words(noise: dict[str, float | None]) -> str:
 # ---- figure
 
 
-def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+def draw(runs: Sequence[Record]) -> Figure:
     """Noise scale over training, by group at the end, and the gradient norms that training logged."""
-    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
-    (scale, by_group), (norms, variation) = figure.subplots(2, 2)
+    scales, by_group, norms, variations = [], [], [], []
     for index, run in enumerate(runs):
-        line = {**style(index), "label": run["run"]}
         seen = [step["images_seen"] for step in run["steps"]]
-        _draw_scales(scale, seen, [step["groups"]["all"] for step in run["steps"]], line)
-        logged = run["logged"]
-        seen = [window["last_step"] * run["batch_size"] for window in logged]
-        norms.plot(seen, [window["mean"] for window in logged], **line)
-        variation.plot(seen, [window["variation"] for window in logged], **line)
-        groups = run["steps"][-1]["groups"]
-        places = [place + 0.16 * (index - (len(runs) - 1) / 2) for place, name in enumerate(GROUPS) if name in groups]
-        measured = [groups[name] for name in GROUPS if name in groups]
-        _draw_scales(by_group, places, measured, {**line, "linestyle": "none"})
-    for place, title in (
-        (scale, "noise scale tr Σ / |G|², images (↑: at least)"),
-        (norms, "gradient norm of a batch, as logged"),
-        (variation, "its deviation over its mean"),
-    ):
-        place.set_title(title)
-        over_training(place)
-    norms.set_ylim(bottom=0)
-    variation.set_ylim(bottom=0)
-    by_group.set_title("noise scale by group, last step")
-    by_group.set_xticks(range(len(GROUPS)), GROUPS)
-    by_group.grid(alpha=0.25, linewidth=0.6, axis="y")
-    handles, labels = norms.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    save(figure, path)
+        scales += _draw_scales(seen, [step["groups"]["all"] for step in run["steps"]], index)
+        logged = [window["last_step"] * run["batch_size"] for window in run["logged"]]
+        norms.append(Series(logged, [window["mean"] for window in run["logged"]], run["run"], index))
+        variations.append(Series(logged, [window["variation"] for window in run["logged"]], "", index))
+        groups, offset = run["steps"][-1]["groups"], 0.16 * (index - (len(runs) - 1) / 2)
+        places = {name: place + offset for place, name in enumerate(GROUPS) if name in groups}
+        by_group += _draw_scales([*places.values()], [groups[name] for name in places], index, lines=False)
+    last = max(step["images_seen"] for run in runs for step in run["steps"])
+    names = Axis(low=-0.5, high=len(GROUPS) - 0.5, ticks=dict(enumerate(GROUPS)), grid=False)
+    seen_axis = replace(images_axis(), high=1.05 * last)
+    rows = [
+        [
+            Panel(scales, "noise scale tr Σ / |G|², images (↑: at least)", seen_axis, _scale_axis(scales)),
+            Panel(by_group, "noise scale by group, last step", names, _scale_axis(by_group)),
+        ],
+        [
+            Panel(norms, "gradient norm of a batch, as logged", images_axis(), Axis(low=0)),
+            Panel(variations, "its deviation over its mean", images_axis(), Axis(low=0)),
+        ],
+    ]
+    return Figure(rows, (10.4, 7.6), "below")
 
 
-def _draw_scales(axes: Axes, places: Sequence[float], noises: Sequence[dict[str, Any]], line: dict[str, Any]) -> None:
-    """Noise scales with their ranges; where the range has no upper end, a caret at its lower one."""
-    known = [(place, noise) for place, noise in zip(places, noises, strict=True) if noise["noise_scale_high"]]
-    axes.plot([place for place, _ in known], [noise["noise_scale"] for _, noise in known], **line)
-    for place, noise in known:
-        axes.vlines(place, noise["noise_scale_low"], noise["noise_scale_high"], color=line["color"], linewidth=1)
-    at_least = [(place, noise["noise_scale_low"]) for place, noise in zip(places, noises, strict=True)]
-    at_least = [pair for pair, noise in zip(at_least, noises, strict=True) if not noise["noise_scale_high"] and pair[1]]
-    if known or at_least:
-        axes.set_yscale("log")
-    if at_least:
-        axes.plot(*zip(*at_least, strict=True), color=line["color"], marker="$\u2191$", markersize=9, linestyle="none")
+def _draw_scales(places: Sequence[float], noises: Sequence[Record], style: int, lines: bool = True) -> list[Item]:
+    """Noise scales with their ranges; where the range has no upper end, an arrow at its lower one."""
+    pairs = list(zip(places, noises, strict=True))
+    known = [(place, noise) for place, noise in pairs if noise["noise_scale_high"]]
+    scale, low, high = ([noise[f"noise_scale{end}"] for _, noise in known] for end in ("", "_low", "_high"))
+    series = Series([place for place, _ in known], scale, "", style, low=low, high=high, bars=True, lines=lines)
+    color = COLORS[style % len(COLORS)]
+    arrows = [
+        Text(place, noise["noise_scale_low"], "↑", color)
+        for place, noise in pairs
+        if noise["noise_scale_low"] and not noise["noise_scale_high"]
+    ]
+    return [series, *arrows]
+
+
+def _scale_axis(items: Sequence[Item]) -> Axis:
+    values = [item.y for item in items if isinstance(item, Text)]
+    values += [
+        end for item in items if isinstance(item, Series) for end in (*(item.low or ()), *(item.high or ())) if end
+    ]
+    return Axis("", "log", low=min(values) / 1.2, high=max(values) * 1.2) if values else Axis()
 
 
 ANALYSIS = Analysis(_measure, draw, describe, _about, choose_steps=TrainedRun.choose_steps, needs_unit=False)

@@ -12,12 +12,12 @@ Predictors that are correlated share their importance among them.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.ensemble import RandomForestRegressor
@@ -27,7 +27,6 @@ from torch import nn
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, map_stream, measure_maps
 from dia_diffusion.analysis.correlation import CONSTANT
-from dia_diffusion.analysis.drawing import block_ticks, save
 from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
 
@@ -121,7 +120,7 @@ def _most_important(name: str, row: Record, blocks: Sequence[str], least_r2: flo
 TITLES = {"maps": "the maps", "centred": "less each channel's mean over images"}
 
 
-def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+def draw(runs: Sequence[Record]) -> Figure:
     """A row a run and stage of its last step; rows of a triangle whose forest predicts nothing are hatched."""
     rows = [(run, stage) for run in runs for stage in run["steps"][-1]["stages"] if len(stage["blocks"]) > 1]
     figure = Figure(figsize=(11.2, 3.5 * max(1, len(rows)) + 0.3), layout="constrained")
@@ -132,10 +131,10 @@ def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
             triangle.set_title(TITLES[variant], fontsize="medium")
         figure.colorbar(image, ax=axes[1], pad=0.16, fraction=0.05, label="Gini importance")
         named = f"{run['run']}, {stage['name']}" if stage["name"] else run["run"]
-        axes[0].set_ylabel(f"{named}, step {run['steps'][-1]['step']:,}\nblock whose map is told")
+        axes[0].set_ylabel(f"{named}, step {run['steps'][-1]['step']:,}\nblock whose map is predicted")
     if not rows:
         grid[0, 0].set_title("no stage has two blocks")
-    save(figure, path, dpi=120)
+    return figure
 
 
 def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, Any]], least_r2: float) -> Any:
@@ -154,12 +153,20 @@ def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, A
         for place, value in enumerate(row["importance"] if believed and count <= 8 else []):
             colour = "black" if value > 0.6 else "white"
             axes.text(place, index, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
-    block_ticks(axes, blocks[:-1])
-    block_ticks(axes, blocks[1:], along="y")
+    _name_blocks(axes.xaxis, blocks[:-1])
+    _name_blocks(axes.yaxis, blocks[1:])
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_xlabel(f"earlier block (hatched: held-out $R^2$ below {least_r2:g})")
     return image
+
+
+def _name_blocks(axis: XAxis | YAxis, names: Sequence[str]) -> None:
+    """Names the blocks at 0, 1, ...; of more than 12 every second, third, ... one."""
+    every = range(0, len(names), -(-len(names) // 12))
+    labels = [names[place] for place in every]
+    turned = axis.axis_name == "x" and len(labels) > 5 and max(map(len, labels)) > 3
+    axis.set_ticks(every, labels, rotation=90 if turned else 0)
 
 
 ANALYSIS = Analysis(

@@ -43,7 +43,7 @@ def run(options: Options) -> None:
 
     from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
     from dia_diffusion.data import open_images
-    from dia_diffusion.evaluation.curves import check_format
+    from dia_diffusion.figures import check_format
     from dia_diffusion.models.classifiers import load_classifier
 
     refuse_existing(options.out)

@@ -1,7 +1,6 @@
 """Importance on maps whose origin is known, and that scores are of other images than fits."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,13 +54,13 @@ def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     assert len(whole["maps"]) == 4 * 2 * 16
 
 
-def test_rows_that_predict_nothing_are_hatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_predict_nothing_are_hatched(monkeypatch: pytest.MonkeyPatch) -> None:
     hatched = []
     add = Axes.add_patch
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: (hatched.append(patch), add(self, patch))[1])
     rows = importances(drawn(0), drawn(1), scale=0.5)
     stage = {"name": "", "blocks": ["1", "2", "3", "4"], "samples": 1500, "maps": rows, "centred": rows}
     run = {"run": "made", "least_r2": LEAST_R2, "steps": [{"step": 1, "stages": [stage]}]}
-    draw([run], tmp_path / "figure.png")
+    draw([run])
     rows_hatched = [round(patch.get_y() + 0.5) for patch in hatched if patch.get_hatch()]
     assert rows_hatched == [0, 2, 0, 2]  # blocks 2 and 4 of both triangles
