@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.figure
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
@@ -12,6 +14,17 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.figures import Figure
 
 Record = dict[str, Any]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def quantiles(histogram: npt.NDArray[np.int64], lowest: float, highest: float) -> dict[str, float] | None:
+    """QUANTILES of a histogram with equal bins, good to a bin; None if it is empty."""
+    if not histogram.any():
+        return None
+    below = np.concatenate([[0], np.cumsum(histogram)]) / histogram.sum()
+    edges = np.linspace(lowest, highest, len(histogram) + 1)
+    return {str(q): float(np.interp(q, below, edges)) for q in QUANTILES}
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class Analysis:
     ) -> Record:
         """A run's record.
 
-        steps: None is all whose weights are kept, or what the analysis chooses of them.
+        steps: if None, those that the analysis chooses of all with saved weights.
         weights: "ema", the averaged ones, or "raw", those that were trained.
 
         Raises:

@@ -1,13 +1,13 @@
-"""How alike the attention maps of two blocks are (Fig. 2): Pearson's coefficient over channels, image by image.
+"""How similar the attention maps of two blocks are (Fig. 2): Pearson's coefficient over channels, for each image.
 
 For an image x and blocks i < j of one stage (the same channels) with maps h_i(x), h_j(x) in R^N:
 
     r_ij(x) = corr_n(h_i(x)_n, h_j(x)_n)
 
-The paper finds averages above 0.85 for SE and ECA. That alone doesn't say whether the maps attend to the image alike:
-two constant vectors that have the same large and small channels correlate as much. So the same coefficient is taken
-of the maps less each channel's mean over images (at the same time), beside it: what is left of the likeness once the
-channels' own levels are gone. A vector with the same value in all channels has no correlation; those are counted.
+The paper finds averages above 0.85 for SE and ECA. That alone doesn't show that two blocks attend to the image alike:
+two constant vectors with the same large and small channels correlate as much. So the coefficient is also taken of the
+maps less each channel's mean over images at the same time ("centred"), which no longer have the channels' levels. A
+map with the same value in all channels has no correlation; those are counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.analysis import Analysis, Record, quantiles
 from dia_diffusion.analysis.attention_maps import Values, map_stream, measure_maps
 from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
@@ -25,7 +25,6 @@ from dia_diffusion.figures import Area, Axis, Figure, HeatMap, Item, Level, Pane
 
 VARIANTS = ("maps", "centred")
 BINS = 400  # of the coefficients' histogram, over -1..1
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONSTANT = 1e-6  # deviation over channels, of the map's root mean square, below which a float32 map is constant
 
 
@@ -70,38 +69,31 @@ class Coefficients:
         return {
             "mean": float(np.mean(known)) if known else None,
             "mean_by_pair": matrix,
-            "quantiles": self._quantiles(),
+            "quantiles": quantiles(self.histogram, -1, 1),
             "coefficients": int(self.counts.sum()),
             "undefined": self.undefined,
             "histogram": self.histogram.tolist(),
         }
-
-    def _quantiles(self) -> dict[str, float] | None:
-        below = np.concatenate([[0], np.cumsum(self.histogram)]) / max(1, self.histogram.sum())
-        if not self.histogram.any():
-            return None
-        edges = np.linspace(-1, 1, BINS + 1)
-        return {str(q): float(np.interp(q, below, edges)) for q in QUANTILES}
 
 
 def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
     """A record per stage with a unit: its blocks, and the coefficients of its maps as they are and centered."""
     stages = attended_stages(model)
     moments = measure_maps(run, model, coverage)
-    found = [{variant: Coefficients(len(stage.attended)) for variant in VARIANTS} for stage in stages]
+    coefficients = [{variant: Coefficients(len(stage.attended)) for variant in VARIANTS} for stage in stages]
     for batch, maps in map_stream(run, model, coverage):
-        for h, whole, coefficients in zip(maps, moments, found, strict=True):
+        for h, whole, of_stage in zip(maps, moments, coefficients, strict=True):
             scale = np.sqrt(np.square(h).mean(axis=2))
-            coefficients["maps"].add(pearson(h, scale))
-            coefficients["centred"].add(pearson(whole.center(h, batch.time), scale))
+            of_stage["maps"].add(pearson(h, scale))
+            of_stage["centred"].add(pearson(whole.center(h, batch.time), scale))
     records: list[Record] = [
         {
             "name": stage.name,
             "blocks": stage.attended_blocks,
             "channels": stage.channels,
-            **{variant: coefficients[variant].summary() for variant in VARIANTS},
+            **{variant: of_stage[variant].summary() for variant in VARIANTS},
         }
-        for stage, coefficients in zip(stages, found, strict=True)
+        for stage, of_stage in zip(stages, coefficients, strict=True)
     ]
     means = {variant: _mean_of_pairs([record[variant]["mean_by_pair"] for record in records]) for variant in VARIANTS}
     return {"mean": means, "stages": records}

@@ -30,7 +30,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def group_of(name: str, owner: nn.Module | None = None) -> str:
-    """The group that a network's parameter of that name belongs to; owner: the module whose own it is."""
+    """The group of a network's parameter; owner: the module that it belongs to."""
     parts = set(name.split("."))
     if parts & {"unit", UNITS_NAME}:
         return "unit"
@@ -49,7 +49,7 @@ def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], bat
     A record has `parameters`, `batch_gradient_norm` (root mean square over batches), `covariance_trace` (of one image's
     gradient), `squared_gradient_norm` (|G|^2) with its `standard_error` (jackknife over FOLDS parts of the batches),
     `noise_scale`, and `noise_scale_low` and `noise_scale_high`, where |G|^2 is two standard errors more and less. A
-    noise scale whose |G|^2 is not above 0 is None: the batches are too few to tell. Memory: FOLDS values a parameter.
+    noise scale is None if |G|^2 isn't above 0, which takes more batches. Memory: FOLDS values per parameter.
     """
     named = [
         (group_of(name, model.get_submodule(name.rpartition(".")[0])), parameter)
@@ -132,15 +132,15 @@ def _about(run: TrainedRun, over: GradientBatches) -> Record:
 
 
 def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
-    """The gradient norms of metrics.jsonl in so many windows of as many lines: mean, and deviation over mean."""
+    """The gradient norms of metrics.jsonl in windows with the same number of lines: mean, and deviation over mean."""
     lines = [line for line in metrics if None not in (line.get("grad_norm"), line.get("loss"))]
-    found = []
+    records = []
     for index in range(windows):
         part = lines[index * len(lines) // windows : (index + 1) * len(lines) // windows]
         if len(part) < 2:
             continue
         norms = torch.tensor([line["grad_norm"] for line in part], dtype=torch.float64)
-        found.append(
+        records.append(
             {
                 "first_step": part[0]["step"],
                 "last_step": part[-1]["step"],
@@ -149,7 +149,7 @@ def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[s
                 "loss": sum(line["loss"] for line in part) / len(part),
             }
         )
-    return found
+    return records
 
 
 def describe(record: Record) -> Iterator[str]:

@@ -1,10 +1,10 @@
-"""How large the gradients are that reach each block (Fig. 13): |dL/dx| of the elements of the blocks' outputs.
+"""How large the gradients are at each block (Fig. 13): |dL/dx| of the elements of the blocks' outputs.
 
-L is the mean training loss of a batch of the run's own size, the network in training mode as it would be in that step.
-The paper draws the distributions at each stage's output, of networks without skip connections; here they are taken at
-every block's output, and a run without skips is a matter of its recipe. Gradients spread over many powers of ten:
-their histogram is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %). Elements that no gradient
-reaches, such as those of the last block's time token, are counted and left out of it; mean and deviation have them.
+L is the mean training loss of a batch of the run's own size, with the network in training mode. The paper draws the
+distributions at the outputs of stages, of networks without skip connections; here they are taken at every block's
+output, and a run without skips needs a recipe of its own. Gradients spread over many powers of ten: their histogram
+is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %). Elements without gradient, such as those of
+the last block's time token, are counted, and only mean and deviation include them.
 """
 
 import copy
@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.analysis import Analysis, Record, quantiles
 from dia_diffusion.analysis.run import GradientBatches, TrainedRun
 from dia_diffusion.analysis.stages import stages_of
 from dia_diffusion.figures import Area, Axis, Figure, Item, Panel, Series
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
 RECORDED_BINS_A_DECADE = 20  # which a figure needs
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Magnitudes:
@@ -50,6 +49,7 @@ class Magnitudes:
     def summary(self) -> dict[str, Any]:
         """For a record: mean and deviation of |g|, quantiles of those not 0, and the filled part of their histogram."""
         mean = self.sum / self.count if self.count else None
+        logs = quantiles(self.histogram, LOWEST, HIGHEST)
         recorded = self.histogram.reshape(-1, BINS_A_DECADE // RECORDED_BINS_A_DECADE).sum(axis=1)
         filled = np.flatnonzero(recorded)
         first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
@@ -59,20 +59,13 @@ class Magnitudes:
             "not_finite": self.not_finite,
             "mean": mean,
             "deviation": None if mean is None else max(0.0, self.squares / self.count - mean**2) ** 0.5,
-            "quantiles": self._quantiles(),
+            "quantiles": None if logs is None else {q: 10**value for q, value in logs.items()},
             "histogram": {
                 "lowest": LOWEST + first / RECORDED_BINS_A_DECADE,
                 "bins_a_decade": RECORDED_BINS_A_DECADE,
                 "counts": recorded[first:last].tolist(),
             },
         }
-
-    def _quantiles(self) -> dict[str, float] | None:
-        if self.count == self.zeros:
-            return None
-        below = np.concatenate([[0], np.cumsum(self.histogram)]) / (self.count - self.zeros)
-        edges = np.linspace(LOWEST, HIGHEST, len(self.histogram) + 1)
-        return {str(q): float(10 ** np.interp(q, below, edges)) for q in QUANTILES}
 
 
 @contextmanager

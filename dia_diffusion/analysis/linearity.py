@@ -31,7 +31,7 @@ Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 def at_activations(model: UViT, called: Activation) -> Iterator[None]:
     """While it lasts, each block's GELU is followed by called(block, x, y), with its input and output (B, L, H).
 
-    What that returns goes on to the MLP's second layer; None leaves it y.
+    If it returns a tensor, the MLP's second layer gets that instead of y.
     """
     hooks = [hook for index, block in enumerate(uvit_blocks(model)) for hook in _hooks(block.mlp, index, called)]
     try:

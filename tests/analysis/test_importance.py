@@ -7,7 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.importance import LEAST_R2, draw, importances, samples
+from dia_diffusion.analysis.importance import LEAST_R2, draw, draw_samples, importances
 from dia_diffusion.analysis.run import Coverage, open_runs
 from tests.analysis.conftest import MakeRun
 
@@ -44,13 +44,13 @@ def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
     model, coverage = run.model(6), Coverage(4, 2, batch_size=3, num_samples=40)
     moments = measure_maps(run, model, coverage)
-    (found,) = samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
+    (found,) = draw_samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
     assert found["maps"].shape == (40, 3) and np.abs(found["centred"]).max() < 1e-7
     scale = model.unit.scale.detach().numpy()  # (L, N), the same for every image
     chosen = [{tuple(row) for row in found["maps"][start : start + 5].round(6)} for start in range(0, 40, 5)]
     assert all(len(rows) == 5 for rows in chosen) and len(set(map(frozenset, chosen))) > 1  # none twice, others anew
     assert set.union(*chosen) <= {tuple(row) for row in scale.T.astype(np.float64).round(6)}
-    (whole,) = samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
+    (whole,) = draw_samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
     assert len(whole["maps"]) == 4 * 2 * 16
 
 
