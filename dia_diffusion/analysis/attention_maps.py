@@ -257,22 +257,18 @@ def _draw_depth(run: Record, y: Axis) -> Panel:
             label, band = f"step {step['step']:,}", {"low": step["low_by_block"], "high": step["high_by_block"]}
         means, color = step["mean_by_block"], _color("viridis_r", 0.1 + 0.9 * index / max(last, 1))
         items.append(Series(range(len(means)), means, label, color=color, **band))
-    return Panel(
-        [*items, *_stage_ends(run)],
-        run["run"],
-        block_axis(_names(run), f"block (band: {RANGE[0]}-{RANGE[1]} % of channels)"),
-        y,
-    )
+    x = block_axis(_names(run), f"block (band: {RANGE[0]}-{RANGE[1]} % of channels)")
+    return Panel([*items, *_stage_ends(run)], run["run"], x, y)
 
 
 def _draw_shares(run: Record) -> Panel:
     steps = run["steps"]
     heights = np.array([[step["shares"][source] for step in steps] for source in SOURCES])
-    below = np.concatenate([np.zeros((1, len(steps))), heights.cumsum(axis=0)])
-    bars = [Bars(range(len(steps)), row, "", index, below[index]) for index, row in enumerate(heights)]
-    ticks: dict[float, str] = {
-        index: f"{steps[index]['step']:,}" for index in range(0, len(steps), max(1, len(steps) // 4))
-    }
+    below = heights.cumsum(axis=0) - heights
+    pairs = zip(heights.tolist(), below.tolist(), strict=True)
+    bars = [Bars(range(len(steps)), height, "", index, low) for index, (height, low) in enumerate(pairs)]
+    shown = range(0, len(steps), max(1, len(steps) // 4))
+    ticks: dict[float, str] = {index: f"{steps[index]['step']:,}" for index in shown}
     y = Axis("share of the variance of h", low=0, high=1, grid=False)
     return Panel(bars, "", Axis("step", ticks=ticks, grid=False), y)
 

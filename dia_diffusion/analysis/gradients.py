@@ -136,7 +136,7 @@ def draw(runs: Sequence[Record]) -> Figure:
         for index, run in enumerate(runs):
             for place, block in enumerate(_shown(run["steps"][row]["blocks"])):
                 center = place + (index - (len(runs) - 1) / 2) * width
-                violins += _draw_violin(center, block, 0.42 * width, index, "" if place else run["run"])
+                violins += _draw_violin(center, block, 0.42 * width, index, run["run"])
         low = min((end for item in violins if isinstance(item, Series) for end in item.low or () if end), default=None)
         steps = ", ".join(f"{step:,}" for step in sorted({run["steps"][row]["step"] for run in runs}))
         # Nearly all elements are in view.
