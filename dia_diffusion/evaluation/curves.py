@@ -6,20 +6,7 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.figures import COLORS as COLOURS
-from dia_diffusion.figures import (
-    MARKERS,
-    Figure,
-    Level,
-    Panel,
-    Series,
-    check_format,
-    images_axis,
-    save_figure,
-    value_axis,
-)
-
-__all__ = ["COLOURS", "MARKERS", "check_format", "save_figure"]
+from dia_diffusion.figures import Figure, Level, Panel, Series, check_format, images_axis, save_figure, value_axis
 
 Run = tuple[str, Sequence[EvaluationRecord]]
 Point = dict[str, Any]
