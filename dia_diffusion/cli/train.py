@@ -59,9 +59,9 @@ def run(options: Options) -> None:
     callbacks = []
     if options.evaluate is not None:
         from dia_diffusion.evaluation.callback import EvaluatePipelines
-        from dia_diffusion.evaluation.protocols import read_protocol
+        from dia_diffusion.evaluation.protocol import EvalProtocol
 
-        callbacks.append(EvaluatePipelines(read_protocol(options.evaluate), options.evaluate_every))
+        callbacks.append(EvaluatePipelines(EvalProtocol.read(options.evaluate), options.evaluate_every))
     train(options.experiment, callbacks)
 
 

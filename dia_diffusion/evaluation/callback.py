@@ -14,17 +14,19 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
-from dia_diffusion.evaluation.extras import DISTANCE_ALONE
-from dia_diffusion.evaluation.features import FeatureExtractor, build_features
-from dia_diffusion.evaluation.pipeline_distance import (
+from dia_diffusion.evaluation.evaluate import (
+    FewImagesWarning,
     PipelineDistance,
+    few_images,
     keep_record,
     known_record,
     pipeline_origin,
     update_card,
+    work_folder,
 )
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed, under_name
+from dia_diffusion.evaluation.features import FeatureExtractor, build_features
+from dia_diffusion.evaluation.metrics import DISTANCE_ALONE
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
 from dia_diffusion.io import step_name
@@ -55,7 +57,7 @@ class EvaluatePipelines(Callback):
 
     after_checkpoint = True
 
-    def __init__(self, protocol: NamedProtocol, every: int | None = None):
+    def __init__(self, protocol: EvalProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
         classes = None if protocol.classes is None else tuple(protocol.classes)
         self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
@@ -98,7 +100,7 @@ class EvaluatePipelines(Callback):
 
     def _check_records(self) -> None:
         if self.records.is_file():
-            refuse_changed(read_records(self.records), self.protocol, self.records)
+            self.protocol.refuse_changed(read_records(self.records), self.records)
 
     def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
         """The statistics of the images that `fid` would measure the run against."""

@@ -13,10 +13,9 @@ from dia_diffusion.distributed import check_trackers, micro_batch_size
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import refuse_mixed_protocols
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
-from dia_diffusion.evaluation.reference import hash_of_images
-from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
+from dia_diffusion.evaluation.reference import hash_of_images, is_statistics_file, read_statistics
 from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
@@ -90,12 +89,12 @@ def measured(study: Study, protocol: str) -> list[Measured]:
         InputError: a record that is truncated, of another run, or made when the protocol had other settings; or records
             that differ in what the protocol leaves open, such as the reference.
     """
-    named = read_protocol(protocol)
+    named = EvalProtocol.read(protocol)
     found: dict[str, list[EvaluationRecord]] = {}
     for run in study.runs:
         file = RunFolder(run.folder).evaluations
         records = read_records(file) if file.is_file() else []
-        refuse_changed(records, named, file)
+        named.refuse_changed(records, file)
         by_step = {record.step: record for record in records if record.step and named.named_in(record)}
         for record in by_step.values():
             _refuse_another_run(record, run)
@@ -186,7 +185,7 @@ def check_study(study: Study) -> None:
                 micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
                 check_trackers(experiment.trackers)
                 for name in filter(None, (study.config.protocol, study.config.final_protocol)):
-                    _check_classes(read_protocol(name), experiment)
+                    _check_classes(EvalProtocol.read(name), experiment)
     _check_records(study)
     states = inventory(study)
     fingerprints = [(state.run, origin["data"]["fingerprint"]) for state in states if (origin := _check_run(state))]
@@ -229,7 +228,7 @@ def check_images(study: Study, progress: Callable[[int, int], None] | None = Non
     check_measuring(study, [state.run for state in states if not state.complete], opened)
 
 
-def _check_classes(protocol: NamedProtocol, experiment: Experiment) -> None:
+def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
     known = experiment.model.num_classes or 0
     if protocol.classes is not None and max(protocol.classes) >= known:
         raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
@@ -328,14 +327,14 @@ def _origin_on_record(run: StudyRun) -> dict[str, Any] | None:
 
 def _check_records(study: Study) -> None:
     names = [study.config.protocol, study.config.final_protocol]
-    protocols = [read_protocol(name) for name in names if name is not None]
+    protocols = [EvalProtocol.read(name) for name in names if name is not None]
     if len({p.name for p in protocols}) < len({p.hash() for p in protocols}):
         raise InputError(f"protocol and final_protocol are both called {protocols[0].name} and differ; rename one")
     for run in study.runs:
         file = RunFolder(run.folder).evaluations
         records = read_records(file) if file.is_file() else []
         for protocol in protocols:
-            refuse_changed(records, protocol, file)
+            protocol.refuse_changed(records, file)
 
 
 def _steps_on_record(study: Study, protocol: str) -> dict[str, set[int]]:
@@ -371,7 +370,7 @@ def check_measuring(study: Study, unmeasured: Sequence[StudyRun], open_images: O
     of = study.runs[:1] if study.config.reference else unmeasured
     sources = {_source(study, run): run for run in of}
     for name in filter(None, (study.config.protocol, study.config.final_protocol)):
-        protocol, known = read_protocol(name), next((one.record for one in measured(study, name)), None)
+        protocol, known = EvalProtocol.read(name), next((one.record for one in measured(study, name)), None)
         if unmeasured:
             features_hash = build_features(protocol.features).weights_hash
             _refuse_others(known, protocol, f"features {protocol.features}", {"features_hash": features_hash})
@@ -395,7 +394,7 @@ def _source(study: Study, run: StudyRun) -> str:
     return str(run.experiment.data.source if training is None else training["recipe"]["data"].get("source"))
 
 
-def _reference(source: str, run: StudyRun, protocol: NamedProtocol, open_images: OpenImages) -> dict[str, object]:
+def _reference(source: str, run: StudyRun, protocol: EvalProtocol, open_images: OpenImages) -> dict[str, object]:
     """What its records will say of it."""
     try:
         if is_statistics_file(source):
@@ -415,7 +414,7 @@ def _reference(source: str, run: StudyRun, protocol: NamedProtocol, open_images:
 
 
 def _refuse_others(
-    record: EvaluationRecord | None, protocol: NamedProtocol, what: str, found: dict[str, object]
+    record: EvaluationRecord | None, protocol: EvalProtocol, what: str, found: dict[str, object]
 ) -> None:
     for key, value in found.items():
         if record is not None and (on_record := getattr(record.protocol, key)) != value:

@@ -14,7 +14,7 @@ import torch
 from dia_diffusion.distributed import StopSignal
 from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import count_records
 from dia_diffusion.sweeps.collect import RunState, inventory, measured
 from dia_diffusion.sweeps.sweep import Study, StudyRun, write_study
@@ -214,9 +214,9 @@ class _Watch:
     def __init__(self, study: Study, states: Sequence[RunState]):
         self.states = states
         final = study.config.final_protocol
-        self.point, self.final = passes(read_protocol(study.config.protocol)), 0
+        self.point, self.final = passes(EvalProtocol.read(study.config.protocol)), 0
         if final is not None:
-            self.final = passes(read_protocol(final))
+            self.final = passes(EvalProtocol.read(final))
         self.records_before = {s.run.name: count_records(RunFolder(s.run.folder).evaluations) for s in states}
         self.started = {state.run.name for state in states if state.complete}
 
@@ -256,6 +256,6 @@ class _Watch:
         return PASSES_OF_STEP * step * run.batch_size + points * self.point + final * self.final
 
 
-def passes(protocol: NamedProtocol) -> int:
+def passes(protocol: EvalProtocol) -> int:
     """Of images through the network, for one measurement."""
     return protocol.num_samples * protocol.steps

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_json
 from dia_diffusion.reading import read_json_object
@@ -107,7 +107,7 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     return seconds / (count * SAMPLER_STEPS)
 
 
-def seconds_of_features(protocol: NamedProtocol, experiment: Experiment) -> float:
+def seconds_of_features(protocol: EvalProtocol, experiment: Experiment) -> float:
     """Of an image's features, where they are the package's; 0 for others, which take long to load or a download."""
     if protocol.features not in FEATURES:
         return 0.0
@@ -310,7 +310,7 @@ def set_against(plan: Plan, study: Study) -> list[Taken]:
 
 def _evaluation_seconds(study: Study, run: StudyRun) -> float:
     names = {study.config.protocol, study.config.final_protocol} - {None}
-    protocols = [read_protocol(name) for name in names if name is not None]
+    protocols = [EvalProtocol.read(name) for name in names if name is not None]
     records = read_records(RunFolder(run.folder).evaluations)
     return sum(record.seconds for record in records if any(protocol.named_in(record) for protocol in protocols))
 
@@ -327,7 +327,7 @@ class _SamplingTimes:
         each = samples.count * samples.steps * self._pass(experiment, "float32", samples.sampler)
         return points * each
 
-    def evaluation(self, experiment: Experiment, protocol: NamedProtocol) -> float:
+    def evaluation(self, experiment: Experiment, protocol: EvalProtocol) -> float:
         if protocol.features not in self._features:
             self._features[protocol.features] = seconds_of_features(protocol, experiment)
         each = protocol.steps * self._pass(experiment, protocol.precision, protocol.sampler)
@@ -346,8 +346,8 @@ def _group(study: Study, members: Sequence[RunState], sampling: _SamplingTimes) 
     experiment, final = run.experiment, study.config.final_protocol
     step = seconds_of_step(experiment)
     grids = sampling.grids(experiment, len(run.steps))
-    point = sampling.evaluation(experiment, read_protocol(study.config.protocol))
-    last = 0.0 if final is None else sampling.evaluation(experiment, read_protocol(final))
+    point = sampling.evaluation(experiment, EvalProtocol.read(study.config.protocol))
+    last = 0.0 if final is None else sampling.evaluation(experiment, EvalProtocol.read(final))
     steps_left = sum(state.steps_left for state in members)
     points_left, finals_left = sum(len(s.unmeasured) for s in members), sum(s.final_unmeasured for s in members)
     steps = experiment.train.max_steps
@@ -388,9 +388,9 @@ def _bytes(run: StudyRun) -> int:
 def _bytes_of_features(study: Study) -> int:
     """Of the larger measurement of a run, while it is under way."""
     names = [study.config.protocol, study.config.final_protocol]
-    protocols = [read_protocol(name) for name in names if name is not None]
+    protocols = [EvalProtocol.read(name) for name in names if name is not None]
     return max(protocol.num_samples * _width(protocol) * BYTES_OF_FLOAT for protocol in protocols)
 
 
-def _width(protocol: NamedProtocol) -> int:
+def _width(protocol: EvalProtocol) -> int:
     return build_features(protocol.features).num_features if protocol.features in FEATURES else INCEPTION_FEATURES

@@ -11,12 +11,10 @@ from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.curves import distance_label
 from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
-from dia_diffusion.evaluation.floor import recorded_floor
-from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.protocols import read_protocol
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.frechet import FeatureStatistics, GivenMoments, frechet_distance
+from dia_diffusion.evaluation.protocol import EvalProtocol
+from dia_diffusion.evaluation.record import EvaluationRecord, recorded_floor
 from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-from dia_diffusion.evaluation.statistics import FeatureStatistics, GivenMoments
 from dia_diffusion.io import write_json, write_text
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
@@ -166,8 +164,8 @@ class Results:
         trained, planned = sum(row.seconds.count for row in self.rows if row.seconds), len(self.study.runs)
         told = [] if trained == planned else [f"{trained} of {planned} runs are trained."]
         wanted = self.study.config.final_protocol
-        if wanted and (self.final is None or self.final.protocol != read_protocol(wanted).name):
-            told.append(f"Nothing is measured by the final protocol {read_protocol(wanted).name} yet.")
+        if wanted and (self.final is None or self.final.protocol != EvalProtocol.read(wanted).name):
+            told.append(f"Nothing is measured by the final protocol {EvalProtocol.read(wanted).name} yet.")
         told += table_notes(self.rows)
         for one in {one.protocol: one for one in (self.curve, self.final) if one}.values():
             if isinstance(one.floor, Floor):
@@ -186,7 +184,7 @@ def results_of(study: Study) -> Results:
     found = measured(study, study.config.protocol)
     if not found:
         raise InputError(
-            f"{study.folder} has no evaluations by protocol {read_protocol(study.config.protocol).name} yet; "
+            f"{study.folder} has no evaluations by protocol {EvalProtocol.read(study.config.protocol).name} yet; "
             "`dia-diffusion curves` without --only-plot makes them"
         )
     before = _known_floors(study)
@@ -228,7 +226,7 @@ def _measurement(study: Study, protocol: str, found: Sequence[Measured], before:
     except (InputError, RunError) as error:  # RunError: of a download
         floor = str(error)
     points, seconds = [one.point for one in found], sum(one.record.seconds for one in found)
-    return Measurement(read_protocol(protocol).name, record, points, seconds, list(versions.values()), floor)
+    return Measurement(EvalProtocol.read(protocol).name, record, points, seconds, list(versions.values()), floor)
 
 
 def _known_floors(study: Study) -> dict[str, Floor]:

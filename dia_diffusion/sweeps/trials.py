@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import DivergedError, InputError
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.io import verify_checksum, with_checksum, write_json
 from dia_diffusion.noise import NoiseProcess
@@ -293,7 +293,7 @@ def last_loss(metrics: Path, max_steps: int) -> float | None:
 def measure_trials(
     trials: Sequence[Trial],
     results: Sequence[dict[str, Any]],
-    protocol: NamedProtocol,
+    protocol: EvalProtocol,
     given: str,
     watch: Callable[[int, int], None],
 ) -> str:
@@ -328,11 +328,11 @@ def measure_trials(
     return name
 
 
-def _record(trial: Trial, protocol: NamedProtocol) -> EvaluationRecord | None:
+def _record(trial: Trial, protocol: EvalProtocol) -> EvaluationRecord | None:
     """The newest record of a trial's last step."""
     file = RunFolder(trial.folder).evaluations
     records = read_records(file) if file.is_file() else []
-    refuse_changed(records, protocol, file)
+    protocol.refuse_changed(records, file)
     own = [r for r in records if protocol.named_in(r) and r.step == trial.experiment.train.max_steps]
     return own[-1] if own else None
 

@@ -10,13 +10,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from dia_diffusion.attention.attach import UNITS_NAME
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.io import atomic_dir, step_name, write_json
 from dia_diffusion.models import factory
+from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
 from dia_diffusion.models.registry import wrapped_networks

@@ -12,7 +12,7 @@ from torch import nn
 
 from dia_diffusion import UViT, attach
 from dia_diffusion.attention import UNITS
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.frechet import FeatureStatistics
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dia_diffusion.training.config import ClassifyExperiment, Experiment
 from dia_diffusion.training.recipe import changed_keys, read_experiment

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data.image_set import array_source, decoded_set
-from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
+from dia_diffusion.evaluation.feature_store import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.record import append_record, read_records

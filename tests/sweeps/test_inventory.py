@@ -13,10 +13,9 @@ from safetensors.numpy import load_file
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocols import read_protocol, under_name
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import append_record
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.statistics_files import write_statistics
+from dia_diffusion.evaluation.reference import reference_statistics, write_statistics
 from dia_diffusion.io import FolderLock
 from dia_diffusion.sweeps.collect import check_images, check_measuring, check_randomness, check_study, inventory
 from dia_diffusion.sweeps.launcher import Job, commands, run_study
@@ -108,7 +107,7 @@ def test_a_study_that_disagrees_with_its_runs(
 def test_nothing_is_trained_beside_a_run_of_randomness_1(study: Callable[..., Study]) -> None:
     here = study(changes={"final_protocol": None})
     check_randomness(here)
-    first, protocol = here.runs[0], read_protocol("fd-digits")
+    first, protocol = here.runs[0], EvalProtocol.read("fd-digits")
     for step in first.steps:
         record = replace(a_record(first, step, 1.5), randomness=2)
         append_record(RunFolder(first.folder).evaluations, under_name(record, protocol))
@@ -136,7 +135,7 @@ def test_other_images_are_refused(study: Callable[..., Study], tmp_path: Path) -
 
 
 def test_another_reference_is_refused_before_anything_is_trained(study: Callable[..., Study], tmp_path: Path) -> None:
-    here, protocol = study(changes={"final_protocol": None}), read_protocol("fd-digits")
+    here, protocol = study(changes={"final_protocol": None}), EvalProtocol.read("fd-digits")
     run, file = here.runs[0], RunFolder(here.runs[0].folder).evaluations
     held_out, extractor = open_images("digits", size=8, channels=1, split="test"), build_features("digits")
     hashes = {
@@ -193,7 +192,7 @@ def test_a_run_that_is_on_record_needs_no_pipelines(study: Callable[..., Study])
     here = study(changes={"final_protocol": None})
     run, folder = here.runs[0], RunFolder(here.runs[0].folder)
     for step in run.steps:
-        append_record(folder.evaluations, under_name(a_record(run, step, 1.5), read_protocol("fd-digits")))
+        append_record(folder.evaluations, under_name(a_record(run, step, 1.5), EvalProtocol.read("fd-digits")))
     shutil.rmtree(folder.pipelines / "step-00000002")
     check_study(here)
     shutil.rmtree(folder.checkpoints)
@@ -212,7 +211,7 @@ def test_what_a_run_was_measured_by_is_compared_when_it_ends(
         for reference_hash, job in zip("ab", jobs, strict=True):
             run = next(run for run in here.runs if run.folder == job.folder)
             record = a_record(run, 4, 1.5, reference_hash=reference_hash)
-            append_record(RunFolder(run.folder).evaluations, under_name(record, read_protocol("fd-digits")))
+            append_record(RunFolder(run.folder).evaluations, under_name(record, EvalProtocol.read("fd-digits")))
             check(job)
 
     monkeypatch.setattr("dia_diffusion.sweeps.launcher.run_jobs", run_jobs)

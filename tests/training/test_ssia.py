@@ -13,8 +13,8 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from dia_diffusion import UViT
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attach
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
 from dia_diffusion.models.classifiers import load_classifier
