@@ -20,10 +20,10 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.faults.damage import cuts, flip_one, flips
-from tests.faults.harness import assert_same_runs
 from tests.processes import start_connected
 from tests.training import classify
 from tests.training.conftest import Recorder
+from tests.training.run_files import assert_same_run
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(run: Path, trained: Path, r
     flip_one(run / "checkpoints" / "step-00000004" / "ema.safetensors")
     command = ["train", "--config", str(recipe), "--output", str(run), "--train.checkpoint_every", "2"]
     assert main([*command, "--train.keep_last", "1"]) == 0
-    assert_same_runs(run, trained / "run", 6)
+    assert_same_run(run, trained / "run")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000004.damaged",
         "step-00000006",
@@ -103,7 +103,7 @@ def test_a_classifier_goes_on_from_the_checkpoint_before(trained: Path, tmp_path
     shutil.copytree(trained / "classifier", tmp_path / "classifier")
     flip_one(tmp_path / "classifier" / "checkpoints" / "step-00000006" / "optimizer.safetensors")
     classify.train(classify.tiny(tmp_path, "classifier", "--train.checkpoint_every", "2"))
-    assert_same_runs(tmp_path / "classifier", trained / "classifier", 6)
+    assert_same_run(tmp_path / "classifier", trained / "classifier")
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(run: Path, recipe: Path) -> None:
@@ -125,7 +125,7 @@ def test_an_altered_line_of_metrics_is_named_before_it_is_dropped(run: Path, rec
         Trainer(experiment, Recorder()).run()
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     Trainer(experiment, Recorder()).run()
-    assert_same_runs(run, trained / "run", 6)
+    assert_same_run(run, trained / "run")
 
 
 def test_a_study_sees_the_newest_state_that_can_be_read(run: Path) -> None:
