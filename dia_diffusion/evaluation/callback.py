@@ -27,7 +27,7 @@ from dia_diffusion.evaluation.evaluate import (
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.metrics import DISTANCE_ALONE
 from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
 from dia_diffusion.io import step_name
 from dia_diffusion.sampling.generate import adapt_pipeline
@@ -148,7 +148,7 @@ class EvaluatePipelines(Callback):
         on_rank_zero(trainer.accelerator, lambda: update_card(folder, self.records))
         trainer.log({distance_name(protocol.features): distance})
 
-    def _known(self, protocol: Protocol, origin: Origin) -> float | None:
+    def _known(self, protocol: ResolvedProtocol, origin: Origin) -> float | None:
         """The distance of these weights, if it is on record under the protocol's name."""
         known = known_record(self.records, protocol, origin, DISTANCE_ALONE, self.protocol)
         return known.distance if known is not None and self.protocol.named_in(known) else None

@@ -23,8 +23,8 @@ class Callback:
     """
 
     after_checkpoint = False
-    """Whether to be called after the step's checkpoint instead, for what takes long. A call that is killed is then not
-    repeated; `start` has to make up for it."""
+    """Whether to be called after the checkpoint of the step: for what takes long. If the run is killed meanwhile, the
+    call is not repeated; `start` has to make up for it."""
 
     def start(self, trainer: "Trainer") -> None:
         """Before the first step of this process; trainer.step steps are done."""
