@@ -72,6 +72,8 @@ class Task(ABC):
     """The moving average that is kept of the parameters; None keeps none."""
     reference_steps: float = 1.0
     """How many steps of the average one step counts as."""
+    reads_files: bool = False
+    """Whether drawing reads files, so that the next step's draws are made ahead on a CPU too."""
     compiling_pays_after: int | None = None
     """Steps on a CPU from which train.compile "auto" compiles the model; None: never."""
 
