@@ -318,14 +318,14 @@ class Trainer:
         self.track(lambda tracker: tracker.log(line, step=self.step))
 
     def track(self, send: Callable[[GeneralTracker], None]) -> None:
-        """Sends something to each tracker; training goes on if one fails, with a warning the first time."""
+        """Sends something to each tracker; training continues if one fails, with a warning the first time."""
         for tracker in self.accelerator.trackers:
             try:
                 send(tracker)
             except Exception as error:  # of any kind, such as a network that is down
                 if tracker.name not in self.failed_trackers:
                     self.failed_trackers.add(tracker.name)
-                    self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training goes on")
+                    self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training continues")
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this step, on all ranks, unless there is one.
