@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -31,6 +30,7 @@ from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.evaluation.reference import choose, reference_statistics
 from dia_diffusion.io import atomic_file, write_json
 from dia_diffusion.sampling.samplers import parse_seeds
+from dia_diffusion.tables import Table
 
 BATCH = 250
 Corrupt = Callable[[Tensor, float, torch.Generator], Tensor]
@@ -169,7 +169,7 @@ def run(options: Options) -> None:
             row = rows.setdefault((case.name, case.amount), Row(case.name, case.amount, len(case.indices), []))
             row.distances.append(case.distance(extractor, reference.statistics))
             counter(index, len(every))
-    console.print(_table(list(rows.values()), distance_name(extractor.name)))
+    console.print(_table(list(rows.values()), distance_name(extractor.name)).to_rich())
     if options.out is None:
         return
     numbers = {
@@ -188,11 +188,8 @@ def run(options: Options) -> None:
 
 
 def _table(rows: list[Row], metric: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("images", "amount", metric, "+-", "images per set", "sets"):
-        table.add_column(column, justify="left" if column == "images" else "right")
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row.name,
             "" if row.amount is None else f"{row.amount:g}",
             f"{mean(row.distances):.4f}",
@@ -200,7 +197,9 @@ def _table(rows: list[Row], metric: str) -> Table:
             f"{row.num_images:,}",
             str(len(row.distances)),
         )
-    return table
+        for row in rows
+    ]
+    return Table(("images", "amount", metric, "+-", "images per set", "sets"), cells, left=["images"])
 
 
 def draw_corrupted(images: ImageSet, rows: list[Row], path: Path) -> None:
