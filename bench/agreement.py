@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Found, console, show
 from safetensors.torch import load_file
+from timing import Found, console, show
 from torch import Tensor
 
 from dia_diffusion.cli.main import main as command

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from results import Found
+from timing import Found
 from torch import Tensor
 
 from dia_diffusion.precision import DTYPES

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_fidelity
-from interleave import Contender, interleave
 from PIL import Image
-from results import Found, rows_of
+from timing import Contender, Found, interleave, rows_of
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from interleave import STEPS, Contender, Timing, interleave
 from PIL import Image
-from results import Found, rows_of
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
+from timing import STEPS, Contender, Found, Timing, interleave, rows_of
 
 from dia_diffusion.data import open_images
 from dia_diffusion.training.diffusion import DiffusionTask, training_batch

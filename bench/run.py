@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Found, console, save, show
+from timing import Found, console, save, show
 
 from dia_diffusion.environment import environment, keep_freed_memory
 from dia_diffusion.errors import InputError

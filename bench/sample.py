@@ -10,11 +10,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from interleave import Contender, interleave
-from limits import DTYPES
-from official import Official
-from results import Found, rows_of
-from steps import OFFICIAL, OURS
+from steps import OFFICIAL, OURS, Official
+from timing import DTYPES, Contender, Found, interleave, rows_of
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.noise import NoiseProcess

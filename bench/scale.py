@@ -8,10 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from interleave import STEPS, block_size, exponent, seconds_of
-from limits import memory_now, memory_peak
-from results import Found
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
+from timing import STEPS, Found, block_size, exponent, memory_now, memory_peak, seconds_of
 
 from dia_diffusion.training.recipe import override
 

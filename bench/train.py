@@ -7,11 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from interleave import STEPS, Contender, interleave
-from limits import flops_of, matmul_peak, memory_now, memory_peak
-from official import Official
-from results import Found, rows_of
-from steps import OURS, Setting, build_step, eager, names
+from steps import OURS, Official, Setting, build_step, eager, names
+from timing import STEPS, Contender, Found, flops_of, interleave, matmul_peak, memory_now, memory_peak, rows_of
 
 
 def measure(
