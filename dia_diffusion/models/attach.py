@@ -286,7 +286,9 @@ class Attachment:
         return [call.position for call in self.calls]
 
     def detach(self) -> None:
-        """Restores the model: its function, parameters and tensor names."""
+        """Restores the model: its function, parameters and tensor names. A second call does nothing."""
+        if not self.hooks:
+            return
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()

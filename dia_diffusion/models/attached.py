@@ -61,6 +61,12 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_type: str = ELSEWHERE,
     ):
         super().__init__()
+        sides = [sample_size] if isinstance(sample_size, int) else sample_size
+        if min(in_channels, *sides) < 1 or (num_classes is not None and num_classes < 1):
+            raise InputError(
+                "`in_channels`, `sample_size` and `num_classes` must be above 0, got "
+                f"{in_channels}, {sample_size} and {num_classes}"
+            )
         self.sample_size, self.in_channels = sample_size, in_channels
         self.num_classes, self.has_null_label = num_classes, has_null_label
         row = wrapped_networks().get(backbone)
@@ -90,6 +96,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
             attach(self.network, str(attention), at, **(attention_kwargs or {}))
+        self._attachment_of_config = self.attachment
         _without_label_dropout(self.network)
 
     @classmethod
@@ -144,7 +151,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 has_null_label=row.adds_null_label,
                 **arguments,
             )
-        wrapped.network = model
+        wrapped.network, wrapped._attachment_of_config = model, attachment
         _without_label_dropout(model)
         return wrapped
 
@@ -154,7 +161,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             InputError: units were attached or detached since the model was made.
         """
-        if (self.unit is None) != (self.config.attention in (None, "none")):
+        if self.attachment is not self._attachment_of_config:
             raise InputError(
                 f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
                 "saved, got others; save AttachedModel.from_backbone(model.network) instead"

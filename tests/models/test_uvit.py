@@ -151,20 +151,6 @@ def test_unit_stands_between_norm_and_mlp() -> None:
     assert torch.allclose(y, z + block.mlp(features * h[-1][:, None]), atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", [*UNITS, "none"])
-def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
-    torch.manual_seed(0)
-    model = UViT(**SMALL, attention=attention).train()
-    x = torch.randn(2, 3, 8, 8)
-    gradients = []
-    for enable in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
-        enable()
-        model.zero_grad()
-        model(x, 500).sample.square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
 def test_pooling_over_patches_leaves_the_time_token_out() -> None:
     torch.manual_seed(0)
     every, patch = UViT(**SMALL), UViT(**SMALL, pool_tokens="patch")
@@ -187,26 +173,6 @@ def test_classes_and_null_label() -> None:
     assert not torch.equal(model(x, t, torch.tensor([0, 1])).sample, null)
     with pytest.raises(InputError, match="unconditional"):
         UViT(**SMALL)(x, t, torch.tensor([0, 1]))
-
-
-def test_bf16_autocast_stays_close() -> None:
-    torch.manual_seed(0)
-    model = UViT(**SMALL)
-    x = torch.randn(4, 3, 8, 8)
-    exact = model(x, 300).sample
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(x, 300).sample
-    assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-def test_saves_the_unit_once_and_loads_the_same_function(tmp_path: Path) -> None:
-    model = UViT(**SMALL, attention_kwargs={"reduction": 8}).eval()
-    model.save_pretrained(tmp_path)
-    loaded = UViT.from_pretrained(tmp_path)
-    assert loaded.config.attention_kwargs == {"reduction": 8}
-    x = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(model(x, 5).sample, loaded(x, 5).sample)
 
 
 def test_sizes_are_odd_and_named() -> None:
