@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import save_file
 
-from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.cli.console import ConsoleProgress
 from dia_diffusion.cli.main import run_script
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.data import ImageSet, open_images
@@ -29,9 +29,9 @@ from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.packaged import Classifier, DigitsClassifier
 from dia_diffusion.io import atomic_file, sha256_of_file, write_json
-from dia_diffusion.training.callbacks import Reporter
+from dia_diffusion.progress import Progress
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from dia_diffusion.validation import Strict
@@ -90,7 +90,7 @@ class Trained:
     """Whether this process writes the files."""
 
 
-def train_features(options: Options, reporter: Reporter) -> dict[str, Any] | None:
+def train_features(options: Options, reporter: Progress) -> dict[str, Any] | None:
     """Trains a classifier; returns its card, or None on all but the main process.
 
     A stopped training of `cifar10` resumes from its run folder beside the weights.
@@ -118,7 +118,7 @@ def train_features(options: Options, reporter: Reporter) -> dict[str, Any] | Non
     return card
 
 
-def _train_cifar10(options: Options, out: Path, reporter: Reporter) -> Trained:
+def _train_cifar10(options: Options, out: Path, reporter: Progress) -> Trained:
     """Trains by the recipe of `dia-diffusion classify`; kernels are kept in half precision, which halves the file."""
     keys = {"output": str(out.with_suffix(".run")), "seed": options.seed}
     keys |= {"data.source": options.data or "cifar10", "data.test_source": options.test_data}
@@ -133,12 +133,12 @@ def _train_cifar10(options: Options, out: Path, reporter: Reporter) -> Trained:
     return Trained(tensors, task.experiment.to_dict(), train, test, trainer.accelerator.is_main_process)
 
 
-def _train_digits(options: Options, out: Path, reporter: Reporter) -> Trained:
+def _train_digits(options: Options, out: Path, reporter: Progress) -> Trained:
     source = options.data or "digits"
     train = _open_digits(source, "train")
     test = _open_digits(source, "test") if options.test_data is None else _open_digits(options.test_data, "train")
     assert train.labels is not None
-    progress = partial(reporter.progress, values={})
+    progress = partial(reporter.update, "training", "steps")
     classifier = fit_digits(train.read(range(len(train))), train.labels, DIGITS_RECIPE, options.seed, progress)
     return Trained(classifier.state_dict(), asdict(DIGITS_RECIPE), train, test)
 
@@ -230,7 +230,7 @@ def accuracy(classifier: Classifier, images: ImageSet) -> float:
 
 def run(options: Options) -> None:
     """Trains the classifier and saves its weights."""
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     try:
         train_features(options, reporter)
     finally:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgress, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, MeasuringProgress, console
 from dia_diffusion.cli.fid import DEFAULT_COUNT, Request, check_record_file
 from dia_diffusion.cli.shared_options import load_features, load_for_sampling, warn_unreleased
 from dia_diffusion.data import ImageSet
@@ -221,7 +221,7 @@ def _check_count(request: Request, count: int | None) -> None:
 
 
 def _open(source: str, split: str | None, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
-    return open_images_on_ranks(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)
+    return open_images_on_ranks(source, accelerator, ConsoleProgress(), split=split or "train", **kwargs)
 
 
 # Records.

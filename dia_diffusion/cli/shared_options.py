@@ -1,13 +1,12 @@
 """Options that several commands share, and what they lead to: a pipeline, a feature extractor."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from dia_diffusion.cli.console import ConsoleReporter, console
+from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Metavar
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
@@ -82,7 +81,7 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
     name = options.features or _features_for(data)
     if options.inception_weights is not None and name != "inception":
         raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
-    progress = partial(ConsoleReporter().reading, "bytes")
+    progress = ConsoleProgress().reading("bytes")
     return build_features(name, device, options.inception_weights, progress)
 
 

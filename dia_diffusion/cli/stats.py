@@ -1,12 +1,11 @@
 """`dia-diffusion stats`: files of statistics, made of any images, shown and compared."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dia_diffusion.cli.console import ConsoleReporter, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.shared_options import FeatureOptions, Split, load_features, warn_unreleased
 from dia_diffusion.errors import InputError
@@ -57,14 +56,14 @@ def make(options: MakeOptions) -> None:
         raise InputError(f"{options.out} exists already; name another file, or remove it")
     extractor = load_features(options, options.source, "cuda" if torch.cuda.is_available() else "cpu")
     warn_unreleased(options, extractor)
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     images = open_images(
         options.source,
         split=options.split,
         size=options.size,
         channels=options.channels,
-        progress=partial(reporter.reading, "images"),
-        download_progress=partial(reporter.reading, "bytes"),
+        progress=reporter.reading("images"),
+        download_progress=reporter.reading("bytes"),
     )
     _, height, width = images.shape
     if height != width:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.cli.console import ConsoleProgress
 from dia_diffusion.cli.options import OptionParser, options_parser
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment, ModelConfig
@@ -33,6 +33,8 @@ def parse(arguments: Sequence[str]) -> Options:
     every = own.evaluate_every
     if every is not None and (own.evaluate is None or not re.fullmatch(r"[1-9]\d{0,17}", every)):
         raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
+    if every is not None and int(every) % (saved := experiment.train.checkpoint_every):
+        raise InputError(f"`--evaluate-every` must be a multiple of train.checkpoint_every, {saved}, got {every}")
     return Options(experiment, own.evaluate, None if every is None else int(every))
 
 
@@ -67,14 +69,12 @@ def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
     """Trains a recipe, or a task made of one, with progress on the terminal."""
     from dia_diffusion.training.trainer import Trainer
 
-    reporter = ConsoleReporter()
-    try:
-        Trainer(task, reporter, callbacks).run()
-    except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
-        text = "ended at once; the same command resumes from the last checkpoint that was written"
-        raise Stopped(number_of(interrupt), text) from None
-    finally:
-        reporter.close()
+    with ConsoleProgress() as progress:
+        try:
+            Trainer(task, progress, callbacks).run()
+        except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
+            text = "ended at once; the same command resumes from the last checkpoint that was written"
+            raise Stopped(number_of(interrupt), text) from None
 
 
 def parse_command(

@@ -5,7 +5,7 @@ Pass your own to the trainer: `Trainer(experiment, callbacks=[MyCallback()])`. A
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,34 +16,15 @@ if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
 
 
-class Reporter(Protocol):
-    """Shows a person how a run is going; rank 0 reports."""
-
-    def message(self, text: str) -> None:
-        """A line that stays."""
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        """Images or bytes of a data set have been read."""
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        """A step is done; values are those of the last logged step."""
-
-
-class Silent:
-    """A reporter that shows nothing."""
-
-    def message(self, text: str) -> None: ...
-
-    def reading(self, unit: str, done: int, total: int) -> None: ...
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None: ...
-
-
 class Callback:
-    """Called after steps, on all ranks alike; the last act of a step is its checkpoint.
+    """Called after steps, on all ranks alike, in order; before the step's checkpoint, if it has one.
 
     A step that was not followed by a checkpoint is trained again by a resumed run, and its callbacks are called again.
     """
+
+    after_checkpoint = False
+    """Whether to be called after the checkpoint of the step: for what takes long. If the run is killed meanwhile, the
+    call is not repeated; `start` has to make up for it."""
 
     def start(self, trainer: "Trainer") -> None:
         """Before the first step of this process; trainer.step steps are done."""
@@ -70,7 +51,7 @@ METRICS.register("peak_memory_mib", lambda trainer, result: round(peak_memory(tr
 
 
 class LogMetrics(Callback):
-    """Logs METRICS of this step, and the images per second since the last line."""
+    """Logs METRICS of this step, and the images per second of the steps since the last line."""
 
     def __init__(self, every: int):
         self.every = every
@@ -89,26 +70,35 @@ class LogMetrics(Callback):
             self.skipped_steps = skipped_steps
             trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} steps skipped so far, not finite")
         now, images = time.perf_counter(), (trainer.step - self.step) * trainer.config.batch_size
-        values["images_per_second"] = round(images / (now - self.time), 3)
-        self.time, self.step = now, trainer.step
+        values["images_per_second"] = round(images / (now - self.time - trainer.seconds_in_callbacks), 3)
+        self.time, self.step, trainer.seconds_in_callbacks = now, trainer.step, 0.0
         trainer.log(values)
         trainer.logged = values
 
 
 def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
-    """Gives an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
-    for tracker in trainer.accelerator.trackers:
+    """Sends an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
+
+    def send(tracker: Any) -> None:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: image[None]}, step=trainer.step, **layout)
+
+    trainer.track(send)
 
 
 class ShowProgress(Callback):
     """Moves the progress bar."""
 
+    def start(self, trainer: "Trainer") -> None:
+        if trainer.accelerator.is_main_process:
+            trainer.progress.resume("training", "steps", trainer.step, trainer.config.max_steps)
+
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
         if trainer.accelerator.is_main_process:
-            trainer.reporter.progress(trainer.step, trainer.config.max_steps, trainer.logged)
+            loss = trainer.logged.get("loss")
+            note = "" if loss is None else f"loss {loss:.4f}"
+            trainer.progress.update("training", "steps", trainer.step, trainer.config.max_steps, note)
 
 
 class SaveCheckpoint(Callback):

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.training.callbacks import Callback, Reporter
+from dia_diffusion.progress import Progress
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import EmaConfig
 
 
@@ -86,8 +87,16 @@ class Task(ABC):
         """Puts other first weights into a new run's model and says where they are from; None keeps its own."""
         return None
 
+    def check_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What `init_weights` returned when a resumed run was new, as the checkpoint kept it.
+
+        Raises:
+            InputError: the recipe asks for other first weights.
+        """
+        return kept
+
     @abstractmethod
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+    def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
         """The images to train on, and whatever else is read."""
 
     @abstractmethod

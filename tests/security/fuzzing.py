@@ -34,7 +34,7 @@ from dia_diffusion.sharing.export import check_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
 from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.data.test_cifar import binary, python, write_tar

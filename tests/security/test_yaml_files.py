@@ -12,7 +12,7 @@ from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.reading import Unreadable, parse_yaml
 from dia_diffusion.report.run import run_page
 from dia_diffusion.sweeps.sweep import read_study
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from tests.security.hostile import put_json, yaml_texts
 from tests.security.watch import Sandbox, check_line

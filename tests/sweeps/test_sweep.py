@@ -7,7 +7,7 @@ import pytest
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import shipped_names
-from dia_diffusion.sweeps.collect import check_study
+from dia_diffusion.sweeps.checks import check_recipes
 from dia_diffusion.sweeps.sweep import Study, read_study, write_study
 from dia_diffusion.training.recipe import read_experiment
 from tests.training.conftest import TINY
@@ -67,8 +67,8 @@ def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path
 def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))
     assert read_study(f"eval/curves/{name}.yaml", output=str(tmp_path)) == study
-    check_study(study)  # its units are built, its protocols read
-    assert EvalProtocol.read(study.config.protocol).num_samples > 0
+    check_recipes(study)  # its units are built, its protocols read
+    assert study.protocol == EvalProtocol.read(study.config.protocol)
 
 
 def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_a_study_of_ones_own_is_not_called_as_the_file_that_folders_keep(tmp_pat
         ([("[8, 4]", "[8, 0]")], "", "each of `runs.batch_sizes` must be 1 or more, got 0"),
         ([("[0, 1]", "[-1]")], "", "each of `runs.seeds` must be 0 or more, got -1"),
         ([("points: 4", "points: 0")], "", "`points` must be 1 or more, got 0"),
-        ([("slow", "a/b")], "", "can't name a folder"),
+        ([("slow", "a/b")], "", "`variants` must be of letters, digits and _ . + = -, got 'a/b'"),
         ([("1.0e-5}", "1.0e-5, train.batch_size: 3}")], "", "variant slow sets train.batch_size"),
         ([], "overrides: {train: {max_steps: 3}}", "overrides sets train.max_steps"),
         ([], "overrides: {optimizer.learning: 3}", "did you mean `optimizer.learning_rate`"),
         ([("1.0e-5", "-1")], "", "unit slow: `optimizer.unit_learning_rate` must be above 0, got -1"),
         ([("images: 90", "images: many")], "", "many"),
         ([("images: 90", "images: 7")], "", "`images` must be the largest batch size, 8, or more, got 7"),
-        ([("slow: {", "none: {")], "", "variant 'none' is what the others are compared with"),
+        ([("slow: {", "none: {")], "", "`variants` must not be none, which the others are compared with"),
     ],
 )
 def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, said: str, tmp_path: Path) -> None:
@@ -127,6 +127,6 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
 )
 def test_what_can_not_run_is_refused(changes: list[tuple[str, str]], more: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        check_study(read_study(written(tmp_path, *changes, more=more)))
+        check_recipes(read_study(written(tmp_path, *changes, more=more)))
     assert said in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.sweeps.launcher import Job, environment_of, run_jobs, threads_of_each
+from dia_diffusion.sweeps.launcher import Job, environment_of, run_jobs, threads_per_job
 from tests.processes import wait_for
 
 
@@ -21,7 +21,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script.write_text('#!/bin/sh\nexec sh -c "$4"\n')
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr("dia_diffusion.sweeps.launcher.SECONDS_BETWEEN_LOOKS", 0.02)
+    monkeypatch.setattr("dia_diffusion.sweeps.launcher.POLL_SECONDS", 0.02)
 
 
 def jobs(folder: Path, *texts: list[str]) -> list[Job]:
@@ -90,7 +90,7 @@ def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
 
 def test_each_has_its_share_of_the_cores_and_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert [threads_of_each(count) for count in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    assert [threads_per_job(count) for count in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
