@@ -156,11 +156,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return wrapped
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model of diffusers.
-
-        Raises:
-            InputError: units were attached or detached since the model was made.
-        """
+        """As every model of diffusers. Raises InputError: units were attached or detached since the model was made."""
         if self.attachment is not self._attachment_of_config:
             raise InputError(
                 f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
@@ -214,15 +210,9 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
-    """A network of diffusers with first weights.
+    """A network of diffusers with first weights; `kwargs` may have those of `given` only with the same values.
 
-    Args:
-        kind: its class.
-        kwargs: its arguments.
-        given: arguments that kwargs must not have, or only with the same values.
-
-    Raises:
-        InputError: arguments that the class doesn't have or refuses.
+    Raises InputError: arguments that the class doesn't have or refuses.
     """
     known = sorted(inspect.signature(kind).parameters)
     for key, value in kwargs.items():

@@ -181,8 +181,7 @@ def save_classifier(
 def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> SavedClassifier:
     """Loads a classifier folder, or the newest of a run of `dia-diffusion classify`.
 
-    Raises:
-        InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
+    Raises InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
     """
     folder = Path(place)
     if not (folder / CONFIG_FILE).is_file():

@@ -35,11 +35,7 @@ def build_model(config: Mapping[str, Any]) -> Any:
 
 
 def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
-    """The arguments of a backbone's class that a recipe's `model:` may have.
-
-    Raises:
-        InputError: an unknown backbone.
-    """
+    """The arguments of a backbone's class that a recipe's `model:` may have. Raises InputError: an unknown backbone."""
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
     parameters = inspect.signature(row.model, eval_str=True).parameters

@@ -284,8 +284,7 @@ class OwnLoop(ImagePipeline):
 def image_shape(name: str, channels: Any, sample_size: Any, decoder: Any = None) -> tuple[int, int, int]:
     """(C, H, W) of a pipeline's images: those of its network's samples, or what its decoder makes of them.
 
-    Raises:
-        InputError: a network that doesn't say its size.
+    Raises InputError: a network that doesn't say its size.
     """
     pair = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
     if not isinstance(channels, int) or not isinstance(pair, list | tuple) or len(pair) != 2:
