@@ -239,4 +239,4 @@ def hold_checkpoints(files: int) -> None:
 
 def hold_evaluation(chunks: int) -> None:
     """Makes an evaluation wait for ever after so many finished chunks."""
-    hold("dia_diffusion.evaluation.feature_file:FeatureFile", "write", chunks)
+    hold("dia_diffusion.evaluation.feature_store:FeatureFile", "write", chunks)

@@ -10,13 +10,17 @@ With K batches of B images at the same weights, gradients g_k and their mean m:
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.trained_run import TrainedRun
-from dia_diffusion.attention.attach import UNITS_NAME
+from dia_diffusion.analysis.drawing import over_training, save, style
+from dia_diffusion.analysis.run import TrainedRun
+from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
@@ -172,3 +176,50 @@ def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[s
             }
         )
     return found
+
+
+def draw_noise(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Noise scale over training, by group at the end, and the gradient norms that training logged."""
+    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
+    (scale, by_group), (norms, variation) = figure.subplots(2, 2)
+    for index, run in enumerate(runs):
+        line = {**style(index), "label": run["run"]}
+        seen = [step["images_seen"] for step in run["steps"]]
+        _draw_scales(scale, seen, [step["groups"]["all"] for step in run["steps"]], line)
+        logged = run["logged"]
+        seen = [window["last_step"] * run["batch_size"] for window in logged]
+        norms.plot(seen, [window["mean"] for window in logged], **line)
+        variation.plot(seen, [window["variation"] for window in logged], **line)
+        groups = run["steps"][-1]["groups"]
+        places = [place + 0.16 * (index - (len(runs) - 1) / 2) for place, name in enumerate(GROUPS) if name in groups]
+        measured = [groups[name] for name in GROUPS if name in groups]
+        _draw_scales(by_group, places, measured, {**line, "linestyle": "none"})
+    for place, title in (
+        (scale, "noise scale tr Σ / |G|², images (↑: at least)"),
+        (norms, "gradient norm of a batch, as logged"),
+        (variation, "its deviation over its mean"),
+    ):
+        place.set_title(title)
+        over_training(place)
+    norms.set_ylim(bottom=0)
+    variation.set_ylim(bottom=0)
+    by_group.set_title("noise scale by group, last step")
+    by_group.set_xticks(range(len(GROUPS)), GROUPS)
+    by_group.grid(alpha=0.25, linewidth=0.6, axis="y")
+    handles, labels = norms.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    save(figure, path)
+
+
+def _draw_scales(axes: Axes, places: Sequence[float], noises: Sequence[dict[str, Any]], line: dict[str, Any]) -> None:
+    """Noise scales with their ranges; where the range has no upper end, a caret at its lower one."""
+    known = [(place, noise) for place, noise in zip(places, noises, strict=True) if noise["noise_scale_high"]]
+    axes.plot([place for place, _ in known], [noise["noise_scale"] for _, noise in known], **line)
+    for place, noise in known:
+        axes.vlines(place, noise["noise_scale_low"], noise["noise_scale_high"], color=line["color"], linewidth=1)
+    at_least = [(place, noise["noise_scale_low"]) for place, noise in zip(places, noises, strict=True)]
+    at_least = [pair for pair, noise in zip(at_least, noises, strict=True) if not noise["noise_scale_high"] and pair[1]]
+    if known or at_least:
+        axes.set_yscale("log")
+    if at_least:
+        axes.plot(*zip(*at_least, strict=True), color=line["color"], marker="$\u2191$", markersize=9, linestyle="none")

@@ -11,15 +11,21 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
+from dia_diffusion.analysis.drawing import save
+from dia_diffusion.analysis.run import TrainedRun
 from dia_diffusion.analysis.stages import stages_of
-from dia_diffusion.analysis.trained_run import TrainedRun
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.curves import COLOURS
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
 RECORDED_BINS_A_DECADE = 20  # which a figure needs
@@ -149,3 +155,60 @@ def gradients_of_run(
         blocks = gradient_magnitudes(run, run.model(step, weights), **numbers)  # type: ignore[arg-type]
         measured.append({**run.measured(step), "blocks": blocks})
     return {**run.described(), "measured_batch_size": size, "steps": measured}
+
+
+def draw_magnitudes(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """The distribution of log10 |g| at each block, runs side by side, for the first step in common and each one's last.
+
+    Of networks of several stages the blocks that end them, as in Fig. 13; of one stage all blocks.
+    """
+    rows = [0, -1] if all(len(run["steps"]) > 1 for run in runs) else [-1]
+    blocks = max((_shown(run["steps"][-1]["blocks"]) for run in runs), key=len)
+    width = max(7.0, 1.0 + 0.42 * len(blocks) * (len(runs) + 1))
+    figure = Figure(figsize=(width, 3.5 * len(rows) + 0.6), layout="constrained")
+    for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+        for index, run in enumerate(runs):
+            _draw_violins(axes, _shown(run["steps"][row]["blocks"]), index, len(runs))
+        axes.set_xticks(range(len(blocks)), [block["stage"] or block["block"] for block in blocks])
+        axes.set_xlabel("output of the " + ("stage" if blocks[0]["stage"] else "block"))
+        axes.set_ylabel(r"$\log_{10}$ |gradient|")
+        axes.grid(alpha=0.25, linewidth=0.6, axis="y")
+        steps = sorted({run["steps"][row]["step"] for run in runs})
+        axes.set_title(f"step {', '.join(f'{step:,}' for step in steps)} (line: 5-95 %, dot: median)")
+    handles = [
+        Patch(color=COLOURS[index % len(COLOURS)], alpha=0.5, label=run["run"]) for index, run in enumerate(runs)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(runs)), frameon=False)
+    save(figure, path, dpi=130)
+
+
+def _draw_violins(axes: Axes, blocks: Sequence[dict[str, Any]], index: int, runs: int) -> None:
+    """A run's blocks, its place among so many runs; with nearly all elements in view."""
+    width = 1 / (runs + 0.6)
+    for place, block in enumerate(blocks):
+        if block["quantiles"] is not None:
+            offset = (index - (runs - 1) / 2) * width
+            _draw_violin(axes, place + offset, block, 0.42 * width, COLOURS[index % len(COLOURS)])
+            lowest = np.log10(block["quantiles"]["0.05"]) - 1.5
+            bottom = axes.get_ylim()[0] if place + index else lowest
+            axes.set_ylim(bottom=min(bottom, lowest))
+
+
+def _shown(blocks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    several = len({block["stage"] for block in blocks}) > 1
+    return [block for block in blocks if block["ends_stage"] or not several]
+
+
+def _draw_violin(axes: Axes, place: float, block: dict[str, Any], width: float, colour: str) -> None:
+    """The histogram to both sides, with a line from the 5 % to the 95 % quantile and a dot at the median."""
+    histogram, together = block["histogram"], 2
+    counts = np.array(histogram["counts"])
+    if not len(counts):
+        return
+    counts = np.pad(counts, (0, -len(counts) % together)).reshape(-1, together).sum(axis=1)
+    centres = histogram["lowest"] + (np.arange(len(counts)) + 0.5) * together / histogram["bins_a_decade"]
+    sides = width * counts / counts.max()
+    axes.fill_betweenx(centres, place - sides, place + sides, color=colour, alpha=0.45, linewidth=0)
+    low, middle, high = (np.log10(block["quantiles"][q]) for q in ("0.05", "0.5", "0.95"))
+    axes.vlines(place, low, high, color=colour, linewidth=1.2)
+    axes.plot(place, middle, "o", color=colour, markersize=4)

@@ -16,7 +16,7 @@ class Cell:
     table: str
     """Its number in the paper."""
     backbone: str
-    """What dia_diffusion.analysis.named_models.paper_backbone makes of its name."""
+    """What dia_diffusion.analysis.parameters.paper_backbone makes of its name."""
     model: str
     """The row's own name."""
     printed: float

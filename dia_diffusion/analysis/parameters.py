@@ -3,8 +3,10 @@
 Everything is counted of modules on torch's meta device, which take no memory.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,7 +14,13 @@ from torch import nn
 from dia_diffusion.attention import UNITS, build_attention
 from dia_diffusion.attention.insertion_points import group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, build_classifier
+from dia_diffusion.models.uvit import UVIT_SIZES, UViT
+from dia_diffusion.training.config import ClassifyExperiment, Experiment, ModelConfig
+from dia_diffusion.training.diffusion import build_model
+from dia_diffusion.training.recipe import read_experiment
 
 
 @dataclass(frozen=True)
@@ -80,3 +88,80 @@ def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
     if unit in UNITS and UNITS[unit].can_be_individual:
         individual = unit_parameters(stages, unit, **{**options, "sharing": "individual"})
     return Added(unit, unit_parameters(stages, unit, **options), individual)
+
+
+Config = TypeVar("Config", ModelConfig, BackboneConfig)
+
+CLASSES = 100  # of CIFAR-100, for which the paper counts
+IMAGENET_CLASSES = 1000
+
+
+def model_named(name: str) -> nn.Module:
+    """A model without unit: a UViT size ("S/2"), a classifier ("cifar-resnet164", "resnet50"), or that of a recipe.
+
+    CIFAR classifiers have 100 classes, ImageNet's 1,000 and images of 224.
+
+    Raises:
+        InputError: no model has that name.
+    """
+    with torch.device("meta"):
+        if name.partition("/")[0] in UVIT_SIZES and "/" in name:
+            return UViT.from_size(name, attention=None)
+        if any(re.fullmatch(pattern, name) for pattern in PATTERNS.values()):
+            return build_classifier(BackboneConfig(backbone=name, num_classes=CLASSES))
+        if name in RESNETS or name in VITS:
+            return build_classifier(BackboneConfig(backbone=name, sample_size=224, num_classes=IMAGENET_CLASSES))
+        experiment = recipe_named(name)
+        if isinstance(experiment, ClassifyExperiment):
+            return build_classifier(without_unit(experiment.model))
+        return build_model(without_unit(experiment.model))
+
+
+def recipe_named(name: str) -> Experiment | ClassifyExperiment:
+    """A recipe of `train`, or one of `classify`, by path or by the name of a shipped one.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return read_experiment(name)
+    except InputError as error:
+        try:
+            return read_experiment(name, kind=ClassifyExperiment)
+        except InputError:
+            sizes = ", ".join(f"{size}/PATCH" for size in UVIT_SIZES)
+            raise InputError(f"no model {name!r}; accepted: {sizes}, {ACCEPTED}, or a recipe ({error})") from None
+
+
+def without_unit(config: Config) -> Config:
+    """A recipe's model with no attention unit."""
+    unit: dict[str, Any] = {key: None for key in config.model_dump() if key.startswith("attention_")}
+    return config.model_copy(update={"attention": "none", **unit})
+
+
+@cache
+def paper_backbone(name: str) -> nn.Module:
+    """A backbone of the paper's tables for CIFAR-100 by the name that paper_parameters gives it, without unit."""
+    with torch.device("meta"):
+        if name.startswith("WRN52-4"):
+            return cifar_wrn(52, 4, CLASSES, Layers("batch", True, branch_norm=name.endswith("with branch norm")))
+        plain = Layers("batch", True, branch_norm=False)
+        if name == "ResNeXt101,8x32":
+            return cifar_resnext(101, 8, 32, CLASSES, plain)
+        match = re.fullmatch(r"ResNet(\d+)( without BatchNorms)?", name)
+        assert match is not None
+        model = cifar_resnet(int(match[1]), CLASSES, plain)
+        return without_batch_norms(model) if match[2] else model
+
+
+def without_batch_norms(model: nn.Module) -> nn.Module:
+    """The model without BatchNorms but those of the shortcuts, and without biases in their place.
+
+    That is the network whose counts Table XVI prints; leaving out the shortcuts' too gives 0.001 M less.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Sequential) and not name.endswith("shortcut"):
+            for index in reversed(range(len(module))):
+                if isinstance(module[index], nn.BatchNorm2d):
+                    del module[index]
+    return model

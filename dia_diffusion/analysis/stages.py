@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.attach import attachment_in
 from dia_diffusion.attention.insertion_points import BRANCH_END, Position, group_by_channels, insertion_points
 from dia_diffusion.attention.layers import is_map
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attachment_in
 from dia_diffusion.models.uvit import Block, UViT
 
 

@@ -9,18 +9,14 @@ import torch
 
 from dia_diffusion.analysis import correlation as correlations
 from dia_diffusion.analysis import importance as importances
-from dia_diffusion.analysis.attention_maps import maps_of_run
-from dia_diffusion.analysis.figures.correlation import draw_correlations
-from dia_diffusion.analysis.figures.gradients import draw_magnitudes, draw_noise
-from dia_diffusion.analysis.figures.importance import draw_importances
-from dia_diffusion.analysis.figures.losses import draw_ablations, draw_linearity
-from dia_diffusion.analysis.figures.maps import draw_maps
-from dia_diffusion.analysis.gradient_noise import noise_of_run
-from dia_diffusion.analysis.gradients import gradients_of_run
-from dia_diffusion.analysis.map_ablations import REPLACEMENTS, ablations_of_run
-from dia_diffusion.analysis.mlp_linearity import linearity_of_run
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage, TrainedRun
+from dia_diffusion.analysis.ablations import REPLACEMENTS, ablations_of_run, draw_ablations
+from dia_diffusion.analysis.attention_maps import draw_maps, maps_of_run
+from dia_diffusion.analysis.correlation import draw_correlations
+from dia_diffusion.analysis.gradient_noise import draw_noise, noise_of_run
+from dia_diffusion.analysis.gradients import draw_magnitudes, gradients_of_run
+from dia_diffusion.analysis.importance import draw_importances
+from dia_diffusion.analysis.linearity import draw_linearity, linearity_of_run
+from dia_diffusion.analysis.run import Coverage, TrainedRun, open_runs
 from dia_diffusion.cli.analyze import (
     AblationsOptions,
     CorrelationOptions,
@@ -32,7 +28,7 @@ from dia_diffusion.cli.analyze import (
     MapsOptions,
     RunOptions,
 )
-from dia_diffusion.cli.console import ConsoleReporter, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_json
 from dia_diffusion.training.randomness import RANDOMNESS
@@ -228,10 +224,10 @@ def _over_batches(
 def _open(options: RunOptions) -> list[TrainedRun]:
     """The runs that the options name, with their images."""
     refuse_file(options.out)
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return open_runs(options.runs, options.data, device, partial(reporter.reading, "images"))
+        return open_runs(options.runs, options.data, device, reporter.reading("images"))
     finally:
         reporter.close()
 

@@ -45,8 +45,7 @@ def run(options: Options) -> None:
 
 def print_added(models: Sequence[str], units: Sequence[str] | None, options: dict[str, object]) -> None:
     """A row for each model and unit; None is all units."""
-    from dia_diffusion.analysis.named_models import model_named
-    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, stages_of
+    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, model_named, stages_of
     from dia_diffusion.attention import UNITS
 
     table = Table(box=None, pad_edge=False)
@@ -104,8 +103,7 @@ def _short(key: str, value: object) -> str:
 
 def paper_count(cell: "Cell") -> int:
     """The parameters of a cell's network."""
-    from dia_diffusion.analysis.named_models import paper_backbone
-    from dia_diffusion.analysis.parameters import count_parameters, stages_of, unit_parameters
+    from dia_diffusion.analysis.parameters import count_parameters, paper_backbone, stages_of, unit_parameters
 
     backbone = paper_backbone(cell.backbone)
     stages = stages_of(backbone)

@@ -35,7 +35,7 @@ def run(options: Options) -> None:
     """Runs the quickstart; what the folder has already is not computed again."""
     from dia_diffusion.cli.study import SweepCounter, print_table
     from dia_diffusion.evaluation.curves import draw_curves
-    from dia_diffusion.evaluation.protocols import read_protocol
+    from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.sweeps.checks import check_runs
     from dia_diffusion.sweeps.collect import scan
     from dia_diffusion.sweeps.grids import draw_grids
@@ -57,7 +57,7 @@ def run(options: Options) -> None:
     config = StudyConfig(
         output=str(options.out), recipe=TWINS["none"], runs=[grid], protocol=PROTOCOL, reference="digits"
     )
-    study = Study("quickstart", config, protocol := read_protocol(PROTOCOL), None, runs)
+    study = Study("quickstart", config, protocol := EvalProtocol.read(PROTOCOL), None, runs)
     inventory, num = scan(study), protocol.num_samples
     check_runs(inventory)
     console.print(

@@ -9,7 +9,7 @@ from dia_diffusion.cli.analyses import refuse_file
 from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study import SweepCounter, print_table, refuse_launcher
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.sweeps.sweep import Run
 from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
@@ -61,7 +61,7 @@ def stability(options: StabilityOptions) -> None:
 def placement(options: PlacementOptions) -> None:
     """Which blocks have to carry the unit."""
     _check(options)
-    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    protocol = None if options.protocol is None else EvalProtocol.read(options.protocol)
     trials = placement_trials(
         options.out / "placement",
         options.config,

@@ -99,7 +99,7 @@ class EvaluationRecord(Origin):
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
     protocol_name: str | None = None
-    """Of the `NamedProtocol` it was measured by; None: by options of its own."""
+    """Of the `EvalProtocol` it was measured by; None: by options of its own."""
     protocol_file_hash: str | None = None
     """The hash of that named protocol's settings; `protocol_hash` is over all that they led to."""
 
@@ -175,3 +175,25 @@ def _parse(line: str, place: str) -> EvaluationRecord:
     if record.protocol_hash() != written_hash:
         raise InputError(f"{place}: the protocol was changed after it was recorded (hash {written_hash[:12]})")
     return record
+
+
+COMPARED = ("features", "features_hash", "reference_hash", "num_samples")
+"""What must agree between real images and samples."""
+
+
+def recorded_floor(file: Path, record: EvaluationRecord) -> float:
+    """The distance of a file's newest record of images that were measured as a record's samples were.
+
+    Raises:
+        InputError: there is none, naming what differs.
+    """
+    told = ""
+    for candidate in reversed(read_records(file)):
+        differences = candidate.protocol.differences(record.protocol)
+        different = [name for name in COMPARED if name in differences]
+        if candidate.protocol.seeds is None and not different:
+            return candidate.distance
+        told = told or ", ".join(
+            f"{name} {differences[name][0]} there, {differences[name][1]} here" for name in different
+        )
+    raise InputError(f"{file} has no images that were measured as the runs were: {told or 'only samples'}")

@@ -9,18 +9,16 @@ from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.distributed import check_trackers, micro_batch_size
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.evaluation.reference import hash_of_images
-from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
+from dia_diffusion.evaluation.reference import hash_of_images, is_statistics_file, read_statistics
 from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sweeps.collect import Inventory, RunState, records_of
 from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
-from dia_diffusion.training.resuming import check_new_run, refuse_changes, refuse_other_randomness
-from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.run_folder import RunFolder, check_new_run, refuse_changes, refuse_other_randomness
 
 OpenImages = Callable[[str, int, int, str], ImageSet]
 """Images of a source, size, channels and split."""
@@ -45,7 +43,7 @@ def check_recipes(study: Study) -> None:
             raise InputError(f"unit {run.unit}: {error}") from None
 
 
-def _check_classes(protocol: NamedProtocol, experiment: Experiment) -> None:
+def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
     known = experiment.model.num_classes or 0
     if protocol.classes is not None and max(protocol.classes) >= known:
         raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
@@ -160,7 +158,7 @@ def _source(study: Study, run: Run) -> str:
     return str(run.experiment.data.source if training is None else training["recipe"]["data"].get("source"))
 
 
-def _reference(source: str, run: Run, protocol: NamedProtocol, open_images: OpenImages) -> dict[str, object]:
+def _reference(source: str, run: Run, protocol: EvalProtocol, open_images: OpenImages) -> dict[str, object]:
     """What its records will say of it."""
     try:
         if is_statistics_file(source):
@@ -182,7 +180,7 @@ def _reference(source: str, run: Run, protocol: NamedProtocol, open_images: Open
 
 
 def _refuse_others(
-    record: EvaluationRecord | None, protocol: NamedProtocol, what: str, values: dict[str, object]
+    record: EvaluationRecord | None, protocol: EvalProtocol, what: str, values: dict[str, object]
 ) -> None:
     for key, value in values.items():
         if record is not None and (on_record := getattr(record.protocol, key)) != value:

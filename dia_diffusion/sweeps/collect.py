@@ -7,7 +7,7 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import refuse_mixed_protocols
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.io import step_folders
 from dia_diffusion.pipelines.folder import read_training
@@ -60,7 +60,7 @@ class Measured:
         )
 
 
-def measured(runs: Sequence[Run], protocol: NamedProtocol) -> list[Measured]:
+def measured(runs: Sequence[Run], protocol: EvalProtocol) -> list[Measured]:
     """The records under this protocol's name, in order of run and step; of two of one step the later counts.
 
     Raises:
@@ -70,7 +70,7 @@ def measured(runs: Sequence[Run], protocol: NamedProtocol) -> list[Measured]:
     by_run: dict[str, list[EvaluationRecord]] = {}
     for run in runs:
         records = records_of(run)
-        refuse_changed(records, protocol, RunFolder(run.folder).evaluations)
+        protocol.refuse_changed(records, RunFolder(run.folder).evaluations)
         by_step = {record.step: record for record in records if record.step and protocol.named_in(record)}
         for record in by_step.values():
             _refuse_another_run(record, run)
@@ -139,7 +139,7 @@ class Inventory:
     final: list[Measured]
     """By its final protocol, of the last steps."""
 
-    def on_record(self) -> list[tuple[NamedProtocol, list[Measured]]]:
+    def on_record(self) -> list[tuple[EvalProtocol, list[Measured]]]:
         """Each protocol with its records."""
         return [*zip(self.study.protocols, (self.curve, self.final), strict=False)]
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import write_json
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
@@ -139,7 +139,7 @@ def _group(study: Study, states: Sequence[RunState], times: dict[str, float]) ->
             times[key] = seconds_of_pass(experiment, precision, sampler)
         return steps * times[key]
 
-    def evaluation(protocol: NamedProtocol) -> float:
+    def evaluation(protocol: EvalProtocol) -> float:
         if protocol.features not in times:
             times[protocol.features] = seconds_of_features(protocol, experiment)
         sampling = seconds_per_image(protocol.precision, protocol.sampler, protocol.steps)
@@ -185,7 +185,7 @@ def _bytes(run: Run) -> int:
     return copies * parameters * BYTES_OF_FLOAT
 
 
-def _bytes_of_features(protocol: NamedProtocol) -> int:
+def _bytes_of_features(protocol: EvalProtocol) -> int:
     own = protocol.features in FEATURES
     width = build_features(protocol.features).num_features if own else INCEPTION_FEATURES
     return protocol.num_samples * width * BYTES_OF_FLOAT
@@ -308,7 +308,7 @@ def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> flo
     return _second_time(lambda: list(generate(adapted, range(count), batch_size=count))) / (count * SAMPLER_STEPS)
 
 
-def seconds_of_features(protocol: NamedProtocol, experiment: Experiment) -> float:
+def seconds_of_features(protocol: EvalProtocol, experiment: Experiment) -> float:
     """Of an image's features if they are the package's; 0 for others, which take long to load or a download."""
     if protocol.features not in FEATURES:
         return 0.0

@@ -10,12 +10,10 @@ from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.curves import distance_label
 from dia_diffusion.evaluation.features import FEATURES, FeatureExtractor, build_features
-from dia_diffusion.evaluation.floor import recorded_floor
-from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.protocols import NamedProtocol
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
+from dia_diffusion.evaluation.protocol import EvalProtocol
+from dia_diffusion.evaluation.record import EvaluationRecord, recorded_floor
 from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
-from dia_diffusion.evaluation.statistics import FeatureStatistics
 from dia_diffusion.io import write_json, write_text
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
@@ -188,7 +186,7 @@ def _to_dict(results: Results) -> dict[str, Any]:
 
 
 def _measurement(
-    study: Study, protocol: NamedProtocol, measured: Sequence[Measured], known: dict[str, Floor]
+    study: Study, protocol: EvalProtocol, measured: Sequence[Measured], known: dict[str, Floor]
 ) -> Measurement:
     record = measured[-1].record
     versions = {json.dumps(one.record.versions): one.record.versions for one in measured}

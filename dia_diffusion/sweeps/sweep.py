@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import NamedProtocol, read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import shipped_folder, shipped_names, write_text
 from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
 from dia_diffusion.reading import read_yaml
@@ -119,9 +119,9 @@ class Study:
 
     name: str
     config: StudyConfig
-    protocol: NamedProtocol
+    protocol: EvalProtocol
     """Of the curves."""
-    final_protocol: NamedProtocol | None
+    final_protocol: EvalProtocol | None
     """Of the last checkpoints."""
     runs: list[Run]
 
@@ -131,7 +131,7 @@ class Study:
         return Path(self.config.output)
 
     @property
-    def protocols(self) -> list[NamedProtocol]:
+    def protocols(self) -> list[EvalProtocol]:
         return [protocol for protocol in (self.protocol, self.final_protocol) if protocol is not None]
 
     @property
@@ -208,8 +208,8 @@ def read_study(
         runs = _runs(config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    protocol = read_protocol(config.protocol)
-    final = None if config.final_protocol is None else read_protocol(config.final_protocol)
+    protocol = EvalProtocol.read(config.protocol)
+    final = None if config.final_protocol is None else EvalProtocol.read(config.final_protocol)
     if final is not None and final.name == protocol.name and final.hash() != protocol.hash():
         raise InputError(f"protocol and final_protocol are both called {protocol.name} and differ; rename one")
     return Study(config.name or path.stem, config, protocol, final, runs)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import DivergedError, InputError
-from dia_diffusion.evaluation.protocols import NamedProtocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import verify_checksum, with_checksum, write_json
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.reading import read_json_object
@@ -44,8 +44,7 @@ from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples, image_losses, training_batch
 from dia_diffusion.training.randomness import RANDOMNESS, StepDraws, draw_step
 from dia_diffusion.training.recipe import changed_keys, override, read_experiment
-from dia_diffusion.training.resuming import refuse_other_randomness
-from dia_diffusion.training.run_folder import RunFolder, read_metrics
+from dia_diffusion.training.run_folder import RunFolder, read_metrics, refuse_other_randomness
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
@@ -349,7 +348,7 @@ def _last_loss(trial: Run) -> float | None:
 def measure_trials(
     trials: Sequence[Run],
     results: Sequence[Result],
-    protocol: NamedProtocol,
+    protocol: EvalProtocol,
     name: str,
     progress: Callable[[int, int], None],
 ) -> str:

@@ -8,8 +8,7 @@ import torch
 
 from dia_diffusion.analysis.correlation import correlations_of_run
 from dia_diffusion.analysis.gradients import gradients_of_run
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.attention_maps import attention_maps, maps_of_run, measure_maps, summary
-from dia_diffusion.analysis.map_moments import MapMoments, split_variance
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage
+from dia_diffusion.analysis.attention_maps import (
+    MapMoments,
+    attention_maps,
+    maps_of_run,
+    measure_maps,
+    split_variance,
+    summary,
+)
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.attention import UNITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.randomness import image_order

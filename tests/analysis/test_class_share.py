@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from dia_diffusion.analysis.class_share import ClassMeans
-from dia_diffusion.analysis.map_moments import MapMoments
+from dia_diffusion.analysis.attention_maps import ClassMeans, MapMoments
 
 
 def record_of(stages: list[np.ndarray], labels: np.ndarray, batch: int = 7) -> dict:

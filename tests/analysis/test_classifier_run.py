@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dia_diffusion.analysis import importance
+from dia_diffusion.analysis.ablations import ablations_of_run
 from dia_diffusion.analysis.attention_maps import maps_of_run
 from dia_diffusion.analysis.correlation import correlations_of_run
 from dia_diffusion.analysis.gradients import gradients_of_run
-from dia_diffusion.analysis.map_ablations import ablations_of_run
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier

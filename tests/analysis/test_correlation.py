@@ -11,8 +11,7 @@ from PIL import Image
 
 from dia_diffusion.analysis.attention_maps import attention_maps
 from dia_diffusion.analysis.correlation import Coefficients, correlations_of_run, pearson
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.cli.main import main
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dia_diffusion import UViT
 from dia_diffusion.analysis.gradient_noise import gradient_noise, group_of, logged_norms, noise_of_run
-from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.run import open_runs
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.diffusion import diffusion_loss

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dia_diffusion.analysis.gradients import Magnitudes, gradients_of_run
-from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.run import open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.cli.main import main
 from dia_diffusion.training.diffusion import diffusion_loss

@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 
 from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.figures.importance import draw_importances
-from dia_diffusion.analysis.importance import LEAST_R2, importances, samples
-from dia_diffusion.analysis.runs import open_runs
-from dia_diffusion.analysis.trained_run import Coverage
+from dia_diffusion.analysis.importance import LEAST_R2, draw_importances, importances, samples
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.cli.main import main
 
 

@@ -11,13 +11,17 @@ from PIL import Image
 from scipy import stats
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.losses import compared, losses
-from dia_diffusion.analysis.map_ablations import REPLACEMENTS, ablations_of_run, replaced_maps, replacement
-from dia_diffusion.analysis.map_moments import MapMoments
-from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.ablations import (
+    REPLACEMENTS,
+    ablations_of_run,
+    compared,
+    losses,
+    replaced_maps,
+    replacement,
+)
+from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
+from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.analysis.trained_run import Coverage
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.randomness import image_order

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.losses import losses
-from dia_diffusion.analysis.mlp_linearity import LineFit, at_activations, linearity_of_run, lines_instead
-from dia_diffusion.analysis.runs import open_runs
+from dia_diffusion.analysis.ablations import losses
+from dia_diffusion.analysis.linearity import LineFit, at_activations, linearity_of_run, lines_instead
+from dia_diffusion.analysis.run import Coverage, TrainedRun, open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.analysis.trained_run import Coverage, TrainedRun
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
 

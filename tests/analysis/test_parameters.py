@@ -3,9 +3,15 @@
 import pytest
 
 from dia_diffusion import UViT
-from dia_diffusion.analysis.named_models import model_named
 from dia_diffusion.analysis.paper_parameters import PAPER_TABLES, Cell
-from dia_diffusion.analysis.parameters import Stage, added_parameters, count_parameters, stages_of, unit_parameters
+from dia_diffusion.analysis.parameters import (
+    Stage,
+    added_parameters,
+    count_parameters,
+    model_named,
+    stages_of,
+    unit_parameters,
+)
 from dia_diffusion.cli.main import main
 from dia_diffusion.cli.params import paper_count
 from dia_diffusion.errors import InputError

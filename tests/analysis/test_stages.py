@@ -6,8 +6,8 @@ from torch import nn
 
 from dia_diffusion.analysis.gradients import gradients_at
 from dia_diffusion.analysis.stages import attended_stages, maps_during, stages_of
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attach
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
 from dia_diffusion.models.uvit import UViT
 

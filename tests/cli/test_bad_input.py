@@ -27,7 +27,6 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
     corrupt = folder / "corrupt"
     corrupt.mkdir()
     (corrupt / "a.png").write_bytes(b"no image")
-    (folder / "there.json").write_text("{}")
     stored, pickled_moments = folder / "stored.safetensors", folder / "pickled_moments.npz"
     assert main(["stats", "make", "digits", str(stored), "--size", "16", "--channels", "1"]) == 0
     np.savez(pickled_moments, mu=np.array([print, None]), sigma=np.eye(2))
@@ -177,11 +176,8 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "statistics' seed": (["stats", "make", "digits", folder / "x.safetensors", "--seed", "1"], "with --num"),
         "statistics' number": (["stats", "make", "digits", folder / "x.safetensors", "--num", "5000"], "has 1201"),
         "no action": (["stats", "mak"], "make"),
-        "features' seed": (["train-features", "digits", "--out", folder / "x.safetensors", "--seed", -1], "must be 0"),
-        "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
-        "features' weights": (["train-features", "digits", "--out", stored], "stored.safetensors exists already"),
-        "features' card": (["train-features", "digits", "--out", folder / "there.safetensors"], "there.json exists"),
-        "distortions' file": (["distortions", "digits", *reference, "--out", folder / "z.png"], "ending in .json"),
+        "a script's name": (["train-features", "digits"], "run `python tools/train_features.py`"),
+        "another script's name": (["distortions", "--help"], "run `python tools/distortions.py`"),
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data.image_set import array_source, decoded_set
-from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
+from dia_diffusion.evaluation.feature_store import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.record import append_record, read_records
@@ -33,7 +33,7 @@ from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.sweeps.trials import finished, make_trial
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_state, save_checkpoint
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.evaluation.conftest import _record

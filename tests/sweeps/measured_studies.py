@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, make_record
 from dia_diffusion.sweeps.collect import Point, measured
 from dia_diffusion.sweeps.sweep import Run, Study, read_study
@@ -59,7 +59,7 @@ def make_study(
 
 def add_records(study: Study, distances: Distances, *, protocol: str = "curve", **changes: Any) -> None:
     """Records under a protocol at every point of every run; `changes` are of the resolved protocol."""
-    named = read_protocol(str(study.folder.parent / f"{protocol}.yaml"))
+    named = EvalProtocol.read(str(study.folder.parent / f"{protocol}.yaml"))
     for run in study.runs:
         for step in run.steps if protocol == "curve" else run.steps[-1:]:
             distance = distances(run, step)

@@ -14,10 +14,9 @@ from safetensors.numpy import load_file
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocols import read_protocol, under_name
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import append_record
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.statistics_files import write_statistics
+from dia_diffusion.evaluation.reference import reference_statistics, write_statistics
 from dia_diffusion.io import FolderLock
 from dia_diffusion.sweeps.checks import check_images, check_measuring, check_randomness, check_recipes, check_runs
 from dia_diffusion.sweeps.collect import Inventory, scan
@@ -81,7 +80,7 @@ def record(run: Run, *steps: int, randomness: int | None = None, **changes: Any)
     """Puts steps of a run on record under fd-digits."""
     for step in steps:
         one = replace(a_record(run, step, 1.5, **changes), randomness=randomness)
-        append_record(RunFolder(run.folder).evaluations, under_name(one, read_protocol("fd-digits")))
+        append_record(RunFolder(run.folder).evaluations, under_name(one, EvalProtocol.read("fd-digits")))
 
 
 def test_what_is_missing(study: Read) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import shipped_names
 from dia_diffusion.sweeps.checks import check_recipes
 from dia_diffusion.sweeps.sweep import Study, read_study, write_study
@@ -68,7 +68,7 @@ def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))
     assert read_study(f"eval/curves/{name}.yaml", output=str(tmp_path)) == study
     check_recipes(study)  # its units are built, its protocols read
-    assert study.protocol == read_protocol(study.config.protocol)
+    assert study.protocol == EvalProtocol.read(study.config.protocol)
 
 
 def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) -> None:
