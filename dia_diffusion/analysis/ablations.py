@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
 from dia_diffusion.analysis.drawing import over_training, percent, save, style
-from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
+from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.attention.layers import recalibrate
 
@@ -55,37 +56,6 @@ def _replace(
     return recalibrate(features, next(rows).to(features)), output[1]
 
 
-def _in_turn(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Callable[[int], AbstractContextManager[None]]:
-    """Time's index -> the replacement by that row of each unit's maps (T, L, N)."""
-    return lambda time: replaced_maps(units, [each[time] for each in maps])
-
-
-def ablations_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
-) -> dict[str, Any]:
-    """A run's record: the loss of each step's averaged weights with their own h and with each replacement.
-
-    The means are those of the covered images, the losses those of as many others, at the same times.
-
-    Raises:
-        InputError: the run has no unit, too few images, or no weights of a step.
-    """
-    run.require_unit()
-    draws = run.draw_others(coverage.seed, coverage.num_images)
-    measured = []
-    for step in run.choose_steps(steps):
-        model = run.model(step)
-        units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
-        moments = measure_maps(run, model, coverage)
-        own = losses(run, model, draws, coverage)
-        replaced = {}
-        for name, axes in REPLACEMENTS.items():
-            during = _in_turn(units, [replacement(each, axes) for each in moments])
-            replaced[name] = losses(run, model, draws, coverage, during)
-        measured.append({**run.measured(step), "losses": compared(own, replaced)})
-    return {**run.described(), "steps": measured}
-
-
 @torch.no_grad()
 def losses(
     run: TrainedRun,
@@ -94,24 +64,22 @@ def losses(
     coverage: Coverage,
     during: Callable[[int], AbstractContextManager[object]] = lambda time: nullcontext(),
 ) -> Tensor:
-    """The run's own loss (T, I), float64, of each image of the draws with its noise at each of T spread times.
+    """The run's own loss (T, I), float64, of each image of the draws with its noise at each of the T covered times.
 
     during: what is replaced while the network runs at the time of that index.
     """
-    num_times = run.num_times(coverage.num_times)
-    found = torch.empty(num_times, len(draws.indices), dtype=torch.float64)
-    for batch in run.batches(draws, num_times, coverage.batch_size):
+    measured = torch.empty(run.num_times(coverage.num_times), len(draws.indices), dtype=torch.float64)
+    for batch in run.batches(draws, coverage):
         with during(batch.time):
-            found[batch.time, batch.images] = batch.losses(model).cpu().double()
-        coverage.progress(batch.images.stop - batch.images.start)
-    return found
+            measured[batch.time, batch.images] = batch.losses(model).cpu().double()
+    return measured
 
 
 def compared(own: Tensor, replaced: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """For a record: the mean of each name's losses (T, I), and its difference to `own`, with standard errors.
 
-    An image's loss is its mean over times, and the errors are those of a mean over images, so the difference's, which
-    is taken image by image, is far smaller than the losses'.
+    An image's loss is its mean over times. Errors are those of a mean over images: the difference is taken image by
+    image, so its error is far smaller than the losses'.
     """
     before = own.mean(0)
     record = {}
@@ -132,7 +100,37 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
-def draw_ablations(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    """The means are those of the drawn images, the losses those of as many others, at the same times."""
+    draws = run.draw(coverage.seed, 1, coverage.num_images)
+    units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
+    moments = measure_maps(run, model, coverage)
+    own, replaced = losses(run, model, draws, coverage), {}
+    for name, axes in REPLACEMENTS.items():
+        maps = [replacement(each, axes) for each in moments]
+
+        def during(time: int, maps: list[Tensor] = maps) -> AbstractContextManager[None]:
+            return replaced_maps(units, [each[time] for each in maps])
+
+        replaced[name] = losses(run, model, draws, coverage, during)
+    return {"losses": compared(own, replaced)}
+
+
+def describe(record: Record) -> Iterator[str]:
+    """The loss at the last step, and how much higher it is with each replacement."""
+    last = record["steps"][-1]
+    own = last["losses"]["own"]
+    yield f"{record['run']}, step {last['step']:,}: loss {own['loss']:.4f} ± {own['standard_error']:.4f}"
+    for name, other in last["losses"].items():
+        if name != "own":
+            rise, error = other["difference"] / own["loss"], other["difference_error"] / own["loss"]
+            yield f"  {name}: {other['loss']:.4f} ({rise:+.2%} ± {error:.2%})"
+
+
+# ---- figure
+
+
+def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     """A column a run: the loss with h and with each replacement over training, and how much higher that is."""
     figure = Figure(figsize=(4.4 * len(runs) + 0.6, 7.4), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
@@ -170,3 +168,13 @@ def draw_rise(axes: Axes, steps: Sequence[dict[str, Any]], name: str, line: dict
         for key in ("difference", "difference_error")
     )
     axes.errorbar(seen, rises, yerr=[2 * error for error in errors], **line)
+
+
+ANALYSIS = Analysis(
+    _measure,
+    draw,
+    describe,
+    choose_steps=TrainedRun.choose_steps,
+    passes=2 + len(REPLACEMENTS),  # the means, h itself, its replacements
+    held_out=True,
+)

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
 
+from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.drawing import save
-from dia_diffusion.analysis.run import TrainedRun
+from dia_diffusion.analysis.run import GradientBatches, TrainedRun
 from dia_diffusion.analysis.stages import stages_of
-from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import COLOURS
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
@@ -96,68 +96,43 @@ def gradients_at(modules: Sequence[nn.Module], called: Callable[[int, Tensor], N
             hook.remove()
 
 
-def gradient_magnitudes(
-    run: TrainedRun,
-    model: nn.Module,
-    *,
-    num_batches: int,
-    batch_size: int,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda batches: None,
-) -> list[dict[str, Any]]:
-    """A record a block in order of execution: its name, its stage's, whether it ends the stage, and its gradients."""
+def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
+    """A record per block in order of execution: its name, its stage's, whether it ends the stage, and its gradients."""
     model = copy.deepcopy(model).requires_grad_(True).train()  # BatchNorm's statistics move in training mode
-    blocks = [
-        (stage.name, name, output, name == stage.blocks[-1])
-        for stage in stages_of(model)
-        for name, output in zip(stage.blocks, stage.outputs, strict=True)
-    ]
-    if not blocks:
-        raise InputError(f"the blocks of {run.name}'s network aren't known; accepted: a network that attach() knows")
-    found = [Magnitudes() for _ in blocks]
+    stages = stages_of(model)
+    blocks = [(stage.name, name, name == stage.blocks[-1]) for stage in stages for name in stage.blocks]
+    magnitudes = [Magnitudes() for _ in blocks]
+    outputs = [output for stage in stages for output in stage.outputs]
     with (
-        gradients_at([output for _, _, output, _ in blocks], lambda index, gradient: found[index].add(gradient)),
+        gradients_at(outputs, lambda index, gradient: magnitudes[index].add(gradient)),
         torch.random.fork_rng(devices=[]),
     ):
-        torch.manual_seed(seed)  # of dropout, where there is any
-        for number in range(num_batches):
-            run.training_losses(model, run.draw(seed, number, batch_size)).mean().backward()
+        torch.manual_seed(over.seed)  # of dropout, where there is any
+        for number in range(over.num_batches):
+            run.training_losses(model, run.draw(over.seed, number, over.size(run))).mean().backward()
             model.zero_grad()
-            progress(1)
-    return [
+            over.progress(1)
+    records = [
         {"stage": stage, "block": name, "ends_stage": ends, **each.summary()}
-        for (stage, name, _, ends), each in zip(blocks, found, strict=True)
+        for (stage, name, ends), each in zip(blocks, magnitudes, strict=True)
     ]
+    return {"blocks": records}
 
 
-def gradients_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_batches: int,
-    batch_size: int | None = None,
-    weights: str = "ema",
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda batches: None,
-) -> dict[str, Any]:
-    """A run's record: the gradients with each step's weights, and with the first ones where all steps are meant.
-
-    batch_size: None is the run's own.
-    weights: "ema", the averaged ones, or "raw", those that were trained.
-
-    Raises:
-        InputError: no weights of a step.
-    """
-    size = batch_size or run.batch_size
-    measured = []
-    for step in run.with_first(steps, weights, in_training=True):
-        numbers = {"num_batches": num_batches, "batch_size": size, "seed": seed, "progress": progress}
-        blocks = gradient_magnitudes(run, run.model(step, weights), **numbers)  # type: ignore[arg-type]
-        measured.append({**run.measured(step), "blocks": blocks})
-    return {**run.described(), "measured_batch_size": size, "steps": measured}
+def describe(record: Record) -> Iterator[str]:
+    """The mean, deviation and median of each block's gradients at the last step."""
+    last = record["steps"][-1]
+    yield f"{record['run']}, step {last['step']:,}: |gradient|, mean (deviation), median"
+    for block in last["blocks"]:
+        if block["quantiles"] is not None:
+            name = f"{block['stage']} {block['block']}".strip()
+            yield f"  {name}: {block['mean']:.3g} ({block['deviation']:.3g}), {block['quantiles']['0.5']:.3g}"
 
 
-def draw_magnitudes(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+# ---- figure
+
+
+def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
     """The distribution of log10 |g| at each block, runs side by side, for the first step in common and each one's last.
 
     Of networks of several stages the blocks that end them, as in Fig. 13; of one stage all blocks.
@@ -212,3 +187,13 @@ def _draw_violin(axes: Axes, place: float, block: dict[str, Any], width: float, 
     low, middle, high = (np.log10(block["quantiles"][q]) for q in ("0.05", "0.5", "0.95"))
     axes.vlines(place, low, high, color=colour, linewidth=1.2)
     axes.plot(place, middle, "o", color=colour, markersize=4)
+
+
+ANALYSIS = Analysis(
+    _measure,
+    draw,
+    describe,
+    about=lambda run, over: {"measured_batch_size": over.size(run)},
+    choose_steps=partial(TrainedRun.with_first, in_training=True),
+    needs_unit=False,
+)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dia_diffusion.cli.analyses import refuse_file
-from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
+from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions, refuse_file
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study import SweepCounter, print_table, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol

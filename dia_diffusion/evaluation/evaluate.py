@@ -37,7 +37,14 @@ from dia_diffusion.evaluation.frechet import (
 )
 from dia_diffusion.evaluation.metrics import DISTANCE_ALONE, Extras, compute_metrics
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, make_record, read_records
+from dia_diffusion.evaluation.record import (
+    EvaluationRecord,
+    Origin,
+    ResolvedProtocol,
+    append_record,
+    make_record,
+    read_records,
+)
 from dia_diffusion.evaluation.reference import Reference
 from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
 from dia_diffusion.sampling.generate import ImagePipeline, generate
@@ -49,7 +56,7 @@ def evaluate(
     images: ImagesOf,
     extractor: FeatureExtractor,
     reference: Moments,
-    protocol: Protocol,
+    protocol: ResolvedProtocol,
     origin: Origin,
     accelerator: Accelerator,
     *,
@@ -92,7 +99,7 @@ def evaluate(
     return make_record(protocol=protocol, origin=origin, seconds=seconds, metric_settings=extras.settings(), **numbers)
 
 
-def work_folder(records: Path, protocol: Protocol, origin: Origin, extras: Extras) -> Path:
+def work_folder(records: Path, protocol: ResolvedProtocol, origin: Origin, extras: Extras) -> Path:
     """Where the chunks of an evaluation lie until it is in the file `records`: a folder beside it.
 
     Named for a hash of all that the features depend on, so that no other evaluation goes on with them.
@@ -118,7 +125,7 @@ class FewImagesWarning(UserWarning):
     """There are no more images than features."""
 
 
-def few_images(protocol: Protocol, num_features: int) -> list[str]:
+def few_images(protocol: ResolvedProtocol, num_features: int) -> list[str]:
     """What covariances of no more images than features do to a distance, in words; empty where there are enough."""
     counts = {"samples": protocol.num_samples, "reference images": protocol.reference_count}
     return [
@@ -161,9 +168,9 @@ def image_protocol(
     scheduler: dict[str, Any] | None = None,
     dtype: str | None = None,
     weights: str | None = None,
-) -> Protocol:
+) -> ResolvedProtocol:
     """The protocol of `num_samples` images against a reference; with settings, of the images of seeds 0, 1, 2, ..."""
-    return Protocol(
+    return ResolvedProtocol(
         features=extractor.name,
         features_hash=extractor.weights_hash,
         reference=reference.name,
@@ -219,7 +226,7 @@ class PipelineDistance:
     reference_features: Tensor | None = None
     """(M, D), on the main process, where the extras need them."""
 
-    def protocol(self, pipeline: ImagePipeline, folder: Path) -> Protocol:
+    def protocol(self, pipeline: ImagePipeline, folder: Path) -> ResolvedProtocol:
         """The protocol of the distance."""
         dtype = str(pipeline.dtype).removeprefix("torch.")
         weights = (read_training(folder) or {}).get("weights")
@@ -236,7 +243,7 @@ class PipelineDistance:
     def measure(
         self,
         pipeline: ImagePipeline,
-        protocol: Protocol,
+        protocol: ResolvedProtocol,
         origin: Origin,
         progress: Callable[[float], None] | None = None,
         work: Path | None = None,
@@ -268,7 +275,7 @@ class PipelineDistance:
 
 
 def known_record(
-    file: Path, protocol: Protocol, origin: Origin, extras: Extras, named: EvalProtocol | None
+    file: Path, protocol: ResolvedProtocol, origin: Origin, extras: Extras, named: EvalProtocol | None
 ) -> EvaluationRecord | None:
     """The newest record of these weights by this protocol, with all that the extras ask for; None if there is none.
 

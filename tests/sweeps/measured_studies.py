@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, append_record, make_record
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, append_record, make_record
 from dia_diffusion.sweeps.collect import Point, measured
 from dia_diffusion.sweeps.sweep import Run, Study, read_study
 from dia_diffusion.training.run_folder import RunFolder
@@ -115,4 +115,4 @@ def a_record(run: Run, step: int, distance: float, **changes: Any) -> Evaluation
         seed=run.seed,
         weights_hash="d" * 64,
     )
-    return make_record(distance, Protocol(**fields | changes), origin, seconds=1.25)
+    return make_record(distance, ResolvedProtocol(**fields | changes), origin, seconds=1.25)
