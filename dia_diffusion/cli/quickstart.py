@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     check_runs(inventory)
     console.print(
         "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"
-        f"DIA-LSTM, {options.steps:,} steps each, side by side; and measuring both."
+        f"DIA-LSTM, {options.steps:,} steps each, side by side; then measuring both."
     )
     with SweepCounter("training and measuring", "passes") as counter:
         run_study(inventory, len(runs), counter, fid_options=["--batch-size", str(num)])
