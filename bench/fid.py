@@ -19,12 +19,11 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from dia_diffusion.cli import fid
 from dia_diffusion.data import open_images
-from dia_diffusion.evaluation.feature_pass import BATCH
+from dia_diffusion.evaluation.feature_store import BATCH
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.features.exact_float32 import exact_float32
-from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.features.extractor import exact_float32
+from dia_diffusion.evaluation.frechet import GivenMoments, frechet_distance
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.evaluation.statistics import GivenMoments
 
 IMAGE_SIZE = 32
 SMALL_NETWORK = 20

@@ -20,9 +20,8 @@ from results import console
 from dia_diffusion.data import open_images
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.frechet import frechet_distance, measure
 from dia_diffusion.evaluation.reference import Reference, floor_distance, reference_statistics
 from dia_diffusion.io import write_json
 from dia_diffusion.pipelines.folder import find_pipeline, weights_hash

@@ -3,9 +3,9 @@
 import diffusers
 
 from dia_diffusion.attention import DIALSTM, build_attention
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.attention.insertion_points import Position
 from dia_diffusion.environment import __version__ as __version__
+from dia_diffusion.models.attach import attach
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline

@@ -154,7 +154,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
         return (subprocess.Popen if call[3] in child.not_forked else child)(call, **options)
 
     monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr(launcher, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.05)
     return child
 
 
@@ -239,4 +239,4 @@ def hold_checkpoints(files: int) -> None:
 
 def hold_evaluation(chunks: int) -> None:
     """Makes an evaluation wait for ever after so many finished chunks."""
-    hold("dia_diffusion.evaluation.feature_file:FeatureFile", "write", chunks)
+    hold("dia_diffusion.evaluation.feature_store:FeatureFile", "write", chunks)

@@ -144,7 +144,7 @@ def test_a_run_keeps_the_precision_it_chose(cpu, tiny, train, tmp_path: Path) ->
     cpu("amx")
     auto = ("--train.mixed_precision", "auto", "--train.max_steps")
     trainer = train(tiny("run", *auto, "3"))
-    assert "bfloat16 (this CPU has bfloat16 arithmetic, AMX)" in trainer.reporter.messages[0]
+    assert "bfloat16 (this CPU has bfloat16 arithmetic, AMX)" in trainer.progress.messages[0]
     kept = [
         yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()),
         *(
@@ -156,8 +156,8 @@ def test_a_run_keeps_the_precision_it_chose(cpu, tiny, train, tmp_path: Path) ->
 
     cpu("avx2")  # on another machine
     trainer = train(tiny("run", *auto, "6"))
-    assert trainer.config.mixed_precision == "bf16" and "as this run began" in trainer.reporter.messages[0]
-    assert "times slower" in trainer.reporter.messages[1]
+    assert trainer.config.mixed_precision == "bf16" and "as this run began" in trainer.progress.messages[0]
+    assert "times slower" in trainer.progress.messages[1]
     AcceleratorState._reset_state(True)
     with pytest.raises(InputError, match=r"train\.mixed_precision: bf16 -> none"):
         Trainer(tiny("run", "--train.max_steps", "9"), Recorder())

@@ -9,18 +9,25 @@ With K batches of B images at the same weights, gradients g_k and their mean m:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.trained_run import TrainedRun
-from dia_diffusion.attention.attach import UNITS_NAME
+from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.drawing import over_training, save, style
+from dia_diffusion.analysis.run import GradientBatches, TrainedRun
+from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
 FOLDS = 8
+WINDOWS = 12  # of the norms that training logged
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -109,48 +116,21 @@ def _estimates(squares: Tensor, products: Tensor, counts: Tensor) -> tuple[float
     return spread, squared_mean - spread / count
 
 
-def noise_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_batches: int,
-    batch_size: int | None = None,
-    weights: str = "ema",
-    seed: int = 0,
-    windows: int = 12,
-    progress: Callable[[int], None] = lambda batches: None,
-) -> dict[str, Any]:
-    """A run's record: the noise at each step's weights, in float32 and without dropout, and the norms it logged.
+def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
+    """The noise in float32 and without dropout."""
+    model.requires_grad_(True)
 
-    batch_size: None is the run's own.
-    weights: "ema", the averaged weights of pipelines, or "raw", those that were trained, of checkpoints.
+    def loss(number: int) -> Tensor:
+        over.progress(1)
+        return run.training_losses(model, run.draw(over.seed, number, over.size(run))).mean()
 
-    Raises:
-        InputError: no weights of a step.
-    """
-    size = batch_size or run.batch_size
-    measured = []
-    for step in run.choose_steps(steps, weights):
-        model = run.model(step, weights).requires_grad_(True)
-        losses = [_loss_of(run, model, seed, number, size, progress) for number in range(num_batches)]
-        measured.append({**run.measured(step), "groups": gradient_noise(model, losses, size)})
-    logged = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
-    return {
-        **run.described(),
-        "measured_batch_size": size,
-        "steps": measured,
-        "logged": logged_norms(logged, windows),
-    }
+    losses = [partial(loss, number) for number in range(over.num_batches)]
+    return {"groups": gradient_noise(model, losses, over.size(run))}
 
 
-def _loss_of(
-    run: TrainedRun, model: nn.Module, seed: int, number: int, size: int, progress: Callable[[int], None]
-) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        progress(1)
-        return run.training_losses(model, run.draw(seed, number, size)).mean()
-
-    return loss
+def _about(run: TrainedRun, over: GradientBatches) -> Record:
+    lines = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
+    return {"measured_batch_size": over.size(run), "logged": logged_norms(lines, WINDOWS)}
 
 
 def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
@@ -172,3 +152,70 @@ def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[s
             }
         )
     return found
+
+
+def describe(record: Record) -> Iterator[str]:
+    """The noise scale of each group of parameters at the last step, with its range."""
+    last = record["steps"][-1]
+    groups = ", ".join(f"{name} {_in_words(group)}" for name, group in last["groups"].items())
+    yield f"{record['run']}, step {last['step']:,}: noise scale in images: {groups}"
+
+
+def _in_words(noise: dict[str, float | None]) -> str:
+    scale, low, high = (noise[key] for key in ("noise_scale", "noise_scale_low", "noise_scale_high"))
+    if scale and low and high:
+        return f"{scale:,.0f} [{low:,.0f}, {high:,.0f}]"
+    return f"at least {low:,.0f}" if low else "unknown"
+
+
+# ---- figure
+
+
+def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Noise scale over training, by group at the end, and the gradient norms that training logged."""
+    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
+    (scale, by_group), (norms, variation) = figure.subplots(2, 2)
+    for index, run in enumerate(runs):
+        line = {**style(index), "label": run["run"]}
+        seen = [step["images_seen"] for step in run["steps"]]
+        _draw_scales(scale, seen, [step["groups"]["all"] for step in run["steps"]], line)
+        logged = run["logged"]
+        seen = [window["last_step"] * run["batch_size"] for window in logged]
+        norms.plot(seen, [window["mean"] for window in logged], **line)
+        variation.plot(seen, [window["variation"] for window in logged], **line)
+        groups = run["steps"][-1]["groups"]
+        places = [place + 0.16 * (index - (len(runs) - 1) / 2) for place, name in enumerate(GROUPS) if name in groups]
+        measured = [groups[name] for name in GROUPS if name in groups]
+        _draw_scales(by_group, places, measured, {**line, "linestyle": "none"})
+    for place, title in (
+        (scale, "noise scale tr Σ / |G|², images (↑: at least)"),
+        (norms, "gradient norm of a batch, as logged"),
+        (variation, "its deviation over its mean"),
+    ):
+        place.set_title(title)
+        over_training(place)
+    norms.set_ylim(bottom=0)
+    variation.set_ylim(bottom=0)
+    by_group.set_title("noise scale by group, last step")
+    by_group.set_xticks(range(len(GROUPS)), GROUPS)
+    by_group.grid(alpha=0.25, linewidth=0.6, axis="y")
+    handles, labels = norms.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    save(figure, path)
+
+
+def _draw_scales(axes: Axes, places: Sequence[float], noises: Sequence[dict[str, Any]], line: dict[str, Any]) -> None:
+    """Noise scales with their ranges; where the range has no upper end, a caret at its lower one."""
+    known = [(place, noise) for place, noise in zip(places, noises, strict=True) if noise["noise_scale_high"]]
+    axes.plot([place for place, _ in known], [noise["noise_scale"] for _, noise in known], **line)
+    for place, noise in known:
+        axes.vlines(place, noise["noise_scale_low"], noise["noise_scale_high"], color=line["color"], linewidth=1)
+    at_least = [(place, noise["noise_scale_low"]) for place, noise in zip(places, noises, strict=True)]
+    at_least = [pair for pair, noise in zip(at_least, noises, strict=True) if not noise["noise_scale_high"] and pair[1]]
+    if known or at_least:
+        axes.set_yscale("log")
+    if at_least:
+        axes.plot(*zip(*at_least, strict=True), color=line["color"], marker="$\u2191$", markersize=9, linestyle="none")
+
+
+ANALYSIS = Analysis(_measure, draw, describe, _about, choose_steps=TrainedRun.choose_steps, needs_unit=False)

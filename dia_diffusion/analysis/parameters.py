@@ -3,24 +3,22 @@
 Everything is counted of modules on torch's meta device, which take no memory.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from dia_diffusion.analysis.stages import Stage
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.insertion_points import group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of blocks with one channel count, which share a unit."""
-
-    channels: int
-    blocks: int
+from dia_diffusion.models.classifier_config import BackboneConfig
+from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, build_classifier
+from dia_diffusion.models.uvit import UVIT_SIZES, UViT
+from dia_diffusion.training.config import ClassifyExperiment, Experiment, ModelConfig
+from dia_diffusion.training.diffusion import build_model
+from dia_diffusion.training.recipe import read_experiment
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def stages_of(model: nn.Module) -> list[Stage]:
-    """The stages of a UViT, which is one, or of any model that attach() knows.
-
-    Raises:
-        InputError: a model without known blocks.
-    """
-    if isinstance(model, UViT):
-        return [Stage(model.hidden_size, model.config.num_layers)]
-    return [Stage(run[0].channels or 0, len(run)) for run in group_by_channels(insertion_points(model))]
-
-
 def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
     """The parameters of the units of that name, one a stage.
 
@@ -63,7 +50,7 @@ def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
     total = 0
     with torch.device("meta"):
         for stage in stages:
-            built = build_attention(unit, stage.channels, num_blocks=stage.blocks, **options)
+            built = build_attention(unit, stage.channels, num_blocks=len(stage.blocks), **options)
             total += 0 if built is None else count_parameters(built)
     return total
 
@@ -75,8 +62,57 @@ def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
         InputError: no such unit, options that it refuses, or a sharing among them.
     """
     if "sharing" in options:
-        raise InputError("sharing is among the unit's arguments; both are counted, leave it out")
+        raise InputError("the unit's arguments must be without `sharing`, since both are counted")
     individual = None
     if unit in UNITS and UNITS[unit].can_be_individual:
         individual = unit_parameters(stages, unit, **{**options, "sharing": "individual"})
     return Added(unit, unit_parameters(stages, unit, **options), individual)
+
+
+Config = TypeVar("Config", ModelConfig, BackboneConfig)
+
+CLASSES = 100  # of CIFAR-100, for which the paper counts
+IMAGENET_CLASSES = 1000
+
+
+def model_named(name: str) -> nn.Module:
+    """A model without unit: a UViT size ("S/2"), a classifier ("cifar-resnet164", "resnet50"), or that of a recipe.
+
+    CIFAR classifiers have 100 classes, ImageNet's 1,000 and images of 224.
+
+    Raises:
+        InputError: no model has that name.
+    """
+    with torch.device("meta"):
+        if name.partition("/")[0] in UVIT_SIZES and "/" in name:
+            return UViT.from_size(name, attention=None)
+        if any(re.fullmatch(pattern, name) for pattern in PATTERNS.values()):
+            return build_classifier(BackboneConfig(backbone=name, num_classes=CLASSES))
+        if name in RESNETS or name in VITS:
+            return build_classifier(BackboneConfig(backbone=name, sample_size=224, num_classes=IMAGENET_CLASSES))
+        experiment = recipe_named(name)
+        if isinstance(experiment, ClassifyExperiment):
+            return build_classifier(without_unit(experiment.model))
+        return build_model(without_unit(experiment.model))
+
+
+def recipe_named(name: str) -> Experiment | ClassifyExperiment:
+    """A recipe of `train`, or one of `classify`, by path or by the name of a shipped one.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return read_experiment(name)
+    except InputError as error:
+        try:
+            return read_experiment(name, kind=ClassifyExperiment)
+        except InputError:
+            sizes = ", ".join(f"{size}/PATCH" for size in UVIT_SIZES)
+            raise InputError(f"a model must be {sizes}, {ACCEPTED}, or a recipe, got {name!r} ({error})") from None
+
+
+def without_unit(config: Config) -> Config:
+    """A recipe's model with no attention unit."""
+    unit: dict[str, Any] = {key: None for key in config.model_dump() if key.startswith("attention_")}
+    return config.model_copy(update={"attention": "none", **unit})

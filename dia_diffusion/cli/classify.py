@@ -5,7 +5,7 @@ from functools import partial
 
 from dia_diffusion.cli.options import options_parser
 from dia_diffusion.cli.train import parse_command, train
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 
 
 def parse(arguments: Sequence[str]) -> ClassifyExperiment:

@@ -3,11 +3,14 @@
 import os
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
+
+from dia_diffusion.progress import Progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,9 +39,9 @@ class RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f} {self.unit}/s")
 
 
-def progress_bars(unit: str) -> Progress:
+def progress_bars(unit: str) -> Bars:
     """Bars counted in `unit`, with rate and time left; nothing is drawn where there is no terminal."""
-    return Progress(
+    return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -141,8 +144,8 @@ class MeasuringProgress(SharedProgress):
         self.counter(self.total, self.total, f"{what} {done}/{total}" if total else what)
 
 
-class ConsoleReporter:
-    """A training run's progress on the terminal."""
+class ConsoleProgress(Progress):
+    """Progress on the terminal, a bar at a time."""
 
     def __init__(self) -> None:
         self.counter: Counter | None = None
@@ -150,24 +153,29 @@ class ConsoleReporter:
     def message(self, text: str) -> None:
         console.print(text)
 
-    def reading(self, unit: str, done: int, total: int) -> None:
-        if self.counter is None:
-            self.counter = Counter("reading", unit)
-            self.counter.bars.start()
-        self.counter(done, total)
+    def update(self, what: str, unit: str, done: int, total: int, note: str = "") -> None:
+        self._open(what, unit)(done, total, note)
         if done >= total:
             self.close()
 
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        if self.counter is None:
-            self.counter = Counter("training", "steps")
-            self.counter.start_at(step - 1, max_steps)
+    def resume(self, what: str, unit: str, done: int, total: int) -> None:
+        self._open(what, unit).start_at(done, total)
+
+    def _open(self, what: str, unit: str) -> Counter:
+        if self.counter is None or (self.counter.description, self.counter.unit) != (what, unit):
+            self.close()
+            self.counter = Counter(what, unit)
             self.counter.bars.start()
-        loss = values.get("loss")
-        self.counter(step, max_steps, "" if loss is None else f"loss {loss:.4f}")
+        return self.counter
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self.counter is not None:
             self.counter.bars.stop()
             self.counter = None
+
+    def __enter__(self) -> "ConsoleProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -116,7 +116,7 @@ def records(run: str, protocol: str | None = None) -> "list[EvaluationRecord]":
 
 def floor_of(floor: str, record: "EvaluationRecord") -> float:
     """A number, or the distance of a file's newest record that was measured as a run's record was."""
-    from dia_diffusion.evaluation.floor import recorded_floor
+    from dia_diffusion.evaluation.record import recorded_floor
 
     try:
         return float(floor)

@@ -16,8 +16,8 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.io import shipped_names
 
 if TYPE_CHECKING:
-    from dia_diffusion.evaluation.extras import Extras
-    from dia_diffusion.evaluation.protocols import NamedProtocol
+    from dia_diffusion.evaluation.metrics import Extras
+    from dia_diffusion.evaluation.protocol import EvalProtocol
 
 DEFAULT_COUNT = 1000
 """Images of a pipeline."""
@@ -72,7 +72,7 @@ class Request:
 
     options: Options
     """With what the protocol decides filled in."""
-    protocol: "NamedProtocol | None"
+    protocol: "EvalProtocol | None"
     pipelines: list[Path]
     """In order of step; empty where the source is images."""
     reference: str
@@ -101,15 +101,15 @@ def run(options: Options) -> None:
 
 def resolve(options: Options) -> Request:
     """The request of the options; refuses what can't be measured before anything is computed."""
-    from dia_diffusion.evaluation.extras import Extras
-    from dia_diffusion.evaluation.protocols import read_protocol
+    from dia_diffusion.evaluation.metrics import Extras
+    from dia_diffusion.evaluation.protocol import EvalProtocol
 
     source = Path(options.source)
     is_model = any((source / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
     if options.reference is None and not (options.protocol is not None and is_model):
         raise InputError("`--reference` is missing; only a run or its pipeline with --protocol needs none")
-    protocol = None if options.protocol is None else read_protocol(options.protocol)
+    protocol = None if options.protocol is None else EvalProtocol.read(options.protocol)
     if protocol is not None:
         options = _fill_in(options, protocol, is_model)
     if options.record is not None:
@@ -132,7 +132,7 @@ def _refuse_ignored(options: Options, is_model: bool) -> None:
             raise InputError(f"{spell(options, name)}: {options.source} {why}; leave it out")
 
 
-def _fill_in(options: Options, protocol: "NamedProtocol", is_model: bool) -> Options:
+def _fill_in(options: Options, protocol: "EvalProtocol", is_model: bool) -> Options:
     """The options with what the protocol decides; raises InputError for one of these that is given too."""
     decided = {
         name: value
@@ -148,7 +148,7 @@ def _fill_in(options: Options, protocol: "NamedProtocol", is_model: bool) -> Opt
     return filled
 
 
-def _decided(protocol: "NamedProtocol") -> dict[str, Any]:
+def _decided(protocol: "EvalProtocol") -> dict[str, Any]:
     """Option -> the protocol's value."""
     decided = {
         "features": protocol.features,
@@ -194,9 +194,8 @@ def check_record_file(file: Path) -> None:
         raise InputError(f"`--record` must be a file in a writable folder, got {file}, which can't be written")
 
 
-def _check_against(protocol: "NamedProtocol", request: Request) -> None:
+def _check_against(protocol: "EvalProtocol", request: Request) -> None:
     """Raises InputError for pipelines of other weights, and for records of this protocol with other settings."""
-    from dia_diffusion.evaluation.protocols import refuse_changed
     from dia_diffusion.evaluation.record import read_records
     from dia_diffusion.pipelines.folder import read_training
 
@@ -208,4 +207,4 @@ def _check_against(protocol: "NamedProtocol", request: Request) -> None:
     files = map(request.records_file, request.pipelines) if request.pipelines else [request.records_file(None)]
     for file in dict.fromkeys(files):
         if file.is_file():
-            refuse_changed(read_records(file), protocol, file)
+            protocol.refuse_changed(read_records(file), file)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 
-from dia_diffusion.cli.options import OptionParser, parse_options
+from dia_diffusion.cli.options import OptionParser, Options, parse_options, program
 from dia_diffusion.environment import __version__
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError, RunError, Stopped, Terminated, number_of, one_line
 
@@ -33,10 +33,10 @@ COMMANDS = {
     "convert": "turn official U-ViT weights into a pipeline folder",
     "export": "copy a pipeline for others, with the code that loads it by diffusers alone if asked",
     "push": "send a pipeline folder to the Hugging Face Hub, after showing what will be sent",
-    "distortions": "score corrupted real images to calibrate the metric",
-    "train-features": "train the classifier whose features a distance is measured in",
     "env": "print versions, devices and speed of this machine, for a bug report",
 }
+# Commands of earlier versions that are scripts of the repository now.
+SCRIPTS = {"distortions": "tools/distortions.py", "train-features": "tools/train_features.py"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
+    return _run_to_exit_code(name, lambda: _parse(name, arguments[1:]))
+
+
+def run_script(
+    name: str, model: type[Options], run: Callable[[Options], None], arguments: Sequence[str] | None = None
+) -> int:
+    """Runs a script outside the package as `main` runs a command.
+
+    Args:
+        name: of the script's file, for help and error lines.
+        model: of its options.
+        run: does the work.
+        arguments: those of sys.argv if None.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return _run_to_exit_code(name, lambda: partial(run, parse_options(model, arguments, name)))
+
+
+def _run_to_exit_code(name: str, parse: Callable[[], Callable[[], None]]) -> int:
     try:
         try:
-            return _run(name, arguments)
+            return _run(name, parse)
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # an error in the interpreter's own flush at exit could not be handled
@@ -60,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _end(name, f"failed: {error.strerror or error}: while writing", 1)
 
 
-def _run(name: str, arguments: Sequence[str]) -> int:
+def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
     """Runs a command and returns its exit code. Raises BrokenPipeError where nothing reads what it prints."""
     if name in ("-h", "--help"):
         print(usage())
@@ -71,11 +90,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         if sys.platform == "win32":
             raise InputError(NOT_ON_WINDOWS)
-        if name not in COMMANDS:
-            raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
         with _termination_as_interrupt():
             try:
-                command = _parse(name, arguments[1:])
+                command = parse()
             except SystemExit:  # of --help
                 return 0
             import_package()
@@ -115,6 +132,10 @@ def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
     A command's module has a model `Options`, or a function `parse(arguments)` that returns them, and `run(options)`.
     One with several parts has instead a table PARTS: name -> (model, function of its options), and a DESCRIPTION.
     """
+    if name in SCRIPTS:
+        raise InputError(f"`{name}` is now a script: run `python {SCRIPTS[name]}` in a clone of the repository")
+    if name not in COMMANDS:
+        raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
     module = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
     if hasattr(module, "parse"):
         return partial(module.run, module.parse(arguments))
@@ -193,5 +214,5 @@ def _end(name: str, line: str, code: int, reported: bool | None = None) -> int:
     if reported is None:
         reported = code != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
     if not reported:
-        print(f"dia-diffusion {name}: {line}", file=sys.stderr)
+        print(f"{program(name)}: {line}", file=sys.stderr)
     return code

@@ -11,31 +11,38 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from dia_diffusion.cli.console import ConsoleReporter, Counter, MeasuringProgress, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, MeasuringProgress, console
 from dia_diffusion.cli.fid import DEFAULT_COUNT, Request, check_record_file
 from dia_diffusion.cli.shared_options import load_features, load_for_sampling, warn_unreleased
 from dia_diffusion.data import ImageSet
 from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import all_agree, first_on_each_machine, on_all_ranks, on_rank_zero, start_accelerator
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, evaluate, few_images, work_folder
-from dia_diffusion.evaluation.extras import Extras
-from dia_diffusion.evaluation.feature_file import FINISHED
-from dia_diffusion.evaluation.feature_pass import batches_of, widths_of
-from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.pipeline_distance import (
+from dia_diffusion.evaluation.evaluate import (
+    FewImagesWarning,
     PipelineDistance,
+    evaluate,
+    few_images,
     image_protocol,
     keep_record,
     known_record,
     pipeline_origin,
     update_card,
+    work_folder,
 )
-from dia_diffusion.evaluation.protocols import under_name
+from dia_diffusion.evaluation.feature_store import FINISHED, batches_of, widths_of
+from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.metrics import Extras
+from dia_diffusion.evaluation.protocol import under_name
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin
-from dia_diffusion.evaluation.reference import Reference, choose, reference_statistics
-from dia_diffusion.evaluation.reference_features import reference_features
-from dia_diffusion.evaluation.statistics_files import is_statistics_file, open_reference
+from dia_diffusion.evaluation.reference import (
+    Reference,
+    choose,
+    is_statistics_file,
+    open_reference,
+    reference_features,
+    reference_statistics,
+)
 
 
 def measure(request: Request) -> None:
@@ -214,7 +221,7 @@ def _check_count(request: Request, count: int | None) -> None:
 
 
 def _open(source: str, split: str | None, accelerator: Accelerator, **kwargs: Any) -> ImageSet:
-    return open_images_on_ranks(source, accelerator, ConsoleReporter().reading, split=split or "train", **kwargs)
+    return open_images_on_ranks(source, accelerator, ConsoleProgress(), split=split or "train", **kwargs)
 
 
 # Records.

@@ -73,10 +73,15 @@ def parse_options(model: type[Options], arguments: Sequence[str], command: str) 
         raise InputError(describe_error(error, model, lambda path: names.get(tuple(path)) or flag(path))) from None
 
 
+def program(command: str) -> str:
+    """How a command, or a script that ends in .py, is named in help and error lines."""
+    return command if command.endswith(".py") else f"dia-diffusion {command}"
+
+
 def options_parser(model: type[BaseModel], command: str) -> OptionParser:
     """The parser of a model's options, described by its docstring; the values it collects are text."""
     parser = OptionParser(
-        f"dia-diffusion {command}",
+        program(command),
         description=" ".join((model.__doc__ or "").split()),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -45,8 +45,8 @@ def run(options: Options) -> None:
 
 def print_added(models: Sequence[str], units: Sequence[str] | None, options: dict[str, object]) -> None:
     """A row for each model and unit; None is all units."""
-    from dia_diffusion.analysis.named_models import model_named
-    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, stages_of
+    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, model_named
+    from dia_diffusion.analysis.stages import stages_of
     from dia_diffusion.attention import UNITS
 
     table = Table(box=None, pad_edge=False)
@@ -55,7 +55,7 @@ def print_added(models: Sequence[str], units: Sequence[str] | None, options: dic
     for name in models:
         model = model_named(name)
         stages = stages_of(model)
-        first_cells = [name, " ".join(f"{s.blocks}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
+        first_cells = [name, " ".join(f"{len(s.blocks)}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
         for unit in UNITS if units is None else units:
             added = added_parameters(stages, unit, **options)
             table.add_row(
@@ -104,8 +104,9 @@ def _short(key: str, value: object) -> str:
 
 def paper_count(cell: "Cell") -> int:
     """The parameters of a cell's network."""
-    from dia_diffusion.analysis.named_models import paper_backbone
-    from dia_diffusion.analysis.parameters import count_parameters, stages_of, unit_parameters
+    from dia_diffusion.analysis.paper_parameters import paper_backbone
+    from dia_diffusion.analysis.parameters import count_parameters, unit_parameters
+    from dia_diffusion.analysis.stages import stages_of
 
     backbone = paper_backbone(cell.backbone)
     stages = stages_of(backbone)

@@ -1,13 +1,12 @@
 """Options that several commands share, and what they lead to: a pipeline, a feature extractor."""
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from dia_diffusion.cli.console import ConsoleReporter, console
+from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Metavar
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
@@ -82,7 +81,7 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
     name = options.features or _features_for(data)
     if options.inception_weights is not None and name != "inception":
         raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
-    progress = partial(ConsoleReporter().reading, "bytes")
+    progress = ConsoleProgress().reading("bytes")
     return build_features(name, device, options.inception_weights, progress)
 
 
@@ -97,7 +96,7 @@ def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> N
 def _features_for(data: str) -> str:
     """The features of a file of statistics, if it names them; else those that suit the images."""
     from dia_diffusion.evaluation.features import FEATURES
-    from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics
+    from dia_diffusion.evaluation.reference import is_statistics_file, read_statistics
 
     if Path(data).is_file() and is_statistics_file(data) and (name := read_statistics(data).features) is not None:
         if name not in FEATURES:  # these might be downloaded, or be a module to run, which takes asking for by name

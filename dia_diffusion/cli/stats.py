@@ -1,19 +1,18 @@
 """`dia-diffusion stats`: files of statistics, made of any images, shown and compared."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dia_diffusion.cli.console import ConsoleReporter, Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.shared_options import FeatureOptions, Split, load_features, warn_unreleased
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
-    from dia_diffusion.evaluation.statistics_files import StatisticsFile
+    from dia_diffusion.evaluation.reference import StatisticsFile
 
 
 DESCRIPTION = "Makes, shows and compares files of the mean and covariance of images' features."
@@ -51,21 +50,20 @@ def make(options: MakeOptions) -> None:
     import torch
 
     from dia_diffusion.data import open_images
-    from dia_diffusion.evaluation.reference import reference_statistics
-    from dia_diffusion.evaluation.statistics_files import read_statistics, write_statistics
+    from dia_diffusion.evaluation.reference import read_statistics, reference_statistics, write_statistics
 
     if options.out.exists():
         raise InputError(f"{options.out} exists already; name another file, or remove it")
     extractor = load_features(options, options.source, "cuda" if torch.cuda.is_available() else "cpu")
     warn_unreleased(options, extractor)
-    reporter = ConsoleReporter()
+    reporter = ConsoleProgress()
     images = open_images(
         options.source,
         split=options.split,
         size=options.size,
         channels=options.channels,
-        progress=partial(reporter.reading, "images"),
-        download_progress=partial(reporter.reading, "bytes"),
+        progress=reporter.reading("images"),
+        download_progress=reporter.reading("bytes"),
     )
     _, height, width = images.shape
     if height != width:
@@ -85,7 +83,7 @@ class ShowOptions(Strict):
 
 def show(options: ShowOptions) -> None:
     """Prints the file's name and values."""
-    from dia_diffusion.evaluation.statistics_files import read_statistics
+    from dia_diffusion.evaluation.reference import read_statistics
 
     _print(read_statistics(options.file))
 
@@ -103,7 +101,7 @@ def compare(options: CompareOptions) -> None:
     """Prints the distance, and what the files were made of."""
     from dia_diffusion.evaluation.frechet import frechet_distance
     from dia_diffusion.evaluation.record import distance_name
-    from dia_diffusion.evaluation.statistics_files import read_statistics, refuse_incomparable
+    from dia_diffusion.evaluation.reference import read_statistics, refuse_incomparable
 
     a, b = read_statistics(options.a), read_statistics(options.b)
     refuse_incomparable(a, b)

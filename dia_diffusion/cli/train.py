@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dia_diffusion.cli.console import ConsoleReporter
+from dia_diffusion.cli.console import ConsoleProgress
 from dia_diffusion.cli.options import OptionParser, options_parser
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.training.config import Experiment, ModelConfig
@@ -57,9 +57,9 @@ def run(options: Options) -> None:
     callbacks = []
     if options.evaluate is not None:
         from dia_diffusion.evaluation.callback import EvaluatePipelines
-        from dia_diffusion.evaluation.protocols import read_protocol
+        from dia_diffusion.evaluation.protocol import EvalProtocol
 
-        callbacks.append(EvaluatePipelines(read_protocol(options.evaluate), options.evaluate_every))
+        callbacks.append(EvaluatePipelines(EvalProtocol.read(options.evaluate), options.evaluate_every))
     train(options.experiment, callbacks)
 
 
@@ -67,14 +67,12 @@ def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
     """Trains a recipe, or a task made of one, with progress on the terminal."""
     from dia_diffusion.training.trainer import Trainer
 
-    reporter = ConsoleReporter()
-    try:
-        Trainer(task, reporter, callbacks).run()
-    except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
-        text = "ended at once; the same command resumes from the last checkpoint that was written"
-        raise Stopped(number_of(interrupt), text) from None
-    finally:
-        reporter.close()
+    with ConsoleProgress() as progress:
+        try:
+            Trainer(task, progress, callbacks).run()
+        except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
+            text = "ended at once; the same command resumes from the last checkpoint that was written"
+            raise Stopped(number_of(interrupt), text) from None
 
 
 def parse_command(

@@ -25,7 +25,7 @@ from dia_diffusion.io import atomic_file, write_json
 from dia_diffusion.reading import read_json_object
 
 Labels = npt.NDArray[np.int64]
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (done, total)."""
 Transform = Callable[[int, Image.Image], Pixels]
 """(k, the k-th image of a batch) -> uint8 (C, H, W)."""
@@ -155,7 +155,7 @@ def encoded_set(source: ImageSource) -> ImageSet:
 
 
 def decoded_set(
-    source: ImageSource, *, size: int | None, channels: int, cache: Path, memory_limit: int, progress: Progress | None
+    source: ImageSource, *, size: int | None, channels: int, cache: Path, memory_limit: int, progress: OnProgress | None
 ) -> ImageSet:
     """A source's images, all decoded: into memory, or above `memory_limit` bytes into a read-only memory map.
 
@@ -194,7 +194,7 @@ def fingerprint(pixels_sha256: str, labels: Labels | None) -> str:
 
 
 def _decode_all(
-    source: ImageSource, size: int | None, channels: int, cache: Path, memory_limit: int, progress: Progress | None
+    source: ImageSource, size: int | None, channels: int, cache: Path, memory_limit: int, progress: OnProgress | None
 ) -> tuple[Pixels, str]:
     """uint8 (N, C, H, W), and `sha256_of_pixels`."""
     if (pixels := _unchanged(source.array, size, channels)) is not None:
@@ -233,7 +233,7 @@ def _first_shape(decode: Callable[[int], Pixels], count: int) -> tuple[int, ...]
 
 
 def _blocks(
-    source: ImageSource, decode: Callable[[int], Pixels], shape: tuple[int, ...], progress: Progress | None
+    source: ImageSource, decode: Callable[[int], Pixels], shape: tuple[int, ...], progress: OnProgress | None
 ) -> Iterator[Pixels]:
     """Consecutive blocks (n, C, H, W), each valid until the next; InputError at the end if an image can't be read."""
     count = len(source.names)

@@ -4,21 +4,28 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from dia_diffusion.data.arrays import digits, numpy_archive, numpy_file
-from dia_diffusion.data.cifar import FOLDERS, cifar_archive, cifar_folder, is_cifar_folder
+from dia_diffusion.data.arrays import (
+    FOLDERS,
+    cifar_archive,
+    cifar_folder,
+    digits,
+    is_cifar_folder,
+    numpy_archive,
+    numpy_file,
+)
 from dia_diffusion.data.files import SUFFIXES, files_of_folder, files_of_zip, image_names, of_split
 from dia_diffusion.data.hf import PREFIX, hub_dataset, is_saved_dataset, saved_dataset
-from dia_diffusion.data.image_set import ImageSet, ImageSource, Progress, decoded_set, encoded_set
+from dia_diffusion.data.image_set import ImageSet, ImageSource, OnProgress, decoded_set, encoded_set
 from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.download import Download, fetch
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import cache_folder
+from dia_diffusion.progress import Progress
 from dia_diffusion.registry import Registry
 
 SPLITS = ("train", "test")
@@ -47,7 +54,7 @@ class Request:
     """ "train" or "test"."""
     cache: Path
     """Folder for downloads."""
-    download_progress: Progress | None = None
+    download_progress: OnProgress | None = None
     """Called with (bytes done, total)."""
 
     @property
@@ -91,8 +98,8 @@ def open_images(
     decode: bool = True,
     cache: Path | None = None,
     memory_limit: int = MEMORY_LIMIT,
-    progress: Progress | None = None,
-    download_progress: Progress | None = None,
+    progress: OnProgress | None = None,
+    download_progress: OnProgress | None = None,
 ) -> ImageSet:
     """Opens any image source as uint8 images (N, C, H, W), 0..255, with their labels.
 
@@ -139,22 +146,20 @@ def open_images(
         )
 
 
-def open_images_on_ranks(
-    source: str, accelerator: Accelerator, reading: Callable[[str, int, int], None], **kwargs: Any
-) -> ImageSet:
+def open_images_on_ranks(source: str, accelerator: Accelerator, progress: Progress, **kwargs: Any) -> ImageSet:
     """Opens images on each rank: first on one rank of each machine, then on the others.
 
     So each machine downloads or memory-maps them once. `memory_limit` is shared by the ranks of a machine.
 
     Args:
         source: as for `open_images`, and so are the keyword arguments.
-        reading: called on rank 0 with "images" or "bytes", how many are done, and the total.
+        progress: shows on rank 0 what is read.
 
     Raises:
         InputError: as `open_images`; if any rank raises, all ranks raise.
     """
     if accelerator.is_main_process:
-        kwargs |= {"progress": partial(reading, "images"), "download_progress": partial(reading, "bytes")}
+        kwargs |= {"progress": progress.reading("images"), "download_progress": progress.reading("bytes")}
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     kwargs = {"memory_limit": MEMORY_LIMIT // here, **kwargs}
     return first_on_each_machine(accelerator, lambda: open_images(source, **kwargs))

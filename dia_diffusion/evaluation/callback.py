@@ -14,18 +14,20 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import FewImagesWarning, few_images, work_folder
-from dia_diffusion.evaluation.extras import DISTANCE_ALONE
-from dia_diffusion.evaluation.features import FeatureExtractor, build_features
-from dia_diffusion.evaluation.pipeline_distance import (
+from dia_diffusion.evaluation.evaluate import (
+    FewImagesWarning,
     PipelineDistance,
+    few_images,
     keep_record,
     known_record,
     pipeline_origin,
     update_card,
+    work_folder,
 )
-from dia_diffusion.evaluation.protocols import NamedProtocol, refuse_changed, under_name
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, distance_name, read_records
+from dia_diffusion.evaluation.features import FeatureExtractor, build_features
+from dia_diffusion.evaluation.metrics import DISTANCE_ALONE
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, reference_statistics
 from dia_diffusion.io import step_name
 from dia_diffusion.sampling.generate import adapt_pipeline
@@ -51,7 +53,7 @@ class EvaluatePipelines(Callback):
             evaluated in any case.
     """
 
-    def __init__(self, protocol: NamedProtocol, every: int | None = None):
+    def __init__(self, protocol: EvalProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
         classes = None if protocol.classes is None else tuple(protocol.classes)
         self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
@@ -78,7 +80,7 @@ class EvaluatePipelines(Callback):
         check_samples(trainer.experiment, self.settings)
         on_rank_zero(trainer.accelerator, self._check_records)
         features, device = self.protocol.features, trainer.accelerator.device
-        progress = partial(trainer.reporter.reading, "bytes")
+        progress = trainer.progress.reading("bytes")
         build = partial(build_features, features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
         reference = self._reference(trainer, extractor)
@@ -87,7 +89,7 @@ class EvaluatePipelines(Callback):
 
     def _check_records(self) -> None:
         if self.records.is_file():
-            refuse_changed(read_records(self.records), self.protocol, self.records)
+            self.protocol.refuse_changed(read_records(self.records), self.records)
 
     def _reference(self, trainer: Trainer, extractor: FeatureExtractor) -> Reference:
         """The statistics of the images that `fid` would measure the run against."""
@@ -95,7 +97,7 @@ class EvaluatePipelines(Callback):
         images = trainer.images
         if data.split != split:
             options = {"size": model.sample_size, "channels": model.in_channels, "split": split}
-            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.reporter.reading, **options)
+            images = open_images_on_ranks(data.source, trainer.accelerator, trainer.progress, **options)
         if self.protocol.reference_count not in (None, len(images)):
             raise InputError(
                 f"data.source {data.source} must have {self.protocol.reference_count:,} images for protocol "
@@ -132,7 +134,7 @@ class EvaluatePipelines(Callback):
         on_rank_zero(trainer.accelerator, lambda: update_card(folder, self.records))
         trainer.log({distance_name(protocol.features): distance})
 
-    def _known(self, protocol: Protocol, origin: Origin) -> float | None:
+    def _known(self, protocol: ResolvedProtocol, origin: Origin) -> float | None:
         """The distance of these weights, if it is on record under the protocol's name."""
         known = known_record(self.records, protocol, origin, DISTANCE_ALONE, self.protocol)
         return known.distance if known is not None and self.protocol.named_in(known) else None

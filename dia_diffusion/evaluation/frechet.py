@@ -1,11 +1,140 @@
-"""The Frechet distance between two Gaussians, from their moments (Dowson and Landau 1982; Heusel et al. 2017)."""
+"""The Frechet distance between two Gaussians: the statistics of features, the distance, and its bootstrap interval."""
 
-from typing import Protocol
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from scipy.linalg import lapack
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.features import FeatureExtractor
+from dia_diffusion.evaluation.metrics import LEVEL, SEED
+from dia_diffusion.io import atomic_file
+from dia_diffusion.reading import parse_json
+
+
+class FeatureStatistics:
+    """Count, sum and sum of outer products of feature vectors, in float64 on the CPU.
+
+    Plain sums need no shift by a first mean: a product of two float32 numbers is exact in float64, so the covariance's
+    error is about 1e-16 (mean / standard deviation)^2 of itself, and features don't lie a million deviations from zero.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(num_features, dtype=torch.float64)
+        self.outer = torch.zeros(num_features, num_features, dtype=torch.float64)
+
+    def update(self, features: torch.Tensor) -> None:
+        """Adds features (B, D) of any float type, on any device."""
+        features = features.detach().cpu().double()
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer += features.T @ features
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Adds what another stream has seen."""
+        self.count += other.count
+        self.sum += other.sum
+        self.outer += other.outer
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean feature vector (D,), float64."""
+        return (self.sum / self.count).numpy()
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance (D, D), float64. Raises InputError for fewer than 2 images."""
+        if self.count < 2:
+            raise InputError(f"a covariance needs at least 2 images, got {self.count}")
+        mean = self.sum / self.count
+        return ((self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)).numpy()
+
+    def save(self, path: str | Path, provenance: dict[str, Any]) -> None:
+        """Writes a whole safetensors file with `provenance` (anything JSON can hold) in its header."""
+        tensors = {"count": torch.tensor(self.count), "sum": self.sum, "outer": self.outer}
+        text = json.dumps(provenance)
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata={"provenance": text, "sha256": _sha256(text, *tensors.values())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple["FeatureStatistics", dict[str, Any]]:
+        """The statistics and the provenance of a file that `save` wrote. Raises InputError for any other file."""
+        try:
+            if not Path(path).is_file():  # a pipe would be waited for
+                raise OSError("not a regular file")
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                provenance = parse_json(metadata["provenance"])
+                count, total, outer = (file.get_tensor(name) for name in ("count", "sum", "outer"))
+            sha256 = _sha256(metadata["provenance"], count, total, outer)
+            if metadata.get("sha256", sha256) != sha256:  # older files have none
+                raise ValueError("its sha256 differs")
+            if total.is_complex() or outer.is_complex():
+                raise ValueError("complex numbers")
+            statistics = cls(0)  # of the file's own size, a long sum alone would ask for its square
+            statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError, OverflowError, RuntimeError) as error:
+            raise InputError(f"{path} is not a whole file of feature statistics ({type(error).__name__})") from error
+        if statistics.count < 2:
+            raise InputError(f"{path} says it was made of {statistics.count} images; accepted: 2 or more")
+        check_moments(path, statistics.sum.numpy(), statistics.outer.numpy(), "sum of outer products")
+        return statistics, provenance
+
+
+def _sha256(text: str, *tensors: torch.Tensor) -> str:
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+SUM_BLOCK = 4096  # rows of features summed at once
+
+
+def measure(images: Iterable[torch.Tensor], extractor: FeatureExtractor) -> FeatureStatistics:
+    """The statistics of uint8 batches (B, C, H, W), each forgotten once it is measured."""
+    return sums((extractor(batch) for batch in images), extractor.num_features)
+
+
+def sums(blocks: Iterable[torch.Tensor], num_features: int) -> FeatureStatistics:
+    """The statistics of features in blocks (B, num_features)."""
+    statistics = FeatureStatistics(num_features)
+    for rows in blocks:
+        statistics.update(rows)
+    return statistics
+
+
+@dataclass(frozen=True)
+class GivenMoments:
+    """A mean (D,) and a covariance (D, D), both float64, as other programs' files hold them."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: None = None
+    """Such files don't say of how many images they are."""
+
+
+def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what: str = "covariance") -> None:
+    """Raises InputError, naming the file, unless `first` is (D,), `second` symmetric (D, D), and all of it finite."""
+    if first.ndim != 1 or second.shape != (first.size, first.size) or first.size == 0:
+        raise InputError(f"{path} holds arrays of {first.shape} and {second.shape}; accepted: (D,) and (D, D)")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise InputError(f"{path} holds values that aren't finite")
+    scale = np.abs(second).max()
+    if np.abs(second - second.T).max() > 1e-5 * scale:
+        raise InputError(f"{path} holds a {what} that isn't symmetric")
+    if second.diagonal().min() < 0:
+        raise InputError(f"{path} holds a {what} with negative numbers on its diagonal")
+
 
 TOLERANCE = 1e-12
 """How large a part of the overlap its rounding may be."""
@@ -72,3 +201,105 @@ def _root(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     factor, pivots, rank, _ = lapack.dpstrf(covariance.T, lower=1)
     return np.tril(factor)[:, :rank], pivots - 1
+
+
+BLOCK = 8192  # rows multiplied at once in float64
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where the distance of as many other images lies, and the standard deviation from set to set."""
+
+    low: float
+    high: float
+    standard_error: float
+
+
+def bootstrap_interval(
+    features: torch.Tensor,
+    reference: Moments,
+    distance: float,
+    resamples: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Interval:
+    """The 95 % interval of `distance`, that of features (N, D) to the reference, over resamples of the N images.
+
+    The interval is about the mean distance that N images of this model have: what a second set of N images would give.
+    A resample has only 63 % of the images, and a Frechet distance falls with their number, so resampled distances lie
+    above the one that was measured, often all of them, and their plain percentiles would be an interval beside the
+    truth. Their spread is right where their place is not: the percentiles are taken of their deviations from their own
+    mean, and added to the distance. (The "basic" interval, 2 x distance - percentiles, would subtract the bias of the
+    distance itself and speak of infinitely many images, which no recorded distance does.)
+
+    Against fresh sets drawn from Gaussians (tests/evaluation/test_bootstrap.py) the standard error is right where bias
+    is under a tenth of the distance, a tenth too large where it is a sixth, and up to twice too large where it is
+    nearly all, as between two sets of the same kind: the interval is then too wide, not too narrow.
+
+    The reference is taken as exact, and other seeds of training are no part of it. The resamples are those of seed 0.
+    Memory: up to 8 N D bytes, two float32 arrays. Time on one core: a resample of 5,000 images takes 0.04 s in 256
+    features, 1.5 s in 2,048.
+    """
+    resampled = _ResampledDistance(features, reference)
+    generator = np.random.default_rng(SEED)
+    count = len(features)
+    distances = np.empty(resamples)
+    for index in range(resamples):
+        times = np.bincount(generator.integers(count, size=count), minlength=count)
+        distances[index] = resampled(times)
+        if progress is not None:
+            progress(index + 1, resamples)
+    deviations = distances - distances.mean()
+    low, high = np.quantile(deviations, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(max(distance + float(low), 0.0), distance + float(high), float(distances.std(ddof=1)))
+
+
+class _ResampledDistance:
+    """The Frechet distance where image k counts times[k] times.
+
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of R' A R with B = R R', so with rows Y = X R that are
+    made once, a resample costs one product Y'Y and one set of eigenvalues.
+    """
+
+    def __init__(self, features: torch.Tensor, reference: Moments) -> None:
+        values, vectors = np.linalg.eigh(reference.covariance)
+        kept = values > values[-1] * len(values) * np.finfo(values.dtype).eps
+        root = vectors[:, kept] * np.sqrt(values[kept])  # (D, rank)
+        self.count = len(features)
+        self.features = features.numpy()  # (N, D) float32
+        mean = np.sum([rows.double().sum(0).numpy() for rows in features.split(BLOCK)], axis=0) / self.count
+        self.squares = np.empty(self.count)  # (N,), squared distances to the mean
+        self.rotated = np.empty((self.count, root.shape[1]), np.float32)  # (N, rank)
+        for start in range(0, self.count, BLOCK):
+            rows = self.features[start : start + BLOCK] - mean
+            self.squares[start : start + BLOCK] = (rows**2).sum(1)
+            self.rotated[start : start + BLOCK] = rows @ root
+        self.offset = mean - reference.mean
+        self.reference_trace = np.trace(reference.covariance)
+
+    def __call__(self, times: np.ndarray) -> float:
+        """The distance for integers times (N,), whose sum is N."""
+        # The mean moves by sum_k (times[k] - 1) x_k / N; float32 is enough for that.
+        move = ((times - 1).astype(np.float32) @ self.features).astype(np.float64) / self.count
+        trace = (times @ self.squares - self.count * move @ move) / (self.count - 1)
+        offset = self.offset + move
+        return float(offset @ offset + trace + self.reference_trace - 2 * self._overlap(times))
+
+    def _overlap(self, times: np.ndarray) -> float:
+        """tr (A B)^(1/2)"""
+        chosen = np.flatnonzero(times)
+        center = (times.astype(np.float32) @ self.rotated).astype(np.float64) / self.count
+        rank = self.rotated.shape[1]
+        if len(chosen) < rank:  # fewer rows than columns: the other product has the same eigenvalues
+            rows = self._rows(chosen, times, center)
+            product = rows @ rows.T
+        else:
+            product = np.zeros((rank, rank))
+            for start in range(0, len(chosen), BLOCK):
+                rows = self._rows(chosen[start : start + BLOCK], times, center)
+                product += rows.T @ rows
+        values = np.linalg.eigvalsh(product / (self.count - 1))
+        return float(np.sqrt(values.clip(min=0)).sum())
+
+    def _rows(self, chosen: np.ndarray, times: np.ndarray, center: np.ndarray) -> np.ndarray:
+        """The chosen rows of Y, centred, each times the root of its count, float64."""
+        return (self.rotated[chosen] - center) * np.sqrt(times[chosen])[:, None]

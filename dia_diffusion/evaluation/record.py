@@ -1,4 +1,10 @@
-"""A distance with everything it depends on, one line of JSON an evaluation."""
+"""Evaluation records: a distance with everything it depends on, one line of JSON per evaluation.
+
+To record another setting that changes the numbers, such as a crop of the images, add it to `ResolvedProtocol` by
+`added_field(default)`, where the default stands for what was done before the field existed. At its default it is left
+out of the hash, so records of both kinds are of one protocol: they share a curve, and none is measured again. A field
+of `Origin` or `EvaluationRecord` only needs a default.
+"""
 
 import dataclasses
 import hashlib
@@ -15,10 +21,18 @@ from dia_diffusion.io import append_json_line, verify_checksum
 from dia_diffusion.reading import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 
+RECORD_VERSION = 2
+"""Of the lines written. Version 1, whose lines don't say it, had no added fields: its hash is over all of them."""
+
+
+def added_field(default: Any) -> Any:
+    """A field of ResolvedProtocol that version 1 didn't have."""
+    return field(default=default, metadata={"added": True})
+
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How a distance was measured: what must agree between the points of one curve. None: doesn't apply."""
+class ResolvedProtocol:
+    """How a distance was measured: what must agree between the points of a curve. None: doesn't apply."""
 
     features: str
     features_hash: str
@@ -44,10 +58,14 @@ class Protocol:
     """Of the model while sampling, as `float32`."""
 
     def hash(self) -> str:
-        """sha256 over all of it."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 over its fields, without added ones that have their default."""
+        values = dataclasses.asdict(self)
+        for each in dataclasses.fields(self):
+            if each.metadata.get("added") and values[each.name] == each.default:
+                del values[each.name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other: "Protocol") -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
         """The fields that differ, each with this protocol's value and the other's."""
         pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -83,7 +101,7 @@ class EvaluationRecord(Origin):
     metric: str
     """`FID` for Inception's features and no others, else `FD(features)`."""
     distance: float
-    protocol: Protocol
+    protocol: ResolvedProtocol
     versions: dict[str, str]
     time: str
     """ISO 8601, UTC."""
@@ -99,28 +117,28 @@ class EvaluationRecord(Origin):
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
     protocol_name: str | None = None
-    """Of the `NamedProtocol` it was measured by; None: by options of its own."""
+    """Of the `EvalProtocol` it was measured by; None: by options."""
     protocol_file_hash: str | None = None
-    """The hash of that named protocol's settings; `protocol_hash` is over all that they led to."""
+    """`EvalProtocol.hash`; `protocol_hash` is over everything that it led to."""
 
     def has(self, settings: dict[str, dict[str, Any]]) -> bool:
-        """Whether it holds all the numbers of these settings (`Extras.settings`)."""
+        """Whether it holds all the numbers of these settings (`EvalProtocol.metric_settings`)."""
         return all(self.metric_settings.get(name) == values for name, values in settings.items())
 
     def protocol_hash(self) -> str:
-        """One value for all that must agree within a curve."""
+        """The resolved protocol's hash."""
         return self.protocol.hash()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the protocol's hash included."""
-        return dataclasses.asdict(self) | {"protocol_hash": self.protocol_hash()}
+        """The line of a file as plain values: the fields, the protocol's hash, and the version."""
+        added = {"protocol_hash": self.protocol_hash(), "record_version": RECORD_VERSION}
+        return dataclasses.asdict(self) | added
 
 
-def make_record(distance: float, protocol: Protocol, origin: Origin, seconds: float, **extras: Any) -> EvaluationRecord:
-    """The record of a distance measured just now, with this installation's versions.
-
-    extras: of the fields from `low` on, those that were asked for.
-    """
+def make_record(
+    distance: float, protocol: ResolvedProtocol, origin: Origin, seconds: float, **optional: Any
+) -> EvaluationRecord:
+    """The record of a distance measured just now; `optional` are fields from `low` on."""
     return EvaluationRecord(
         **vars(origin),
         metric=distance_name(protocol.features),
@@ -129,7 +147,7 @@ def make_record(distance: float, protocol: Protocol, origin: Origin, seconds: fl
         versions=installed_versions(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 3),
-        **extras,
+        **optional,
     )
 
 
@@ -161,17 +179,49 @@ def count_records(path: str | Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
 
+class _NewerVersion(Exception):
+    """The record version of a line that is none of ours."""
+
+
 def _parse(line: str, place: str) -> EvaluationRecord:
     try:
         fields = verify_checksum(parse_json(line))
+        version = fields.pop("record_version", 1)
+        if version not in (1, RECORD_VERSION):
+            raise _NewerVersion(version)
         written_hash = str(fields.pop("protocol_hash"))
         shape = fields["protocol"].pop("reference_shape")
         protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}
-        record = from_json(EvaluationRecord, {**fields, "protocol": from_json(Protocol, protocol)})
+        record = from_json(EvaluationRecord, {**fields, "protocol": from_json(ResolvedProtocol, protocol)})
         if not all(map(math.isfinite, filter(None, (record.distance, record.low, record.high, record.seconds)))):
             raise ValueError("a distance or time that is not finite")
+    except _NewerVersion as error:
+        raise InputError(
+            f"{place}: `record_version` must be {RECORD_VERSION} or less, got {error}; a newer dia-diffusion wrote it"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error
     if record.protocol_hash() != written_hash:
         raise InputError(f"{place}: the protocol was changed after it was recorded (hash {written_hash[:12]})")
     return record
+
+
+SHARED_WITH_FLOOR = ("features", "features_hash", "reference_hash", "num_samples")
+
+
+def recorded_floor(file: Path, record: EvaluationRecord) -> float:
+    """The distance of real images, as `fid` recorded it in a file of its own: the newest that compares with a record.
+
+    Raises:
+        InputError: there is none; the message says what differs.
+    """
+    reason = ""
+    for candidate in reversed(read_records(file)):
+        differences = candidate.protocol.differences(record.protocol)
+        different = [name for name in SHARED_WITH_FLOOR if name in differences]
+        if candidate.protocol.seeds is None and not different:
+            return candidate.distance
+        reason = reason or ", ".join(
+            f"{name} {differences[name][0]} there, {differences[name][1]} here" for name in different
+        )
+    raise InputError(f"{file} has no images that were measured as the runs were: {reason or 'only samples'}")

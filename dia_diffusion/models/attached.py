@@ -10,10 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from dia_diffusion.attention.attach import Attachment, attach, attachment_in
 from dia_diffusion.attention.insertion_points import Position, insertion_points
 from dia_diffusion.attention.units import forked_rng
 from dia_diffusion.errors import InputError, first_line
+from dia_diffusion.models.attach import Attachment, attach, attachment_in
 from dia_diffusion.models.registry import BACKBONES, Backbone, wrapped_networks
 from dia_diffusion.models.uvit import UViTOutput
 

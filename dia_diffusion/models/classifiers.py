@@ -12,15 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, resnet18, resnet34, resnet50
 
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.attention.insertion_points import Position, group_by_channels, insertion_points
 from dia_diffusion.distributed import sent
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import atomic_dir, step_folders, write_json
-from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
+from dia_diffusion.models.attach import attach
+from dia_diffusion.models.cifar_resnet import FeatureResNet, Layers, cifar_resnet, cifar_resnext, cifar_wrn
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.factory import check_size, unusable
-from dia_diffusion.models.feature_resnet import FeatureResNet
 from dia_diffusion.reading import read_json_object, stored_shapes
 from dia_diffusion.reading.typed import fits
 

@@ -17,12 +17,12 @@ from dia_diffusion.report.plots import Line, curves_figure, ends_figure
 from dia_diffusion.report.recipes import differences_table, shared_recipe
 from dia_diffusion.report.run import count_parameters, samples_caption
 from dia_diffusion.report.tables import environment_table, protocols_table
-from dia_diffusion.sweeps.collect import measured, training_seconds
+from dia_diffusion.sweeps.collect import scan, training_seconds
 from dia_diffusion.sweeps.figure import drawn_end
 from dia_diffusion.sweeps.grids import twins
 from dia_diffusion.sweeps.results import Measurement, results_of
 from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate
-from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, StudyRun
+from dia_diffusion.sweeps.sweep import STUDY_FILE, Run, Study
 from dia_diffusion.sweeps.table import LEFT_ALIGNED, told_time
 from dia_diffusion.training.run_folder import RunFolder
 
@@ -37,7 +37,7 @@ QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm"}
 class RunSoFar:
     """What is there of a run."""
 
-    run: StudyRun
+    run: Run
     metrics: Metrics
     records: list[EvaluationRecord]
 
@@ -68,7 +68,7 @@ def study_page(study: Study) -> Page:
     )
 
 
-def _so_far(run: StudyRun) -> RunSoFar:
+def _so_far(run: Run) -> RunSoFar:
     file = RunFolder(run.folder).evaluations
     return RunSoFar(run, metrics_of(run.folder), read_records(file) if file.is_file() else [])
 
@@ -92,11 +92,12 @@ def _facts(study: Study, runs: Sequence[RunSoFar]) -> dict[str, str]:
 
 def _distance(study: Study, records: Sequence[EvaluationRecord]) -> list[Block]:
     """What the study has found, in its own numbers: curves, ends, tables and how each was measured."""
-    if not measured(study, study.config.protocol):
+    inventory = scan(study)
+    if not inventory.curve:
         protocol, command = study.config.protocol, f"`dia-diffusion curves {_subject(study)}`"
         missing = Text(f"No evaluations by protocol {protocol} yet; {command} makes them.")
         return [missing, *([protocols_table(records)] if records else [])]
-    results = results_of(study)
+    results = results_of(inventory)
     panels = [plot for size in study.batch_sizes for plot in _panel(study, results.curve, size)]
     blocks: list[Block] = [Plots(panels, "Means over seeds with their 95 % bands; thin, the curve of each seed.")]
     if results.final:
@@ -126,7 +127,7 @@ def _panel(study: Study, curves: Measurement, batch_size: int) -> list[Plot]:
         values=[point.distance for point in curves.points],
     )
     ends = ", ".join(f"{line.name} ends at {line.y[-1]:.3f}" for line in means)
-    description = f"{curves.told} over images seen at batch size {batch_size}: {ends}"
+    description = f"{curves.title} over images seen at batch size {batch_size}: {ends}"
     return [Plot(figure, description, f"Batch size {batch_size}")]
 
 
@@ -143,7 +144,7 @@ def _ends(study: Study, final: Measurement) -> Plot:
             singles.append(Line(unit, x, y, index, hover=seeds, pale=True))
             means.append(_line(unit, sizes, [estimate(distances) for distances in of_size], index))
     figure = ends_figure(means, singles, f"final {final.metric}", floor=final.floor_distance)
-    description = f"{final.told} at the end of training against batch size; the table below has its numbers"
+    description = f"{final.title} at the end of training against batch size; the table below has its numbers"
     return Plot(figure, description, "End of training: mean over seeds and its 95 % interval; pale, each seed")
 
 

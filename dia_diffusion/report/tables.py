@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dia_diffusion.environment import environment
-from dia_diffusion.evaluation.record import EvaluationRecord, Protocol
+from dia_diffusion.evaluation.record import EvaluationRecord, ResolvedProtocol
 from dia_diffusion.reading import Unreadable, read_json_object
 from dia_diffusion.report.page import Table
 from dia_diffusion.training.run_folder import RunFolder
@@ -89,7 +89,7 @@ def interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
-def _reference(protocol: Protocol) -> str:
+def _reference(protocol: ResolvedProtocol) -> str:
     shape = protocol.reference_shape
     return ", ".join(
         filter(
@@ -104,11 +104,11 @@ def _reference(protocol: Protocol) -> str:
     )
 
 
-def _sampler(protocol: Protocol) -> str:
+def _sampler(protocol: ResolvedProtocol) -> str:
     return "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
 
 
-def _labels(protocol: Protocol) -> str:
+def _labels(protocol: ResolvedProtocol) -> str:
     guidance = protocol.guidance_scale
     return ", ".join(
         filter(None, (protocol.class_labels, f"guidance {guidance:g}" if guidance not in (None, 1) else ""))

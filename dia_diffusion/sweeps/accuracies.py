@@ -13,7 +13,7 @@ from dia_diffusion.io import verify_checksum
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.sweeps.stats import holm, student_test
 from dia_diffusion.training.classification import RESULT_FILE
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import flatten
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from dia_diffusion.data import read_image
 from dia_diffusion.io import atomic_file, step_name
-from dia_diffusion.sweeps.sweep import Study, StudyRun
+from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.training.run_folder import RunFolder
 
 
@@ -22,9 +22,9 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=160, bbox_inches="tight")
 
 
-def twins(study: Study, batch_size: int, has_grids: Callable[[StudyRun], bool]) -> list[StudyRun]:
+def twins(study: Study, batch_size: int, has_grids: Callable[[Run], bool]) -> list[Run]:
     """One run a unit, with grids and of one seed of training: the first seed that the most units have."""
-    by_seed: dict[int, list[StudyRun]] = {}
+    by_seed: dict[int, list[Run]] = {}
     for run in study.runs:
         if run.batch_size == batch_size and has_grids(run):
             by_seed.setdefault(run.seed, []).append(run)
@@ -44,6 +44,6 @@ def draw_grids_of_study(study: Study) -> list[Path]:
     return drawn
 
 
-def _last_grid(run: StudyRun) -> Path:
+def _last_grid(run: Run) -> Path:
     """Of the end of training."""
     return RunFolder(run.folder).samples / f"{step_name(run.experiment.train.max_steps)}.png"

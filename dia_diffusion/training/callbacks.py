@@ -5,7 +5,7 @@ Pass your own to the trainer: `Trainer(experiment, callbacks=[MyCallback()])`. A
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,29 +14,6 @@ from dia_diffusion.registry import Registry
 
 if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
-
-
-class Reporter(Protocol):
-    """Shows a person how a run is going; rank 0 reports."""
-
-    def message(self, text: str) -> None:
-        """A line that stays."""
-
-    def reading(self, unit: str, done: int, total: int) -> None:
-        """Images or bytes of a data set have been read."""
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        """A step is done; values are those of the last logged step."""
-
-
-class Silent:
-    """A reporter that shows nothing."""
-
-    def message(self, text: str) -> None: ...
-
-    def reading(self, unit: str, done: int, total: int) -> None: ...
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None: ...
 
 
 class Callback:
@@ -106,9 +83,15 @@ def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
 class ShowProgress(Callback):
     """Moves the progress bar."""
 
+    def start(self, trainer: "Trainer") -> None:
+        if trainer.accelerator.is_main_process:
+            trainer.progress.resume("training", "steps", trainer.step, trainer.config.max_steps)
+
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
         if trainer.accelerator.is_main_process:
-            trainer.reporter.progress(trainer.step, trainer.config.max_steps, trainer.logged)
+            loss = trainer.logged.get("loss")
+            note = "" if loss is None else f"loss {loss:.4f}"
+            trainer.progress.update("training", "steps", trainer.step, trainer.config.max_steps, note)
 
 
 class SaveCheckpoint(Callback):

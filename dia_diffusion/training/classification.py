@@ -23,9 +23,10 @@ from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.io import step_folders, step_name, with_checksum, write_json
 from dia_diffusion.models.classifiers import build_classifier, normalized, save_classifier
 from dia_diffusion.models.factory import build_on_meta, check_memory
+from dia_diffusion.progress import Progress
 from dia_diffusion.training.augmentation import ImageDraws, cut_out, draw_images, mirrored, pad_cropped, resized_crop
-from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due
-from dia_diffusion.training.classify_config import ClassifyExperiment, LabelledDataConfig
+from dia_diffusion.training.callbacks import Callback, checkpoint_due
+from dia_diffusion.training.config import ClassifyExperiment, LabelledDataConfig
 from dia_diffusion.training.optimizer import parameter_groups
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive
 from dia_diffusion.training.ssia import Guidance, without_heads
@@ -38,7 +39,7 @@ TEST_CROP = 0.875
 """The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
 
 
-def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """The recipe's training or test images, on each process.
 
     Raises:
@@ -48,7 +49,7 @@ def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accel
     source, split = (data.source, data.split) if not test else _test_place(data)
     decode = data.augmentation != "resized-crop"  # which crops each image anew at each step
     options = {"size": model.sample_size, "channels": 3, "split": split, "decode": decode}
-    images = open_images_on_ranks(source, accelerator, reporter.reading, **options)
+    images = open_images_on_ranks(source, accelerator, progress, **options)
     if images.labels is None:
         raise InputError(f"`data.source` must be class folders or a data set with labels, got {source}")
     present = int(images.labels.max()) + 1
@@ -180,9 +181,9 @@ class ClassificationTask(Task):
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
 
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
-        self.train_images = open_labelled(self.experiment, False, accelerator, reporter)
-        self.test_images = open_labelled(self.experiment, True, accelerator, reporter)
+    def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
+        self.train_images = open_labelled(self.experiment, False, accelerator, progress)
+        self.test_images = open_labelled(self.experiment, True, accelerator, progress)
         check_apart(self.train_images, self.test_images)
         self.batches = Batches(self.train_images, self.experiment, self.draw)
         return self.train_images

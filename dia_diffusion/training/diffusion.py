@@ -1,4 +1,4 @@
-"""Training of a diffusion model: its images, loss, optimizer settings, sample grids and pipeline folders."""
+"""Training of a diffusion model: its images, first weights, loss, sample grids and pipeline folders."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,17 +16,22 @@ from dia_diffusion.distributed import on_rank_zero, sent
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.io import atomic_dir, step_name, write_json
 from dia_diffusion.models import factory
+from dia_diffusion.models.attach import UNITS_NAME
+from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.factory import build_on_meta, check_layers, check_memory
-from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.folder import TRAINING_FILE
+from dia_diffusion.models.registry import wrapped_networks
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.noise import PROCESSES, NoiseProcess
+from dia_diffusion.pipelines.folder import TRAINING_FILE, find_pipeline, weights_hash
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
-from dia_diffusion.training.callbacks import Callback, Reporter, checkpoint_due, log_image
+from dia_diffusion.training.callbacks import Callback, checkpoint_due, log_image
 from dia_diffusion.training.config import Experiment, ModelConfig
-from dia_diffusion.training.init_from import start_from
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import resolve
@@ -34,6 +40,7 @@ from dia_diffusion.training.task import Task
 
 if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
+
 
 MOST_LAYERS = 10_000
 
@@ -56,7 +63,7 @@ def image_losses(
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
 
-def open_training_images(experiment: Experiment, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+def open_training_images(experiment: Experiment, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """The recipe's images at its model's size, on each process.
 
     Raises:
@@ -64,7 +71,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, repor
     """
     data, model = experiment.data, experiment.model
     options = {"size": model.sample_size, "channels": model.in_channels, "split": data.split}
-    images = open_images_on_ranks(data.source, accelerator, reporter.reading, **options)
+    images = open_images_on_ranks(data.source, accelerator, progress, **options)
     if model.num_classes is None:
         return images
     if images.labels is None:
@@ -137,8 +144,8 @@ class DiffusionTask(Task):
         source = self.experiment.init_from
         return None if source is None else start_from(source, model, self.experiment)
 
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
-        self.images = open_training_images(self.experiment, accelerator, reporter)
+    def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
+        self.images = open_training_images(self.experiment, accelerator, progress)
         return self.images
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:
@@ -233,3 +240,100 @@ def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any],
         if grid is not None and grid.is_file():
             (temporary / "samples.png").write_bytes(grid.read_bytes())
         write_card(temporary)
+
+
+# What decides a unit, and what decides a network without showing in its tensors.
+UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens", "attention_at")
+HIDDEN_KEYS = ("num_attention_heads", "residual_skips")
+UNITS = ("unit.", f"network.{UNITS_NAME}.")  # how its tensors' names begin in the models
+
+Model = UViT | AttachedModel
+
+
+def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, Any]:
+    """Puts the weights of a pipeline or of a run's newest pipeline into the model, and says which they are.
+
+    A model with a unit may start from weights without one; the unit then keeps its own first weights.
+
+    Raises:
+        InputError: no such pipeline, one of another network or unit, or one trained on another noise process.
+    """
+    folder = find_pipeline(source)
+    pipeline = load_pipeline(folder)
+    theirs = getattr(pipeline, "unet", None)
+    if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as of diffusers' DDPMPipeline
+        theirs = AttachedModel.from_backbone(theirs, "none")
+    if not isinstance(theirs, Model):
+        kinds = "UViT, AttachedModel or UNet2DModel"
+        raise InputError(f"`init_from` must be a pipeline of a {kinds}, got {source}, a {type(pipeline).__name__}")
+    _check_noise(source, pipeline.scheduler, experiment.noise_process())
+    _check_unit(source, theirs, experiment)
+    _check_backbone(source, theirs, model)
+    model.load_state_dict({**model.state_dict(), **theirs.state_dict()})
+    gained_unit = model.unit is not None and theirs.unit is None
+    return {"path": source, "weights_sha256": weights_hash(folder), "gained_unit": gained_unit}
+
+
+def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any] | None:
+    """What `start_from` returned when a resumed run was new.
+
+    The same path means the same weights, which may be gone by now; those of another path are compared.
+
+    Raises:
+        InputError: `source` holds other weights than the run started from.
+    """
+    path = None if kept is None else kept["path"]
+    if source == path:
+        return kept
+    if source is not None and kept is not None and weights_hash(find_pipeline(source)) == kept["weights_sha256"]:
+        return {**kept, "path": source}
+    raise InputError(
+        f"`init_from` must be {path}, as when the run started, got {source}; choose another output for another start"
+    )
+
+
+def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) -> None:
+    prediction_type = scheduler.config.get("prediction_type", process.prediction_type)
+    if prediction_type != process.prediction_type:
+        raise InputError(
+            f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "
+            f"{process.prediction_type!r}"
+        )
+    schedule = next((name for name, kind in PROCESSES.items() if kind.is_run_by(scheduler)), "of no known name")
+    if schedule != process.schedule:
+        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
+
+
+def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
+    own = experiment.model.model_dump()
+    if theirs.unit is None:
+        return
+    for key in UNIT_KEYS:
+        there, here = theirs.config.get(key) or None, own.get(key) or None
+        if key in theirs.config and there != here:
+            raise InputError(f"`model.{key}` must be {there}, as of the shared unit of init_from {source}, got {here}")
+
+
+def _check_backbone(source: str, theirs: Model, model: Model) -> None:
+    there, here = theirs.state_dict(), without_heads(model.state_dict())
+    for name in [*here, *there]:
+        if name.startswith(UNITS) and theirs.unit is None:
+            continue
+        shapes = [tuple(state[name].shape) if name in state else "missing" for state in (there, here)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"init_from {source} is of another network: tensor {name} is {shapes[0]} there, {shapes[1]} here"
+            )
+    for key, here in _hidden(model).items():
+        if (there := _hidden(theirs).get(key, here)) != here:
+            raise InputError(f"`model.{key}` must be {there}, as of init_from {source}, got {here}")
+
+
+def _hidden(model: Model) -> dict[str, Any]:
+    """What decides the network and no tensor shows."""
+    if isinstance(model, UViT):
+        return {key: model.config[key] for key in HIDDEN_KEYS}
+    config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
+    for key in ("sample_size", "dropout"):  # which may differ
+        config.pop(key, None)
+    return {f"backbone_kwargs.{key}": list(v) if isinstance(v, tuple) else v for key, v in config.items()}

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dia_diffusion.attention.attach import attachment_in
 from dia_diffusion.attention.insertion_points import InsertionHook, Position, group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attachment_in
 from dia_diffusion.models.uvit import UViT
 
 HEADS = "ssia_heads"

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.training.callbacks import Callback, Reporter
+from dia_diffusion.progress import Progress
+from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import EmaConfig
 
 
@@ -87,7 +88,7 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def open_images(self, accelerator: Accelerator, reporter: Reporter) -> ImageSet:
+    def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
         """The images to train on, and whatever else is read."""
 
     @abstractmethod

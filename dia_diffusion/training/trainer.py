@@ -27,7 +27,8 @@ from dia_diffusion.environment import environment
 from dia_diffusion.errors import DivergedError, Stopped
 from dia_diffusion.io import write_json
 from dia_diffusion.precision import in_precision, slow_warning, training_device, training_precision
-from dia_diffusion.training.callbacks import Callback, LogMetrics, Reporter, SaveCheckpoint, ShowProgress, Silent
+from dia_diffusion.progress import Progress
+from dia_diffusion.training.callbacks import Callback, LogMetrics, SaveCheckpoint, ShowProgress
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
     began_in,
@@ -41,14 +42,11 @@ from dia_diffusion.training.checkpoint import (
 )
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.ema import EMA
+from dia_diffusion.training.diffusion import DiffusionTask, same_start
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
-from dia_diffusion.training.init_from import same_start
-from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.optimizer import EMA, learning_rate
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
-from dia_diffusion.training.resuming import check_new_run, check_resumed_run, check_shared
-from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training.run_folder import RunFolder, check_new_run, check_resumed_run, check_shared
 from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
 
 
@@ -66,7 +64,7 @@ class Trainer:
 
     Args:
         trained: a recipe, or the task of another kind of training.
-        reporter: shows how the run is going.
+        progress: shows how the run is going.
         callbacks: called after the task's own, before the checkpoint of a step.
 
     Raises:
@@ -74,11 +72,11 @@ class Trainer:
     """
 
     def __init__(
-        self, trained: Experiment | Task, reporter: Reporter | None = None, callbacks: Sequence[Callback] = ()
+        self, trained: Experiment | Task, progress: Progress | None = None, callbacks: Sequence[Callback] = ()
     ):
         # Recipe: its precision is resolved, so that configs, checkpoints and cards say what was chosen.
         self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
-        self.reporter = Silent() if reporter is None else reporter
+        self.progress = Progress() if progress is None else progress
         self.folder = RunFolder(self.task.experiment.output)
         asked, begun = self.task.experiment.train.mixed_precision, began_in(self.folder.checkpoints)
         self.precision = training_precision(asked, training_device(), begun)
@@ -109,7 +107,7 @@ class Trainer:
         )
 
         # Images.
-        self.images = self.task.open_images(self.accelerator, self.reporter)
+        self.images = self.task.open_images(self.accelerator, self.progress)
 
         own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
         self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
@@ -119,7 +117,7 @@ class Trainer:
         # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
         on_rank_zero(self.accelerator, self.folder.lock)
         try:
-            check_shared(self.folder, self.accelerator, self.reporter.message)
+            check_shared(self.folder, self.accelerator, self.progress.message)
             name = broadcast_from_rank_zero(self.accelerator, self._find_checkpoint)
             checkpoint = on_all_ranks(self.accelerator, lambda: self._load_weights(name))
             self._prepare(optimizer, checkpoint)
@@ -296,7 +294,7 @@ class Trainer:
     def message(self, line: str) -> None:
         """Shows a line, on rank 0."""
         if self.accelerator.is_main_process:
-            self.reporter.message(line)
+            self.progress.message(line)
 
     def log(self, values: Mapping[str, float | None]) -> None:
         """Adds numbers of this step to metrics.jsonl and the trackers, on all ranks; one that is not finite is null."""

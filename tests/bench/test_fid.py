@@ -1,16 +1,11 @@
 """Contenders for a distance agree in exact float32, and are timed as they come."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from fid import side_by_side
 
 CPU = torch.device("cpu")

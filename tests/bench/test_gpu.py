@@ -9,11 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 import gpu
+import pytest
 from gpu_page import write_page
 
 ROOT = gpu.ROOT

@@ -1,13 +1,7 @@
 """The bench's own arithmetic: who runs when, and what ratios, exponents and counts come out."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from interleave import STEPS, Contender, Timing, block_size, exponent, interleave
 from limits import flops_of, memory_now, memory_peak
 from results import rows_of

@@ -1,13 +1,9 @@
 """Which precision the bench measures in, and what a figure says of it."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 from limits import matmul_peak
 from run import _parser, _precision
 

@@ -27,7 +27,6 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
     corrupt = folder / "corrupt"
     corrupt.mkdir()
     (corrupt / "a.png").write_bytes(b"no image")
-    (folder / "there.json").write_text("{}")
     stored, pickled_moments = folder / "stored.safetensors", folder / "pickled_moments.npz"
     assert main(["stats", "make", "digits", str(stored), "--size", "16", "--channels", "1"]) == 0
     np.savez(pickled_moments, mu=np.array([print, None]), sigma=np.eye(2))
@@ -138,16 +137,16 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "figure of a study": (["curves", "digits", "--out", "x.png"], "--out x.png: not an option of a study"),
         "jobs of runs": (["curves", run, "--jobs", "2"], "--jobs 2: not an option of run folders"),
         "no analysis": (["analyze", "map", run], "maps"),
-        "analysis of no run": (["analyze", "maps", folder], "is no run folder"),
-        "analysis of a pipeline": (["analyze", "maps", torn], "is no run folder"),
-        "analysis' step": (["analyze", "maps", run, "--steps", "4"], "accepted: 3, 6"),
+        "analysis of no run": (["analyze", "maps", folder], "a run must be a folder that"),
+        "analysis of a pipeline": (["analyze", "maps", torn], "a run must be a folder that"),
+        "analysis' step": (["analyze", "maps", run, "--steps", "4"], "`--steps` must be among 3, 6, the"),
         "analysis' steps": (["analyze", "maps", run, "--steps", "last"], "must be a whole number, got 'last'"),
         "analysis' times": (["analyze", "maps", run, "--times", "1"], "`--times` must be 2 or more, got 1"),
         "analysis' images": (["analyze", "maps", run, "--data", folder / "other.npz"], "must hold images or arr_0"),
         "analysis' folder": (["analyze", "maps", run, "--out", stored], "`--out` must be a folder, got"),
         "ablations of no unit": (["analyze", "ablations", plain], "was trained without attention unit"),
-        "maps' images": (["analyze", "maps", run, "--images", "5000"], "`--images` must be 2 to the 1,201 images"),
-        "ablations' images": (["analyze", "ablations", run, "--images", "1000"], "accepted: 600 or fewer"),
+        "maps' images": (["analyze", "maps", run, "--images", "5000"], "`--images` must be 1,201 or fewer, the"),
+        "ablations' images": (["analyze", "ablations", run, "--images", "1000"], "must be 600 or fewer, half of the"),
         "linearity's images": (["analyze", "linearity", run, "--images", "1"], "`--images` must be 2 or more, got 1"),
         "batches": (["analyze", "gradient-noise", run, "--batches", "1"], "`--batches` must be 2 or more, got 1"),
         "analysis' batch": (["analyze", "gradient-noise", run, "--batch-size", "0"], "must be 1 or more, got 0"),
@@ -177,11 +176,8 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "statistics' seed": (["stats", "make", "digits", folder / "x.safetensors", "--seed", "1"], "with --num"),
         "statistics' number": (["stats", "make", "digits", folder / "x.safetensors", "--num", "5000"], "has 1201"),
         "no action": (["stats", "mak"], "make"),
-        "features' seed": (["train-features", "digits", "--out", folder / "x.safetensors", "--seed", -1], "must be 0"),
-        "features' file": (["train-features", "digits", "--out", folder / "x.bin"], ".safetensors"),
-        "features' weights": (["train-features", "digits", "--out", stored], "stored.safetensors exists already"),
-        "features' card": (["train-features", "digits", "--out", folder / "there.safetensors"], "there.json exists"),
-        "distortions' file": (["distortions", "digits", *reference, "--out", folder / "z.png"], "ending in .json"),
+        "a script's name": (["train-features", "digits"], "run `python tools/train_features.py`"),
+        "another script's name": (["distortions", "--help"], "run `python tools/distortions.py`"),
     }  # fmt: skip
 
 

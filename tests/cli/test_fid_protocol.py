@@ -14,7 +14,7 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.cli.measuring import check_features
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import shipped_names
 
@@ -54,7 +54,7 @@ def test_it_is_the_options_that_it_stands_for(
     assert "mine " in capsys.readouterr().out
     assert len(sampled) == 80
     plain, record = read_records(run / "evaluations.jsonl")
-    protocol = read_protocol(str(mine))
+    protocol = EvalProtocol.read(str(mine))
     assert record == replace(plain, protocol_name="mine", protocol_file_hash=protocol.hash())
     assert record.protocol.dtype == "float32"
 
@@ -81,7 +81,7 @@ def test_a_changed_protocol_and_a_record_cut_short(
 ) -> None:
     named, records = ["fid", run, "--protocol", mine], run / "evaluations.jsonl"
     assert main([str(argument) for argument in named]) == 0
-    before, content = read_protocol(str(mine)).hash()[:8], records.read_text()
+    before, content = EvalProtocol.read(str(mine)).hash()[:8], records.read_text()
     mine.write_text(SETTINGS.replace("steps: 2", "steps: 3"))
     assert f"mine with other settings (hash {before}, now" in line_of([*named, "--every-step"], capsys)
     mine.write_text(SETTINGS)
@@ -131,7 +131,7 @@ def test_what_it_refuses(
 
 def test_inception_of_other_weights_is_another_measure() -> None:
     options = SimpleNamespace(inception_weights="w.pth")
-    request: Any = SimpleNamespace(protocol=read_protocol("fid10k-dpm50"), options=options)
+    request: Any = SimpleNamespace(protocol=EvalProtocol.read("fid10k-dpm50"), options=options)
     check_features(request, "inception")
     with pytest.raises(InputError, match=r"w\.pth give features inception-1a2b3c4d; protocol fid10k-dpm50 measures in"):
         check_features(request, "inception-1a2b3c4d")

@@ -7,8 +7,8 @@ import pytest
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
+from dia_diffusion.evaluation.frechet import FeatureStatistics
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.evaluation.statistics import FeatureStatistics
 
 
 @pytest.fixture(autouse=True)

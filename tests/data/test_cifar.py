@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dia_diffusion.data import cifar, open_images
+from dia_diffusion.data import arrays, open_images
 from dia_diffusion.data.arrays import PickledArray, load_arrays
 from dia_diffusion.errors import InputError
 
@@ -252,7 +252,7 @@ def test_links_in_a_tar_are_refused(tmp_path, kind):
 
 
 def test_tar_bombs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar, "BYTES_LIMIT", 1 << 20)
+    monkeypatch.setattr(arrays, "BYTES_LIMIT", 1 << 20)
     small = {f"{k}": bytes(1 << 18) for k in range(9)}
     refused(write_tar(tmp_path / "many.tar.gz", small), "unpacks to more than 1048576 bytes")
     refused(write_tar(tmp_path / "large.tar.gz", {"train.bin": bytes(1 << 21)}), "train.bin declares more than")

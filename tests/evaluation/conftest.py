@@ -8,7 +8,7 @@ import pytest
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
-from dia_diffusion.evaluation.record import EvaluationRecord, Origin, Protocol, make_record
+from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, make_record
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +28,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def protocol() -> Callable[..., Protocol]:
+def protocol() -> Callable[..., ResolvedProtocol]:
     """Builds a protocol with some fields changed."""
     return _protocol
 
@@ -39,7 +39,7 @@ def record() -> Callable[..., EvaluationRecord]:
     return _record
 
 
-def _protocol(**changes: object) -> Protocol:
+def _protocol(**changes: object) -> ResolvedProtocol:
     fields: dict[str, Any] = {
         "features": "digits",
         "features_hash": "f" * 64,
@@ -56,7 +56,7 @@ def _protocol(**changes: object) -> Protocol:
         "weights": "ema",
         "dtype": "float32",
     }
-    return Protocol(**fields | changes)
+    return ResolvedProtocol(**fields | changes)
 
 
 def _record(distance: float = 3.5, step: int = 100, batch_size: int = 32, **changes: object) -> EvaluationRecord:

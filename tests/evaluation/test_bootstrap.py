@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dia_diffusion.evaluation.bootstrap import _ResampledDistance, bootstrap_interval
-from dia_diffusion.evaluation.evaluate import sums
-from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.frechet import _ResampledDistance, bootstrap_interval, frechet_distance, sums
 
 
 def reference_of(width: int) -> SimpleNamespace:
@@ -44,7 +42,7 @@ def test_a_resample_has_the_distance_of_its_rows(count):
 def test_blocks_do_not_change_it(monkeypatch):
     features = draw(np.random.default_rng(2), 300)
     whole = bootstrap_interval(features, REFERENCE, 1.0, 10)
-    monkeypatch.setattr("dia_diffusion.evaluation.bootstrap.BLOCK", 64)
+    monkeypatch.setattr("dia_diffusion.evaluation.frechet.BLOCK", 64)
     parts = bootstrap_interval(features, REFERENCE, 1.0, 10)
     assert vars(parts) == pytest.approx(vars(whole), rel=1e-6)
 

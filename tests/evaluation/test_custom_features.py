@@ -6,9 +6,8 @@ import torch_fidelity
 from torch_fidelity import register_feature_extractor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.frechet import frechet_distance, measure
 from tests.evaluation.torch_images import Images
 
 MODULE = """

@@ -14,15 +14,14 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.evaluation import reference_features as module
-from dia_diffusion.evaluation.evaluate import discard_work, evaluate, measure, work_folder
-from dia_diffusion.evaluation.extras import Extras
-from dia_diffusion.evaluation.feature_file import open_feature_file
-from dia_diffusion.evaluation.feature_pass import open_on_main
+from dia_diffusion.evaluation import reference as module
+from dia_diffusion.evaluation.evaluate import discard_work, evaluate, work_folder
+from dia_diffusion.evaluation.feature_store import open_feature_file, open_on_main
 from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.frechet import measure
+from dia_diffusion.evaluation.metrics import Extras
 from dia_diffusion.evaluation.record import Origin
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.reference_features import reference_features
+from dia_diffusion.evaluation.reference import reference_features, reference_statistics
 from tests.evaluation.torch_images import Images
 from tests.processes import PATIENCE, free_port
 

@@ -8,16 +8,15 @@ import torch
 import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
+from train_features import accuracy
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import FEATURES, build_features
-from dia_diffusion.evaluation.features.cifar10 import Cifar10Classifier
-from dia_diffusion.evaluation.features.digits import DigitsClassifier
 from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
+from dia_diffusion.evaluation.features.packaged import Cifar10Classifier, DigitsClassifier
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.train_features import accuracy
 from dia_diffusion.io import sha256_of_file
 from tests.evaluation.torch_images import Images
 
@@ -192,3 +191,14 @@ def test_missing_weights_are_refused(tmp_path):
     with pytest.raises(InputError, match="missing") as caught:
         build_features("digits", weights=tmp_path / "none.safetensors")
     _one_line(caught, tmp_path)
+
+
+def test_color_features_are_the_mean_over_image_and_mirror_of_the_mean_over_the_last_map():
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extractor = build_features("cifar10")
+    trunk = load_weights(Cifar10Classifier(), FEATURES["cifar10"].weights).eval().trunk
+    with torch.no_grad():
+        maps = [trunk((view / 255 - 0.5) / 0.25) for view in (images, images.flip(3))]
+    assert maps[0].shape == (5, 256, 8, 8)
+    expected = torch.stack([each.flatten(2).mean(2) for each in maps]).mean(0)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)

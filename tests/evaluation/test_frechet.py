@@ -6,8 +6,7 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
 
 
 def features(count, dimensions, seed, shift=0.0):

@@ -12,10 +12,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.evaluation.evaluate import measure
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features, inception
 from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
-from dia_diffusion.evaluation.frechet import frechet_distance
+from dia_diffusion.evaluation.frechet import frechet_distance, measure
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.io import sha256_of_file
 from tests.evaluation.torch_images import Images

@@ -2,9 +2,8 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.extras import Extras, named
-from dia_diffusion.evaluation.feature_file import chunks_of
-from dia_diffusion.evaluation.metrics import compute_metrics
+from dia_diffusion.evaluation.feature_store import chunks_of
+from dia_diffusion.evaluation.metrics import Extras, compute_metrics, named
 
 
 @pytest.mark.parametrize("count", [1, 2, 499, 999, 1000, 1201, 9_999, 10_000, 50_000, 123_457])

@@ -10,11 +10,7 @@ import yaml
 from diffusers import DDPMScheduler
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import (
-    read_protocol,
-    refuse_changed,
-    under_name,
-)
+from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.noise import NoiseProcess
@@ -39,7 +35,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.parametrize("name", shipped_names("protocols"))
 def test_a_shipped_protocol_can_be_followed(name: str) -> None:
-    protocol = read_protocol(name)
+    protocol = EvalProtocol.read(name)
     assert protocol.name == name
     values = yaml.safe_load((shipped_folder("protocols") / f"{name}.yaml").read_text())
     assert {key: getattr(protocol, key) for key in values} == values
@@ -50,11 +46,11 @@ def test_a_shipped_protocol_can_be_followed(name: str) -> None:
 
 def test_the_papers_protocol_is_u_vits() -> None:
     """50,000 images, 1,000 Euler-Maruyama steps, averaged weights, Inception, against the 50,000 training images."""
-    paper = read_protocol("paper-cifar10")
+    paper = EvalProtocol.read("paper-cifar10")
     assert (paper.num_samples, paper.sampler, paper.steps) == (50_000, "euler-maruyama", 1000)
     assert (paper.features, paper.weights) == ("inception", "ema")
     assert (paper.reference_split, paper.reference_count) == ("train", 50_000)
-    half = read_protocol("paper-cifar10-fp16")
+    half = EvalProtocol.read("paper-cifar10-fp16")
     assert half.precision == "float16" and half.model_copy(update={"name": paper.name, "precision": "float32"}) == paper
     # Of records that are there already.
     assert paper.hash() == "acdb55a70b86eed82bcded4476f0e2773d68494f8eec1c0292960eaa36832f05"
@@ -63,14 +59,14 @@ def test_the_papers_protocol_is_u_vits() -> None:
 def test_the_hash_is_over_the_settings_alone(write: Callable[..., str], tmp_path: Path) -> None:
     """Written out by hand here, so that no later version gives old records another hash."""
     settings = '{"features": "digits", "num_samples": 80, "sampler": "ddim", "steps": 2}'
-    protocol = read_protocol(write())
+    protocol = EvalProtocol.read(write())
     assert protocol.hash() == hashlib.sha256(settings.encode()).hexdigest()
     (tmp_path / "other.yaml").write_text(
         "# why\nsteps: 2\nsampler: ddim\nweights: ema\nnum_samples: 80\nfeatures: digits"
     )
-    assert read_protocol(str(tmp_path / "other.yaml")).hash() == protocol.hash()
+    assert EvalProtocol.read(str(tmp_path / "other.yaml")).hash() == protocol.hash()
     written_out = write(precision="float32", weights="ema", guidance_scale=1)
-    assert read_protocol(written_out).hash() == protocol.hash()
+    assert EvalProtocol.read(written_out).hash() == protocol.hash()
 
 
 @pytest.mark.parametrize(
@@ -88,7 +84,7 @@ def test_the_hash_is_over_the_settings_alone(write: Callable[..., str], tmp_path
     ],
 )
 def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable[..., str]) -> None:
-    assert read_protocol(write(**change)).hash() != read_protocol(write()).hash()
+    assert EvalProtocol.read(write(**change)).hash() != EvalProtocol.read(write()).hash()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +112,7 @@ def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable
 def test_what_is_refused(change: dict[str, object], said: str, write: Callable[..., str]) -> None:
     path = write(**change)
     with pytest.raises(InputError) as caught:
-        read_protocol(path)
+        EvalProtocol.read(path)
     assert said in str(caught.value) and path in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -124,14 +120,14 @@ def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"a protocol must be a YAML file or one of fd-digits, .*paper-cifar10.*, got 'fd1'"
     ):
-        read_protocol("fd1")
+        EvalProtocol.read("fd1")
     (tmp_path / "torn.yaml").write_text("features: [")
     with pytest.raises(InputError, match="not a YAML protocol"):
-        read_protocol(str(tmp_path / "torn.yaml"))
+        EvalProtocol.read(str(tmp_path / "torn.yaml"))
 
 
 def test_a_record_under_a_name(write: Callable[..., str], record: Callable[..., EvaluationRecord]) -> None:
-    protocol, plain = read_protocol(write()), record()
+    protocol, plain = EvalProtocol.read(write()), record()
     assert under_name(plain, None) is plain
     named = under_name(plain, protocol)
     assert protocol.named_in(named) and not protocol.named_in(plain)
@@ -142,12 +138,12 @@ def test_a_record_under_a_name(write: Callable[..., str], record: Callable[..., 
 def test_a_changed_protocol_needs_another_name(
     write: Callable[..., str], record: Callable[..., EvaluationRecord]
 ) -> None:
-    protocol = read_protocol(write())
+    protocol = EvalProtocol.read(write())
     records = [record(), under_name(record(), protocol)]
-    refuse_changed(records, protocol, "e.jsonl")
-    changed = read_protocol(write(steps=3))
+    protocol.refuse_changed(records, "e.jsonl")
+    changed = EvalProtocol.read(write(steps=3))
     with pytest.raises(InputError) as caught:
-        refuse_changed(records, changed, "e.jsonl")
+        changed.refuse_changed(records, "e.jsonl")
     told = str(caught.value)
     assert all(text in told for text in ("e.jsonl", "mine", protocol.hash()[:8], changed.hash()[:8], "another name"))
-    refuse_changed(records, read_protocol(write("another", steps=3)), "e.jsonl")
+    EvalProtocol.read(write("another", steps=3)).refuse_changed(records, "e.jsonl")

@@ -1,10 +1,23 @@
+import hashlib
 import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.record import Origin, append_record, make_record, read_records
-from dia_diffusion.io import verify_checksum
+from dia_diffusion.evaluation.curves import draw_curves
+from dia_diffusion.evaluation.record import (
+    Origin,
+    ResolvedProtocol,
+    added_field,
+    append_record,
+    make_record,
+    read_records,
+)
+from dia_diffusion.io import verify_checksum, with_checksum
+
+RESULTS = sorted(Path(__file__).parents[2].glob("docs/results/**/*.jsonl"))
 
 
 def test_records_come_back_as_they_were(tmp_path, record):
@@ -12,22 +25,15 @@ def test_records_come_back_as_they_were(tmp_path, record):
     for each in written:
         append_record(tmp_path / "evaluations.jsonl", each)
     assert read_records(tmp_path / "evaluations.jsonl") == written
-
-
-def test_a_line_tells_a_person_what_it_is(tmp_path, record):
-    append_record(tmp_path / "e.jsonl", record(3.25))
-    line = json.loads((tmp_path / "e.jsonl").read_text())
-    assert line["metric"] == "FD(digits)"
+    line = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])
+    assert (line["metric"], line["distance"], line["run"], line["record_version"]) == ("FD(digits)", 3.25, "a", 2)
     assert (line["unit"], line["batch_size"], line["seed"], line["step"]) == ("dia-lstm", 32, 0, 100)
-    assert (line["images_seen"], line["distance"], line["run"]) == (3200, 3.25, "a")
-    assert line["protocol"]["features_hash"] == "f" * 64
-    assert "torch-fidelity" in line["versions"]
-    assert line["time"].endswith("+00:00")
+    assert line["protocol"]["features_hash"] == "f" * 64 and line["images_seen"] == 3200
+    assert "torch-fidelity" in line["versions"] and line["time"].endswith("+00:00")
 
 
 def test_only_inceptions_distance_is_called_fid(record):
-    assert record(features="inception").metric == "FID"
-    assert record(features="cifar10").metric == "FD(cifar10)"
+    assert [record(features=name).metric for name in ("inception", "cifar10")] == ["FID", "FD(cifar10)"]
 
 
 @pytest.mark.parametrize("change", [{"num_samples": 10}, {"weights": "raw"}, {"scheduler": {}}, {"seeds": None}])
@@ -36,14 +42,62 @@ def test_another_protocol_has_another_hash(change, protocol):
     assert list(protocol().differences(protocol(**change))) == list(change)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Later(ResolvedProtocol):
+    crop: str | None = added_field(None)
+
+
+def test_an_added_field_is_hashed_unless_it_has_its_default(protocol):
+    fields = vars(protocol())
+    assert Later(**fields).hash() == protocol().hash() != Later(**fields, crop="center").hash()
+    assert Later(**fields).differences(Later(**fields, crop="center")) == {"crop": (None, "center")}
+    assert protocol().hash() == hashlib.sha256(json.dumps(asdict(protocol()), sort_keys=True).encode()).hexdigest()
+
+
+def written(path, record, change):
+    """The record's line with `change(line)` made, and a checksum."""
+    append_record(path, record)
+    line = verify_checksum(json.loads(path.read_text()))
+    change(line)
+    path.write_text(json.dumps(with_checksum(line)) + "\n")
+    return path
+
+
+def test_a_record_of_version_1_is_the_same_as_one_of_version_2(tmp_path, record):
+    path = written(tmp_path / "e.jsonl", record(2.0, step=100), lambda line: line.pop("record_version"))
+    append_record(path, record(1.0, step=200))
+    first, second = read_records(path)
+    assert first.protocol == second.protocol and first == replace(record(2.0, step=100), time=first.time)
+    assert len(draw_curves([("a", [first, second])], tmp_path / "a.png")) == 2
+
+
+def test_a_newer_version_is_named(tmp_path, record):
+    path = written(tmp_path / "e.jsonl", record(), lambda line: line.update(record_version=3, extra="x"))
+    with pytest.raises(InputError, match="line 1: `record_version` must be 2 or less, got 3"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_published_records_are_read_and_drawn(file, tmp_path):
+    records = read_records(file)
+    for each, line in zip(records, file.read_text().splitlines(), strict=True):
+        assert each.protocol_hash() == json.loads(line)["protocol_hash"]
+        append_record(tmp_path / "again.jsonl", each)
+    assert read_records(tmp_path / "again.jsonl") == records
+    if all(each.images_seen for each in records):
+        drawn = draw_curves([("a", records)], tmp_path / "a.png")
+        assert {point["distance"] for point in drawn} <= {each.distance for each in records}
+
+
+def test_there_are_published_records():
+    assert len(RESULTS) >= 5
+
+
 def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
     settings = {"kid": {"kid_subset_size": 300}, "bootstrap": {"resamples": 20}}
-    origin = Origin(source="a")
-    plain = make_record(3.0, protocol(), origin, 1.0)
-    more = make_record(
-        3.0, protocol(), origin, 1.0, low=2.9, high=3.2, standard_error=0.1, metrics={"KD(digits)": 0.5},
-        metric_settings=settings,
-    )  # fmt: skip
+    plain = make_record(3.0, protocol(), Origin(source="a"), 1.0)
+    metrics = {"metrics": {"KD(digits)": 0.5}, "metric_settings": settings}
+    more = make_record(3.0, protocol(), Origin(source="a"), 1.0, low=2.9, high=3.2, standard_error=0.1, **metrics)
     for each in (plain, more):
         append_record(tmp_path / "e.jsonl", each)
     assert read_records(tmp_path / "e.jsonl") == [plain, more]
@@ -54,19 +108,10 @@ def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
 
 
 def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record):
-    path = tmp_path / "e.jsonl"
-    append_record(path, record())
-    line = verify_checksum(json.loads(path.read_text()))
-    new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash")
-    for name in (*new, "protocol_name", "protocol_file_hash"):
-        del line[name]
-    path.write_text(json.dumps(line) + "\n")
-    (old,) = read_records(path)
+    new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash", "record_version")
+    without = (*new, "protocol_name", "protocol_file_hash")
+    (old,) = read_records(written(tmp_path / "e.jsonl", record(), lambda line: [line.pop(name) for name in without]))
     assert old.metrics == {} and old.low is old.model_hash is old.protocol_name is old.protocol_file_hash is None
-
-
-def test_progress_is_not_protocol(record):
-    assert record(1.0, step=100).protocol_hash() == record(2.0, step=200).protocol_hash()
 
 
 @pytest.mark.parametrize("damage", [lambda line: line[:-20], lambda line: "{}", lambda line: "", lambda line: "[1]"])

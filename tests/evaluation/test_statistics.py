@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.frechet import FeatureStatistics
 
 
 def statistics_of(*batches):

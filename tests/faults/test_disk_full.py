@@ -82,7 +82,7 @@ def test_no_room_for_a_record(
         append_record(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dia_diffusion.evaluation.pipeline_distance.append_record", full)
+        patch.setattr("dia_diffusion.evaluation.evaluate.append_record", full)
         while (run / "evaluations.jsonl").stat().st_size % 4096 < 3000:  # so that the next one needs a new page
             append_record(run / "evaluations.jsonl", read_records(run / "evaluations.jsonl")[0])
         before = (run / "evaluations.jsonl").read_bytes()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dia_diffusion import AttachedModel, UViT
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.attach import attach
+from dia_diffusion.models.attach import attach
 from tests.attention.networks import tiny_unet
 
 SMALL = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_layers": 5}

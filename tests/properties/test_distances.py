@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
 
 SEEDS, WIDTHS = st.integers(0, 10**6), st.integers(1, 24)
 

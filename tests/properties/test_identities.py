@@ -12,10 +12,9 @@ from torch import nn
 
 from dia_diffusion import UViT, attach
 from dia_diffusion.attention import UNITS
-from dia_diffusion.evaluation.statistics import FeatureStatistics
+from dia_diffusion.evaluation.frechet import FeatureStatistics
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.config import ClassifyExperiment, Experiment
 from dia_diffusion.training.recipe import changed_keys, read_experiment
 from dia_diffusion.training.run_folder import RunFolder
 from tests.attention.networks import Network, is_branch, tiny_dit, tiny_unet

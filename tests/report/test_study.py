@@ -12,7 +12,7 @@ import yaml
 from scipy import stats
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.report.page import render
 from dia_diffusion.report.subject import page_of
@@ -57,7 +57,7 @@ def measure(record) -> Callable[[Study], dict[tuple[str, int, int, int], float]]
     """Gives each run a distance at both of its steps, and returns them by unit, batch size, seed and step."""
 
     def write(study: Study) -> dict[tuple[str, int, int, int], float]:
-        random, written, protocol = np.random.default_rng(0), {}, read_protocol("fd-digits")
+        random, written, protocol = np.random.default_rng(0), {}, EvalProtocol.read("fd-digits")
         for run in study.runs:
             for step in (3, 6):
                 made = record(float(random.uniform(5, 9)), step, run.batch_size, num_samples=596)

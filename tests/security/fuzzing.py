@@ -15,10 +15,14 @@ from PIL import Image
 from dia_diffusion.data import open_images, read_image
 from dia_diffusion.evaluation.features import FEATURES, build_features
 from dia_diffusion.evaluation.features.extractor import load_weights
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record, read_records
-from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.evaluation.statistics_files import is_statistics_file, read_statistics, write_statistics
+from dia_diffusion.evaluation.reference import (
+    is_statistics_file,
+    read_statistics,
+    reference_statistics,
+    write_statistics,
+)
 from dia_diffusion.io import shipped_folder
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.folder import read_training
@@ -30,7 +34,7 @@ from dia_diffusion.sharing.export import check_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.checkpoint import load_checkpoint, read_state
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
 from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.data.test_cifar import binary, python, write_tar
@@ -78,7 +82,7 @@ def targets(folder: Path) -> dict[str, Target]:
         slow=True,
     )
     protocol = sorted(shipped_folder("protocols").glob("*.yaml"))[0].read_bytes()
-    add("protocol", write("protocol x.yaml", protocol), lambda p: read_protocol(str(p)))
+    add("protocol", write("protocol x.yaml", protocol), lambda p: EvalProtocol.read(str(p)))
     readers.study(place("study"))
     add("study", folder / "study" / "s.yaml", lambda p: read_study(str(p)), slow=True)
 

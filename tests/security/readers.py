@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data.image_set import array_source, decoded_set
-from dia_diffusion.evaluation.feature_file import FINISHED, open_feature_file
+from dia_diffusion.evaluation.feature_store import FINISHED, open_feature_file
 from dia_diffusion.evaluation.features import FEATURES
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.record import append_record, read_records
@@ -28,12 +28,12 @@ from dia_diffusion.sampling.writers import open_folder
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
-from dia_diffusion.sweeps.plan import Group, Plan, read_plan
+from dia_diffusion.sweeps.plan import Group, Plan, read_plan, write_plan
 from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.sweeps.trials import finished, make_trial
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_state, save_checkpoint
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.evaluation.conftest import _record
@@ -229,8 +229,9 @@ def study(folder: Path) -> Any:
 
 def plan(folder: Path) -> Reader:
     read = study(folder)
-    group = Group("none", 8, 1, 0, 6, 1.0, 1.0, 1.0, 1.0, 2, 1.0, 1.0, 1.0, 1.0)
-    write_json(read.folder / "plan.json", asdict(Plan("s", "now", "a CPU", 1.0, 1, [group], 1.0, 1.0, 1, 1)))
+    group = Group(**{**dict.fromkeys(Group.model_fields, 1), "unit": "none"})
+    text = dict.fromkeys(("study", "time", "measured_on"), "a text")
+    write_plan(read, Plan(**{**dict.fromkeys(Plan.model_fields, 1), **text, "groups": [group]}))
     assert read_plan(read) is not None
     return Reader(read.folder / "plan.json", lambda: read_plan(read))
 

@@ -152,7 +152,7 @@ def test_tar_members_that_are_no_files_within(kind: str, sandbox: Sandbox) -> No
 
 
 def test_tar_bombs(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dia_diffusion.data.cifar.BYTES_LIMIT", 1 << 26)
+    monkeypatch.setattr("dia_diffusion.data.arrays.BYTES_LIMIT", 1 << 26)
     given = sandbox.folder / "x.tar.gz"
     block = bytes(1 << 24)
     with gzip.open(given, "wb", compresslevel=9) as file:

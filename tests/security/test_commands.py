@@ -140,8 +140,6 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "export gigantic": (gigantic, ["export", "{}", "out"]),
     "export os.system": (classes_of_os, ["export", "{}", "out"]),
     "push a pickle": (pickled_pipeline, ["push", "{}", "me/model", "--yes"]),
-    "distortions of a bomb": (bomb, ["distortions", "{}", *DIGITS, "--out", "x.json"]),
-    "features of a bomb": (bomb, ["train-features", "digits", "--out", "x.safetensors", "--data", "{}"]),
 }
 
 

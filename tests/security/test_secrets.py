@@ -9,7 +9,7 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.sharing.export import export_pipeline
 from dia_diffusion.sharing.push import prepare, send
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from tests.pipelines.conftest import hub
 from tests.pipelines.hub import TOKEN, Hub

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from dia_diffusion.analysis.runs import open_run
+from dia_diffusion.analysis.run import open_run
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.reading import Unreadable, parse_yaml
 from dia_diffusion.report.run import run_page
 from dia_diffusion.sweeps.sweep import read_study
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from tests.security.hostile import put_json, yaml_texts
 from tests.security.watch import Sandbox, check_line
@@ -21,7 +21,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "recipe": lambda file: read_experiment(str(file)),
     "classifier's recipe": lambda file: read_experiment(str(file), kind=ClassifyExperiment),
     "study": lambda file: read_study(str(file)),
-    "protocol": lambda file: read_protocol(str(file)),
+    "protocol": lambda file: EvalProtocol.read(str(file)),
     "run": lambda file: open_run(file.parent),
     "page": lambda file: run_page(file.parent),
 }

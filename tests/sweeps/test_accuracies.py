@@ -12,7 +12,7 @@ from scipy import stats
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
 from dia_diffusion.sweeps.accuracies import compare, read_result
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 
 ACCURACIES = {"none": [0.5, 0.52, 0.51], "se": [0.53, 0.55, 0.56], "dia-lstm": [0.51, 0.6, 0.52]}
 

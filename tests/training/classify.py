@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder

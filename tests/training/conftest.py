@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from dia_diffusion.progress import Progress
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
@@ -19,8 +19,8 @@ optimizer: {learning_rate: 1.0e-3, warmup_steps: 4}
 """
 
 
-class Recorder:
-    """A reporter that keeps what it is told, and calls a function at each step."""
+class Recorder(Progress):
+    """Keeps messages, and calls a function after each step."""
 
     def __init__(self, at_step: Callable[[int], None] = lambda step: None):
         self.messages: list[str] = []
@@ -29,11 +29,9 @@ class Recorder:
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def reading(self, unit: str, done: int, total: int) -> None:
-        pass
-
-    def progress(self, step: int, max_steps: int, values: dict[str, Any]) -> None:
-        self.at_step(step)
+    def update(self, what: str, unit: str, done: int, total: int, note: str = "") -> None:
+        if what == "training":
+            self.at_step(done)
 
 
 @pytest.fixture

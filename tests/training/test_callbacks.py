@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import DivergedError, Stopped
 from dia_diffusion.evaluation.callback import EvaluatePipelines
-from dia_diffusion.evaluation.protocols import read_protocol
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
 from dia_diffusion.training.callbacks import METRICS, Callback
 from dia_diffusion.training.run_folder import read_metrics
@@ -97,7 +97,7 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     """A run that is stopped and resumed has one record per pipeline: those that `fid` makes of it afterwards."""
     file, run = tmp_path / "mine.yaml", tmp_path / "run"
     file.write_text(SETTINGS)
-    protocol = read_protocol(str(file))
+    protocol = EvalProtocol.read(str(file))
     with pytest.raises(Stopped):
         Trainer(tiny("run"), callbacks=[EvaluatePipelines(protocol), Witness(3, interrupt_at=3)]).run()
     last = run / "checkpoints" / "step-00000003"
@@ -160,7 +160,7 @@ def test_evaluations_that_can_not_be_are_refused_before_the_first_step(
 
 def test_training_goes_on_without_a_distance_where_measuring_fails(tiny, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.yaml").write_text(SETTINGS)
-    callback = EvaluatePipelines(read_protocol(str(tmp_path / "mine.yaml")))
+    callback = EvaluatePipelines(EvalProtocol.read(str(tmp_path / "mine.yaml")))
     trainer = Trainer(tiny("run"), callbacks=[callback])
 
     def no_memory(*arguments: object, **options: object) -> None:

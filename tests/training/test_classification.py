@@ -21,13 +21,11 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier
 from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.classify_config import ClassifyExperiment, ClassifyOptimizerConfig
-from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.config import ClassifyExperiment, ClassifyOptimizerConfig, Experiment
 from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import override, read_experiment, recipes_folder
-from dia_diffusion.training.resuming import refuse_changes
-from dia_diffusion.training.run_folder import read_metrics
+from dia_diffusion.training.run_folder import read_metrics, refuse_changes
 from dia_diffusion.training.trainer import Trainer
 from tests.training.classify import tiny, train
 from tests.training.conftest import Recorder

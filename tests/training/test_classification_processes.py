@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dia_diffusion.data import open_images
 from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.training.classify_config import ClassifyExperiment
+from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.run_folder import read_metrics
 from tests.processes import start_connected
 from tests.training.classify import tiny, train

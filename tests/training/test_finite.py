@@ -51,7 +51,7 @@ def states(trainer: Trainer) -> dict[str, Tensor]:
 def states_of_steps(trainer: Trainer) -> list[dict[str, Tensor]]:
     """Trains to the end; the state before the first step and after each."""
     found = [states(trainer)]
-    trainer.reporter.at_step = lambda step: found.append(states(trainer))
+    trainer.progress.at_step = lambda step: found.append(states(trainer))
     trainer.run()
     return found
 
@@ -118,7 +118,7 @@ def test_it_is_named_which_module_went_wrong(tiny) -> None:
         if step == 4:
             torch.nn.init.constant_(trainer.model.out_blocks[0].mlp.fc1.bias, float("inf"))
 
-    trainer.reporter.at_step = overflow
+    trainer.progress.at_step = overflow
     with pytest.raises(DivergedError) as error:
         trainer.run()
     rate = learning_rate(trainer.task.optimizer_config, 4, 6)

@@ -8,8 +8,7 @@ import torch
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.config import EmaConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.ema import EMA
-from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.optimizer import EMA, learning_rate
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
 from tests.training.run_files import weights

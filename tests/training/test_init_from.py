@@ -36,7 +36,7 @@ def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, 
     assert all(torch.equal(model[name], expected[name]) for name in expected)
     assert all(torch.equal(average[name], expected[name]) for name in expected)
     trainer.run()
-    assert trainer.reporter.messages[1] == f"starting from the weights of {source}"
+    assert trainer.progress.messages[1] == f"starting from the weights of {source}"
     file = source / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
     training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
     assert training["init_from"] == {
@@ -56,7 +56,7 @@ def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, ti
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, from_nothing[name] if name.startswith("unit.") else expected[name]), name
     trainer.run()
-    assert trainer.reporter.messages[1].endswith("; the unit that they lack keeps its own first weights")
+    assert trainer.progress.messages[1].endswith("; the unit that they lack keeps its own first weights")
 
 
 def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path) -> None:

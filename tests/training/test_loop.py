@@ -104,7 +104,7 @@ def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
 def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
     trainer = Trainer(tiny("run", "--ema.warmup", "true", "--ema.decay", "0.25"), Recorder())
     kept = []
-    trainer.reporter.at_step = lambda step: kept.append(trainer.model.state_dict()["pos_embed"].clone())
+    trainer.progress.at_step = lambda step: kept.append(trainer.model.state_dict()["pos_embed"].clone())
     first = trainer.model.state_dict()["pos_embed"].clone()
     trainer.run()
     average = first
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
         if step == 4:
             torch.nn.init.constant_(trainer.model.pos_embed, float("nan"))
 
-    trainer.reporter.at_step = poison
+    trainer.progress.at_step = poison
     with pytest.raises(RunError, match="not finite at step 5"):
         trainer.run()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
@@ -243,7 +243,7 @@ def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
     train(tiny("whole"))
     monkeypatch.setattr(UViTPipeline, "_to_images", lambda self, sample: sample * float("nan"))
     trainer = train(tiny("run", "--train.sample_every", "3", "--samples.steps", "2"))
-    said = [message for message in trainer.reporter.messages if "no grid" in message]
+    said = [message for message in trainer.progress.messages if "no grid" in message]
     assert [message[:6] for message in said] == ["step 3", "step 6"] and "is not finite" in said[0]
     assert (tmp_path / "run" / "pipelines" / "step-00000006").is_dir()
     assert not list((tmp_path / "run" / "samples").glob("*"))

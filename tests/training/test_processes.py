@@ -15,7 +15,7 @@ import torch
 from accelerate.commands import launch as accelerate_launch
 from safetensors.torch import load_file
 
-from dia_diffusion.training import resuming
+from dia_diffusion.training import run_folder
 from dia_diffusion.training.run_folder import read_metrics
 from tests.processes import Forked, connected, free_port, start_connected, wait_for
 from tests.training.conftest import TINY
@@ -116,7 +116,7 @@ def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatc
 
 
 def second_process_in(folder: Path) -> None:
-    resuming.SECONDS_TO_SEE_A_FILE = 2
+    run_folder.SECONDS_TO_SEE_A_FILE = 2
     if os.environ["RANK"] == "1":
         os.chdir(folder)
 

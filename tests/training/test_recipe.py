@@ -10,8 +10,7 @@ import yaml
 from dia_diffusion import UViT
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.config import ClassifyExperiment, Experiment, ModelConfig
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import changed_keys, flatten, override, read_experiment, recipes_folder, resolve
 

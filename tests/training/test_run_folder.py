@@ -8,9 +8,8 @@ import pytest
 from accelerate import Accelerator
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training import resuming
-from dia_diffusion.training.resuming import check_shared
-from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.training import run_folder
+from dia_diffusion.training.run_folder import RunFolder, check_shared
 
 
 class Clock:
@@ -32,7 +31,7 @@ def test_a_folder_may_appear_as_late_as_nfs_shows_it(
     appears_after: float, lines: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, told = Clock(appears_after), []
-    monkeypatch.setattr(resuming, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(folder, "lock_text", clock.lock_text)
     if lines is None:

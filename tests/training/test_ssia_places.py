@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from dia_diffusion.attention.attach import attach
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attach
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
 from dia_diffusion.training.ssia import HEADS, Guidance, without_heads

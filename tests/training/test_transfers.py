@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.classify_config import ClassifyExperiment
-from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.config import ClassifyExperiment, Experiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.task import Task
 from dia_diffusion.training.trainer import Trainer

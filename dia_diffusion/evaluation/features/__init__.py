@@ -7,12 +7,9 @@ import torch
 from torch_fidelity import register_feature_extractor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features.cifar10 import Cifar10Extractor
-from dia_diffusion.evaluation.features.classifier import ClassifierExtractor
-from dia_diffusion.evaluation.features.custom import build_custom
-from dia_diffusion.evaluation.features.digits import DigitsExtractor
-from dia_diffusion.evaluation.features.extractor import FeatureExtractor
+from dia_diffusion.evaluation.features.extractor import FeatureExtractor, build_custom
 from dia_diffusion.evaluation.features.inception import build_inception
+from dia_diffusion.evaluation.features.packaged import Cifar10Extractor, ClassifierExtractor, DigitsExtractor
 from dia_diffusion.io import sha256_of_file
 
 __all__ = ["FEATURES", "FeatureExtractor", "build_features"]

@@ -1,1 +1,0 @@
-"""The analyses' figures, drawn from the records alone; a file for each kind."""

@@ -1,0 +1,165 @@
+"""How linear a trained model's MLPs are: a straight line for each hidden unit in the place of its GELU.
+
+For a hidden unit with input x and output y = GELU(x), least squares over images, times and tokens:
+
+    y ~ a + b x,   b = Cov(x, y) / Var(x),   a = E y - b E x,   explained: Cov(x, y)^2 / Var(x) of Var(y)
+
+A block's share is the sum of what is explained over the sum of variances of its hidden units. Where it is 1 the two
+layers of the MLP are one linear map.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor, nn
+
+from dia_diffusion.analysis.ablations import compared, draw_rise, losses
+from dia_diffusion.analysis.ablations import describe as describe_losses
+from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.drawing import over_training, percent, save, style
+from dia_diffusion.analysis.run import Coverage, TrainedRun
+from dia_diffusion.analysis.stages import uvit_blocks
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import Mlp, UViT
+
+Activation = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def at_activations(model: UViT, called: Activation) -> Iterator[None]:
+    """While it lasts, each block's GELU is followed by called(block, x, y), with its input and output (B, L, H).
+
+    What that returns goes on to the MLP's second layer; None leaves it y.
+    """
+    hooks = [hook for index, block in enumerate(uvit_blocks(model)) for hook in _hooks(block.mlp, index, called)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hooks(mlp: Mlp, block: int, called: Activation) -> list[torch.utils.hooks.RemovableHandle]:
+    inputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, given: Any, x: Tensor) -> None:
+        inputs.append(x)
+
+    def pass_on(layer: nn.Module, given: tuple[Tensor]) -> Tensor | None:
+        return called(block, inputs.pop(), given[0])
+
+    return [mlp.fc1.register_forward_hook(keep), mlp.fc2.register_forward_pre_hook(pass_on)]
+
+
+class LineFit:
+    """The least squares of a line for each hidden unit of each block, from sums, so memory doesn't grow with images."""
+
+    def __init__(self, model: UViT):
+        mlps = [block.mlp for block in uvit_blocks(model)]
+        self.counts = torch.zeros(len(mlps), 1, dtype=torch.float64)
+        self.sums = torch.zeros(5, len(mlps), mlps[0].fc1.out_features, dtype=torch.float64)
+
+    def add(self, block: int, x: Tensor, y: Tensor) -> None:
+        """More values of a block's GELU, inputs and outputs (B, L, H)."""
+        x, y = (values.double().flatten(0, 1) for values in (x, y))  # (B L, H)
+        self.counts[block] += len(x)
+        self.sums[:, block] += torch.stack([v.sum(0) for v in (x, y, x * x, x * y, y * y)]).cpu()
+
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """Intercepts and slopes, float32, (blocks, H) each."""
+        mean_x, mean_y, var_x, covariance, _ = self._moments()
+        slope = torch.where(var_x > 0, covariance / var_x, 0.0)
+        return (mean_y - slope * mean_x).float(), slope.float()
+
+    def summary(self) -> dict[str, Any]:
+        """For a record, of all blocks and of each: the explained share, and the deviation of a hidden unit's input."""
+        _, _, var_x, covariance, var_y = self._moments()
+        explained = torch.where(var_x > 0, covariance**2 / var_x, 0.0)
+        return {
+            "explained": float(explained.sum() / var_y.sum()),
+            "explained_by_block": (explained.sum(1) / var_y.sum(1)).tolist(),
+            "input_deviation_by_block": var_x.mean(1).sqrt().tolist(),
+        }
+
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, y, xx, xy, yy = self.sums / self.counts
+        return x, y, (xx - x * x).clamp(min=0), xy - x * y, (yy - y * y).clamp(min=0)
+
+
+def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
+    """For `at_activations`: a line for each hidden unit, (blocks, H) each, in the place of GELU."""
+    return lambda block, x, y: intercepts[block].to(x) + slopes[block].to(x) * x
+
+
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    """The lines are fitted on the drawn images, the losses are those of as many others, at the same times."""
+    if not isinstance(model, UViT):
+        raise InputError(f"the network of {run.folder.path} must be a UViT, got a {type(model).__name__}")
+    fit = LineFit(model)
+    with at_activations(model, fit.add):
+        losses(run, model, run.draw(coverage.seed, 0, coverage.num_images), coverage)
+    draws = run.draw(coverage.seed, 1, coverage.num_images)
+    own = losses(run, model, draws, coverage)
+    with at_activations(model, lines_instead(*fit.lines())):
+        lines = losses(run, model, draws, coverage)
+    return {**fit.summary(), "losses": compared(own, {"lines for GELU": lines})}
+
+
+def describe(record: Record) -> Iterator[str]:
+    """The loss with lines, what they explain of each block's GELU, and the deviation of its input at the last step."""
+    yield from describe_losses(record)
+    last = record["steps"][-1]
+    by_block = " ".join(f"{share:.1%}" for share in last["explained_by_block"])
+    deviations = " ".join(f"{deviation:.3f}" for deviation in last["input_deviation_by_block"])
+    yield f"  by block: lines explain {by_block} of GELU's variance; deviation of its input {deviations}"
+
+
+# ---- figure
+
+
+def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """What a line explains of GELU, by block at the end and over training; its input; the loss with lines."""
+    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
+    (by_block, deviation), (explained, rise) = figure.subplots(2, 2)
+    for index, run in enumerate(runs):
+        line = {**style(index), "label": run["run"]}
+        last = run["steps"][-1]
+        blocks = range(1, len(last["explained_by_block"]) + 1)
+        by_block.plot(blocks, last["explained_by_block"], **line)
+        deviation.plot(blocks, last["input_deviation_by_block"], **line)
+        seen = [step["images_seen"] for step in run["steps"]]
+        explained.plot(seen, [step["explained"] for step in run["steps"]], **line)
+        draw_rise(rise, run["steps"], "lines for GELU", line)
+    by_block.set_title("share of GELU's variance that lines explain, last step")
+    deviation.set_title("deviation of GELU's input, last step")
+    explained.set_title("the share in all blocks together")
+    rise.set_title("loss with lines for GELU: % higher (bars: 2 s.e.)")
+    for place in (by_block, deviation):
+        place.set_xlabel("block")
+        place.xaxis.set_major_locator(MaxNLocator(integer=True))
+        place.grid(alpha=0.25, linewidth=0.6)
+    for place in (explained, rise):
+        over_training(place)
+    for place in (by_block, explained):
+        place.set_ylim(0, 1.02)
+    deviation.set_ylim(bottom=0)
+    percent(rise)
+    handles, labels = by_block.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    save(figure, path)
+
+
+ANALYSIS = Analysis(
+    _measure,
+    draw,
+    describe,
+    choose_steps=TrainedRun.choose_steps,
+    needs_unit=False,
+    passes=3,  # the fit, GELU itself, lines
+    held_out=True,
+)
