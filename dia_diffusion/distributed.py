@@ -66,6 +66,8 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     launched_alone = _started_alone()
     if launched != accelerator.num_processes or launched_alone:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # else one that ends here breaks off another that is still connecting to it
         raise InputError(
             f"the launcher asked for {'several' if launched_alone else launched} processes and "
             f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "

@@ -12,8 +12,11 @@ from tests.processes import FORKED
 
 
 def page_faults() -> int:
-    """Of a tensor of 64 MiB, after others have been freed."""
-    blocks = [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]
+    """Of a tensor of 64 MiB, after larger ones have been freed.
+
+    glibc looks for some bytes more than a tensor takes, to align it, so a freed block of its very size may not do.
+    """
+    blocks = [torch.ones((64 << 20) + 4096, dtype=torch.uint8) for _ in range(3)]
     del blocks
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(64 << 20, dtype=torch.uint8)

@@ -36,6 +36,7 @@ from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
+from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 BATCH = 64  # images sampled at once, as by `fid`
@@ -45,7 +46,8 @@ class EvaluatePipelines(Callback):
     """Measures the pipeline of each checkpoint, as `fid RUN --protocol NAME` does, against the training images.
 
     The record goes to the run's evaluations.jsonl, the distance to metrics.jsonl and the trackers. Weights that are on
-    record are not measured again, and an evaluation that was killed resumes after its last finished chunk.
+    record are not measured again. An evaluation that was killed is made up for when the run resumes, after its last
+    finished chunk.
 
     Args:
         protocol: what to measure.
@@ -53,28 +55,25 @@ class EvaluatePipelines(Callback):
             evaluated in any case.
     """
 
+    after_checkpoint = True
+
     def __init__(self, protocol: EvalProtocol, every: int | None = None):
         self.protocol, self.every = protocol, every
         classes = None if protocol.classes is None else tuple(protocol.classes)
         self.settings = SamplingSettings(protocol.sampler, protocol.steps, classes, protocol.guidance_scale)
 
     def start(self, trainer: Trainer) -> None:
-        """Loads features and reference.
+        """Loads features and reference, and measures the run's newest pipeline if that is due and missing.
 
         Raises:
             InputError: the run can't be measured by the protocol, or has records of another protocol of its name.
         """
         if not isinstance(trainer.experiment, Experiment):
-            raise InputError(f"`--evaluate` must be used with a diffusion model, got {trainer.task.description}")
+            raise InputError(f"EvaluatePipelines must be used with a diffusion model, got {trainer.task.description}")
         self.config, self.records = trainer.config, trainer.folder.evaluations
-        if trainer.step == self.config.max_steps:
-            trainer.message(f"the run is finished; `dia-diffusion fid {trainer.folder.path} --every-step` measures it")
+        missing = broadcast_from_rank_zero(trainer.accelerator, lambda: self._is_missing(trainer))
+        if trainer.step == self.config.max_steps and not missing:
             return
-        if self.every is not None and self.every % self.config.checkpoint_every:
-            raise InputError(
-                f"`--evaluate-every` must be a multiple of train.checkpoint_every, {self.config.checkpoint_every}, "
-                f"got {self.every}"
-            )
         if self.settings.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
             raise InputError(f"protocol {self.protocol.name} needs data.label_dropout above 0, for guidance, got 0")
         check_samples(trainer.experiment, self.settings)
@@ -86,6 +85,18 @@ class EvaluatePipelines(Callback):
         reference = self._reference(trainer, extractor)
         count = self.protocol.num_samples
         self.distance = PipelineDistance(extractor, reference, count, BATCH, trainer.accelerator)
+        if missing:
+            self._evaluate(trainer)
+
+    def _is_missing(self, trainer: Trainer) -> bool:
+        """Whether the pipeline of this step was due, and its evaluation was killed."""
+        folder, name = trainer.folder.pipelines / step_name(trainer.step), distance_name(self.protocol.features)
+        if trainer.step == 0 or not self.due(trainer.step) or not folder.is_dir():
+            return False
+        records = read_records(self.records) if self.records.is_file() else []
+        lines = read_metrics(trainer.folder.metrics) if trainer.folder.metrics.is_file() else []
+        recorded = any(record.step == trainer.step and self.protocol.named_in(record) for record in records)
+        return not (recorded and any(line["step"] == trainer.step and name in line for line in lines))
 
     def _check_records(self) -> None:
         if self.records.is_file():
@@ -110,6 +121,9 @@ class EvaluatePipelines(Callback):
         return checkpoint_due(self.config, step) and (step % every == 0 or step == self.config.max_steps)
 
     def __call__(self, trainer: Trainer, result: StepResult) -> None:
+        self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
         folder = trainer.folder.pipelines / step_name(trainer.step)
         dtype = getattr(torch, self.protocol.precision)
         load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)

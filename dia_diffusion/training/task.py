@@ -87,6 +87,14 @@ class Task(ABC):
         """Puts other first weights into a new run's model and says where they are from; None keeps its own."""
         return None
 
+    def check_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What `init_weights` returned when a resumed run was new, as the checkpoint kept it.
+
+        Raises:
+            InputError: the recipe asks for other first weights.
+        """
+        return kept
+
     @abstractmethod
     def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
         """The images to train on, and whatever else is read."""

@@ -1,4 +1,4 @@
-"""Half-lives in images: moments, average and warm-up at two batch sizes, against closed forms of the images seen."""
+"""Learning rates against torch's; half-lives and warm-up in images, against closed forms of the images seen."""
 
 from pathlib import Path
 
@@ -6,12 +6,18 @@ import pytest
 import torch
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.config import EmaConfig, Experiment, ModelConfig, OptimizerConfig, TrainConfig
+from dia_diffusion.training.config import (
+    ClassifyOptimizerConfig,
+    EmaConfig,
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.optimizer import EMA, learning_rate
 from dia_diffusion.training.trainer import Trainer
-from tests.training.conftest import Recorder
-from tests.training.run_files import weights
+from tests.training.run_files import assert_same_tensors
 
 KEPT = torch.tensor(False)  # the skip that a finite step has
 
@@ -74,16 +80,49 @@ def test_without_a_reference_nothing_changes() -> None:
 def test_a_run_at_its_reference_is_the_run_without_one_and_keeps_the_key(tiny, train, tmp_path: Path) -> None:
     train(tiny("plain", "--ema.warmup", "true"))
     train(tiny("same", "--ema.warmup", "true", "--train.reference_batch_size", "8"))
-    for name in ("model", "ema", "optimizer"):
-        plain, same = weights(tmp_path / "plain", 6, name), weights(tmp_path / "same", 6, name)
-        assert all(torch.equal(plain[key], same[key]) for key in plain)
+    assert_same_tensors(tmp_path / "plain", tmp_path / "same")
     with pytest.raises(InputError, match=r"train\.reference_batch_size: None -> 8"):
-        Trainer(tiny("plain", "--ema.warmup", "true", "--train.reference_batch_size", "8"), Recorder())
+        Trainer(tiny("plain", "--ema.warmup", "true", "--train.reference_batch_size", "8"))
 
 
 def test_the_trainer_uses_them(tiny) -> None:
-    trainer = Trainer(tiny("run", "--train.batch_size", "4", "--train.reference_batch_size", "16"), Recorder())
+    trainer = Trainer(tiny("run", "--train.batch_size", "4", "--train.reference_batch_size", "16"))
     (group,) = trainer.optimizer.param_groups
     assert group["betas"] == pytest.approx((0.99, 0.999**0.25))
     assert trainer.ema is not None and trainer.ema.reference_steps == 0.25
     trainer.run()
+
+
+def test_learning_rates() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
+    assert [learning_rate(config, step, 100) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
+    config = config.model_copy(update={"schedule": "cosine"})
+    assert learning_rate(config, 10, 110) == 1.0
+    assert learning_rate(config, 60, 110) == pytest.approx(0.5)
+    assert learning_rate(config, 110, 110) == pytest.approx(0.0)
+
+
+def test_rates_are_those_of_torch() -> None:
+    def rates(schedule: type, **options: object) -> list[float]:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+        scheduler = schedule(optimizer, **options)
+        found = []
+        for _ in range(20):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    def own(**options: object) -> list[float]:
+        config = ClassifyOptimizerConfig(**options)
+        return [learning_rate(config, step, 20, 0.3) for step in range(20)]
+
+    steps = rates(torch.optim.lr_scheduler.MultiStepLR, milestones=[5, 12], gamma=0.2)
+    assert own(milestones=[5, 12], gamma=0.2) == pytest.approx(steps)
+    assert own(schedule="cosine") == pytest.approx(rates(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20))
+    line = rates(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=20)
+    assert own(schedule="linear") == pytest.approx(line)
+    rising_and_falling = own(schedule="linear", warmup_steps=4)
+    assert rising_and_falling[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
+    assert rising_and_falling[-2:] == pytest.approx([0.3 * 2 / 16, 0.3 / 16])
+    assert own(schedule="constant", warmup_steps=4)[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
