@@ -188,18 +188,14 @@ def run(options: Options) -> None:
 
 
 def _table(rows: list[Row], metric: str) -> Table:
-    cells = [
-        (
-            row.name,
-            "" if row.amount is None else f"{row.amount:g}",
-            f"{mean(row.distances):.4f}",
-            f"{stdev(row.distances):.4f}" if len(row.distances) > 1 else "",
-            f"{row.num_images:,}",
-            str(len(row.distances)),
-        )
-        for row in rows
-    ]
-    return Table(("images", "amount", metric, "+-", "images per set", "sets"), cells, left=["images"])
+    columns = ["images", "amount", metric, "+-", "images per set", "sets"]
+    cells = []
+    for row in rows:
+        amount = "" if row.amount is None else f"{row.amount:g}"
+        deviation = f"{stdev(row.distances):.4f}" if len(row.distances) > 1 else ""
+        counts = [f"{row.num_images:,}", str(len(row.distances))]
+        cells.append([row.name, amount, f"{mean(row.distances):.4f}", deviation, *counts])
+    return Table(columns, cells, left=("images",))
 
 
 def draw_corrupted(images: ImageSet, rows: list[Row], path: Path) -> None:

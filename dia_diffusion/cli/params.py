@@ -49,44 +49,36 @@ def print_added(models: Sequence[str], units: Sequence[str] | None, options: dic
     from dia_diffusion.analysis.stages import stages_of
     from dia_diffusion.attention import UNITS
 
+    columns = ["model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves"]
     rows = []
     for name in models:
         model = model_named(name)
         stages = stages_of(model)
-        first_cells = [name, " ".join(f"{s.blocks}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
+        first_cells = [name, " ".join(f"{len(s.blocks)}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
         for unit in UNITS if units is None else units:
             added = added_parameters(stages, unit, **options)
             individual = "-" if added.individual is None else f"{added.individual:,}"
             saving = "-" if added.saving is None else f"{100 * added.saving:.1f} %"
             rows.append([*first_cells, unit, f"{added.shared:,}", individual, saving])
             first_cells = [""] * len(first_cells)
-    columns = ("model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves")
-    console.print(Table(columns, rows, left=["model", "stages", "unit"]).to_rich())
+    console.print(Table(columns, rows, left=("model", "stages", "unit")).to_rich())
 
 
 def print_paper(cells: "Sequence[Cell]") -> None:
     """A row for each printed count, with ours, in millions."""
-    rows, equal = [], 0
+    columns = ["table", "backbone", "model", "paper", "ours", "difference", "parameters", "unit's arguments"]
+    rows, differing = [], 0
     for cell in cells:
         parameters = paper_count(cell)
         ours = round(parameters / MILLION, 2)
         difference = round(ours - cell.printed, 2)
-        equal += difference == 0
-        rows.append(
-            (
-                cell.table,
-                cell.backbone,
-                cell.model,
-                f"{cell.printed:.2f}",
-                f"{ours:.2f}",
-                f"{difference:+.2f}" if difference else "0",
-                f"{parameters:,}",
-                ", ".join(_short(key, value) for key, value in cell.options.items()),
-            )
-        )
-    columns = ("table", "backbone", "model", "paper", "ours", "difference", "parameters", "unit's arguments")
-    console.print(Table(columns, rows, left=["table", "backbone", "model", "unit's arguments"]).to_rich())
-    console.print(f"\n{equal} of {len(cells)} printed counts are ours to the digit.")
+        differing += difference != 0
+        marked = f"{difference:+.2f}" if difference else "0"
+        counts = [f"{cell.printed:.2f}", f"{ours:.2f}", marked, f"{parameters:,}"]
+        options = ", ".join(_short(key, value) for key, value in cell.options.items())
+        rows.append([cell.table, cell.backbone, cell.model, *counts, options])
+    console.print(Table(columns, rows, left=("table", "backbone", "model", "unit's arguments")).to_rich())
+    console.print(f"\n{len(cells) - differing} of {len(cells)} printed counts are ours to the digit.")
 
 
 def _short(key: str, value: object) -> str:

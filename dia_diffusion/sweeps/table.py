@@ -1,28 +1,12 @@
 """A study's rows as text: for the terminal, and as Markdown for a page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dia_diffusion.sweeps.stats import LEVEL, Comparison, Estimate, Row
+from dia_diffusion.tables import Table
 
 NOTHING = "-"
 _LEVEL = f"{LEVEL * 100:g} %"
-LEFT_ALIGNED = ("unit",)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in rows and columns, the same number in each row."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """A table of GitHub's Markdown, without the title."""
-        rule = ["---" if name in LEFT_ALIGNED else "---:" for name in self.columns]
-        lines = [self.columns, rule, *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -68,7 +52,7 @@ def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
         for row in rows
     ]
     measured = final if final == curve else f"Final {final}, best and along the curve {curve}"
-    return Table(f"{measured}: mean over seeds ± half of its {_LEVEL} interval", columns, text)
+    return Table(columns, text, f"{measured}: mean over seeds ± half of its {_LEVEL} interval")
 
 
 def _differences(rows: Sequence[Row], final: str) -> Table:
@@ -87,7 +71,7 @@ def _differences(rows: Sequence[Row], final: str) -> Table:
         ]
         for row, comparison in compared
     ]
-    return Table(f"Final {final}, with the unit less without: below zero the unit is better", columns, text)
+    return Table(columns, text, f"Final {final}, with the unit less without: below zero the unit is better")
 
 
 def _seeds(row: Row) -> str:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dia_diffusion.attention import DIALSTM, build_attention
-from dia_diffusion.errors import InputError
+from dia_diffusion.attention import DIALSTM
 
 CELLS = ("dia-lstm", "dia-lstm-light", "lstm")
 
@@ -127,41 +126,6 @@ def test_stacked_cells_run_on_the_hidden_state_below() -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_maps_and_tokens_agree(cell: str) -> None:
-    unit = DIALSTM(8, cell=cell)
-    maps = torch.randn(2, 8, 4, 3)
-    by_map, map_state = unit(maps)
-    by_token, token_state = unit(maps.flatten(2).transpose(1, 2))
-    assert torch.allclose(by_map.flatten(2).transpose(1, 2), by_token, atol=1e-6)
-    assert torch.allclose(map_state[1], token_state[1], atol=1e-6)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_gates_and_state_stay_float32_under_autocast(cell: str) -> None:
-    torch.manual_seed(3)
-    unit = DIALSTM(16, cell=cell)
-    features = torch.randn(3, 6, 16)
-    expected, (expected_h, _) = unit(features)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        recalibrated, (h, c) = unit(features)
-        low, (low_h, low_c) = unit(features.bfloat16())
-    assert h.dtype == c.dtype == low_h.dtype == low_c.dtype == torch.float32
-    assert torch.equal(h, expected_h) and torch.equal(recalibrated, expected)
-    assert low.dtype == torch.bfloat16
-    recalibrated.sum().backward()
-    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in unit.parameters())
-
-
-def test_unit_starts_at_a_quarter_when_gates_are_zero() -> None:
-    unit = DIALSTM(8)
-    for parameter in unit.parameters():
-        torch.nn.init.zeros_(parameter)
-    features = torch.randn(2, 5, 8)
-    recalibrated, _ = unit(features)
-    assert torch.allclose(recalibrated, 0.25 * features)  # sigmoid(0) * sigmoid(0)
-
-
-@pytest.mark.parametrize("cell", CELLS)
 def test_zero_initialization_starts_every_block_at_a_quarter(cell: str) -> None:
     """And what the loss says of h reaches the parameters next to the gates."""
     unit = DIALSTM(8, cell=cell, activation="sigmoid", num_cells=2, initialization="zero")
@@ -197,28 +161,6 @@ def test_light_weights_start_with_the_variance_of_the_map_they_replace() -> None
     variance = float(linear.weight.detach().var())
     assert float(light.input_weight.detach().var()) == pytest.approx(n / r * variance, rel=0.05)
     assert float(light.input_bias.detach().var()) == pytest.approx(r / n / 3, rel=0.05)
-
-
-def test_extra_tokens_can_be_left_out_of_the_pooling() -> None:
-    unit = DIALSTM(8)
-    features = torch.randn(2, 5, 8)
-    _, all_but_first = unit(features, None, 1)
-    _, expected = unit(features[:, 1:])
-    assert torch.equal(all_but_first[0], expected[0])
-
-
-def test_build_attention_names_what_exists() -> None:
-    assert build_attention(None, 8) is None and build_attention("none", 8) is None
-    assert isinstance(build_attention("lstm", 8, num_cells=2), DIALSTM)
-    for arguments in (("dia", 8), ("dia-lstm", 6)):
-        with pytest.raises(InputError, match=r"must be none or one of dia-lstm|must divide"):
-            build_attention(*arguments)
-    with pytest.raises(InputError, match="can't be built"):
-        build_attention("dia-lstm", 8, width=3)
-    with pytest.raises(InputError, match="must be one of sigmoid, tanh, relu"):
-        build_attention("dia-lstm", 8, activation="gelu")
-    with pytest.raises(InputError, match="features must have shape"):
-        DIALSTM(8)(torch.randn(2, 8))
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torchvision.ops import SqueezeExcitation as TorchvisionSE
 
 from dia_diffusion.attention import build_attention
-from dia_diffusion.errors import InputError
 
 MODULES = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
 N, B, SIDE, R, G = 8, 3, 5, 2, 4
@@ -144,12 +142,6 @@ def sge_map(sam: torch.nn.Module, image: list[list[list[float]]], mean: list[flo
     return maps
 
 
-def as_tokens(maps: Tensor, num_extra: int) -> Tensor:
-    """Maps as tokens, row by row, after so many random ones."""
-    tokens = maps.flatten(2).transpose(1, 2)
-    return torch.cat([torch.randn(len(maps), num_extra, maps.shape[1], dtype=maps.dtype), tokens], dim=1)
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_by_loops(name: str) -> None:
     torch.manual_seed(0)
@@ -163,44 +155,6 @@ def test_by_loops(name: str) -> None:
     if attention_map.dim() == 2:
         attention_map = attention_map[..., None, None]
     assert torch.allclose(attention_map.expand_as(maps), expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_tokens_are_maps_in_another_order(name: str) -> None:
-    torch.manual_seed(1)
-    unit = scrambled(name).eval()
-    maps = torch.randn(B, N, SIDE, SIDE, dtype=torch.float64)
-    tokens = as_tokens(maps, num_extra=2)
-    of_maps, _ = unit(maps)
-    of_tokens, state = unit(tokens, None, 2, 2)
-    assert torch.allclose(of_tokens[:, 2:], of_maps.flatten(2).transpose(1, 2))
-    attention_map = unit.attention_map(state)
-    if name == "sge":
-        assert torch.equal(of_tokens[:, :2], tokens[:, :2])
-    else:
-        channel = attention_map if attention_map.dim() == 2 else state[1]
-        assert torch.allclose(of_tokens[:, :2], tokens[:, :2] * channel[:, None])
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_leading_tokens_are_pooled_only_where_asked(name: str) -> None:
-    torch.manual_seed(2)
-    unit = scrambled(name).eval()
-    tokens = as_tokens(torch.randn(B, N, SIDE, SIDE, dtype=torch.float64), num_extra=1)
-    other = tokens.clone()
-    other[:, 0] += 10
-    with_all = [unit(x, None, 0, 1)[0][:, 1:] for x in (tokens, other)]
-    with_patches = [unit(x, None, 1, 1)[0][:, 1:] for x in (tokens, other)]
-    assert torch.equal(*with_patches)
-    # SPA's and SGE's statistics are of places alone.
-    assert torch.equal(*with_all) == (name in ("spa", "sge"))
-
-
-@pytest.mark.parametrize("name", ["cbam", "spa", "sge"])
-def test_tokens_on_no_square_are_named(name: str) -> None:
-    unit = build_attention(name, 16)
-    with pytest.raises(InputError, match=r"must form a square grid .*, got 12 tokens after 1 prefix tokens"):
-        unit(torch.randn(2, 13, 16), None, 0, 1)
 
 
 def test_se_is_torchvisions() -> None:
@@ -239,17 +193,3 @@ def test_gradients_are_finite_where_features_are_constant(name: str) -> None:
     maps = torch.zeros(2, N, 4, 4, dtype=torch.float64, requires_grad=True)
     unit(maps)[0].sum().backward()
     assert all(tensor.grad.isfinite().all() for tensor in (maps, *unit.parameters()) if tensor.grad is not None)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "named"),
-    [
-        ("se", {"reduction": 5}, "`reduction` must divide the 32 channels, got 5"),
-        ("eca", {"kernel_size": 4}, "`kernel_size` must be odd, .*, got 4"),
-        ("sge", {"groups": 5}, "`groups` must divide the 32 channels, got 5"),
-        ("spa", {"pools": 3}, "can't be built: .*pools"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(name: str, kwargs: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        build_attention(name, 32, **kwargs)

@@ -3,7 +3,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.curves import draw_curves, style
+from dia_diffusion.evaluation.curves import draw_curves
 
 
 @pytest.fixture
@@ -94,13 +94,3 @@ def test_nothing_to_draw_is_bad_input(tmp_path, run):
         draw_curves([], tmp_path / "a.png")
     with pytest.raises(InputError, match="b has no evaluations"):
         draw_curves([run("a", [3, 2]), ("b", [])], tmp_path / "a.png")
-
-
-def test_an_unknown_format_is_bad_input(run, tmp_path):
-    with pytest.raises(InputError, match=r"a\.xyz names no known format.*png"):
-        draw_curves([run("a", [3, 2])], tmp_path / "a.xyz")
-
-
-def test_no_two_of_many_lines_look_alike():
-    assert len({tuple(style(index).values()) for index in range(21)}) == 21
-    assert len({style(index)["color"] for index in range(7)}) == 7

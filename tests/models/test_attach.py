@@ -148,7 +148,10 @@ def test_detaching_restores_function_and_names() -> None:
     attached.detach()
     assert torch.equal(model(*x).sample, before) and list(model.state_dict()) == names
     assert "save_pretrained" not in vars(model)
-    attach(model).detach()
+    again = attach(model)
+    attached.detach()  # a second time, when other units have come
+    assert model.attention_units is again.units
+    again.detach()
 
 
 def test_a_copy_is_independent() -> None:
