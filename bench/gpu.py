@@ -1,6 +1,6 @@
 """`python bench/gpu.py`: everything that is to be measured on a GPU, in pieces of a few minutes, as tables and figures.
 
-Each call works for --minutes at the most and goes on where the last one ended, until all tasks are done:
+Each call works for at most --minutes and resumes where the last one ended, until all tasks are done:
 
     test_...    the files of tests/gpu
     before      the suites of bench/run.py
@@ -72,7 +72,7 @@ def main() -> int:
         print(f"bench/gpu.py: error: {error}", file=sys.stderr)
         return 2
     page = write_page(options.out, state.done)
-    print(f"{page}: {f'left: {left}; the same command goes on' if left else 'all done'}")
+    print(f"{page}: {f'left: {left}; the same command resumes' if left else 'all done'}")
     return MORE_TO_DO if left else 0
 
 
@@ -215,7 +215,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="of the study's runs; as many as fit, if none")
     add("--no-tests", action="store_true", help="leave out tests/gpu")
     return parser
-
 
 
 ENDS = {0: "done", None: "took more than a whole piece", 5: "no tests"}

@@ -43,7 +43,7 @@ class Official:
 
     def __init__(self, checkout: Path):
         if not (checkout / "libs" / "uvit.py").is_file() or not (checkout / "sde.py").is_file():
-            raise InputError(f"--uvit-repo {checkout} has no libs/uvit.py and sde.py; accepted: a checkout of U-ViT")
+            raise InputError(f"`--uvit-repo` must be a checkout of U-ViT, with libs/uvit.py and sde.py, got {checkout}")
         sys.path.insert(0, str(checkout))
         try:
             with redirect_stdout(StringIO()):

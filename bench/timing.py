@@ -77,7 +77,6 @@ def interleave(
     contenders: Sequence[Contender],
     rounds: int,
     device: torch.device,
-    told: Callable[[str], None] = lambda text: None,
     most: int = 1,
 ) -> list[Timing]:
     """Warms each contender up, then times a block of runs of each in turn, `rounds` times.
@@ -86,14 +85,14 @@ def interleave(
     """
     timings = [Timing(contender.name, contender.images, contender.flops) for contender in contenders]
     for contender, timing in zip(contenders, timings, strict=True):
-        told(f"warming up: {contender.name}")
+        note(f"warming up: {contender.name}")
         timing.first = seconds_of(contender.run, device)
         if most > 1:
             timing.block = block_size(seconds_of(contender.run, device), device, most)
         if timing.block > 1:  # CUDA graphs are recorded in the first few runs
             seconds_of(contender.run, device, timing.block)
     for number in range(rounds):
-        told(f"round {number + 1} of {rounds}")
+        note(f"round {number + 1} of {rounds}")
         for contender, timing in zip(contenders, timings, strict=True):
             timing.seconds.append(seconds_of(contender.run, device, timing.block))
     return timings
@@ -206,6 +205,11 @@ def rows_of(timings: list[Timing], base: Timing, peak: float | None = None) -> l
             row["% of peak"] = 100 * timing.flops / timing.median / peak
         rows.append(row)
     return rows
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    console.print(f"  {text}", style="dim")
 
 
 def show(found: Found) -> None:
