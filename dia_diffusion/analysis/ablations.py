@@ -9,21 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
-from dia_diffusion.analysis.drawing import over_training, percent, save, style
 from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.attention.layers import recalibrate
+from dia_diffusion.figures import Axis, Figure, Panel, Series, images_axis
 
 # what h still depends on -> the axes of its mean over images (L, T, N) that it is averaged over as well
 REPLACEMENTS: dict[str, tuple[int, ...]] = {
@@ -130,44 +127,38 @@ def describe(record: Record) -> Iterator[str]:
 # ---- figure
 
 
-def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A column a run: the loss with h and with each replacement over training, and how much higher that is."""
-    figure = Figure(figsize=(4.4 * len(runs) + 0.6, 7.4), layout="constrained")
-    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
-    for column, run in enumerate(runs):
-        loss, rise = axes[:, column]
-        loss.set_title(run["run"])
-        names = list(run["steps"][-1]["losses"])
-        for index, name in enumerate(names):
-            line = {**style(index), "label": "h itself" if name == "own" else name}
-            _draw_losses(loss, run["steps"], name, line)
-            if name != "own":
-                draw_rise(rise, run["steps"], name, line)
-    for place in axes.flat:
-        over_training(place)
-    axes[0, 0].set_ylabel("loss")
-    axes[0, 0].set_ylim(bottom=0)  # shared, so only once all columns are drawn
-    axes[1, 0].set_ylabel("higher than with h itself, % (bars: 2 s.e.)")
-    for place in axes[1]:
-        percent(place)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) == 1 else 5, frameon=False)
-    save(figure, path)
+def draw(runs: Sequence[Record]) -> Figure:
+    """A column per run: the loss with h and with each replacement over training, and how much higher that is."""
+    losses: list[list[Series]] = []
+    rises: list[list[Series]] = []
+    for run in runs:
+        seen = [step["images_seen"] for step in run["steps"]]
+        names = {name: "h itself" if name == "own" else name for name in run["steps"][-1]["losses"]}
+        by_name = {name: [step["losses"][name]["loss"] for step in run["steps"]] for name in names}
+        losses.append([Series(seen, by_name[name], label, index) for index, (name, label) in enumerate(names.items())])
+        rises.append([rise(run["steps"], name, index) for index, name in enumerate(names) if name != "own"])
+    higher = rise_axis("higher than with h itself, % (bars: 2 s.e.)", [series for column in rises for series in column])
+    rows = [
+        [Panel(s, run["run"], images_axis(), Axis("loss", low=0)) for s, run in zip(losses, runs, strict=True)],
+        [Panel(series, "", images_axis(), higher) for series in rises],
+    ]
+    return Figure(rows, (4.4 * len(runs) + 0.6, 7.4), "below", share_y="row")
 
 
-def _draw_losses(axes: Axes, steps: Sequence[dict[str, Any]], name: str, line: dict[str, Any]) -> None:
-    axes.plot([step["images_seen"] for step in steps], [step["losses"][name]["loss"] for step in steps], **line)
-
-
-def draw_rise(axes: Axes, steps: Sequence[dict[str, Any]], name: str, line: dict[str, Any]) -> None:
-    """How much higher than its own the loss is with a replacement, in per cent, with two standard errors."""
-    seen = [step["images_seen"] for step in steps]
+def rise(steps: Sequence[Record], name: str, style: int) -> Series:
+    """How much higher than its own the loss is with a replacement, in percent, with two standard errors."""
     own = [step["losses"]["own"]["loss"] for step in steps]
     rises, errors = (
         [100 * step["losses"][name][key] / loss for step, loss in zip(steps, own, strict=True)]
         for key in ("difference", "difference_error")
     )
-    axes.errorbar(seen, rises, yerr=[2 * error for error in errors], **line)
+    low, high = ([rise + side * error for rise, error in zip(rises, errors, strict=True)] for side in (-2, 2))
+    return Series([step["images_seen"] for step in steps], rises, "", style, low=low, high=high, bars=True)
+
+
+def rise_axis(label: str, rises: Sequence[Series]) -> Axis:
+    """Percent from below 1 to above 100: linear near 0, logarithmic from there."""
+    return Axis(label, "symlog", low=min([0.0, *(low for series in rises for low in series.low or () if low)]))
 
 
 ANALYSIS = Analysis(

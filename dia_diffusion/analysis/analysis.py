@@ -2,15 +2,29 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import matplotlib.figure
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
 from dia_diffusion.errors import InputError
+from dia_diffusion.figures import Figure
 
 Record = dict[str, Any]
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def quantiles(histogram: npt.NDArray[np.int64], lowest: float, highest: float) -> dict[str, float] | None:
+    """QUANTILES of a histogram with equal bins, good to a bin; None if it is empty."""
+    if not histogram.any():
+        return None
+    below = np.concatenate([[0], np.cumsum(histogram)]) / histogram.sum()
+    edges = np.linspace(lowest, highest, len(histogram) + 1)
+    return {str(q): float(np.interp(q, below, edges)) for q in QUANTILES}
 
 
 @dataclass(frozen=True)
@@ -19,8 +33,8 @@ class Analysis:
 
     measure: Callable[[TrainedRun, nn.Module, Any], Record]
     """(run, network of a step, over) -> what the record has of the step."""
-    draw: Callable[[Sequence[Record], Path], None]
-    """Draws the records of runs into a PNG."""
+    draw: Callable[[Sequence[Record]], Figure | matplotlib.figure.Figure]
+    """The records of runs -> the figure."""
     describe: Callable[[Record], Iterator[str]]
     """The last step of a run's record in lines of text."""
     about: Callable[[TrainedRun, Any], Record] = lambda run, over: {}
@@ -38,7 +52,7 @@ class Analysis:
     ) -> Record:
         """A run's record.
 
-        steps: None is all whose weights are kept, or what the analysis chooses of them.
+        steps: if None, those that the analysis chooses of all with saved weights.
         weights: "ema", the averaged ones, or "raw", those that were trained.
 
         Raises:

@@ -1,23 +1,22 @@
-"""Which earlier blocks tell a block's attention map (Fig. 11, VI-A1): Gini importance in a random forest.
+"""Which earlier blocks predict a block's attention map (Fig. 11, VI-A1): Gini importance in a random forest.
 
-The paper takes the maps h_1..h_{t-1} as input variables and h_t as output. A map is a vector of N channels, and it
-leaves open what one sample is. Here a sample is one channel of one image at one time: t - 1 numbers, that channel's
-values in the earlier blocks of the stage, tell one number, its value in block t. A forest (scikit-learn's) a block is
-fitted on some images and scored on others (R^2, held out): an importance of a forest that predicts nothing says
-nothing, and Gini importance always adds up to 1.
+The paper takes the maps h_1..h_{t-1} as input variables and h_t as output, and doesn't say what one sample is. Here
+it is one channel of one image at one time: its t - 1 values in the earlier blocks of the stage predict its value in
+block t. Each block's forest (scikit-learn's) is fitted on some images and scored on others (R^2, held out). Gini
+importance adds up to 1 even if a forest predicts nothing, so it means something only together with R^2.
 
-Samples of one channel are alike for every image where channels have levels of their own, and then the forest learns
-those. So all is done again with the maps less each channel's mean over the fitted images at the same time ("centred").
-Predictors that are correlated share their importance among them.
+If channels have different levels, which are the same for every image, a forest learns mostly these. So all is done
+again with the maps less each channel's mean over the fitted images at the same time ("centred"). Correlated
+predictors share their importance.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from sklearn.ensemble import RandomForestRegressor
@@ -27,7 +26,6 @@ from torch import nn
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, map_stream, measure_maps
 from dia_diffusion.analysis.correlation import CONSTANT
-from dia_diffusion.analysis.drawing import block_ticks, save
 from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
 
@@ -57,7 +55,7 @@ def importances(fit: Samples, score: Samples, scale: float, seed: int = 0) -> li
     return rows
 
 
-def samples(
+def draw_samples(
     run: TrainedRun, model: nn.Module, coverage: Coverage, number: int, moments: Sequence[MapMoments]
 ) -> list[dict[str, Samples]]:
     """variant -> about num_samples samples (S, L) of each stage: channels drawn by the seed for each image and time.
@@ -65,22 +63,22 @@ def samples(
     number: of the draws of images.
     """
     random = np.random.default_rng([coverage.seed, number])
-    found: list[dict[str, list[Samples]]] = [{variant: [] for variant in VARIANTS} for _ in moments]
+    samples: list[dict[str, list[Samples]]] = [{variant: [] for variant in VARIANTS} for _ in moments]
     for batch, maps in map_stream(run, model, coverage, number):
-        for h, whole, kept in zip(maps, moments, found, strict=True):
+        for h, whole, kept in zip(maps, moments, samples, strict=True):
             _, images, channels = h.shape
             each = min(channels, -(-coverage.num_samples // coverage.work(run)))
             chosen = random.random((images, channels)).argsort(axis=1)[:, :each]  # without one twice
             for variant, values in (("maps", h), ("centred", whole.center(h, batch.time))):
                 picked = np.take_along_axis(values, np.broadcast_to(chosen, (len(h), *chosen.shape)), axis=2)
                 kept[variant].append(picked.reshape(len(h), -1).T)
-    return [{variant: np.concatenate(parts) for variant, parts in kept.items()} for kept in found]
+    return [{variant: np.concatenate(parts) for variant, parts in kept.items()} for kept in samples]
 
 
 def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
     """A record per stage with a unit: its blocks, and for each variant the rows of `importances`."""
     moments = measure_maps(run, model, coverage)
-    drawn = [samples(run, model, coverage, number, moments) for number in (0, 1)]
+    drawn = [draw_samples(run, model, coverage, number, moments) for number in (0, 1)]
     records = []
     for stage, fit, score in zip(attended_stages(model), *drawn, strict=True):
         record: Record = {"name": stage.name, "blocks": stage.attended_blocks, "samples": len(fit["maps"])}
@@ -121,8 +119,8 @@ def _most_important(name: str, row: Record, blocks: Sequence[str], least_r2: flo
 TITLES = {"maps": "the maps", "centred": "less each channel's mean over images"}
 
 
-def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A row a run and stage of its last step; rows of a triangle whose forest predicts nothing are hatched."""
+def draw(runs: Sequence[Record]) -> Figure:
+    """A row per run and stage of its last step; rows of a triangle without a forest that predicts are hatched."""
     rows = [(run, stage) for run in runs for stage in run["steps"][-1]["stages"] if len(stage["blocks"]) > 1]
     figure = Figure(figsize=(11.2, 3.5 * max(1, len(rows)) + 0.3), layout="constrained")
     grid = figure.subplots(max(1, len(rows)), 2, squeeze=False)
@@ -132,10 +130,10 @@ def draw(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
             triangle.set_title(TITLES[variant], fontsize="medium")
         figure.colorbar(image, ax=axes[1], pad=0.16, fraction=0.05, label="Gini importance")
         named = f"{run['run']}, {stage['name']}" if stage["name"] else run["run"]
-        axes[0].set_ylabel(f"{named}, step {run['steps'][-1]['step']:,}\nblock whose map is told")
+        axes[0].set_ylabel(f"{named}, step {run['steps'][-1]['step']:,}\nblock whose map is predicted")
     if not rows:
         grid[0, 0].set_title("no stage has two blocks")
-    save(figure, path, dpi=120)
+    return figure
 
 
 def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, Any]], least_r2: float) -> Any:
@@ -149,17 +147,25 @@ def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, A
         if not believed:
             hatched: dict[str, Any] = {"facecolor": "0.85", "edgecolor": "0.55", "hatch": "////", "linewidth": 0}
             axes.add_patch(Rectangle((-0.5, index - 0.5), index + 1, 1, **hatched))
-        told = "constant" if row["r2"] is None else f"$R^2$ {row['r2']:.2f}"
-        axes.text(count - 0.4, index, told, va="center", fontsize="small", color="black" if believed else "0.5")
+        score = "constant" if row["r2"] is None else f"$R^2$ {row['r2']:.2f}"
+        axes.text(count - 0.4, index, score, va="center", fontsize="small", color="black" if believed else "0.5")
         for place, value in enumerate(row["importance"] if believed and count <= 8 else []):
             colour = "black" if value > 0.6 else "white"
             axes.text(place, index, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
-    block_ticks(axes, blocks[:-1])
-    block_ticks(axes, blocks[1:], along="y")
+    _name_blocks(axes.xaxis, blocks[:-1])
+    _name_blocks(axes.yaxis, blocks[1:])
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_xlabel(f"earlier block (hatched: held-out $R^2$ below {least_r2:g})")
     return image
+
+
+def _name_blocks(axis: XAxis | YAxis, names: Sequence[str]) -> None:
+    """Names the blocks at 0, 1, ...; of more than 12 every second, third, ... one."""
+    every = range(0, len(names), -(-len(names) // 12))
+    labels = [names[place] for place in every]
+    turned = axis.axis_name == "x" and len(labels) > 5 and max(map(len, labels)) > 3
+    axis.set_ticks(every, labels, rotation=90 if turned else 0)
 
 
 ANALYSIS = Analysis(

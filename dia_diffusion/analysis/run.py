@@ -26,7 +26,7 @@ from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training import randomness
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
-from dia_diffusion.training.classification import Batches
+from dia_diffusion.training.classification import labelled_batch, with_files
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
@@ -96,13 +96,10 @@ class Batch:
 
 
 class TrainedRun(ABC):
-    """A run's folder, opened for reading.
+    """A run's folder, opened for reading; networks and batches go to the device.
 
-    Args:
-        path: the folder.
-        device: where networks and batches go.
-        experiment: its recipe.
-        saved: "ema" and "raw" -> what such weights are saved in, and that folder.
+    experiment: its recipe.
+    saved: "ema" and "raw" -> what such weights are saved in, such as a checkpoint, and the folder of all.
 
     Raises:
         InputError: no averaged weights in it yet.
@@ -140,7 +137,7 @@ class TrainedRun(ABC):
 
     @abstractmethod
     def image_options(self) -> dict[str, Any]:
-        """`open_images`' arguments for what the run was trained on, but the source."""
+        """Arguments of `open_images` for the training images, except the source."""
 
     @abstractmethod
     def fingerprint(self) -> str | None:
@@ -163,7 +160,7 @@ class TrainedRun(ABC):
         return self.image_losses(model, *self.batch(draws), draws)
 
     def batches(self, draws: Any, coverage: Coverage) -> Iterator[Batch]:
-        """The drawn images in parts, each at all times of the coverage, whose progress is called after each."""
+        """The drawn images in parts, each at all times of the coverage. Its progress is called after each."""
         count, num_times = len(draws.indices), self.num_times(coverage.num_times)
         for start in range(0, count, coverage.batch_size):
             part = draws.slice(start, min(start + coverage.batch_size, count))
@@ -198,7 +195,7 @@ class TrainedRun(ABC):
         return self.load(step, self.saved[weights][1][step], weights)
 
     def choose_steps(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
-        """The steps asked for, or all whose weights are kept.
+        """The steps asked for, or all with saved weights.
 
         Raises:
             InputError: a step without weights, or none at all.
@@ -212,17 +209,16 @@ class TrainedRun(ABC):
         return list(places) if asked is None else sorted(set(asked))
 
     def with_first(self, asked: Sequence[int] | None, weights: str = "ema", *, in_training: bool = False) -> list[int]:
-        """`choose_steps` with 0, the first weights, before them where all are meant, or where it is asked for.
+        """`choose_steps` with 0, the first weights, in front if it is asked for, or if no steps are.
 
-        in_training: whether the network runs in training mode. In evaluation mode a BatchNorm that has seen nothing
-            yet does nothing, so the first weights of a network with one are left out where all are meant.
+        in_training: whether the network runs in training mode. In evaluation mode a BatchNorm without statistics does
+            nothing, so the first weights of a network with one are left out unless asked for.
         """
         if asked is None:
             first = self.starts_at_first_weights and (in_training or not _has_batch_norm(self.first_model()))
-        else:
-            first = 0 in asked
-        others = None if asked is None else [step for step in asked if step != 0]
-        return [0] * first + (self.choose_steps(others, weights) if others is None or others else [])
+            return [0] * first + self.choose_steps(None, weights)
+        others = [step for step in asked if step != 0]
+        return [0] * (0 in asked) + (self.choose_steps(others, weights) if others else [])
 
     def described(self) -> dict[str, Any]:
         """For records: what the run is."""
@@ -302,12 +298,10 @@ class ClassifierRun(TrainedRun):
         return training["data"].get("fingerprint") if training else None
 
     def draw(self, seed: int, number: int, count: int) -> ImageDraws:
-        return draw_images(seed, number, count, len(self.images))
+        return with_files(self.images, self.experiment, draw_images(seed, number, count, len(self.images)))
 
     def batch(self, draws: ImageDraws) -> tuple[Tensor, Tensor | None]:
-        batches = Batches(self.images, self.experiment, lambda step, start, stop: draws)
-        # The last step of a run is followed by none whose images would be decoded ahead.
-        pixels, labels = batches.take(replace(draws, step=self.experiment.train.max_steps), self.device)
+        pixels, labels = labelled_batch(self.images, self.experiment, draws, self.device)
         return normalized(pixels, self.experiment.data.mean, self.experiment.data.std), labels
 
     def image_losses(self, model: nn.Module, images: Tensor, labels: Tensor | None, draws: ImageDraws) -> Tensor:

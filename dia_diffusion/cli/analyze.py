@@ -152,6 +152,7 @@ def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) ->
 
     from dia_diffusion.analysis.analysis import Analysis
     from dia_diffusion.analysis.run import open_runs
+    from dia_diffusion.figures import save_figure
     from dia_diffusion.io import write_json
     from dia_diffusion.training.randomness import RANDOMNESS
 
@@ -175,7 +176,7 @@ def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) ->
     protocol = {**own, "weights": options.weights, "seed": options.seed, "randomness": RANDOMNESS}
     numbers, figure = options.out / f"{name}.json", options.out / f"{name}.png"
     write_json(numbers, {"analysis": name, "protocol": protocol, "runs": records})  # first: it survives a bad figure
-    analysis.draw(records, figure)
+    save_figure(analysis.draw(records), figure, dpi=140)
     console.print(f"{figure}, numbers in {numbers}")
     for record in records:
         for line in analysis.describe(record):

@@ -38,7 +38,7 @@ def run(options: Options) -> None:
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.sweeps.checks import check_runs
     from dia_diffusion.sweeps.collect import scan
-    from dia_diffusion.sweeps.grids import draw_grids
+    from dia_diffusion.sweeps.figures import draw_grids
     from dia_diffusion.sweeps.launcher import run_study
     from dia_diffusion.sweeps.results import floor_of
     from dia_diffusion.sweeps.sweep import Grid, Run, Study, StudyConfig
@@ -60,9 +60,10 @@ def run(options: Options) -> None:
     study = Study("quickstart", config, protocol := EvalProtocol.read(PROTOCOL), None, runs)
     inventory, num = scan(study), protocol.num_samples
     check_runs(inventory)
+    options.out.mkdir(parents=True, exist_ok=True)
     console.print(
         "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"
-        f"DIA-LSTM, {options.steps:,} steps each, side by side; and measuring both."
+        f"DIA-LSTM, {options.steps:,} steps each, side by side; then measuring both."
     )
     with SweepCounter("training and measuring", "passes") as counter:
         run_study(inventory, len(runs), counter, fid_options=["--batch-size", str(num)])

@@ -10,8 +10,8 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.study import SweepCounter, print_table, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
+from dia_diffusion.sweeps.figures import draw_placement, draw_stability
 from dia_diffusion.sweeps.sweep import Run
-from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
 from dia_diffusion.sweeps.trials import (
     TRAINED,
     finished,

@@ -18,12 +18,13 @@ from dia_diffusion.io import write_json, write_text
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.sweeps.collect import Inventory, Measured, Point, training_cost
-from dia_diffusion.sweeps.figure import draw_curves_of_study, draw_final_distances
+from dia_diffusion.sweeps.figures import draw_curves_of_study, draw_final_distances
 from dia_diffusion.sweeps.plan import compare_with_plan, read_plan
 from dia_diffusion.sweeps.stats import LEVEL, Row, summarize
 from dia_diffusion.sweeps.sweep import Study
-from dia_diffusion.sweeps.table import Table, tables
 from dia_diffusion.sweeps.table import notes as table_notes
+from dia_diffusion.sweeps.table import tables
+from dia_diffusion.tables import Table
 
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
@@ -157,7 +158,7 @@ def write_results(results: Results) -> list[Path]:
     write_json(folder / RESULTS_FILE, _to_dict(results))
     parts = [f"# {study.name}\n"]
     for table in results.tables:
-        parts += [f"{table.title}.\n", table.markdown()]
+        parts += [f"{table.title}.\n", table.to_markdown()]
     write_text(folder / TABLE_FILE, "\n".join([*parts, "\n\n".join(results.notes) + "\n"]))
     return [*written, folder / RESULTS_FILE, folder / TABLE_FILE]
 

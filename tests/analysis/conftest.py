@@ -4,10 +4,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from dia_diffusion.analysis.run import TrainedRun
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.config import ClassifyExperiment
+from dia_diffusion.training.randomness import StepDraws
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder
@@ -37,6 +42,14 @@ model: {backbone: cifar-resnet20-basic, sample_size: 8, num_classes: 10}
 train: {batch_size: 8, max_steps: 4, mixed_precision: none, log_every: 1, evaluate_every: 0, checkpoint_every: 2}
 optimizer: {learning_rate: 0.1, schedule: constant}
 """
+
+
+def noisy(run: TrainedRun, draws: StepDraws, image: int, u: float) -> tuple[Tensor, Tensor]:
+    """A drawn image (1, C, H, W) with its noise at time u in (0, 1), by vp-continuous, and the network's time (1,)."""
+    alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
+    x = torch.from_numpy(run.images.images[draws.indices[image]]).float() / 127.5 - 1
+    x = x.flip(-1) if draws.flips[image] else x
+    return (alpha * x + (1 - alpha**2) ** 0.5 * draws.noise[image])[None], torch.tensor([999 * u])
 
 
 def train(folder: Path, recipe: str, unit: str) -> Path:

@@ -1,14 +1,13 @@
 """Importance on maps whose origin is known, and that scores are of other images than fits."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
 from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.importance import LEAST_R2, draw, importances, samples
+from dia_diffusion.analysis.importance import LEAST_R2, draw, draw_samples, importances
 from dia_diffusion.analysis.run import Coverage, open_runs
 from tests.analysis.conftest import MakeRun
 
@@ -45,23 +44,23 @@ def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
     model, coverage = run.model(6), Coverage(4, 2, batch_size=3, num_samples=40)
     moments = measure_maps(run, model, coverage)
-    (found,) = samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
+    (found,) = draw_samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
     assert found["maps"].shape == (40, 3) and np.abs(found["centred"]).max() < 1e-7
     scale = model.unit.scale.detach().numpy()  # (L, N), the same for every image
     chosen = [{tuple(row) for row in found["maps"][start : start + 5].round(6)} for start in range(0, 40, 5)]
     assert all(len(rows) == 5 for rows in chosen) and len(set(map(frozenset, chosen))) > 1  # none twice, others anew
     assert set.union(*chosen) <= {tuple(row) for row in scale.T.astype(np.float64).round(6)}
-    (whole,) = samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
+    (whole,) = draw_samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
     assert len(whole["maps"]) == 4 * 2 * 16
 
 
-def test_rows_that_predict_nothing_are_hatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_predict_nothing_are_hatched(monkeypatch: pytest.MonkeyPatch) -> None:
     hatched = []
     add = Axes.add_patch
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: (hatched.append(patch), add(self, patch))[1])
     rows = importances(drawn(0), drawn(1), scale=0.5)
     stage = {"name": "", "blocks": ["1", "2", "3", "4"], "samples": 1500, "maps": rows, "centred": rows}
     run = {"run": "made", "least_r2": LEAST_R2, "steps": [{"step": 1, "stages": [stage]}]}
-    draw([run], tmp_path / "figure.png")
+    draw([run])
     rows_hatched = [round(patch.get_y() + 0.5) for patch in hatched if patch.get_hatch()]
     assert rows_hatched == [0, 2, 0, 2]  # blocks 2 and 4 of both triangles

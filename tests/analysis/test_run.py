@@ -17,7 +17,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.training.augmentation import mirrored, pad_cropped
 from dia_diffusion.training.randomness import image_order
-from tests.analysis.conftest import MakeRun
+from tests.analysis.conftest import MakeRun, noisy
 
 
 def test_losses_of_a_diffusion_run_are_those_of_each_image(tiny_run: MakeRun) -> None:
@@ -31,13 +31,8 @@ def test_losses_of_a_diffusion_run_are_those_of_each_image(tiny_run: MakeRun) ->
     order = image_order(2, 0, 10, len(run.images))
     assert np.array_equal(draws.indices, order[5:]) and len(set(order)) == 10
     for time, image in np.ndindex(3, 5):
-        u = (time + 0.5) / 3
-        alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
-        x = torch.from_numpy(run.images.images[order[5 + image]]).float() / 127.5 - 1
-        x = x.flip(-1) if draws.flips[image] else x
-        noisy = alpha * x + (1 - alpha**2) ** 0.5 * draws.noise[image]
         with torch.no_grad():
-            predicted = model(noisy[None], torch.tensor([999 * u])).sample[0]
+            predicted = model(*noisy(run, draws, image, (time + 0.5) / 3)).sample[0]
         assert float(measured[time, image]) == pytest.approx(float((predicted - draws.noise[image]).square().mean()))
 
 
