@@ -15,7 +15,7 @@ from dia_diffusion.sweeps.launcher import run_study, threads_per_job
 from dia_diffusion.sweeps.plan import Plan, compare_with_plan, make_plan, read_plan, write_plan
 from dia_diffusion.sweeps.results import Results, results_of, write_results
 from dia_diffusion.sweeps.sweep import Study, read_study, write_study
-from dia_diffusion.sweeps.table import told_time
+from dia_diffusion.sweeps.table import format_time
 from dia_diffusion.tables import Table
 
 BUSY = 0.8
@@ -124,11 +124,11 @@ def _plan(inventory: Inventory, jobs: int) -> None:
             f"{group.trained}",
             f"{group.steps_left:,}",
             f"{1000 * group.seconds_of_step:.1f} ms",
-            told_time(group.training_seconds_left),
+            format_time(group.training_seconds_left),
             f"{group.evaluations_left}",
-            told_time(group.seconds_of_evaluation),
-            told_time(group.seconds_of_final) if study.final_protocol else "-",
-            told_time(group.evaluation_seconds_left),
+            format_time(group.seconds_of_evaluation),
+            format_time(group.seconds_of_final) if study.final_protocol else "-",
+            format_time(group.evaluation_seconds_left),
         )
         for group in plan.groups
     ]
@@ -138,7 +138,7 @@ def _plan(inventory: Inventory, jobs: int) -> None:
     hours = plan.seconds_left * (1 if gpu else threads_per_job(jobs)) / 3600
     console.print(
         f"\n{len(study.runs)} runs, {complete} complete. Left: {hours:.1f} {'GPU' if gpu else 'core'}-hours, "
-        f"{told_time(plan.wall_seconds_left)} with --jobs {jobs}; of these {told_time(plan.start_seconds_left)} for "
+        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these {format_time(plan.start_seconds_left)} for "
         f"starting processes, nothing for reading images.\n"
         f"Disk: {plan.bytes / 1e9:.2f} GB in all in {study.folder}, where {plan.bytes_free / 1e9:.0f} GB are free.\n"
         f"Measured on {plan.measured_on}, on random images, one process at a time; kept in {write_plan(study, plan)}"
@@ -151,8 +151,8 @@ def _print_taken(inventory: Inventory, plan: Plan) -> None:
     """What the study took beside what was planned."""
     if taken := compare_with_plan(plan, inventory):
         times = ("planned_training", "training", "planned_evaluation", "evaluation")
-        rows = [(f"{row['batch_size']}", row["unit"], *(told_time(row[name]) for name in times)) for row in taken]
-        rows.append(("all", "", *(told_time(sum(row[name] for row in taken)) for name in times)))
+        rows = [(f"{row['batch_size']}", row["unit"], *(format_time(row[name]) for name in times)) for row in taken]
+        rows.append(("all", "", *(format_time(sum(row[name] for row in taken)) for name in times)))
         console.print()
         columns = ["batch size", "unit", "training planned", "took", "measuring planned", "took"]
         print_table(columns, rows, f"Against the plan of {plan.time}")

@@ -28,7 +28,7 @@ from dia_diffusion.sweeps.collect import scan, training_seconds
 from dia_diffusion.sweeps.figures import curve_panels, final_panel, twins
 from dia_diffusion.sweeps.results import results_of
 from dia_diffusion.sweeps.sweep import STUDY_FILE, Run, Study, read_study, study_path
-from dia_diffusion.sweeps.table import told_time
+from dia_diffusion.sweeps.table import format_time
 from dia_diffusion.tables import Table
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model
@@ -166,7 +166,7 @@ def _facts_of_run(run: RunData) -> dict[str, str]:
         "images seen": f"{run.step * batch_size:,}",
         "parameters": run.parameters,
         "peak memory": run.memory,
-        "training time": told_time(seconds) if seconds else "",
+        "training time": format_time(seconds) if seconds else "",
     }
     if evaluated := [record for record in reversed(run.records) if record.step is not None]:
         last = max(evaluated, key=lambda record: record.step or 0)
@@ -279,7 +279,7 @@ def _facts_of_study(study: Study, runs: Collection[RunData]) -> dict[str, str]:
         "runs trained": f"{trained}" if trained == len(study.runs) else f"{trained} of {len(study.runs)}",
         "protocol": study.protocol.name,
         "final protocol": study.final_protocol.name if study.final_protocol else "",
-        "training time": told_time(seconds) if seconds else "",
+        "training time": format_time(seconds) if seconds else "",
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -348,7 +348,7 @@ def _runs_table(planned: Sequence[Run], runs: Mapping[str, RunData]) -> Table:
         so_far = runs[run.name]
         loss = so_far.metrics[-1].get("loss") if so_far.metrics else None
         evaluations = f"{len(so_far.records)}" if so_far.records else "none yet"
-        seconds = told_time(training_seconds(so_far.metrics)) if so_far.metrics else ""
+        seconds = format_time(training_seconds(so_far.metrics)) if so_far.metrics else ""
         row = [run.name, run.unit, f"{run.batch_size:,}", str(run.seed), so_far.steps, so_far.parameters]
         rows.append([*row, "none yet" if loss is None else f"{loss:.4f}", evaluations, seconds, so_far.memory])
     return Table(columns, rows, "Every run of the study.", left=("run", "unit"), folded=len(rows) > 12)

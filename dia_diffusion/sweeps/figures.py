@@ -245,10 +245,10 @@ def draw_stability(record: dict[str, Any], path: str | Path) -> None:
         levels = [] if constant is None else [Level(constant, "the best constant")]
         counts.append(Panel(signs, variant, Axis(scale="log", low=x.low, high=x.high, grid=False), names))
         losses.append(Panel([*series, *levels], x=x, y=y))
-    told = "diverged, a sign a seed: " + ", ".join(f"{sign} {outcome}" for outcome, sign in FAILED.items())
+    signs_mean = "diverged, one sign per seed: " + ", ".join(f"{sign} {outcome}" for outcome, sign in FAILED.items())
     size = (1.8 + 2.8 * max(2, len(variants)), 4.6 + 0.3 * len(units))
     shared: dict[str, Any] = {"share_x": "col", "share_y": "row", "heights": (0.4 * len(units), 3.6)}
-    save_figure(Figure([counts, losses], size, legend="below", legend_title=told, **shared), path)
+    save_figure(Figure([counts, losses], size, legend="below", legend_title=signs_mean, **shared), path)
 
 
 def draw_placement(record: dict[str, Any], path: str | Path) -> None:

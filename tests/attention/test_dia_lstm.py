@@ -1,7 +1,5 @@
 """DIALSTM against published counts, torch.nn.LSTMCell and a step-by-step reference."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -58,39 +56,30 @@ def test_lstm_is_torchs_lstm_cell_with_gradients() -> None:
     assert torch.allclose(gates.from_hidden.weight.grad, cell.weight_hh.grad, rtol=1e-4, atol=1e-5)
 
 
+def sigmoid(value: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-value))
+
+
 def reference_blocks(unit: DIALSTM, cell: str, activation: str, r: int, blocks: np.ndarray) -> np.ndarray:
-    """Attention maps (T, B, N) by loops over images, channels and gates, from the weights alone (eq. 4 and 5)."""
+    """Attention maps (T, B, N) from the weights alone (eq. 4 and 5)."""
     weights = {name: value.detach().double().numpy() for name, value in unit.cells[0].named_parameters()}
-    output_activation = {"sigmoid": sigmoid, "tanh": math.tanh, "relu": lambda v: max(v, 0.0)}[activation]
-    num_blocks, batch, _, n = blocks.shape
-    maps = np.zeros((num_blocks, batch, n))
-    for b in range(batch):
-        h, c = np.zeros(n), np.zeros(n)
-        for t in range(num_blocks):
-            y = [float(np.mean([token[k] for token in blocks[t, b]])) for k in range(n)]
-            gates = np.zeros(4 * n)
-            for source, vector in (("input", y), ("hidden", h)):
-                w1, b1 = weights[f"reduce_{source}.weight"], weights[f"reduce_{source}.bias"]
-                squeezed = [max(0.0, float(w1[j] @ np.asarray(vector) + b1[j])) for j in range(n // r)]
-                for gate in range(4):
-                    for k in range(n):
-                        row = gate * n + k
-                        if cell == "dia-lstm":
-                            w2, b2 = weights[f"expand_{source}.weight"], weights[f"expand_{source}.bias"]
-                            gates[row] += float(w2[row] @ np.asarray(squeezed) + b2[row])
-                        else:
-                            w2, b2 = weights[f"{source}_weight"], weights[f"{source}_bias"]
-                            gates[row] += w2[row] * squeezed[k % (n // r)] + b2[row]
-            for k in range(n):
-                i, f, g, o = (gates[gate * n + k] for gate in range(4))
-                c[k] = sigmoid(f) * c[k] + sigmoid(i) * math.tanh(g)
-                h[k] = sigmoid(o) * output_activation(c[k])
-            maps[t, b] = h
-    return maps
-
-
-def sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value))
+    output_activation = {"sigmoid": sigmoid, "tanh": np.tanh, "relu": lambda value: np.maximum(value, 0)}[activation]
+    h = c = np.zeros((blocks.shape[1], blocks.shape[3]))
+    maps = []
+    for y in blocks.mean(axis=2):  # (B, N)
+        gates = 0
+        for source, vector in (("input", y), ("hidden", h)):
+            reduced = vector @ weights[f"reduce_{source}.weight"].T + weights[f"reduce_{source}.bias"]
+            squeezed = np.maximum(reduced, 0)  # (B, N/r)
+            if cell == "dia-lstm":
+                gates += squeezed @ weights[f"expand_{source}.weight"].T + weights[f"expand_{source}.bias"]
+            else:
+                gates += np.tile(squeezed, 4 * r) * weights[f"{source}_weight"] + weights[f"{source}_bias"]
+        i, f, g, o = np.split(gates, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * output_activation(c)
+        maps.append(h)
+    return np.stack(maps)
 
 
 @pytest.mark.parametrize("cell", ["dia-lstm", "dia-lstm-light"])

@@ -39,8 +39,8 @@ def test_a_page_shows_what_the_run_has(tmp_path: Path, write_run: Callable[..., 
     of_others = ("backbone", "backbone_kwargs", "attention_at")
     network: nn.Module = UViT(**{key: value for key, value in config["model"].items() if key not in of_others})
     count = f"{sum(parameter.numel() for parameter in network.parameters()):,}"
-    for told in (count, "9.500", "4.250", measured[0].protocol_hash()[:8], "106 MiB", measured[0].versions["torch"]):
-        assert told in page.text
+    for shown in (count, "9.500", "4.250", measured[0].protocol_hash()[:8], "106 MiB", measured[0].versions["torch"]):
+        assert shown in page.text
     assert "3 s" in page.text, "48 images at 16 a second"
 
 

@@ -96,8 +96,8 @@ def test_curves_are_means_over_seeds_with_their_bands(study: Study, measure) -> 
 
 def test_grids_stand_side_by_side(page: Parsed) -> None:
     alternatives = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    told = [re.fullmatch(r"64 samples of run (.*)-b(\d)-s0 at step (\d), seeds 0-63", a or "") for a in alternatives]
-    shown = [(match[2], match[3], match[1]) for match in told if match]
+    matches = [re.fullmatch(r"64 samples of run (.*)-b(\d)-s0 at step (\d), seeds 0-63", a or "") for a in alternatives]
+    shown = [(match[2], match[3], match[1]) for match in matches if match]
     assert shown == [(size, step, unit) for size in "48" for step in "36" for unit in UNITS]
 
 
