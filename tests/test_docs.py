@@ -1,7 +1,7 @@
 """The pages of docs/ and the README: their commands parse or run, their examples run, what they name exists.
 
-A block after `<!-- run -->` is executed, in a folder per page where earlier blocks of the page have run; training is cut
-to a few steps by SHORT. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of all other
+A block after `<!-- run -->` is executed, in a folder per page where earlier blocks of the page have run; SHORT cuts
+training to a few steps. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of all other
 blocks are checked against the parsers.
 """
 
