@@ -138,8 +138,8 @@ def _plan(inventory: Inventory, jobs: int) -> None:
     hours = plan.seconds_left * (1 if gpu else threads_per_job(jobs)) / 3600
     console.print(
         f"\n{len(study.runs)} runs, {complete} complete. Left: {hours:.1f} {'GPU' if gpu else 'core'}-hours, "
-        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these {format_time(plan.start_seconds_left)} for "
-        f"starting processes, nothing for reading images.\n"
+        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these {format_time(plan.start_seconds_left)} "
+        f"for starting processes, nothing for reading images.\n"
         f"Disk: {plan.bytes / 1e9:.2f} GB in all in {study.folder}, where {plan.bytes_free / 1e9:.0f} GB are free.\n"
         f"Measured on {plan.measured_on}, on random images, one process at a time; kept in {write_plan(study, plan)}"
     )
