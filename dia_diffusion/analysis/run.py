@@ -26,7 +26,7 @@ from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.training import randomness
 from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
-from dia_diffusion.training.classification import Batches
+from dia_diffusion.training.classification import labelled_batch, with_files
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
@@ -298,12 +298,10 @@ class ClassifierRun(TrainedRun):
         return training["data"].get("fingerprint") if training else None
 
     def draw(self, seed: int, number: int, count: int) -> ImageDraws:
-        return draw_images(seed, number, count, len(self.images))
+        return with_files(self.images, self.experiment, draw_images(seed, number, count, len(self.images)))
 
     def batch(self, draws: ImageDraws) -> tuple[Tensor, Tensor | None]:
-        batches = Batches(self.images, self.experiment, lambda step, start, stop: draws)
-        # As the last step, after which no images are decoded ahead.
-        pixels, labels = batches.take(replace(draws, step=self.experiment.train.max_steps), self.device)
+        pixels, labels = labelled_batch(self.images, self.experiment, draws, self.device)
         return normalized(pixels, self.experiment.data.mean, self.experiment.data.std), labels
 
     def image_losses(self, model: nn.Module, images: Tensor, labels: Tensor | None, draws: ImageDraws) -> Tensor:

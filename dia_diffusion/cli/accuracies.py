@@ -1,4 +1,4 @@
-"""`dia-diffusion accuracies`: trained classifiers side by side, with tests against a baseline and a figure."""
+"""`dia-diffusion accuracies`: compares trained classifiers, with tests against a baseline and a figure."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

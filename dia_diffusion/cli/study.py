@@ -1,7 +1,6 @@
 """`dia-diffusion curves STUDY`: trains and measures what a study is missing, and draws its results."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
 
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import Options
@@ -53,7 +52,7 @@ def run_study_command(options: Options) -> None:
     with FolderLock(study.folder):
         remove_partial(study.folder)
         try:
-            _run(inventory, options.jobs, precision)
+            _run(scan(study), options.jobs, precision)  # another process may have worked in it until now
             _draw(scan(study))
         except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
             text = "ended at once; the same command resumes from what is written"
@@ -132,7 +131,8 @@ def _plan(inventory: Inventory, jobs: int) -> None:
         )
         for group in plan.groups
     ]
-    print_table([*columns, "evaluations left", "each", "final", "measuring left"], rows)
+    columns += ["evaluations left", "each", "final", "measuring left"]
+    console.print(Table(columns, rows).to_rich())
     complete = sum(state.complete for state in inventory.states)
     gpu = "CPU" not in plan.measured_on
     hours = plan.seconds_left * (1 if gpu else threads_per_job(jobs)) / 3600
@@ -155,11 +155,4 @@ def _print_taken(inventory: Inventory, plan: Plan) -> None:
         rows.append(("all", "", *(format_time(sum(row[name] for row in taken)) for name in times)))
         console.print()
         columns = ["batch size", "unit", "training planned", "took", "measuring planned", "took"]
-        print_table(columns, rows, f"Against the plan of {plan.time}")
-
-
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: Collection[str] = ("unit",)
-) -> None:
-    """A table without lines; the columns named in `left` are flush left."""
-    console.print(Table(columns, list(rows), title, left).to_rich())
+        console.print(Table(columns, rows, f"Against the plan of {plan.time}").to_rich())

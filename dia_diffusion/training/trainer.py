@@ -243,8 +243,8 @@ class Trainer:
 
     def _draw(self, step: int) -> list[Draws]:
         """What is random in this rank's micro-batches of a step, counted from 0, and in its network."""
-        on_gpu = self.accelerator.device.type != "cpu"
-        draws = self.ahead.draw(step, then_next=on_gpu and step + 1 < self.config.max_steps)
+        ahead = self.accelerator.device.type != "cpu" or self.task.reads_files
+        draws = self.ahead.draw(step, then_next=ahead and step + 1 < self.config.max_steps)
         if self.has_dropout:  # its masks belong to the step and the rank; no slice of a global batch can give them
             torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
         starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
@@ -318,14 +318,14 @@ class Trainer:
         self.track(lambda tracker: tracker.log(line, step=self.step))
 
     def track(self, send: Callable[[GeneralTracker], None]) -> None:
-        """Sends something to each tracker; training goes on if one fails, with a warning the first time."""
+        """Sends something to each tracker; training continues if one fails, with a warning the first time."""
         for tracker in self.accelerator.trackers:
             try:
                 send(tracker)
             except Exception as error:  # of any kind, such as a network that is down
                 if tracker.name not in self.failed_trackers:
                     self.failed_trackers.add(tracker.name)
-                    self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training goes on")
+                    self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training continues")
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this step, on all ranks, unless there is one.

@@ -96,7 +96,7 @@ def test_a_tracker_that_fails_is_reported_once(tiny, train, tmp_path: Path, monk
     trainer = train(tiny("run", *options))
     assert trainer.step == 6 and len(metrics(tmp_path / "run")) == 6
     warnings = [text for text in trainer.progress.messages if text.startswith("warning")]
-    assert warnings == ["warning: tracker tensorboard failed (no route to host); training goes on"]
+    assert warnings == ["warning: tracker tensorboard failed (no route to host); training continues"]
 
 
 def test_a_metric_of_ones_own(tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,9 @@ from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import override, read_experiment, recipes_folder
 from dia_diffusion.training.run_folder import refuse_changes
 from dia_diffusion.training.trainer import Trainer
-from tests.processes import start_connected
+from tests.processes import on_two_processes, start_connected
 from tests.training.classify import tiny, train
 from tests.training.run_files import assert_same_run, assert_same_tensors, metrics, weights
-from tests.two_processes import on_two_processes
 
 
 def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path) -> None:
