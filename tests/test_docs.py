@@ -1,14 +1,20 @@
 """The pages of docs/ and the README: their commands parse or run, their examples run, what they name exists.
 
-A block after `<!-- run -->` is executed, in a folder per page where earlier blocks of the page have run; SHORT cuts
-training to a few steps. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of all other
-blocks are checked against the parsers.
+A block after `<!-- run -->` is executed, in a folder per page where earlier blocks of the page have run; training is
+cut to a few steps by SHORT. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of
+all other blocks are checked against the parsers.
 """
 
+import gc
 import importlib
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -216,11 +222,41 @@ def test_blocks_run(
                     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.long
+def test_slurm_script_requeues_until_the_training_has_finished(tmp_path: Path) -> None:
+    """With stand-ins for srun, which passes its command and signals on, and for scontrol."""
+    stand_ins = {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_GPUS_ON_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here"}
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    options = "--config digits_uvit_cpu_dia --output run --train.max_steps 300 --train.log_every 10"
+    options += " --train.checkpoint_every 300 --train.sample_every 300 --samples.count 4"
+    command = ["bash", str(ROOT / "examples/slurm.sh"), *options.split()]
+
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **job, **path})
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    process.wait()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1  # at the step of the signal
+    assert not (tmp_path / "run/checkpoints/step-00000300").exists()
+
+    assert subprocess.run(command, cwd=tmp_path, env={**os.environ, **job, **path}).returncode == 0
+    assert (tmp_path / "run/checkpoints/step-00000300").exists()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Examples register rows; they are gone afterwards."""
-    import gc
-
     tables = [table for table in gc.get_objects() if type(table) is Registry]
     rows = [dict(table._rows) for table in tables]
     yield
