@@ -150,7 +150,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "linearity's images": (["analyze", "linearity", run, "--images", "1"], "`--images` must be 2 or more, got 1"),
         "batches": (["analyze", "gradient-noise", run, "--batches", "1"], "`--batches` must be 2 or more, got 1"),
         "analysis' batch": (["analyze", "gradient-noise", run, "--batch-size", "0"], "must be 1 or more, got 0"),
-        "report of nothing": (["report", folder / "none"], "`RUN_OR_STUDY` must be a run's folder, which has a config.yaml"),
+        "report of nothing": (["report", folder / "none"], "must be a run's folder, which has a config.yaml"),
         "report of a folder": (["report", empty], "a study's folder, which has a study.yaml"),
         "report of no study": (["report", run / "config.yaml"], "config.yaml"),
         "report of a torn record": (["report", torn_run], "evaluations.jsonl, line 1: not a whole evaluation record"),
