@@ -33,7 +33,7 @@ class Options(Strict):
 
 def run(options: Options) -> None:
     """Runs the quickstart; what the folder has already is not computed again."""
-    from dia_diffusion.cli.study import SweepCounter, print_table
+    from dia_diffusion.cli.study import SweepCounter
     from dia_diffusion.evaluation.curves import draw_curves
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.sweeps.checks import check_runs
@@ -42,6 +42,7 @@ def run(options: Options) -> None:
     from dia_diffusion.sweeps.launcher import run_study
     from dia_diffusion.sweeps.results import floor_of
     from dia_diffusion.sweeps.sweep import Grid, Run, Study, StudyConfig
+    from dia_diffusion.tables import Table
     from dia_diffusion.training.recipe import read_experiment
     from dia_diffusion.training.run_folder import RunFolder
 
@@ -79,7 +80,7 @@ def run(options: Options) -> None:
     rows.append(["real digits", *(f"{floor:.2f}" for _ in TWINS)])
     console.print()
     title = f"FD(digits) of {num} samples to {measured[-1].record.protocol.reference_count} held-out digits"
-    print_table(["step", *LABELS.values()], rows, title, left=["step"])
+    console.print(Table(["step", *LABELS.values()], rows, title, left=["step"]).to_rich())
     pipeline = max(RunFolder(runs[-1].folder).pipelines.iterdir())
     console.print(
         f"\nDone in {time.monotonic() - started:.0f} s. Look at\n"

@@ -1,7 +1,6 @@
 """`dia-diffusion curves STUDY`: trains and measures what a study is missing, and draws its results."""
 
 import os
-from collections.abc import Collection, Iterable, Sequence
 
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import Options
@@ -53,7 +52,7 @@ def run_study_command(options: Options) -> None:
     with FolderLock(study.folder):
         remove_partial(study.folder)
         try:
-            _run(inventory, options.jobs, precision)
+            _run(scan(study), options.jobs, precision)  # another process may have worked in it until now
             _draw(scan(study))
         except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
             text = "ended at once; the same command resumes from what is written"
@@ -132,14 +131,15 @@ def _plan(inventory: Inventory, jobs: int) -> None:
         )
         for group in plan.groups
     ]
-    print_table([*columns, "evaluations left", "each", "final", "measuring left"], rows)
+    columns += ["evaluations left", "each", "final", "measuring left"]
+    console.print(Table(columns, rows).to_rich())
     complete = sum(state.complete for state in inventory.states)
     gpu = "CPU" not in plan.measured_on
     hours = plan.seconds_left * (1 if gpu else threads_per_job(jobs)) / 3600
     console.print(
         f"\n{len(study.runs)} runs, {complete} complete. Left: {hours:.1f} {'GPU' if gpu else 'core'}-hours, "
-        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these {format_time(plan.start_seconds_left)} for "
-        f"starting processes, nothing for reading images.\n"
+        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these "
+        f"{format_time(plan.start_seconds_left)} for starting processes, nothing for reading images.\n"
         f"Disk: {plan.bytes / 1e9:.2f} GB in all in {study.folder}, where {plan.bytes_free / 1e9:.0f} GB are free.\n"
         f"Measured on {plan.measured_on}, on random images, one process at a time; kept in {write_plan(study, plan)}"
     )
@@ -155,11 +155,4 @@ def _print_taken(inventory: Inventory, plan: Plan) -> None:
         rows.append(("all", "", *(format_time(sum(row[name] for row in taken)) for name in times)))
         console.print()
         columns = ["batch size", "unit", "training planned", "took", "measuring planned", "took"]
-        print_table(columns, rows, f"Against the plan of {plan.time}")
-
-
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: Collection[str] = ("unit",)
-) -> None:
-    """A table without lines; the columns named in `left` are flush left."""
-    console.print(Table(columns, list(rows), title, left).to_rich())
+        console.print(Table(columns, rows, f"Against the plan of {plan.time}").to_rich())

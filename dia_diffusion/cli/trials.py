@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions, refuse_file
 from dia_diffusion.cli.console import Counter, console
-from dia_diffusion.cli.study import SweepCounter, print_table, refuse_launcher
+from dia_diffusion.cli.study import SweepCounter, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.sweeps.figures import draw_placement, draw_stability
@@ -23,6 +23,7 @@ from dia_diffusion.sweeps.trials import (
     summarize_placement,
     summarize_stability,
 )
+from dia_diffusion.tables import Table
 
 Value = TypeVar("Value")
 COMMON = ("recipe", "held_out")
@@ -136,7 +137,8 @@ def _print_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
         own = {row["unit"]: row for row in rows if (row["variant"], row["learning_rate"]) == (variant, rate)}
         lines.append([variant, f"{rate:g}", *(_cell(own[unit]) for unit in units)])
     columns = ["variant", "learning rate", *units]
-    print_table(columns, lines, "held-out loss of the seeds that trained", left=["variant"])
+    table = Table(columns, lines, "held-out loss of the seeds that trained", left=["variant"])
+    console.print(table.to_rich())
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -156,7 +158,7 @@ def _print_placement(rows: list[dict[str, Any]], metric: str | None) -> None:
         cells = (_mean(row, key, 4 if key == "held_out_loss" else 2) for key in names)
         lines.append([row["placement"], " ".join(map(str, row["blocks"])) or "-", seeds, *cells])
     columns = ["placement", "blocks", "seeds", *names.values()]
-    print_table(columns, lines, "mean over seeds ± 95 %", left=["placement", "blocks"])
+    console.print(Table(columns, lines, "mean over seeds ± 95 %", left=["placement", "blocks"]).to_rich())
 
 
 def _mean(row: dict[str, Any], key: str, digits: int) -> str:

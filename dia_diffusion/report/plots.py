@@ -75,7 +75,6 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "title": {"text": _escape(axis.label), "standoff": 8},
         "type": axis.scale,
         "range": [low, high],
-        "autorangeoptions": {"include": 0} if high is None and low == 0 else {},
         "tickformat": {"plain": "", "si": "~s", "percent": ".0%"}[axis.form],
         "hoverformat": "," if axis.form == "si" else "",
         "exponentformat": "power",

@@ -232,7 +232,8 @@ def _training_of_run(run: RunData) -> list[Block]:
         mean = _series(f"{title}, running mean", *running_mean(*logged, MOST_POINTS))
         panels.append(Panel([own, mean], x=x, y=value_axis(title, own.y)))
     rate = _series("learning rate", *thin(*metric(run.metrics, "lr"), MOST_POINTS))
-    panels.append(Panel([rate], x=x, y=Axis("learning rate", low=0)))
+    highest = max(map(float, metric(run.metrics, "lr")[1]), default=0.0)
+    panels.append(Panel([rate], x=x, y=Axis("learning rate", low=0, high=1.08 * highest or None)))
     logged_at = "each step" if every == 1 else f"every {every} steps"
     caption = f"Pale: values as logged, {logged_at}; dark: their running mean."
     if len(run.metrics) > MOST_POINTS:

@@ -182,7 +182,7 @@ class SharedLoop(ImagePipeline):
                 f"the {decoder_name} of a {name} must be one of {accepted}, got a {type(decoder).__name__}"
             )
         latent = decoder is not None
-        scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent)
+        scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent, convert=True)
         self.runner = LatentPipeline(network, scheduler, decoder) if latent else UViTPipeline(network, scheduler)
         self.runner.convert_prediction = prediction_converter(pipeline.scheduler, scheduler)
         self.runner.set_progress_bar_config(disable=True)

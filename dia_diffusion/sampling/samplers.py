@@ -118,16 +118,20 @@ def samplers_of(scheduler: "SchedulerMixin") -> list[str]:
     return [*(name for name, sampler in SAMPLERS.items() if sampler.follows(scheduler)), OWN_SAMPLER]
 
 
-def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> "SchedulerMixin":
+def build_scheduler(
+    name: str, scheduler: "SchedulerMixin", latent: bool = False, convert: bool = False
+) -> "SchedulerMixin":
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
 
     Args:
         name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
         latent: whether it samples latents, which have no range to be clipped to.
+        convert: whether the caller converts predictions that the sampler doesn't take, by `prediction_converter`.
 
     Raises:
-        InputError: an unknown name, or a scheduler whose process the sampler can't follow.
+        InputError: an unknown name, a scheduler whose process the sampler can't follow, or without `convert` a
+            prediction type that it doesn't take.
     """
     check_sampler_name(name)
     if name == OWN_SAMPLER:
@@ -140,6 +144,9 @@ def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False
     kind = sampler.scheduler_class()
     process = {key: config[key] for key in sampler.process_settings if key in config}
     if prediction_type is not None and prediction_type not in sampler.prediction_types:
+        if not convert:  # the scheduler would take the prediction for another
+            accepted = ", ".join(sampler.prediction_types)
+            raise InputError(f"`prediction_type` must be one of {accepted} for {name}, got {prediction_type!r}")
         process["prediction_type"] = sampler.prediction_types[0]
     if not process.get("rescale_betas_zero_snr"):
         process.pop("rescale_betas_zero_snr", None)

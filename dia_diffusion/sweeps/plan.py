@@ -98,31 +98,31 @@ def make_plan(inventory: Inventory, max_parallel: int, progress: Callable[[str],
     by_group: dict[tuple[str, int], list[RunState]] = {}
     for state in inventory.states:
         by_group.setdefault((state.run.unit, state.run.batch_size), []).append(state)
-    groups, seconds = [], []
+    groups: dict[tuple[str, int], Group] = {}
+    jobs = []
     with threads(threads_per_job(max_parallel)):
         progress("the start of a process")
         start, clock = seconds_of_start(), (time.perf_counter(), time.process_time())
         for (unit, batch_size), states in by_group.items():
             progress(f"{unit} at batch size {batch_size}")
-            groups.append(_group(study, states, times))
+            groups[unit, batch_size] = _group(study, states, times)
         cpu_share = (time.process_time() - clock[1]) / (time.perf_counter() - clock[0])
         measured_on = _machine()
-    of_group = {(group.unit, group.batch_size): group for group in groups}
     starts = [start * len(commands(study, state)) for state in inventory.states]
     for state, starting in zip(inventory.states, starts, strict=True):
-        group = of_group[state.run.unit, state.run.batch_size]
+        group = groups[state.run.unit, state.run.batch_size]
         training = state.steps_left * (group.seconds_of_step + group.seconds_of_grids / state.run.max_steps)
         measuring = len(state.unmeasured) * group.seconds_of_evaluation
-        seconds.append(training + measuring + state.final_unmeasured * group.seconds_of_final + starting)
+        jobs.append(training + measuring + state.final_unmeasured * group.seconds_of_final + starting)
     return Plan(
         study=study.name,
         time=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         measured_on=measured_on,
         cpu_share=cpu_share,
         side_by_side=max_parallel,
-        groups=groups,
+        groups=list(groups.values()),
         start_seconds_left=float(sum(starts)),
-        wall_seconds_left=wall_seconds(seconds, max_parallel),
+        wall_seconds_left=wall_seconds(jobs, max_parallel),
         bytes=sum(_bytes(run) for run in study.runs) + max_parallel * max(map(_bytes_of_features, study.protocols)),
         bytes_free=shutil.disk_usage(next(p for p in study.folder.absolute().parents if p.is_dir())).free,
     )

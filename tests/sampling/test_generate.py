@@ -34,15 +34,14 @@ def largest_difference(images, others):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
     pipeline = tiny_pipeline()
-    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
     seeds = [0, 1, 2, 3, 2**31 + 7]
-    whole = images_of(pipeline, seeds, batch_size=5)
+    whole = images_of(pipeline, seeds, sampler=name, batch_size=5)
     assert torch.stack(list(whole.values())).float().std() > 20
     assert largest_difference({0: whole[0]}, {0: whole[1]}) > 20
-    assert largest_difference(whole, images_of(pipeline, seeds[::-1], batch_size=2)) <= 1
-    shares = [images_of(pipeline, shard(seeds, rank, 3), batch_size=4) for rank in range(3)]
+    assert largest_difference(whole, images_of(pipeline, seeds[::-1], sampler=name, batch_size=2)) <= 1
+    shares = [images_of(pipeline, shard(seeds, rank, 3), sampler=name, batch_size=4) for rank in range(3)]
     assert largest_difference(whole, shares[0] | shares[1] | shares[2]) <= 1
-    assert largest_difference({3: whole[3]}, images_of(pipeline, [3], batch_size=1)) <= 1
+    assert largest_difference({3: whole[3]}, images_of(pipeline, [3], sampler=name, batch_size=1)) <= 1
 
 
 @pytest.mark.parametrize("name", ["euler-maruyama", "dpmsolver++"])
@@ -69,9 +68,9 @@ def test_batches_from_1_to_64_draw_the_same_in_float64(name, tiny_pipeline):
 def test_discrete_processes_too(name, schedule, tiny_pipeline):
     # The last timestep of the cosine process spans several steps that are even in log-SNR.
     pipeline = tiny_pipeline()
-    theirs = DDPMScheduler(**NoiseProcess(schedule=schedule, prediction_type="sample").scheduler_config())
-    pipeline.scheduler = build_scheduler(name, theirs)
-    images = images_of(pipeline, [0, 1])
+    process = NoiseProcess(schedule=schedule, prediction_type="sample")
+    pipeline.scheduler = DDPMScheduler(**process.scheduler_config())
+    images = images_of(pipeline, [0, 1], sampler=name)
     assert torch.stack(list(images.values())).float().std() > 20
 
 
