@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Found, console, show
 from safetensors.torch import load_file
+from timing import Found, console, show
 from torch import Tensor
 
 from dia_diffusion.cli.main import main as command
@@ -53,7 +53,7 @@ IMAGES, SAMPLER_STEPS = 64, 10
 
 
 def on_processes(count: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Does the work in so many connected processes of one thread each."""
+    """Runs `work` in `count` connected processes of one thread each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from results import Found
+from timing import Found, note
 from torch import Tensor
 
 from dia_diffusion.precision import DTYPES
@@ -33,7 +33,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
-def measure(rounds: int, precision: str, device: torch.device, told: Callable[[str], None]) -> list[Found]:
+def measure(rounds: int, precision: str, device: torch.device) -> list[Found]:
     """A table of milliseconds, both ways timed in turn: forward without gradients, then forward and backward."""
     rows, dtype = [], DTYPES[precision]
     for images, heads, tokens, width in SHAPES:
@@ -53,7 +53,7 @@ def measure(rounds: int, precision: str, device: torch.device, told: Callable[[s
             row |= {f"{of}: {name}, ms": milliseconds for name, milliseconds in medians.items()}
             row[f"{of}: torch / explicit"] = medians["torch"] / medians["explicit"]
         rows.append(row)
-        told(str(row["what"]))
+        note(str(row["what"]))
     return [Found(f"Attention in {dtype}, {torch.get_num_threads()} threads", rows)]
 
 

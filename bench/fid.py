@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_fidelity
-from interleave import Contender, interleave
 from PIL import Image
-from results import Found, rows_of
+from timing import Contender, Found, interleave, rows_of
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from dia_diffusion.cli import fid
+from dia_diffusion.cli.main import main as command
 from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.feature_store import BATCH
 from dia_diffusion.evaluation.features import build_features
@@ -36,7 +35,7 @@ Run = Callable[[], float]
 """Does the work once and returns the distance; NaN where it measures none."""
 
 
-def measure(images: int, rounds: int, device: torch.device, told: Callable[[str], None]) -> list[Found]:
+def measure(images: int, rounds: int, device: torch.device) -> list[Found]:
     """Tables of seconds of an evaluation, in Inception's features and a small network's, and of the distance alone.
 
     images: in the folder, and as many in the folder it is compared to; both are measured.
@@ -55,7 +54,6 @@ def measure(images: int, rounds: int, device: torch.device, told: Callable[[str]
                 2 * images,
                 rounds,
                 device,
-                told,
             ),
             side_by_side(
                 f"Distance of {many} PNGs to {many}, the features `cifar10`",
@@ -63,21 +61,18 @@ def measure(images: int, rounds: int, device: torch.device, told: Callable[[str]
                 2 * many,
                 rounds,
                 device,
-                told,
             ),
-            side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device, told),
+            side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device),
         ]
 
 
-def side_by_side(
-    title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device, told: Callable[[str], None]
-) -> Found:
+def side_by_side(title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device) -> Found:
     """The seconds of contenders that take turns, and how they compare to ours."""
     with exact_float32():  # torch-fidelity by itself lets a GPU compute in TF32, and is timed so
         distances = {name: run() for name, run in runs.items()}
     found = [distance for distance in distances.values() if not np.isnan(distance)]
     assert max(found) - min(found) <= AGREEMENT * max(found), f"they disagree: {distances}"
-    timings = interleave([Contender(name, run, images) for name, run in runs.items()], rounds, device, told)
+    timings = interleave([Contender(name, run, images) for name, run in runs.items()], rounds, device)
     return Found(title, rows_of(timings, timings[0]), timings)
 
 
@@ -90,11 +85,11 @@ def of_folders(folder: Path, reference: Path, features: str, weights: Path | Non
     def ours() -> float:
         fresh = Path(tempfile.mkdtemp(dir=work, prefix=f"{features}-{next(number)}-"))  # nothing from an earlier turn
         os.environ["DIA_DIFFUSION_CACHE"] = str(fresh / "cache")
-        arguments = [str(folder), "--reference", str(reference), "--features", features]
+        arguments = ["fid", str(folder), "--reference", str(reference), "--features", features]
         arguments += ["--record", str(fresh / "records.jsonl")]
         arguments += [] if weights is None else ["--inception-weights", str(weights)]
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            fid.run(arguments)
+            assert command(arguments) == 0
         return read_records(fresh / "records.jsonl")[-1].distance
 
     def theirs() -> float:

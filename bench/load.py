@@ -23,7 +23,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from PIL import Image
-from results import Found, console, show
+from timing import Found, console, show
 
 from dia_diffusion.environment import environment
 from dia_diffusion.evaluation.record import read_records

@@ -5,15 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from interleave import STEPS, Contender, Timing, interleave
 from PIL import Image
-from results import Found, rows_of
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
+from timing import STEPS, Contender, Found, Timing, interleave, note, rows_of
 
 from dia_diffusion.data import open_images
 from dia_diffusion.training.diffusion import DiffusionTask, training_batch
@@ -22,30 +20,28 @@ from sample import ATTENTIONS, pipeline_of
 TRAIN = Path(__file__).parents[1] / "train" / "train.py"
 
 
-def measure(
-    batch_size: int, rounds: int, precision: str, device: torch.device, told: Callable[[str], None]
-) -> list[Found]:
+def measure(batch_size: int, rounds: int, precision: str, device: torch.device) -> list[Found]:
     """Tables of the unit's cost in training and in a network's call, of feeding, and of two processes."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(batch_size, precision, Path(folder))
-        training = _training(setting, rounds, device, told)
+        training = _training(setting, rounds, device)
         step = training.timings[0].median
         return [
             training,
-            _calls(setting, rounds, device, told),
-            _feeding(setting, rounds, device, step, told),
-            *([_processes(setting, told)] if device.type == "cpu" else []),
+            _calls(setting, rounds, device),
+            _feeding(setting, rounds, device, step),
+            *([_processes(setting)] if device.type == "cpu" else []),
         ]
 
 
-def _training(setting: Setting, rounds: int, device: torch.device, told: Callable[[str], None]) -> Found:
+def _training(setting: Setting, rounds: int, device: torch.device) -> Found:
     contenders = [Contender(name, own_step(experiment_of(name, setting)), setting.batch_size) for name in ATTENTIONS]
-    timings = interleave(contenders, rounds, device, told, STEPS)
+    timings = interleave(contenders, rounds, device, STEPS)
     title = f"The unit in a training step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}, not compiled"
     return Found(title, rows_of(timings, timings[0]), timings)
 
 
-def _calls(setting: Setting, rounds: int, device: torch.device, told: Callable[[str], None]) -> Found:
+def _calls(setting: Setting, rounds: int, device: torch.device) -> Found:
     """Of the network, which sampling is 95 % or more of."""
     sample, contenders = torch.randn(setting.batch_size, 3, 32, 32, device=device), []
     for name, attention in ATTENTIONS.items():
@@ -57,14 +53,12 @@ def _calls(setting: Setting, rounds: int, device: torch.device, told: Callable[[
                 network(noisy, 500)
 
         contenders.append(Contender(name, call, setting.batch_size))
-    timings = interleave(contenders, 2 * rounds, device, told, STEPS)
+    timings = interleave(contenders, 2 * rounds, device, STEPS)
     title = f"The unit in a sampling step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}"
     return Found(title, rows_of(timings, timings[0]), timings)
 
 
-def _feeding(
-    setting: Setting, rounds: int, device: torch.device, seconds_of_step: float, told: Callable[[str], None]
-) -> Found:
+def _feeding(setting: Setting, rounds: int, device: torch.device, seconds_of_step: float) -> Found:
     """Drawing a step's numbers and fetching its images, from memory, a memory map and a folder of PNGs."""
     array = made_up_images(setting.work, 32)
     folder = setting.work / "pngs"
@@ -86,13 +80,13 @@ def _feeding(
 
         contenders.append(Contender(name, feed, 10 * setting.batch_size))
     rows = []
-    for timing in interleave(contenders, max(rounds, 5), device, told):
+    for timing in interleave(contenders, max(rounds, 5), device):
         seconds = timing.median / 10
         rows.append({"what": timing.name, "ms a step": 1000 * seconds, "% of a step": 100 * seconds / seconds_of_step})
     return Found("Feeding: draws and images of a step", rows)
 
 
-def _processes(setting: Setting, told: Callable[[str], None], rounds: int = 2, steps: int = 3) -> Found:
+def _processes(setting: Setting, rounds: int = 2, steps: int = 3) -> Found:
     """One process with two threads against two with one, at the same global batch, by the runs' own rates."""
     timings = {
         1: Timing("1 process, 2 threads", setting.batch_size, None),
@@ -100,7 +94,7 @@ def _processes(setting: Setting, told: Callable[[str], None], rounds: int = 2, s
     }
     for number in range(rounds):
         for processes, timing in timings.items():
-            told(f"processes: {timing.name}, round {number + 1} of {rounds}")
+            note(f"processes: {timing.name}, round {number + 1} of {rounds}")
             experiment = experiment_of(OURS, setting)
             run = setting.work / f"processes-{processes}-{number}"
             timing.seconds += _run(experiment.data.source, run, processes, setting, steps)

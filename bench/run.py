@@ -3,12 +3,11 @@
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import Found, console, save, show
+from timing import Found, console, note, save, show
 
 from dia_diffusion.environment import environment, keep_freed_memory
 from dia_diffusion.errors import InputError
@@ -24,7 +23,7 @@ def main() -> int:
         device = _device(options.device)
         precision = _precision(options.precision, device)
         options.precision = precision.name
-        console.print(f"  {precision}", style="dim")
+        note(str(precision))
         if device.type == "cpu":
             keep_freed_memory()  # as every command does
         for suite in [options.suite] if options.suite else SUITES:
@@ -62,44 +61,45 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> list[Found]:
     """Each suite is imported where it is run: some need what others don't."""
-    told: Callable[[str], None] = lambda text: console.print(f"  {text}", style="dim")  # noqa: E731
     batch, rounds, precision = options.batch_size, options.rounds, options.precision
     compiled = not options.no_compile
     if suite == "train":
         import train
 
-        return train.measure(batch, rounds, precision, device, options.uvit_repo, options.recipe, compiled, told)
+        return train.measure(batch, rounds, precision, device, options.uvit_repo, options.recipe, compiled)
     if suite == "memory":
         import train
 
-        return train.measure_memory(batch, precision, options.uvit_repo, options.recipe, compiled, told)
+        return train.measure_memory(batch, precision, options.uvit_repo, options.recipe, compiled)
     if suite == "sample":
         import sample
 
-        return sample.measure(batch, rounds, options.sampler_steps, precision, device, options.uvit_repo, told)
+        return sample.measure(batch, rounds, options.sampler_steps, precision, device, options.uvit_repo)
     if suite == "fid":
         import fid
 
-        return fid.measure(options.images, rounds, device, told)
+        return fid.measure(options.images, rounds, device)
     if suite == "scale":
         import scale
 
-        return scale.measure(rounds, precision, told)
+        return scale.measure(rounds, precision)
     if suite == "attention":
         import attention
 
-        return attention.measure(rounds, precision, device, told)
+        return attention.measure(rounds, precision, device)
     import overhead
 
-    return overhead.measure(batch, rounds, precision, device, told)
+    return overhead.measure(batch, rounds, precision, device)
 
 
 def _device(name: str | None) -> torch.device:
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
-        raise InputError("--device cuda: there is no CUDA GPU here; accepted: cpu")
+        raise InputError("`--device` must be cpu without a CUDA GPU, got cuda")
     if name == "cpu" and there:
-        raise InputError("--device cpu: there is a CUDA GPU, which would be used; hide it with CUDA_VISIBLE_DEVICES=")
+        raise InputError(
+            "`--device` must be cuda where there is a CUDA GPU, got cpu; CUDA_VISIBLE_DEVICES= hides the GPU"
+        )
     return torch.device("cuda" if there else "cpu")
 
 
@@ -136,8 +136,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return "unknown"
-    told = dict(line.split(":", 1) for line in lines if ":" in line)
-    found = {key.strip(): value.strip() for key, value in told.items()}
+    lines_by_key = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {key.strip(): value.strip() for key, value in lines_by_key.items()}
     bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in found.get("flags", "").split()]
     return f"{found.get('model name', 'unknown')}, {', '.join(bf16) or 'no bf16 products'}"
 

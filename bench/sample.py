@@ -4,17 +4,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from interleave import Contender, interleave
-from limits import DTYPES
-from official import Official
-from results import Found, rows_of
-from steps import OFFICIAL, OURS
+from steps import OFFICIAL, OURS, Official
+from timing import DTYPES, Contender, Found, interleave, note, rows_of
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.noise import NoiseProcess
@@ -34,7 +30,6 @@ def measure(
     precision: str,
     device: torch.device,
     checkout: Path | None,
-    told: Callable[[str], None],
 ) -> list[Found]:
     """Tables of seconds a batch, of the network's share of every sampler's loop, and of the command's start."""
     seeds = list(range(batch_size))
@@ -46,15 +41,15 @@ def measure(
         theirs = Official(checkout).sampler(None, precision, device)
         noise = torch.randn(batch_size, 3, 32, 32, device=device)
         contenders.append(Contender(OFFICIAL, partial(theirs, noise, steps), batch_size))
-    timings = interleave(contenders, rounds, device, told)
+    timings = interleave(contenders, rounds, device)
     title = f"Sampling, U-ViT-S/2, Euler-Maruyama of {steps} steps, batch {batch_size}, {precision}"
     return [
         Found(title, rows_of(timings, timings[0]), timings),
         Found(
             f"The network's share of the sampling loop, U-ViT-S/2, batch {SHARE_IMAGES}",
-            _shares(steps, precision, device, told),
+            _shares(steps, precision, device),
         ),
-        Found("`dia-diffusion sample` of 4 images, 1 step, tiny network: the whole process", _start(rounds, told)),
+        Found("`dia-diffusion sample` of 4 images, 1 step, tiny network: the whole process", _start(rounds)),
     ]
 
 
@@ -73,14 +68,14 @@ def _draw(pipeline: UViTPipeline, seeds: list[int], steps: int, sampler: str = O
         pass
 
 
-def _shares(steps: int, precision: str, device: torch.device, told: Callable[[str], None]) -> list[dict]:
+def _shares(steps: int, precision: str, device: torch.device) -> list[dict]:
     """Of each sampler. On a GPU the network's calls are not waited for, and its share is not measured this way."""
     if device.type != "cpu":
         return [{"what": "not measured on a GPU", "% in the network": "-"}]
     pipeline, rows = pipeline_of("dia-lstm", precision, device), []
     clock = _Clock(pipeline.unet)
     for name in SAMPLERS:
-        told(f"share of the loop: {name}")
+        note(f"share of the loop: {name}")
         clock.seconds = 0.0
         started = time.perf_counter()
         _draw(pipeline, list(range(SHARE_IMAGES)), max(steps, 7), name)
@@ -104,7 +99,7 @@ class _Clock:
         self.seconds += time.perf_counter() - self.started
 
 
-def _start(rounds: int, told: Callable[[str], None]) -> list[dict]:
+def _start(rounds: int) -> list[dict]:
     """Seconds of whole processes, the first not counted, which may read from the disk."""
     with tempfile.TemporaryDirectory() as folder:
         network = UViT.from_size("tiny/4", sample_size=16)
@@ -115,7 +110,7 @@ def _start(rounds: int, told: Callable[[str], None]) -> list[dict]:
         for name, words in {"sample": command, "sample --help": [*command[:4], "--help"]}.items():
             seconds = []
             for _ in range(rounds + 1):
-                told(f"start: {name}")
+                note(f"start: {name}")
                 started = time.perf_counter()
                 subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
                 seconds.append(time.perf_counter() - started)

@@ -15,7 +15,7 @@ import matplotlib
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from results import console
+from timing import console
 
 from dia_diffusion.data import open_images
 from dia_diffusion.environment import environment

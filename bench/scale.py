@@ -2,16 +2,13 @@
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from interleave import STEPS, block_size, exponent, seconds_of
-from limits import memory_now, memory_peak
-from results import Found
 from steps import OURS, Setting, experiment_of, made_up_images, own_step
+from timing import STEPS, Found, block_size, exponent, memory_now, memory_peak, note, seconds_of
 
 from dia_diffusion.training.recipe import override
 
@@ -28,14 +25,14 @@ ASKED_FOR = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
 """The exponent of a step's operations at the most: by width those of matrices, by size those of attention."""
 
 
-def measure(rounds: int, precision: str, told: Callable[[str], None]) -> list[Found]:
+def measure(rounds: int, precision: str) -> list[Found]:
     """A table an axis; each setting in a process of its own."""
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         for axis, values in AXES.items():
             rows: list[dict[str, Any]] = []
             for value in values:
-                told(f"{axis} {value}")
+                note(f"{axis} {value}")
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     seconds, taken = pool.apply(step_of, (BASE | {axis: value}, rounds, precision, Path(folder)))
                 rows.append({"what": f"{axis} {value}", "seconds": seconds, "MiB": round(taken / 2**20)})
@@ -47,9 +44,9 @@ def measure(rounds: int, precision: str, told: Callable[[str], None]) -> list[Fo
                     )
             rows[0] |= {"exponent of seconds": "", "exponent of MiB": ""}
             others = ", ".join(f"{name} {value}" for name, value in BASE.items() if name != axis)
-            note = f"the mathematics asks for at most {ASKED_FOR[axis]:g} in the long run"
+            caption = f"the mathematics asks for at most {ASKED_FOR[axis]:g} in the long run"
             tables.append(
-                Found(f"Training step of a U-ViT with DIA-LSTM, by {axis}; {others}, patch {PATCH}", rows, note=note)
+                Found(f"Training step of a U-ViT with DIA-LSTM, by {axis}; {others}, patch {PATCH}", rows, note=caption)
             )
     return tables
 

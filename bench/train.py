@@ -2,16 +2,12 @@
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from interleave import STEPS, Contender, interleave
-from limits import flops_of, matmul_peak, memory_now, memory_peak
-from official import Official
-from results import Found, rows_of
-from steps import OURS, Setting, build_step, eager, names
+from steps import OURS, Official, Setting, build_step, eager, names
+from timing import STEPS, Contender, Found, flops_of, interleave, matmul_peak, memory_now, memory_peak, note, rows_of
 
 
 def measure(
@@ -22,7 +18,6 @@ def measure(
     checkout: Path | None,
     recipe: str,
     with_compiled: bool,
-    told: Callable[[str], None],
 ) -> list[Found]:
     """Tables of seconds, and of what compilation costs and gives."""
     with tempfile.TemporaryDirectory() as folder:
@@ -34,18 +29,18 @@ def measure(
         flops: dict[str, float] = {}
         contenders = []
         for name in names(setting, with_compiled):
-            told(f"building: {name}")
+            note(f"building: {name}")
             run = build_step(name, setting)
             if eager(name) == name:
                 flops[name] = flops_of(build_step(name, few)) * batch_size / 2
             contenders.append(Contender(name, run, batch_size, flops[eager(name)]))
-        timings = interleave(contenders, rounds, device, told, STEPS)
+        timings = interleave(contenders, rounds, device, STEPS)
         peak = matmul_peak(precision, device)
         by_name = {timing.name: timing for timing in timings}
         title = f"Training step, {recipe} and networks of its size, batch {batch_size}, {precision}"
-        note = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
+        caption = f"matrix products here reach {peak / 1e12:.3f} TFLOP/s in {precision}"
         return [
-            Found(title, rows_of(timings, by_name[OURS], peak), timings, note),
+            Found(title, rows_of(timings, by_name[OURS], peak), timings, caption),
             *([Found("torch.compile: what it costs and gives", _compilation(by_name))] if with_compiled else []),
         ]
 
@@ -56,13 +51,12 @@ def measure_memory(
     checkout: Path | None,
     recipe: str,
     with_compiled: bool,
-    told: Callable[[str], None],
 ) -> list[Found]:
     """A table of the memory that a step takes."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(batch_size, precision, Path(folder), None if checkout is None else Official(checkout), recipe)
         title = f"Peak memory of a training step over what was held before, {recipe}, batch {batch_size}, {precision}"
-        return [Found(title, _memory(setting, checkout, with_compiled, told))]
+        return [Found(title, _memory(setting, checkout, with_compiled))]
 
 
 def _compilation(timings: dict) -> list[dict]:
@@ -77,11 +71,11 @@ def _compilation(timings: dict) -> list[dict]:
     return rows
 
 
-def _memory(setting: Setting, checkout: Path | None, with_compiled: bool, told: Callable[[str], None]) -> list[dict]:
+def _memory(setting: Setting, checkout: Path | None, with_compiled: bool) -> list[dict]:
     """Each in a process of its own, which starts with nothing of the others."""
     rows = []
     for name in [*names(setting, with_compiled), f"{OURS}, DIA-LSTM, checkpointing"]:
-        told(f"memory: {name}")
+        note(f"memory: {name}")
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             plain = replace(setting, official=None, work=setting.work / "memory")
             taken = pool.apply(peak_of_step, (name, plain, checkout))

@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
 from types import FrameType
@@ -66,6 +65,8 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     launched_alone = _started_alone()
     if launched != accelerator.num_processes or launched_alone:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # else one that ends here breaks off another that is still connecting to it
         raise InputError(
             f"the launcher asked for {'several' if launched_alone else launched} processes and "
             f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
@@ -264,36 +265,26 @@ OFF = ("false", "f", "0", "no", "n", "off")
 DDP = "only DDP is supported, as by --multi_gpu; run `accelerate config` again or launch with another --config_file"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A variable set by `accelerate launch` and the values that the commands support."""
-
-    variable: str
-    accepted: tuple[str, ...]
-    """In lower case; the first one is named in the error message."""
-    instead: str
-    """What to do."""
-
-
-SETTINGS = (
-    Setting("ACCELERATE_USE_DEEPSPEED", OFF, DDP),
-    Setting("ACCELERATE_USE_FSDP", OFF, DDP),
-    Setting("ACCELERATE_USE_MEGATRON_LM", OFF, DDP),
-    Setting("ACCELERATE_USE_PARALLELISM_CONFIG", OFF, DDP),
-    Setting("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", OFF[3:], DDP),
+SETTINGS = {
+    "ACCELERATE_USE_DEEPSPEED": (OFF, DDP),
+    "ACCELERATE_USE_FSDP": (OFF, DDP),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, DDP),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, DDP),
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": (OFF[3:], DDP),
     # Each of these would be applied on top of the recipe's own setting.
-    Setting("ACCELERATE_DYNAMO_BACKEND", ("no",), "launch without --dynamo_backend and set `train.compile`"),
-    Setting("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1",), "unset it and set `train.accumulation`"),
-    Setting("ACCELERATE_MIXED_PRECISION", ("no", "bf16", "fp16"), "set `train.mixed_precision`"),
-)
+    "ACCELERATE_DYNAMO_BACKEND": (("no",), "launch without --dynamo_backend and set `train.compile`"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "unset it and set `train.accumulation`"),
+    "ACCELERATE_MIXED_PRECISION": (("no", "bf16", "fp16"), "set `train.mixed_precision`"),
+}
+"""A variable that `accelerate launch` sets -> the values that are supported, in lower case, and what to do instead."""
 
 
 def check_launch() -> None:
     """Raises InputError where the launcher asks for something that isn't supported."""
-    for setting in SETTINGS:
-        value = os.environ.get(setting.variable, "")
-        if value and value.lower() not in setting.accepted:
-            raise InputError(f"{setting.variable} must be {setting.accepted[0]}, got {value}; {setting.instead}")
+    for variable, (supported, instead) in SETTINGS.items():
+        value = os.environ.get(variable, "")
+        if value and value.lower() not in supported:
+            raise InputError(f"{variable} must be {supported[0]}, got {value}; {instead}")
     if is_torch_xla_available():
         raise InputError("USE_TORCH_XLA must be 0 where torch_xla is installed: TPUs are not supported")
 

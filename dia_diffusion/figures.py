@@ -1,4 +1,4 @@
-"""Figures described once, as data: matplotlib renders them to files, plotly to the HTML page.
+"""Figures described once, as data. matplotlib renders them to files here, plotly to the HTML page in report/plots.py.
 
 All text is shown as it is: no mathtext, no markup.
 """
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.colors import Normalize
-from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import atomic_file
@@ -25,14 +26,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":")
 GRAY = "#595959"
-# plotly's names of these markers and dashes.
-SYMBOLS = dict(zip(MARKERS, ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"), strict=True))
-DASH_NAMES = dict(zip(DASHES, ("solid", "dash", "dot"), strict=True))
 
+LOG_DIGITS = (1, 2, 5)
+"""Ticks of each power of ten on a logarithmic axis."""
 LOG_FROM = 10
 """The ratio of the largest to the smallest value from which an axis is logarithmic."""
-INCHES_PER_ENTRY = 2.4
-"""Width of an entry of a legend, such as "dia-lstm-light-identity" with its marker."""
 
 Values = Sequence[float | None]
 
@@ -44,11 +42,11 @@ class Series:
     x: Sequence[float]
     y: Values
     label: str = ""
-    """In the legend; none if empty."""
+    """In the legend, unless pale, and beside the mouse; none if empty."""
     style: int = 0
     """Index of its color, marker and dashes, see `style_of`."""
     color: str | None = None
-    """Instead of its style's."""
+    """Instead of its style's, as #rrggbb."""
     low: Values | None = None
     high: Values | None = None
     """Ends of each point's interval; None where a point has none. A band where all points have one, else bars."""
@@ -60,6 +58,11 @@ class Series:
     """In the background and in no legend, such as a seed's own curve behind the mean."""
     hover: Sequence[str] = ()
     """What each point says on the page besides its value."""
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Color, marker and line style of matplotlib."""
+        return style_of(self.style) | ({"color": self.color} if self.color else {})
 
     @property
     def has_band(self) -> bool:
@@ -83,7 +86,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed gray line at a value of the y axis (or the x axis)."""
+    """A dashed gray line at a value of an axis."""
 
     value: float
     label: str = ""
@@ -132,13 +135,12 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Text:
-    """A few words at a place."""
+    """A few words, centered at a place."""
 
     x: float
     y: float
     text: str
     color: str = "black"
-    align: Literal["left", "center", "right"] = "center"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Axis:
     scale: Literal["linear", "log", "symlog"] = "linear"
     low: float | None = None
     high: float | None = None
-    ticks: Mapping[float, str] | None = None
+    ticks: Mapping[float, str] | Mapping[int, str] | None = None
     form: Literal["plain", "si", "percent"] = "plain"
     """How numbers are written: 50000 as it is, as 50k, or 0.5 as 50%."""
     step_images: int | None = None
@@ -184,7 +186,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Figure:
-    """Panels in rows; None leaves a place empty."""
+    """Panels in rows; None leaves a place empty, and rows may be of different lengths."""
 
     rows: Sequence[Sequence[Panel | None]]
     size: tuple[float, float] = (6.4, 4.2)
@@ -192,9 +194,9 @@ class Figure:
     legend: Literal["panel", "below", "none"] = "panel"
     """One in each panel that has labels, or one for all below them."""
     legend_title: str = ""
-    share_x: Literal["none", "col", "all"] = "none"
+    share_x: Literal["none", "col"] = "none"
     share_y: Literal["none", "row", "all"] = "none"
-    """Panels with the same limits. Only those at the left are labeled."""
+    """Which panels have the same limits; their axis is labeled at the left and the bottom alone."""
     widths: Sequence[float] | None = None
     heights: Sequence[float] | None = None
     """Ratios of columns and rows; all the same if None."""
@@ -225,27 +227,22 @@ def value_axis(label: str, values: Iterable[float | None], others: Iterable[floa
         others: those that it must have room for too, such as the floor.
     """
     known, rest = _finite(values), _finite(others)
-    shown = known + rest
     if known and min(known) > 0 and max(known) / min(known) >= LOG_FROM:
-        positive = [value for value in shown if value > 0]
-        low, high = min(positive), max(positive)
-        room = (high / low) ** 0.05
-        return Axis(label, "log", low / room, high * room, log_ticks(low / room, high * room))
-    low, high = min([0.0, *shown]), max([0.0, *shown])
-    return Axis(label, low=low and 1.08 * low, high=1.08 * high or None)
-
-
-def log_ticks(low: float, high: float) -> dict[float, str]:
-    """1, 2 and 5 of each power of ten between the two, or 1 alone if there are more than three powers."""
-    digits = (1, 2, 5) if high < 1000 * low else (1,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**power for power in powers for digit in digits]
-    return {tick: f"{tick:g}" for tick in ticks if low <= tick <= high}
+        return log_axis(label, known + rest)
+    low, high = (end([0.0, *known, *rest]) for end in (min, max))
+    return Axis(label, low=1.08 * low, high=1.08 * high or None)
 
 
 def block_axis(names: Sequence[str], label: str = "block") -> Axis:
     """Blocks at 0, 1, ...; of more than 12 every second, third, ... one is named."""
     return Axis(label, ticks={place: names[place] for place in range(0, len(names), -(-len(names) // 12))}, grid=False)
+
+
+def log_axis(label: str, values: Iterable[float | None]) -> Axis:
+    """Logarithmic, with room for all values above zero."""
+    shown = [value for value in _finite(values) if value > 0]
+    room = (max(shown) / min(shown)) ** 0.05
+    return Axis(label, "log", low=min(shown) / room, high=max(shown) * room)
 
 
 # ---- matplotlib
@@ -263,7 +260,7 @@ def check_format(path: str | Path) -> str:
     return file_format
 
 
-def save_figure(figure: "Figure | matplotlib.figure.Figure", path: str | Path, dpi: int = 200) -> None:
+def save_figure(figure: Figure | matplotlib.figure.Figure, path: str | Path, dpi: int = 200) -> None:
     """Writes a figure in the format that its suffix names, whole or not at all."""
     rendered = render(figure) if isinstance(figure, Figure) else figure
     file_format = check_format(path)
@@ -286,7 +283,7 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
     )
     panels: list[tuple[Axes, Panel]] = []
     for row, places in zip(figure.rows, grid, strict=True):
-        for axes, panel in zip(places, [*row, *[None] * (columns - len(row))], strict=True):
+        for axes, panel in zip_longest(places, row):
             if panel is None:
                 axes.remove()
             else:
@@ -301,12 +298,12 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize="medium" if len(panels) == 1 else "small")
     elif figure.legend == "below":
-        _draw_legend(rendered, [axes for axes, _ in panels], figure.legend_title)
+        _draw_legend(rendered, panels, figure.legend_title)
     return rendered
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
-    axes.set_title(_plain(panel.title), fontsize="medium" if "\n" in panel.title or len(panel.title) > 40 else None)
+    axes.set_title(_plain(panel.title), fontsize="large" if len(panel.title) <= 40 else "medium")
     if panel.note:
         axes.text(0.97, 0.96, _plain(panel.note), transform=axes.transAxes, ha="right", va="top", fontsize="small")
     if not panel.frame:
@@ -332,13 +329,13 @@ def _draw(axes: Axes, item: Item) -> None:
         case HeatMap():
             _draw_heat_map(axes, item)
         case Text():
-            axes.text(item.x, item.y, _plain(item.text), color=item.color, ha=item.align, va="center", fontsize="small")
+            axes.text(item.x, item.y, _plain(item.text), color=item.color, ha="center", va="center", fontsize="small")
         case Picture():
             axes.imshow(item.pixels)
 
 
 def _draw_series(axes: Axes, series: Series) -> None:
-    style = style_of(series.style) | ({"color": series.color} if series.color else {})
+    style = series.look
     y = [math.nan if value is None else value for value in series.y]
     if series.has_band:
         axes.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.2, linewidth=0)  # type: ignore[arg-type]
@@ -372,6 +369,8 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
     own = axes.xaxis if which == "x" else axes.yaxis
     if axis.scale != "linear":
         axes.set(**{f"{which}scale": axis.scale})
+        if axis.scale == "log":
+            own.set_major_locator(LogLocator(subs=(1,) if narrow else LOG_DIGITS))
         own.set_major_formatter("{x:g}")
         own.set_minor_formatter(NullFormatter())
     if labeled:
@@ -379,9 +378,9 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
     if axis.low is not None or axis.high is not None:
         axes.set_xlim(axis.low, axis.high) if which == "x" else axes.set_ylim(axis.low, axis.high)
     if axis.ticks is not None:
-        longest = max(map(len, axis.ticks.values()), default=0)
-        turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-        turned = turned if which == "x" and longest > 3 and longest * len(axis.ticks) > 50 else {}
+        longest = max((len(line) for text in axis.ticks.values() for line in text.split("\n")), default=0)
+        crowded = which == "x" and longest > 3 and longest * len(axis.ticks) > 50
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
         own.set_ticks(list(axis.ticks), [_plain(text) for text in axis.ticks.values()], **turned)
         own.set_minor_locator(NullLocator())
     elif narrow and axis.scale == "linear":
@@ -399,139 +398,20 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
             steps.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[Axes], title: str) -> None:
-    """One for all panels, below them."""
-    entries = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    columns = max(1, min(len(entries), int(figure.get_figwidth() // INCHES_PER_ENTRY), 4))
+def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[tuple[Axes, Panel]], title: str) -> None:
+    """One for all panels, below them; levels come last."""
+    drawn = [pair for axes, _ in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    levels = {_plain(item.label) for _, panel in panels for item in panel.items if isinstance(item, Level)}
+    entries = {label: handle for handle, label in sorted(drawn, key=lambda pair: pair[1] in levels)}
+    widths, width = [0.75 + 0.065 * len(label) for label in entries], figure.get_figwidth()  # in inches
+    columns = len(entries) if sum(widths) <= width else max(1, int(width // max(widths)))
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     if entries:
-        figure.legend(entries.values(), entries.keys(), title=title or None, title_fontsize="medium", **place)
+        figure.legend(entries.values(), entries.keys(), title=_plain(title) or None, title_fontsize="medium", **place)
 
 
 def _plain(text: str) -> str:
     return text.replace("$", r"\$")
-
-
-# ---- plotly
-
-
-def to_plotly(panels: Sequence[Panel], height: int = 400) -> dict[str, Any]:
-    """Data and layout of plotly for panels below each other over one x axis; of these, series and levels are drawn.
-
-    height: of all panels together, in pixels.
-    """
-    x = panels[-1].x
-    layout: dict[str, Any] = PAGE_LAYOUT | {
-        "height": height,
-        "xaxis": _plotly_axis(x) | {"anchor": _name(len(panels) - 1)},
-    }
-    layout["shapes"], layout["annotations"], traces = [], [], []
-    between = 0.08 if len(panels) > 1 else 0
-    share = (1 - between * (len(panels) - 1)) / len(panels)
-    for index, panel in enumerate(panels):
-        y, top = _name(index), 1 - index * (share + between)
-        layout[y.replace("y", "yaxis")] = _plotly_axis(panel.y) | {
-            "domain": [max(0.0, top - share), top],
-            "title_standoff": 8,
-        }
-        for item in panel.items:
-            match item:
-                case Series():
-                    drawn = [*(_plotly_band(item) if item.has_band else ()), _plotly_series(item, panel.x.step_images)]
-                    traces += [trace | {"yaxis": y} for trace in drawn]
-                case Level(value, label, "y"):
-                    line = {"color": GRAY, "dash": "dash", "width": 1.2}
-                    shape = {"type": "line", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line}
-                    shape |= {"xref": "x domain", "yref": y, "name": _escape(label)}
-                    layout["shapes"].append(shape | {"showlegend": bool(label)})
-                case _:
-                    raise TypeError(f"the page has no {type(item).__name__}")
-        if panel.note:
-            place = {"xref": "x domain", "yref": f"{y} domain", "x": 1, "y": 1, "align": "right"}
-            layout["annotations"].append(
-                {"text": _escape(panel.note).replace("\n", "<br>"), "showarrow": False, **place}
-            )
-    layout["showlegend"] = any(trace.get("showlegend", True) for trace in traces[1:]) or bool(layout["shapes"])
-    layout["margin"] = {"l": 64, "r": 12, "t": 34 if layout["showlegend"] else 12, "b": 48}
-    # Bands first, so that no band covers a line.
-    return {"data": sorted(traces, key=lambda trace: trace["line"]["width"] > 0), "layout": layout}
-
-
-def _name(index: int) -> str:
-    """plotly's name of a panel's y axis."""
-    return f"y{index + 1}" if index else "y"
-
-
-PAGE_LAYOUT: dict[str, Any] = {
-    "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hovermode": "x unified",
-    "hoversubplots": "axis",
-    "modebar": {"bgcolor": "rgba(0,0,0,0)"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-}
-"""The page's style sheet colors text and grid, for light and dark."""
-
-
-def _plotly_axis(axis: Axis) -> dict[str, Any]:
-    position = math.log10 if axis.scale == "log" else float
-    low, high = (None if end is None else position(end) for end in (axis.low, axis.high))
-    described: dict[str, Any] = {
-        "title": {"text": _escape(axis.label)},
-        "type": axis.scale,
-        "range": [low, high],
-        "autorangeoptions": {"include": 0} if high is None and low == 0 else {},
-        "tickformat": {"plain": "", "si": "~s", "percent": ".0%"}[axis.form],
-        "hoverformat": "," if axis.form == "si" else "",
-        "exponentformat": "power",
-        "showgrid": axis.grid,
-        "gridcolor": "#d9dcdf",
-        "linecolor": "#59616a",
-        "showline": axis.form == "si" or axis.ticks is not None,
-        "zeroline": False,
-    }
-    if axis.ticks is not None:
-        described |= {"tickvals": list(axis.ticks), "ticktext": [_escape(text) for text in axis.ticks.values()]}
-    return described
-
-
-def _plotly_series(series: Series, step_images: int | None) -> dict[str, Any]:
-    style = style_of(series.style)
-    hover = series.hover or [f"step {round(x / step_images):,}" for x in series.x if step_images]
-    trace: dict[str, Any] = {
-        "type": "scatter",
-        "x": list(series.x),
-        "y": list(series.y),
-        "name": _escape(series.label),
-        "mode": "+".join(["lines"] * series.lines + ["markers"] * series.markers),
-        "line": {"color": style["color"], "dash": DASH_NAMES[style["linestyle"]], "width": 0.8 if series.pale else 1.8},
-        "marker": {"symbol": SYMBOLS[style["marker"]], "size": 4 if series.pale else 7},
-        "opacity": 0.35 if series.pale else 1,
-        "hovertemplate": "%{y:.4g} (%{text})" if hover else "%{y:.4g}",
-        "text": [_escape(text) for text in hover],
-    }
-    if series.pale:
-        trace |= {"showlegend": False} | ({} if series.hover else {"hoverinfo": "skip", "hovertemplate": None})
-    if (errors := series.errors) is not None:
-        trace["error_y"] = {"type": "data", "symmetric": False, "arrayminus": errors[0], "array": errors[1]}
-    return trace
-
-
-def _plotly_band(series: Series) -> list[dict[str, Any]]:
-    """The interval as an area behind the line."""
-    red, green, blue = (int(style_of(series.style)["color"][place : place + 2], 16) for place in (1, 3, 5))
-    shared: dict[str, Any] = {"type": "scatter", "x": list(series.x), "mode": "lines", "line": {"width": 0}}
-    shared |= {"showlegend": False, "hoverinfo": "skip"}
-    area = {"fill": "tonexty", "fillcolor": f"rgba({red}, {green}, {blue}, 0.22)"}
-    return [shared | {"y": list(series.low or ())}, shared | {"y": list(series.high or ())} | area]
-
-
-def _escape(text: str) -> str:
-    """plotly takes some tags for markup; it shows entities as the characters that they stand for."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _minus(larger: float | None, smaller: float | None) -> float:

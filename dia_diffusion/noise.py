@@ -73,6 +73,13 @@ PREDICTION_TYPES.register(  # Salimans and Ho 2022; inverted with alpha^2 + sigm
     ),
 )
 
+
+def convert_prediction(prediction: Tensor, sample: Tensor, alpha: Any, sigma: Any, given: str, wanted: str) -> Tensor:
+    """A prediction of the type `given` for x_t = sample, as the type `wanted`; both names are in PREDICTION_TYPES."""
+    noise = PREDICTION_TYPES[given].noise(prediction, sample, alpha, sigma)
+    return PREDICTION_TYPES[wanted].target((sample - sigma * noise) / alpha, noise, alpha, sigma)
+
+
 LOSS_WEIGHTINGS: Registry[Callable[[Tensor, PredictionType], Tensor]] = Registry("loss weighting")
 """(signal-to-noise ratios (B,), prediction type) -> weights (B,) of the squared errors of the prediction."""
 LOSS_WEIGHTINGS.register("uniform", lambda snr, prediction: torch.ones_like(snr))

@@ -98,14 +98,15 @@ def row(folder: Path, comparison: Comparison) -> tuple[list[str], float | None]:
         p, beside = pitman_morgan(a, b), brown_forsythe(a, b)
         deviations = f"deviations {stdev(a):.3f}, {stdev(b):.3f}"
         return [*cells, deviations, f"Brown-Forsythe p {beside:.4f}", f"{p:.4f}"], p
-    p, found = paired_test(a, b), estimate([x - y for x, y in zip(a, b, strict=True)])
-    return [*cells, f"{found.mean:+.3f}", f"[{found.low:+.3f}, {found.high:+.3f}]", f"{p:.4f}"], p
+    p, difference = paired_test(a, b), estimate([x - y for x, y in zip(a, b, strict=True)])
+    interval = f"[{difference.low:+.3f}, {difference.high:+.3f}]"
+    return [*cells, f"{difference.mean:+.3f}", interval, f"{p:.4f}"], p
 
 
 def best_rate(folder: Path, units: tuple[str, ...]) -> str:
     """The unit with the smallest mean final distance over the seeds of the study of rates."""
-    found = {unit: distances(folder, RATES, unit, 4).values() for unit in units}
-    return min(units, key=lambda unit: mean(found[unit]) if found[unit] else inf)
+    final = {unit: distances(folder, RATES, unit, 4).values() for unit in units}
+    return min(units, key=lambda unit: mean(final[unit]) if final[unit] else inf)
 
 
 def main(folder: Path) -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, ClassVar
@@ -32,7 +33,7 @@ FORKED.set_forkserver_preload(
         "dia_diffusion.cli.classify",
         "dia_diffusion.training.classification",
         "dia_diffusion.cli.sample",
-        "dia_diffusion.cli.measuring",
+        "dia_diffusion.evaluation.evaluate",
     ]
 )
 # Only a test that fails waits as long: long enough for the slowest machine, and shorter than pytest's own timeout.
@@ -154,7 +155,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
         return (subprocess.Popen if call[3] in child.not_forked else child)(call, **options)
 
     monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
-    monkeypatch.setattr(launcher, "SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.05)
     return child
 
 
@@ -182,6 +183,30 @@ def start_connected(
         Forked(*arguments, log=logs / f"log{rank}", prepare=prepare, **connected(rank, port, processes, nodes))
         for rank in range(processes)
     ]
+
+
+def on_two_processes(work: Callable[..., Any], *args: object) -> list[Any]:
+    """What work returns on each process, in order of rank, or the exception that ended the process.
+
+    Work, arguments and results are pickled.
+    """
+    port, results = free_port(), []
+    for rank in (0, 1):
+        result, end = FORKED.Pipe(duplex=False)
+        FORKED.Process(target=_connected, args=(end, rank, port, work, args), daemon=True).start()
+        end.close()
+        results.append(result)
+    assert all(result.poll(100) for result in results), "a process hangs"
+    return [result.recv() for result in results]
+
+
+def _connected(end: Connection, rank: int, port: int, work: Callable[..., Any], args: tuple[object, ...]) -> None:
+    os.environ.update(connected(rank, port))
+    torch.set_num_threads(1)
+    try:
+        end.send(work(*args))
+    except Exception as error:
+        end.send(error)
 
 
 def free_port() -> int:

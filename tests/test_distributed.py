@@ -1,15 +1,27 @@
-"""What the processes of a launch agree on, for one process and for two that are connected by gloo."""
+"""Which launches are refused, what connected processes agree on, and the interface that gloo gets."""
 
+import os
+import socket
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
+import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
+from dia_diffusion import distributed
+from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import (
     all_agree,
     broadcast_from_rank_zero,
+    check_launch,
+    choose_gloo_interface,
     first_on_each_machine,
     lost_a_process,
     on_all_ranks,
@@ -17,7 +29,8 @@ from dia_diffusion.distributed import (
     start_accelerator,
 )
 from dia_diffusion.errors import InputError, RunError
-from tests.two_processes import on_two_processes
+from tests.processes import on_two_processes
+from tests.training.conftest import TINY
 
 
 def test_one_process_does_the_work_once() -> None:
@@ -73,3 +86,127 @@ def test_a_dead_process_ends_those_that_wait_for_it() -> None:
     assert isinstance(died, ValueError)
     assert isinstance(waiting, RuntimeError) and lost_a_process(waiting)
     assert time.monotonic() - started < 60
+
+
+def launched_with(*options: str) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment of its processes."""
+    parsed = launch_command_parser().parse_args([*options, "--num_processes=2", "--main_process_port=0", "train.py"])
+    parsed, _, _ = _validate_launch_command(parsed)
+    return {name: value for name, value in prepare_multi_gpu_env(parsed).items() if name not in os.environ}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["--multi_gpu"], None),
+        (["--multi_gpu", "--mixed_precision=bf16", "--debug", "--downcast_bf16"], None),
+        (["--use_fsdp"], "ACCELERATE_USE_FSDP must be false, got true; only DDP is supported"),
+        (["--multi_gpu", "--use_megatron_lm"], "ACCELERATE_USE_MEGATRON_LM must be false, got true; only DDP"),
+        (["--multi_gpu", "--dynamo_backend=inductor"], "ACCELERATE_DYNAMO_BACKEND must be no, got INDUCTOR; launch w"),
+    ],
+)
+def test_only_ddp_without_dynamo_is_accepted(
+    options: list[str], refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in launched_with(*options).items():
+        monkeypatch.setenv(name, value)
+    if refused is None:
+        check_launch()
+    else:
+        with pytest.raises(InputError, match=refused):
+            check_launch()
+
+
+@pytest.mark.parametrize(
+    ("variable", "accepted", "refused"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", "4"),
+        ("ACCELERATE_USE_DEEPSPEED", "false", "true"),
+        ("ACCELERATE_USE_FSDP", "no", "1"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "0", "true"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "fp8"),
+        ("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO", "DATA_PARALLEL"),
+    ],
+)
+def test_variables_that_are_set_by_hand(
+    variable: str, accepted: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, accepted)
+    check_launch()
+    monkeypatch.setenv(variable, refused)
+    with pytest.raises(InputError, match=f"{variable} must be [a-z1]+, got {refused}; "):
+        check_launch()
+
+
+def test_tpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_torch_xla_available", lambda: True)
+    with pytest.raises(InputError, match="USE_TORCH_XLA must be 0 where torch_xla is installed"):
+        check_launch()
+
+
+def test_a_command_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert main(["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == (
+        "dia-diffusion train: error: ACCELERATE_GRADIENT_ACCUMULATION_STEPS must be 1, got 4; "
+        "unset it and set `train.accumulation`\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+MANY = {"lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "192.168.0.1", "docker0": "172.17.0.1"}
+ONE = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("name_is", "interfaces", "route", "variables", "expected"),
+    [
+        ("127.0.1.1", MANY, "192.168.0.1", {}, "ib0"),  # by which it reaches the main machine
+        ("127.0.1.1", ONE, "127.0.1.1", {}, "eth0"),  # on the main machine, whose name is its own loopback address
+        (None, ONE, None, {}, "eth0"),
+        ("10.0.0.1", MANY, "10.0.0.1", {}, None),  # gloo finds eth0
+        ("127.0.1.1", MANY, "10.0.0.1", {"LOCAL_WORLD_SIZE": "4"}, None),  # one machine
+        ("127.0.1.1", MANY, "127.0.0.1", {"MASTER_ADDR": "127.0.0.1"}, None),  # two nodes on one machine
+        ("127.0.1.1", MANY, "10.0.0.1", {"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        ("10.0.0.1", MANY, None, {"NCCL_SOCKET_IFNAME": "ib"}, "ib0"),
+        ("10.0.0.1", MANY, None, {"NCCL_SOCKET_IFNAME": "=docker0"}, "docker0"),
+        ("10.0.0.1", MANY, "10.0.0.1", {"NCCL_SOCKET_IFNAME": "^docker,lo"}, "eth0"),
+        ("10.0.0.1", MANY, "127.0.1.1", {"NCCL_SOCKET_IFNAME": "ib,eth"}, "eth0"),  # NCCL uses both
+        ("10.0.0.1", MANY, "10.0.0.1", {"NCCL_SOCKET_IFNAME": "nothing"}, None),
+        ("127.0.1.1", MANY, "127.0.1.1", {}, InputError),
+    ],
+)
+def test_gloo_gets_an_interface_that_other_machines_reach(
+    name_is: str | None,
+    interfaces: dict[str, str],
+    route: str | None,
+    variables: dict[str, str],
+    expected: str | type[InputError] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two_machines = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "main"}
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what the call sets is removed again
+        monkeypatch.delenv(name)
+    for name, value in {**two_machines, **variables}.items():
+        monkeypatch.setenv(name, value)
+    addresses = {name: [SimpleNamespace(family=socket.AF_INET, address=ip)] for name, ip in interfaces.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: dict.fromkeys(interfaces, SimpleNamespace(isup=True)))
+    monkeypatch.setattr(distributed, "_address", lambda host: name_is)
+    monkeypatch.setattr(distributed, "_local_address", lambda peer: route)
+    if expected is InputError:
+        with pytest.raises(InputError, match=r"GLOO_SOCKET_IFNAME must be .*interfaces are eth0, ib0, docker0"):
+            choose_gloo_interface()
+    else:
+        choose_gloo_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_addresses_of_this_machine() -> None:
+    assert distributed._is_loopback(distributed._address("localhost"))
+    assert distributed._address("no-such-host.invalid") is None
+    assert distributed._local_address("127.0.0.1") == "127.0.0.1"

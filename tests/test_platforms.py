@@ -1,4 +1,4 @@
-"""macOS and Windows by simulation: what only Linux has is not asked for, nor float64 of Apple's GPU."""
+"""macOS and Windows by simulation: what only Linux has is not asked for, nor float64 of Apple's GPU; glibc's memory."""
 
 import ctypes
 import resource
@@ -16,6 +16,7 @@ from dia_diffusion.distributed import peak_memory
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
 from tests.cli.one_line import error_of
 from tests.mps_stand_in import MPS, stand_in
+from tests.processes import FORKED
 from tests.sampling.conftest import vp_scheduler
 from tests.training import classify, conftest
 
@@ -88,6 +89,36 @@ def test_only_glibc_is_asked_to_keep_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(asked) == 2
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl, whose library has no mallopt
     environment.keep_freed_memory()
+
+
+def page_faults() -> int:
+    """Of a tensor of 64 MiB, after larger ones have been freed.
+
+    glibc looks for some bytes more than a tensor takes, to align it, so a freed block of its very size may not do.
+    """
+    blocks = [torch.ones((64 << 20) + 4096, dtype=torch.uint8) for _ in range(3)]
+    del blocks
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def count_page_faults(file: Path) -> None:
+    usual = page_faults()
+    environment.keep_freed_memory()
+    file.write_text(f"{usual} {page_faults()}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_large_blocks_are_used_again(tmp_path: Path) -> None:
+    process = FORKED.Process(target=count_page_faults, args=(tmp_path / "faults",))
+    process.start()
+    process.join()
+    usual, kept = map(int, (tmp_path / "faults").read_text().split())
+    pages = (64 << 20) // 4096
+    if usual < pages // 2:
+        pytest.skip("this C library, or huge pages, keep blocks anyway")
+    assert kept < pages // 100
 
 
 def test_a_cpu_that_proc_says_nothing_of_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

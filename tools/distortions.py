@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -31,6 +30,7 @@ from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.evaluation.reference import choose, reference_statistics
 from dia_diffusion.io import atomic_file, write_json
 from dia_diffusion.sampling.samplers import parse_seeds
+from dia_diffusion.tables import Table
 
 BATCH = 250
 Corrupt = Callable[[Tensor, float, torch.Generator], Tensor]
@@ -169,7 +169,7 @@ def run(options: Options) -> None:
             row = rows.setdefault((case.name, case.amount), Row(case.name, case.amount, len(case.indices), []))
             row.distances.append(case.distance(extractor, reference.statistics))
             counter(index, len(every))
-    console.print(_table(list(rows.values()), distance_name(extractor.name)))
+    console.print(_table(list(rows.values()), distance_name(extractor.name)).to_rich())
     if options.out is None:
         return
     numbers = {
@@ -188,19 +188,14 @@ def run(options: Options) -> None:
 
 
 def _table(rows: list[Row], metric: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for column in ("images", "amount", metric, "+-", "images per set", "sets"):
-        table.add_column(column, justify="left" if column == "images" else "right")
+    columns = ["images", "amount", metric, "+-", "images per set", "sets"]
+    cells = []
     for row in rows:
-        table.add_row(
-            row.name,
-            "" if row.amount is None else f"{row.amount:g}",
-            f"{mean(row.distances):.4f}",
-            f"{stdev(row.distances):.4f}" if len(row.distances) > 1 else "",
-            f"{row.num_images:,}",
-            str(len(row.distances)),
-        )
-    return table
+        amount = "" if row.amount is None else f"{row.amount:g}"
+        deviation = f"{stdev(row.distances):.4f}" if len(row.distances) > 1 else ""
+        counts = [f"{row.num_images:,}", str(len(row.distances))]
+        cells.append([row.name, amount, f"{mean(row.distances):.4f}", deviation, *counts])
+    return Table(columns, cells, left=("images",))
 
 
 def draw_corrupted(images: ImageSet, rows: list[Row], path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What the attention unit does: measurements of trained runs, one file an analysis, each with its figure."""
+"""What the attention unit does: measurements of trained runs, one file per analysis, each with its figure."""

@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, measure_maps
-from dia_diffusion.analysis.drawing import over_training, percent, save, style
-from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
+from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.attention.layers import recalibrate
+from dia_diffusion.figures import Axis, Figure, Panel, Series, images_axis
 
 # what h still depends on -> the axes of its mean over images (L, T, N) that it is averaged over as well
 REPLACEMENTS: dict[str, tuple[int, ...]] = {
@@ -55,37 +53,6 @@ def _replace(
     return recalibrate(features, next(rows).to(features)), output[1]
 
 
-def _in_turn(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Callable[[int], AbstractContextManager[None]]:
-    """Time's index -> the replacement by that row of each unit's maps (T, L, N)."""
-    return lambda time: replaced_maps(units, [each[time] for each in maps])
-
-
-def ablations_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
-) -> dict[str, Any]:
-    """A run's record: the loss of each step's averaged weights with their own h and with each replacement.
-
-    The means are those of the covered images, the losses those of as many others, at the same times.
-
-    Raises:
-        InputError: the run has no unit, too few images, or no weights of a step.
-    """
-    run.require_unit()
-    draws = run.draw_others(coverage.seed, coverage.num_images)
-    measured = []
-    for step in run.choose_steps(steps):
-        model = run.model(step)
-        units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
-        moments = measure_maps(run, model, coverage)
-        own = losses(run, model, draws, coverage)
-        replaced = {}
-        for name, axes in REPLACEMENTS.items():
-            during = _in_turn(units, [replacement(each, axes) for each in moments])
-            replaced[name] = losses(run, model, draws, coverage, during)
-        measured.append({**run.measured(step), "losses": compared(own, replaced)})
-    return {**run.described(), "steps": measured}
-
-
 @torch.no_grad()
 def losses(
     run: TrainedRun,
@@ -94,24 +61,22 @@ def losses(
     coverage: Coverage,
     during: Callable[[int], AbstractContextManager[object]] = lambda time: nullcontext(),
 ) -> Tensor:
-    """The run's own loss (T, I), float64, of each image of the draws with its noise at each of T spread times.
+    """The run's own loss (T, I), float64, of each image of the draws with its noise at each of the T covered times.
 
     during: what is replaced while the network runs at the time of that index.
     """
-    num_times = run.num_times(coverage.num_times)
-    found = torch.empty(num_times, len(draws.indices), dtype=torch.float64)
-    for batch in run.batches(draws, num_times, coverage.batch_size):
+    measured = torch.empty(run.num_times(coverage.num_times), len(draws.indices), dtype=torch.float64)
+    for batch in run.batches(draws, coverage):
         with during(batch.time):
-            found[batch.time, batch.images] = batch.losses(model).cpu().double()
-        coverage.progress(batch.images.stop - batch.images.start)
-    return found
+            measured[batch.time, batch.images] = batch.losses(model).cpu().double()
+    return measured
 
 
 def compared(own: Tensor, replaced: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
     """For a record: the mean of each name's losses (T, I), and its difference to `own`, with standard errors.
 
-    An image's loss is its mean over times, and the errors are those of a mean over images, so the difference's, which
-    is taken image by image, is far smaller than the losses'.
+    An image's loss is its mean over times. Errors are those of a mean over images: the difference is taken image by
+    image, so its error is far smaller than the losses'.
     """
     before = own.mean(0)
     record = {}
@@ -132,41 +97,75 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
-def draw_ablations(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A column a run: the loss with h and with each replacement over training, and how much higher that is."""
-    figure = Figure(figsize=(4.4 * len(runs) + 0.6, 7.4), layout="constrained")
-    axes = figure.subplots(2, len(runs), squeeze=False, sharey="row")
-    for column, run in enumerate(runs):
-        loss, rise = axes[:, column]
-        loss.set_title(run["run"])
-        names = list(run["steps"][-1]["losses"])
-        for index, name in enumerate(names):
-            line = {**style(index), "label": "h itself" if name == "own" else name}
-            _draw_losses(loss, run["steps"], name, line)
-            if name != "own":
-                draw_rise(rise, run["steps"], name, line)
-    for place in axes.flat:
-        over_training(place)
-    axes[0, 0].set_ylabel("loss")
-    axes[0, 0].set_ylim(bottom=0)  # shared, so only once all columns are drawn
-    axes[1, 0].set_ylabel("higher than with h itself, % (bars: 2 s.e.)")
-    for place in axes[1]:
-        percent(place)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(runs) == 1 else 5, frameon=False)
-    save(figure, path)
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    """The means are those of the drawn images, the losses those of as many others, at the same times."""
+    draws = run.draw(coverage.seed, 1, coverage.num_images)
+    units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
+    moments = measure_maps(run, model, coverage)
+    own, replaced = losses(run, model, draws, coverage), {}
+    for name, axes in REPLACEMENTS.items():
+        maps = [replacement(each, axes) for each in moments]
+
+        def during(time: int, maps: list[Tensor] = maps) -> AbstractContextManager[None]:
+            return replaced_maps(units, [each[time] for each in maps])
+
+        replaced[name] = losses(run, model, draws, coverage, during)
+    return {"losses": compared(own, replaced)}
 
 
-def _draw_losses(axes: Axes, steps: Sequence[dict[str, Any]], name: str, line: dict[str, Any]) -> None:
-    axes.plot([step["images_seen"] for step in steps], [step["losses"][name]["loss"] for step in steps], **line)
+def describe(record: Record) -> Iterator[str]:
+    """The loss at the last step, and how much higher it is with each replacement."""
+    last = record["steps"][-1]
+    own = last["losses"]["own"]
+    yield f"{record['run']}, step {last['step']:,}: loss {own['loss']:.4f} ± {own['standard_error']:.4f}"
+    for name, other in last["losses"].items():
+        if name != "own":
+            rise, error = other["difference"] / own["loss"], other["difference_error"] / own["loss"]
+            yield f"  {name}: {other['loss']:.4f} ({rise:+.2%} ± {error:.2%})"
 
 
-def draw_rise(axes: Axes, steps: Sequence[dict[str, Any]], name: str, line: dict[str, Any]) -> None:
-    """How much higher than its own the loss is with a replacement, in per cent, with two standard errors."""
-    seen = [step["images_seen"] for step in steps]
+# ---- figure
+
+
+def draw(runs: Sequence[Record]) -> Figure:
+    """A column per run: the loss with h and with each replacement over training, and how much higher that is."""
+    losses: list[list[Series]] = []
+    rises: list[list[Series]] = []
+    for run in runs:
+        seen = [step["images_seen"] for step in run["steps"]]
+        names = {name: "h itself" if name == "own" else name for name in run["steps"][-1]["losses"]}
+        by_name = {name: [step["losses"][name]["loss"] for step in run["steps"]] for name in names}
+        losses.append([Series(seen, by_name[name], label, index) for index, (name, label) in enumerate(names.items())])
+        rises.append([rise(run["steps"], name, index) for index, name in enumerate(names) if name != "own"])
+    higher = rise_axis("higher than with h itself, % (bars: 2 s.e.)", [series for column in rises for series in column])
+    rows = [
+        [Panel(s, run["run"], images_axis(), Axis("loss", low=0)) for s, run in zip(losses, runs, strict=True)],
+        [Panel(series, "", images_axis(), higher) for series in rises],
+    ]
+    return Figure(rows, (4.4 * len(runs) + 0.6, 7.4), "below", share_y="row")
+
+
+def rise(steps: Sequence[Record], name: str, style: int) -> Series:
+    """How much higher than its own the loss is with a replacement, in percent, with two standard errors."""
     own = [step["losses"]["own"]["loss"] for step in steps]
     rises, errors = (
         [100 * step["losses"][name][key] / loss for step, loss in zip(steps, own, strict=True)]
         for key in ("difference", "difference_error")
     )
-    axes.errorbar(seen, rises, yerr=[2 * error for error in errors], **line)
+    low, high = ([rise + side * error for rise, error in zip(rises, errors, strict=True)] for side in (-2, 2))
+    return Series([step["images_seen"] for step in steps], rises, "", style, low=low, high=high, bars=True)
+
+
+def rise_axis(label: str, rises: Sequence[Series]) -> Axis:
+    """Percent from below 1 to above 100: linear near 0, logarithmic from there."""
+    return Axis(label, "symlog", low=min([0.0, *(low for series in rises for low in series.low or () if low)]))
+
+
+ANALYSIS = Analysis(
+    _measure,
+    draw,
+    describe,
+    choose_steps=TrainedRun.choose_steps,
+    passes=2 + len(REPLACEMENTS),  # the means, h itself, its replacements
+    held_out=True,
+)

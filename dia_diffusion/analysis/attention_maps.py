@@ -1,4 +1,4 @@
-"""Mean and variance of a stage's attention maps, and what the variance of h is made of.
+"""The attention map h over depth, time, class, image and channel: what a unit does in a trained network.
 
 Is h an attention at all? Its variance is split by the law of total variance, over blocks l, channels n, times t and
 images i, each block counting alike, and within a block each value:
@@ -6,136 +6,39 @@ images i, each block counting alike, and within a block each value:
     Var(h) = Var_l E[h|l] + E_l Var_n E[h|l,n] + E_ln Var_t E[h|l,n,t] + E_lnt Var_i h
              blocks         channels             times                   images
 
-A learned number a block could do what the first term does, a learned vector of channels a block the first two, and
-such a vector that knows the time the first three. Only the last needs the features. Of that last one, class_share.py
-says what the images' classes explain.
+A learned scalar per block could do what the first term does, a learned vector of channels per block the first two, and
+such a vector that depends on the time the first three. Only the last needs the features.
+
+How much of that last one do classes explain? At each block, channel and time, with n_c of I images in class c, C
+classes, and means m_c and m:
+
+    between = sum_c n_c (m_c - m)^2,   total = sum_i (h_i - m)^2,   share = between / total
+
+with both sums pooled over blocks, channels and times. Classes that mean nothing reach (C - 1) / (I - 1) on average;
+`adjusted` is 1 - (1 - share) (I - 1) / (I - C), which is then 0 (Kelley's epsilon squared, the adjusted R^2).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.colors
+import matplotlib.figure
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.drawing import block_ticks, save
-from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
-from dia_diffusion.analysis.stages import Stage, attended_stages, maps_during
-from dia_diffusion.evaluation.curves import COLOURS
+from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.run import Batch, Coverage, TrainedRun
+from dia_diffusion.analysis.stages import attended_stages, maps_during
+from dia_diffusion.figures import COLORS, Axis, Bars, Figure, HeatMap, Item, Level, Panel, Series, block_axis, render
 
 SOURCES = ("blocks", "channels", "times", "images")
+RANGE = (10, 90)  # percentiles over channels
 
 Values = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class MapMoments:
-    """Mean and variance of a stage's h over images, each (L, T, N) float64: blocks, times, channels."""
-
-    mean: Values
-    variance: Values
-
-    def block(self, index: int) -> "MapMoments":
-        """Those of one block alone."""
-        return MapMoments(self.mean[index : index + 1], self.variance[index : index + 1])
-
-
-def split_variance(stages: Sequence[MapMoments]) -> dict[str, float]:
-    """The four terms of the variance over all of h, each block counting alike; their sum is the variance."""
-    by_channel = [moments.mean.mean(axis=1) for moments in stages]  # (L, N)
-    within = [
-        (blocks.var(axis=1), moments.mean.var(axis=1).mean(axis=1), moments.variance.mean(axis=(1, 2)))
-        for blocks, moments in zip(by_channel, stages, strict=True)
-    ]  # three times (L,) a stage
-    channels, times, images = (float(np.concatenate(terms).mean()) for terms in zip(*within, strict=True))
-    between = float(np.concatenate([blocks.mean(axis=1) for blocks in by_channel]).var())
-    return {"blocks": between, "channels": channels, "times": times, "images": images}
-
-
-class ClassMeans:
-    """The means of a stage's h by class, from sums: memory grows with classes, not with images."""
-
-    def __init__(self, num_blocks: int, num_times: int, channels: int):
-        self.shape = (num_blocks, num_times, channels)
-        self.sums: dict[int, npt.NDArray[np.float64]] = {}
-        self.counts: dict[int, int] = {}  # of images, at each time
-
-    def add(self, h: npt.NDArray[np.float64], time: int, labels: npt.NDArray[np.int64]) -> None:
-        """More maps (L, B, N) at the time of that index, of images of these classes (B,)."""
-        for label in np.unique(labels):
-            of_class = h[:, labels == label]
-            if label not in self.sums:
-                self.sums[int(label)], self.counts[int(label)] = np.zeros(self.shape), 0
-            self.sums[int(label)][:, time] += of_class.sum(axis=1)
-            self.counts[int(label)] += of_class.shape[1] if time == 0 else 0
-
-    def means(self) -> dict[int, npt.NDArray[np.float64]]:
-        """class -> (L, T, N)."""
-        return {label: self.sums[label] / self.counts[label] for label in sorted(self.sums)}
-
-    @staticmethod
-    def summary(
-        stages: Sequence["ClassMeans"], moments: Sequence[MapMoments], names: Sequence[str] | None
-    ) -> dict[str, Any]:
-        """For a record, of all stages and of each block: the share; each class's mean h less that of all images."""
-        counts = stages[0].counts
-        labels, images = sorted(counts), sum(counts.values())
-        between, total, deviations = [], [], []
-        for stage, whole in zip(stages, moments, strict=True):
-            apart = {label: mean - whole.mean for label, mean in stage.means().items()}
-            between.append(np.sum([counts[c] * np.square(apart[c]).mean(axis=(1, 2)) for c in labels], axis=0))  # (L,)
-            total.append(images * whole.variance.mean(axis=(1, 2)))
-            deviations.append(np.stack([apart[c].mean(axis=(1, 2)) for c in labels]))  # (C, L)
-        of_block, of_total = np.concatenate(between), np.concatenate(total)
-        return {
-            "names": [names[c] if names else str(c) for c in labels],
-            "counts": [counts[c] for c in labels],
-            **_told(float(of_block.sum()), float(of_total.sum()), len(labels), images),
-            "share_by_block": [b / t if t else 0.0 for b, t in zip(of_block.tolist(), of_total.tolist(), strict=True)],
-            "deviation_by_class_and_block": np.concatenate(deviations, axis=1).tolist(),
-        }
-
-
-def _told(between: float, total: float, num_classes: int, images: int) -> dict[str, float | None]:
-    share = between / total if total else 0.0
-    spare = images - num_classes
-    return {
-        "share": share,
-        "share_by_chance": (num_classes - 1) / (images - 1),
-        "adjusted": 1 - (1 - share) * (images - 1) / spare if spare > 0 and total else None,
-    }
-
-
-Maps = npt.NDArray[np.float64]
-
-
-def map_stream(
-    run: TrainedRun, model: nn.Module, coverage: Coverage, number: int = 0
-) -> Iterator[tuple[int, list[Maps]]]:
-    """Pairs of (time's index, h (L, B, N) of each stage with a unit), batch after batch.
-
-    number: of the draws; those of another number are other images.
-    """
-    stages = attended_stages(model)
-    draws = run.draw(coverage.seed, number, coverage.num_images)
-    for batch in run.batches(draws, run.num_times(coverage.num_times), coverage.batch_size):
-        maps = maps_during(stages, partial(batch.losses, model))
-        yield batch.time, [h.cpu().double().numpy() for h in maps]
-        coverage.progress(batch.images.stop - batch.images.start)
-
-
-def centred(h: Maps, moments: MapMoments, time: int) -> Maps:
-    """Maps (L, B, N) less each channel's mean over images at their time: what only the image can explain."""
-    return h - moments.mean[:, time, None]
-
-
-RANGE = (10, 90)  # percentiles over channels
 
 
 def attention_maps(model: nn.Module, *inputs: Any) -> Tensor:
@@ -151,6 +54,75 @@ def attention_maps(model: nn.Module, *inputs: Any) -> Tensor:
     return maps
 
 
+def map_stream(
+    run: TrainedRun, model: nn.Module, coverage: Coverage, number: int = 0
+) -> Iterator[tuple[Batch, list[Values]]]:
+    """Each batch with h (L, B, N) of each stage with a unit.
+
+    number: of the draws; those of another number are other images.
+    """
+    stages = attended_stages(model)
+    draws = run.draw(coverage.seed, number, coverage.num_images)
+    for batch in run.batches(draws, coverage):
+        yield batch, [h.cpu().double().numpy() for h in maps_during(stages, partial(batch.losses, model))]
+
+
+@dataclass(frozen=True)
+class MapMoments:
+    """Mean and variance of a stage's h over images, each (L, T, N) float64: blocks, times, channels."""
+
+    mean: Values
+    variance: Values
+
+    def block(self, index: int) -> "MapMoments":
+        """Those of one block alone."""
+        return MapMoments(self.mean[index : index + 1], self.variance[index : index + 1])
+
+    def center(self, h: Values, time: int) -> Values:
+        """Maps (L, B, N) less each channel's mean over images at their time: what only the image can explain."""
+        return h - self.mean[:, time, None]
+
+
+class ClassMeans:
+    """The means of a stage's h by class, from sums: memory grows with classes, not with images."""
+
+    def __init__(self, num_blocks: int, num_times: int, channels: int):
+        self.shape = (num_blocks, num_times, channels)
+        self.sums: dict[int, Values] = {}
+        self.counts: dict[int, int] = {}  # of images, at each time
+
+    def add(self, h: Values, time: int, labels: npt.NDArray[np.int64]) -> None:
+        """Adds maps (L, B, N) at the time of that index, of images of these classes (B,)."""
+        for label in map(int, np.unique(labels)):
+            of_class = h[:, labels == label]
+            self.sums.setdefault(label, np.zeros(self.shape))[:, time] += of_class.sum(axis=1)
+            self.counts[label] = self.counts.get(label, 0) + (of_class.shape[1] if time == 0 else 0)
+
+    @staticmethod
+    def summary(stages: Sequence["ClassMeans"], moments: Sequence[MapMoments], names: Sequence[str] | None) -> Record:
+        """For a record, of all stages and of each block: the share; each class's mean h less that of all images."""
+        counts = stages[0].counts
+        labels, images = sorted(counts), sum(counts.values())
+        between, total, deviations = [], [], []
+        for stage, whole in zip(stages, moments, strict=True):
+            apart = {label: stage.sums[label] / counts[label] - whole.mean for label in labels}  # (L, T, N)
+            between.append(np.sum([counts[c] * np.square(apart[c]).mean(axis=(1, 2)) for c in labels], axis=0))  # (L,)
+            total.append(images * whole.variance.mean(axis=(1, 2)))
+            deviations.append(np.stack([apart[c].mean(axis=(1, 2)) for c in labels]))  # (C, L)
+        of_block, of_total = np.concatenate(between), np.concatenate(total)
+        variance, spare = float(of_total.sum()), images - len(labels)
+        share = float(of_block.sum()) / variance if variance else 0.0
+        return {
+            "names": [names[c] if names else str(c) for c in labels],
+            "counts": [counts[c] for c in labels],
+            "share": share,
+            "share_by_chance": (len(labels) - 1) / (images - 1),
+            "adjusted": 1 - (1 - share) * (images - 1) / spare if spare > 0 and variance else None,
+            "share_by_block": [b / t if t else 0.0 for b, t in zip(of_block.tolist(), of_total.tolist(), strict=True)],
+            "deviation_by_class_and_block": np.concatenate(deviations, axis=1).tolist(),
+        }
+
+
 def measure_maps(
     run: TrainedRun, model: nn.Module, coverage: Coverage, classes: Sequence[ClassMeans] | None = None
 ) -> list[MapMoments]:
@@ -159,23 +131,31 @@ def measure_maps(
     classes: one for each such stage, which the maps are added to.
     """
     stages, num_times = attended_stages(model), run.num_times(coverage.num_times)
-    draws = run.draw(coverage.seed, 0, coverage.num_images)
-    labels = run.classes(draws)
     sums = [np.zeros((2, len(stage.attended), num_times, stage.channels)) for stage in stages]
-    for batch in run.batches(draws, num_times, coverage.batch_size):
-        maps = maps_during(stages, partial(batch.losses, model))
-        for index, h in enumerate(h.cpu().double().numpy() for h in maps):  # (L, B, N)
+    for batch, maps in map_stream(run, model, coverage):
+        for index, h in enumerate(maps):  # (L, B, N)
             sums[index][0, :, batch.time] += h.sum(axis=1)
             sums[index][1, :, batch.time] += np.square(h).sum(axis=1)
-            if classes is not None and labels is not None:
-                classes[index].add(h, batch.time, labels[batch.images])
-        coverage.progress(batch.images.stop - batch.images.start)
+            if classes is not None and batch.classes is not None:
+                classes[index].add(h, batch.time, batch.classes)
     means = [total / coverage.num_images for total in sums]
     return [MapMoments(mean, np.maximum(squares - mean**2, 0.0)) for mean, squares in means]
 
 
-def summary(moments: Sequence[MapMoments]) -> dict[str, Any]:
-    """The numbers of one step, for a record: means by block and time, the range over channels, shares of variance.
+def split_variance(stages: Sequence[MapMoments]) -> dict[str, float]:
+    """The four terms of the variance over all of h, each block counting alike; their sum is the variance."""
+    by_channel = [moments.mean.mean(axis=1) for moments in stages]  # (L, N)
+    within = [
+        (blocks.var(axis=1), moments.mean.var(axis=1).mean(axis=1), moments.variance.mean(axis=(1, 2)))
+        for blocks, moments in zip(by_channel, stages, strict=True)
+    ]  # three times (L,) a stage
+    channels, times, images = (float(np.concatenate(terms).mean()) for terms in zip(*within, strict=True))
+    between = float(np.concatenate([blocks.mean(axis=1) for blocks in by_channel]).var())
+    return {"blocks": between, "channels": channels, "times": times, "images": images}
+
+
+def summary(moments: Sequence[MapMoments]) -> Record:
+    """The numbers of one step: means by block and time, the range over channels, shares of variance.
 
     The blocks of all stages follow each other.
     """
@@ -197,153 +177,139 @@ def summary(moments: Sequence[MapMoments]) -> dict[str, Any]:
     }
 
 
-def maps_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
-) -> dict[str, Any]:
-    """A run's record: the summary of each step's averaged weights, and of the first weights where all steps are meant.
-
-    Raises:
-        InputError: the run has no unit, or no weights of a step.
-    """
-    run.require_unit()
-    measured: list[dict[str, Any]] = []
-    stages: list[Stage] = []
-    for step in run.with_first(steps):
-        model = run.model(step)
-        stages, num_times = attended_stages(model), run.num_times(coverage.num_times)
-        classes = [ClassMeans(len(stage.attended), num_times, stage.channels) for stage in stages]
-        moments = measure_maps(run, model, coverage, classes)
-        record = {**run.measured(step), **summary(moments)}
-        if run.images.labels is not None:
-            record["classes"] = ClassMeans.summary(classes, moments, run.images.class_names)
-        measured.append(record)
-    return {
-        **run.described(),
-        "has_times": run.has_times,
-        "stages": [{"name": stage.name, "blocks": stage.attended_blocks} for stage in stages],
-        "steps": measured,
-    }
-
-
 def _shares(terms: dict[str, float]) -> dict[str, float]:
     whole = sum(terms.values())
     return {name: term / whole if whole else 0.0 for name, term in terms.items()}
 
 
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    num_times = run.num_times(coverage.num_times)
+    classes = [ClassMeans(len(stage.attended), num_times, stage.channels) for stage in attended_stages(model)]
+    moments = measure_maps(run, model, coverage, classes)
+    record = summary(moments)
+    if run.images.labels is not None:
+        record["classes"] = ClassMeans.summary(classes, moments, run.images.class_names)
+    return record
+
+
+def _about(run: TrainedRun, coverage: Coverage) -> Record:
+    stages = attended_stages(run.first_model())
+    return {
+        "has_times": run.has_times,
+        "stages": [{"name": stage.name, "blocks": stage.attended_blocks} for stage in stages],
+    }
+
+
+def describe(record: Record) -> Iterator[str]:
+    """h by block and the shares of its variance at the last step; what classes explain."""
+    last = record["steps"][-1]
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in last["shares"].items())
+    by_block = " ".join(f"{mean:.3f}" for mean in last["mean_by_block"])
+    yield f"{record['run']}, step {last['step']:,}: h by block {by_block}; variance: {shares}"
+    if classes := last.get("classes"):
+        adjusted = "" if classes["adjusted"] is None else f", adjusted {classes['adjusted']:.1%}"
+        share = f"{classes['share']:.1%} (by chance {classes['share_by_chance']:.1%}{adjusted})"
+        yield f"  of the variance over images {len(classes['names'])} classes explain {share}"
+
+
+# ---- figure
+
 LABELS = {"blocks": "between blocks", "channels": "channels", "times": "times", "images": "images"}
 MOST_CLASSES = 12  # a panel's
 
 
-def draw_maps(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A column a run: h over depth for each step, where its variance lies over training, h over time and by class."""
-    rows = ["depth", "shares"]
-    rows += ["times"] * any(run["has_times"] for run in runs)
-    rows += ["classes"] * any("classes" in run["steps"][-1] for run in runs)
-    figure = Figure(figsize=(4.4 * len(runs) + 0.6, 3.1 * len(rows) + 0.3), layout="constrained")
-    grid = figure.subplots(len(rows), len(runs), squeeze=False)
-    draws = {"depth": _draw_depth, "shares": _draw_shares, "times": _draw_times, "classes": _draw_classes}
-    for column, run in enumerate(runs):
-        grid[0, column].set_title(run["run"])
-        for name, axes in zip(rows, grid[:, column], strict=True):
-            draws[name](axes, run)
-    _same_heights(grid[0], bottom=min(0, min(min(step["low_by_block"]) for run in runs for step in run["steps"])))
-    if "times" in rows:
-        _same_heights([axes for axes, run in zip(grid[2], runs, strict=True) if run["has_times"]])
-    handles, labels = grid[1, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(SOURCES) if len(runs) > 1 else 2, frameon=False
-    )
-    save(figure, path, dpi=120)
+def draw(runs: Sequence[Record]) -> matplotlib.figure.Figure:
+    """A column per run: h over depth for each step, where its variance lies over training, h over time and by class."""
+    ends = ("low_by_block", "high_by_block")
+    depth = _h_axis([0, *(h for run in runs for step in run["steps"] for end in ends for h in step[end])])
+    by_time = [blocks for run in runs if run["has_times"] for blocks in run["steps"][-1]["mean_by_block_and_time"]]
+    times = _h_axis([h for blocks in by_time for h in blocks])
+    columns = [
+        [
+            _draw_depth(run, depth),
+            _draw_shares(run),
+            _draw_times(run, times) if run["has_times"] else None,
+            _draw_classes(run) if "classes" in run["steps"][-1] else None,
+        ]
+        for run in runs
+    ]
+    rows = [row for row in zip(*columns, strict=True) if any(row)]
+    figure = render(Figure(rows, (4.4 * len(runs) + 0.6, 3.1 * len(rows) + 0.3)))
+    handles = [Patch(color=color, label=LABELS[source]) for color, source in zip(COLORS, SOURCES, strict=False)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4 if len(runs) > 1 else 2, frameon=False)
+    return figure
 
 
-def _same_heights(axes: Sequence[Axes], bottom: float | None = None) -> None:
-    low = min(each.get_ylim()[0] for each in axes) if bottom is None else bottom
-    high = max(each.get_ylim()[1] for each in axes)
-    for each in axes:
-        each.set_ylim(low, high)
+def _h_axis(values: Sequence[float]) -> Axis:
+    """With room for these values; one axis for all runs."""
+    low, high = min(values, default=0), max(values, default=1)
+    room = 0.05 * (high - low)
+    return Axis("attention map h", low=low and low - room, high=high + room)
 
 
-def _draw_depth(axes: Axes, run: dict[str, Any]) -> None:
-    colours = matplotlib.colormaps["viridis_r"]
+def _draw_depth(run: Record, y: Axis) -> Panel:
     steps = run["steps"]
     last = len(steps) - 1
+    items: list[Item] = []
     for index, step in enumerate(steps):
-        blocks = range(len(step["mean_by_block"]))
-        colour = colours(0.1 + 0.9 * index / max(last, 1))
+        label, band = "", {}
         if index in (0, last):
-            axes.fill_between(blocks, step["low_by_block"], step["high_by_block"], color=colour, alpha=0.2, linewidth=0)
-        label = f"step {step['step']:,}" if index in (0, last) else None
-        axes.plot(blocks, step["mean_by_block"], color=colour, linewidth=1.6, marker="o", markersize=3, label=label)
-    _name_blocks(axes, run)
-    axes.set_ylabel("attention map h")
-    axes.set_xlabel(f"block (band: {RANGE[0]}-{RANGE[1]} % of channels)")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small")
+            label, band = f"step {step['step']:,}", {"low": step["low_by_block"], "high": step["high_by_block"]}
+        means, color = step["mean_by_block"], _color("viridis_r", 0.1 + 0.9 * index / max(last, 1))
+        items.append(Series(range(len(means)), means, label, color=color, **band))
+    x = block_axis(_names(run), f"block (band: {RANGE[0]}-{RANGE[1]} % of channels)")
+    return Panel([*items, *_stage_ends(run)], run["run"], x, y)
 
 
-def _draw_shares(axes: Axes, run: dict[str, Any]) -> None:
+def _draw_shares(run: Record) -> Panel:
     steps = run["steps"]
-    below = [0.0] * len(steps)
-    for colour, source in zip(COLOURS, SOURCES, strict=False):
-        heights = [step["shares"][source] for step in steps]
-        axes.bar(range(len(steps)), heights, bottom=below, color=colour, label=LABELS[source], width=0.85)
-        below = [low + height for low, height in zip(below, heights, strict=True)]
-    every = max(1, len(steps) // 4)
-    shown = list(range(0, len(steps), every))
-    axes.set_xticks(shown, [f"{steps[index]['step']:,}" for index in shown])
-    axes.set_xlabel("step")
-    axes.set_ylabel("share of the variance of h")
-    axes.set_ylim(0, 1)
+    heights = np.array([[step["shares"][source] for step in steps] for source in SOURCES])
+    below = heights.cumsum(axis=0) - heights
+    pairs = zip(heights.tolist(), below.tolist(), strict=True)
+    bars = [Bars(range(len(steps)), height, "", index, low) for index, (height, low) in enumerate(pairs)]
+    shown = range(0, len(steps), max(1, len(steps) // 4))
+    ticks: dict[float, str] = {index: f"{steps[index]['step']:,}" for index in shown}
+    y = Axis("share of the variance of h", low=0, high=1, grid=False)
+    return Panel(bars, "", Axis("step", ticks=ticks, grid=False), y)
 
 
-def _draw_times(axes: Axes, run: dict[str, Any]) -> None:
-    if not run["has_times"]:
-        axes.set_axis_off()
-        return
-    colours = matplotlib.colormaps["plasma"]
-    step = run["steps"][-1]
+def _draw_times(run: Record, y: Axis) -> Panel:
+    step, names = run["steps"][-1], _names(run)
     blocks = step["mean_by_block_and_time"]
-    names = _names(run)
-    count = len(blocks[0])
-    times = [(index + 0.5) / count for index in range(count)]
-    labelled = {0, len(blocks) - 1} if len(blocks) > 14 else set(range(len(blocks)))
+    times = [(index + 0.5) / len(blocks[0]) for index in range(len(blocks[0]))]
+    labeled = {0, len(blocks) - 1} if len(blocks) > 14 else set(range(len(blocks)))
+    lines = []
     for index, means in enumerate(blocks):
-        colour = colours(0.9 * index / max(len(blocks) - 1, 1))
-        axes.plot(times, means, color=colour, linewidth=1.6, label=names[index] if index in labelled else None)
-    axes.set_ylabel("attention map h")
-    axes.set_xlabel(f"time (0: image, 1: noise), step {step['step']:,}")
-    axes.set_xlim(0, 1)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small", ncols=1 + len(labelled) // 7)
+        color = _color("plasma", 0.9 * index / max(len(blocks) - 1, 1))
+        lines.append(Series(times, means, names[index] if index in labeled else "", color=color, markers=False))
+    return Panel(lines, "", Axis(f"time (0: image, 1: noise), step {step['step']:,}", low=0, high=1), y)
 
 
-def _draw_classes(axes: Axes, run: dict[str, Any]) -> None:
-    """How far each class's mean h lies from that of all images, a block; classes by number of images if many."""
-    classes = run["steps"][-1].get("classes")
-    if classes is None:
-        axes.set_axis_off()
-        return
+def _draw_classes(run: Record) -> Panel:
+    """How far each class's mean h lies from that of all images, by block; if there are many, the most frequent ones."""
+    classes = run["steps"][-1]["classes"]
     shown = sorted(sorted(range(len(classes["names"])), key=lambda c: -classes["counts"][c])[:MOST_CLASSES])
     values = 1000 * np.array(classes["deviation_by_class_and_block"])[shown]
     largest = float(np.abs(values).max()) or 1.0
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(shown)), [classes["names"][c] for c in shown], fontsize="small")
-    _name_blocks(axes, run)
-    adjusted = classes["adjusted"]
-    told = "" if adjusted is None else f"\n(adjusted for chance {adjusted:.1%})"
-    axes.set_title(f"classes explain {classes['share']:.1%} of the variance over images{told}", fontsize="small")
-    axes.set_xlabel("block")
-    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.06)
-    bar.set_label("class's mean h less that of all, $10^{-3}$", fontsize="small")
+    heat = HeatMap(values, -largest, largest, "RdBu_r", bar="class's mean h less that of all, 10⁻³")
+    adjusted = "" if classes["adjusted"] is None else f"\n(adjusted for chance {classes['adjusted']:.1%})"
+    title = f"classes explain {classes['share']:.1%} of the variance over images{adjusted}"
+    y = Axis(ticks={row: classes["names"][c] for row, c in enumerate(shown)}, grid=False)
+    return Panel([heat, *_stage_ends(run)], title, block_axis(_names(run)), y)
 
 
-def _names(run: dict[str, Any]) -> list[str]:
+def _color(colormap: str, place: float) -> str:
+    return matplotlib.colors.to_hex(matplotlib.colormaps[colormap](place))
+
+
+def _names(run: Record) -> list[str]:
     return [block for stage in run["stages"] for block in stage["blocks"]]
 
 
-def _name_blocks(axes: Axes, run: dict[str, Any]) -> None:
-    """The blocks' names along the lower axis, and a line between stages."""
-    block_ticks(axes, _names(run))
+def _stage_ends(run: Record) -> list[Level]:
+    """A line between stages."""
     ends = np.cumsum([len(stage["blocks"]) for stage in run["stages"]])[:-1]
-    for end in ends:
-        axes.axvline(end - 0.5, color="0.5", linewidth=0.8, linestyle=":")
+    return [Level(end - 0.5, "", "x") for end in ends.tolist()]
+
+
+ANALYSIS = Analysis(_measure, draw, describe, _about)

@@ -1,41 +1,34 @@
-"""How alike the attention maps of two blocks are (Fig. 2): Pearson's coefficient over channels, image by image.
+"""How similar the attention maps of two blocks are (Fig. 2): Pearson's coefficient over channels, for each image.
 
 For an image x and blocks i < j of one stage (the same channels) with maps h_i(x), h_j(x) in R^N:
 
     r_ij(x) = corr_n(h_i(x)_n, h_j(x)_n)
 
-The paper finds averages above 0.85 for SE and ECA. That alone doesn't say whether the maps attend to the image alike:
-two constant vectors that have the same large and small channels correlate as much. So the same coefficient is taken
-of the maps less each channel's mean over images (at the same time), beside it: what is left of the likeness once the
-channels' own levels are gone. A vector with the same value in all channels has no correlation; those are counted.
+The paper finds averages above 0.85 for SE and ECA. That alone doesn't show that two blocks attend to the image alike:
+two constant vectors with the same large and small channels correlate as much. So the coefficient is also taken of the
+maps less each channel's mean over images at the same time ("centred"), which no longer have the channels' levels. A
+map with the same value in all channels has no correlation; those are counted.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from torch import nn
 
-from dia_diffusion.analysis.attention_maps import Maps, centred, map_stream, measure_maps
-from dia_diffusion.analysis.drawing import block_ticks, save
-from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
+from dia_diffusion.analysis.analysis import Analysis, Record, quantiles
+from dia_diffusion.analysis.attention_maps import Values, map_stream, measure_maps
+from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
-from dia_diffusion.evaluation.curves import COLOURS
+from dia_diffusion.figures import Area, Axis, Figure, HeatMap, Item, Level, Panel, block_axis
 
 VARIANTS = ("maps", "centred")
 BINS = 400  # of the coefficients' histogram, over -1..1
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CONSTANT = 1e-6  # deviation over channels, of the map's root mean square, below which a float32 map is constant
-PASSES = 2  # over the images: the means first, then the coefficients
 
 
-def pearson(h: Maps, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def pearson(h: Values, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The coefficients (B, L, L) over channels of the maps (L, B, N) of each pair of blocks; NaN where one is constant.
 
     scale: the size (L, B) of the numbers that h was computed from, which its rounding errors go by.
@@ -76,56 +69,34 @@ class Coefficients:
         return {
             "mean": float(np.mean(known)) if known else None,
             "mean_by_pair": matrix,
-            "quantiles": self._quantiles(),
+            "quantiles": quantiles(self.histogram, -1, 1),
             "coefficients": int(self.counts.sum()),
             "undefined": self.undefined,
             "histogram": self.histogram.tolist(),
         }
 
-    def _quantiles(self) -> dict[str, float] | None:
-        below = np.concatenate([[0], np.cumsum(self.histogram)]) / max(1, self.histogram.sum())
-        if not self.histogram.any():
-            return None
-        edges = np.linspace(-1, 1, BINS + 1)
-        return {str(q): float(np.interp(q, below, edges)) for q in QUANTILES}
 
-
-def correlations(run: TrainedRun, model: nn.Module, coverage: Coverage) -> list[dict[str, Any]]:
-    """A record a stage with a unit: its blocks, and the coefficients of its maps as they are and centred."""
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    """A record per stage with a unit: its blocks, and the coefficients of its maps as they are and centered."""
     stages = attended_stages(model)
     moments = measure_maps(run, model, coverage)
-    found = [{variant: Coefficients(len(stage.attended)) for variant in VARIANTS} for stage in stages]
-    for time, maps in map_stream(run, model, coverage):
-        for h, whole, record in zip(maps, moments, found, strict=True):
+    coefficients = [{variant: Coefficients(len(stage.attended)) for variant in VARIANTS} for stage in stages]
+    for batch, maps in map_stream(run, model, coverage):
+        for h, whole, of_stage in zip(maps, moments, coefficients, strict=True):
             scale = np.sqrt(np.square(h).mean(axis=2))
-            record["maps"].add(pearson(h, scale))
-            record["centred"].add(pearson(centred(h, whole, time), scale))
-    return [
+            of_stage["maps"].add(pearson(h, scale))
+            of_stage["centred"].add(pearson(whole.center(h, batch.time), scale))
+    records: list[Record] = [
         {
             "name": stage.name,
             "blocks": stage.attended_blocks,
             "channels": stage.channels,
-            **{variant: record[variant].summary() for variant in VARIANTS},
+            **{variant: of_stage[variant].summary() for variant in VARIANTS},
         }
-        for stage, record in zip(stages, found, strict=True)
+        for stage, of_stage in zip(stages, coefficients, strict=True)
     ]
-
-
-def correlations_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
-) -> dict[str, Any]:
-    """A run's record: the correlations of each step's averaged weights; `mean` is over all pairs of all stages.
-
-    Raises:
-        InputError: the run has no unit, or no weights of a step.
-    """
-    run.require_unit()
-    measured = []
-    for step in run.with_first(steps):
-        stages = correlations(run, run.model(step), coverage)
-        means = {variant: _mean_of_pairs([stage[variant]["mean_by_pair"] for stage in stages]) for variant in VARIANTS}
-        measured.append({**run.measured(step), "mean": means, "stages": stages})
-    return {**run.described(), "steps": measured}
+    means = {variant: _mean_of_pairs([record[variant]["mean_by_pair"] for record in records]) for variant in VARIANTS}
+    return {"mean": means, "stages": records}
 
 
 def _mean_of_pairs(matrices: Sequence[Sequence[Sequence[float | None]]]) -> float | None:
@@ -134,66 +105,66 @@ def _mean_of_pairs(matrices: Sequence[Sequence[Sequence[float | None]]]) -> floa
     return float(np.mean(known)) if known else None
 
 
+def describe(record: Record) -> Iterator[str]:
+    """The mean correlations at the last step, and of each stage."""
+    last = record["steps"][-1]
+    yield f"{record['run']}, step {last['step']:,}: {_in_words(last['mean'])}"
+    for stage in last["stages"]:
+        undefined = stage["maps"]["undefined"]
+        constant = f"{undefined:,} undefined, of maps with one value in all channels" if undefined else ""
+        if stage["name"]:
+            means = _in_words({variant: stage[variant]["mean"] for variant in VARIANTS})
+            yield f"  {stage['name']}, {len(stage['blocks'])} blocks: {'; '.join(filter(None, (means, constant)))}"
+        elif constant:
+            yield f"  {constant}"
+
+
+def _in_words(means: dict[str, float | None]) -> str:
+    maps, centered = ("undefined" if mean is None else f"{mean:.3f}" for mean in means.values())
+    return f"mean correlation {maps}; less each channel's mean over images {centered}"
+
+
+# ---- figure
+
 TITLES = {"maps": "the maps", "centred": "less channels' means"}
 LEGEND = {"maps": "the maps", "centred": "the maps less each channel's mean over images"}
 PAPERS_MEAN = 0.85
+BINS_DRAWN = 50  # so that few images draw no comb
 
 
-def draw_correlations(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """A row a run and stage of its last step: the maps and the centred ones block by block, and their distributions."""
-    rows = [(run, stage) for run in runs for stage in run["steps"][-1]["stages"]]
-    figure = Figure(figsize=(12.2, 3.3 * len(rows) + 0.6), layout="constrained")
-    grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=(1, 1, 1.25))
-    for (run, stage), axes in zip(rows, grid, strict=True):
-        named = f"{run['run']}, {stage['name']}" if stage["name"] else run["run"]
-        for variant, heat in zip(VARIANTS, axes[:2], strict=True):
-            image = _draw_heat(heat, stage, variant)
-        figure.colorbar(image, ax=axes[1], pad=0.02, fraction=0.05)
-        axes[0].set_ylabel(named, fontsize="medium")
-        _draw_distribution(axes[2], stage)
-        axes[2].set_title(f"step {run['steps'][-1]['step']:,}: images, pairs of blocks", fontsize="medium")
-    handles = [
-        Patch(color=colour, alpha=0.5, label=LEGEND[variant])
-        for colour, variant in zip(COLOURS, VARIANTS, strict=False)
-    ]
-    papers = Line2D([], [], color="0.35", linestyle="--", label=f"{PAPERS_MEAN}: the paper's average for SE, ECA")
-    figure.legend(handles=[*handles, papers], loc="outside lower center", ncols=3, frameon=False)
-    save(figure, path, dpi=120)
+def draw(runs: Sequence[Record]) -> Figure:
+    """A row per run and stage of its last step: the maps and the centered ones block by block, their distributions."""
+    rows = []
+    for run in runs:
+        for stage in run["steps"][-1]["stages"]:
+            named = f"{run['run']}, {stage['name']}" if stage["name"] else run["run"]
+            heats = [_draw_heat(stage, variant, named if variant == "maps" else "") for variant in VARIANTS]
+            rows.append([*heats, _draw_distribution(stage, run["steps"][-1]["step"])])
+    return Figure(rows, (12.2, 3.3 * len(rows) + 0.6), "below", widths=(1, 1.15, 1.25))
 
 
-def _draw_heat(axes: Axes, stage: dict[str, Any], variant: str) -> Any:
-    matrix = np.array(
-        [[np.nan if r is None else r for r in row] for row in stage[variant]["mean_by_pair"]], dtype=float
-    )
-    np.fill_diagonal(matrix, np.nan)
-    axes.set_facecolor("0.9")
-    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    block_ticks(axes, stage["blocks"])
-    block_ticks(axes, stage["blocks"], along="y")
+def _draw_heat(stage: Record, variant: str, label: str) -> Panel:
+    matrix = np.array(stage[variant]["mean_by_pair"], dtype=float)  # None becomes NaN
     mean = stage[variant]["mean"]
-    axes.set_title(f"{TITLES[variant]}: mean {'undefined' if mean is None else f'{mean:.3f}'}", fontsize="medium")
-    if len(matrix) <= 9:
-        for i, j in zip(*np.nonzero(np.isfinite(matrix)), strict=True):
-            colour = "white" if abs(matrix[i, j]) > 0.6 else "black"
-            axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize="small", color=colour)
-    return image
+    title = f"{TITLES[variant]}: mean {'undefined' if mean is None else f'{mean:.3f}'}"
+    heat = HeatMap(matrix, -1, 1, "RdBu_r", ".2f" if len(matrix) <= 9 else "", None if variant == "maps" else "")
+    return Panel([heat], title, block_axis(stage["blocks"], ""), block_axis(stage["blocks"], label))
 
 
-def _draw_distribution(axes: Axes, stage: dict[str, Any]) -> None:
-    edges = np.linspace(-1, 1, BINS + 1)
-    together = 8  # bins, so that few images draw no comb
-    for colour, variant in zip(COLOURS, VARIANTS, strict=False):
-        counts = np.array(stage[variant]["histogram"])
-        if counts.any():
-            density = counts.reshape(-1, together).sum(axis=1) / counts.sum() / (edges[together] - edges[0])
-            axes.stairs(density, edges[::together], color=colour, fill=True, alpha=0.35)
-            axes.stairs(density, edges[::together], color=colour, linewidth=1)
-    undefined = [f"{stage[variant]['undefined']:,}" for variant in VARIANTS]
-    if undefined != ["0", "0"]:
-        of_all = stage["maps"]["undefined"] + stage["maps"]["coefficients"]
-        told = f"undefined of {of_all:,}:\n{undefined[0]}; less means {undefined[1]}"
-        axes.text(0.02, 0.97, told, transform=axes.transAxes, va="top", fontsize="small")
-    axes.axvline(PAPERS_MEAN, color="0.35", linewidth=1, linestyle="--")
-    axes.set_xlim(-1, 1)
-    axes.set_yticks([])
-    axes.set_xlabel("Pearson's r over channels")
+def _draw_distribution(stage: Record, step: int) -> Panel:
+    edges = np.linspace(-1, 1, BINS_DRAWN + 1).repeat(2).tolist()
+    items: list[Item] = []
+    for index, variant in enumerate(VARIANTS):
+        counts = np.array(stage[variant]["histogram"]).reshape(BINS_DRAWN, -1).sum(axis=1)
+        density = counts / max(1, counts.sum()) * BINS_DRAWN / 2
+        heights = [0, *density.repeat(2).tolist(), 0]
+        items.append(Area(edges, heights, LEGEND[variant], index, opacity=0.35, outline=True))
+    items.append(Level(PAPERS_MEAN, f"{PAPERS_MEAN}: the paper's average for SE, ECA", "x"))
+    note, (maps, centered) = "", (stage[variant]["undefined"] for variant in VARIANTS)
+    if maps or centered:
+        note = f"undefined of {maps + stage['maps']['coefficients']:,}:\n{maps:,}; less means {centered:,}"
+    x, y = Axis("Pearson's r over channels", low=-1, high=1, grid=False), Axis(ticks={}, low=0, grid=False)
+    return Panel(items, f"step {step:,}: images, pairs of blocks", x, y, note)
+
+
+ANALYSIS = Analysis(_measure, draw, describe, passes=2)  # the means, then the coefficients

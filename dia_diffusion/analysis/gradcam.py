@@ -14,7 +14,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from dia_diffusion.attention.insertion_points import insertion_points
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.curves import save_figure
+from dia_diffusion.figures import save_figure
 from dia_diffusion.models.classifiers import SavedClassifier
 
 
@@ -44,7 +44,7 @@ def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: S
         raise InputError("Grad-CAM needs the package grad-cam: pip install 'dia-diffusion[gradcam]'") from None
     known = classifier.config.num_classes
     if classes is not None and not all(0 <= number < known for number in classes):
-        raise InputError(f"class {max(classes)} is asked about; {name} knows 0 to {known - 1}")
+        raise InputError(f"`--class` must be 0 to {known - 1} for {name}, got {max(classes)}")
     device = next(classifier.model.parameters()).device
     inputs = classifier.prepare(images.to(device))
     with torch.no_grad():
@@ -59,7 +59,7 @@ def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: S
 
 
 def last_block(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The layer whose output is looked at, and whether that is tokens (B, 1 + L, N) instead of maps (B, N, H, W).
+    """The layer to explain, and whether its output is tokens (B, 1 + L, N) instead of maps (B, N, H, W).
 
     Of a ResNet the last block; of a ViT the first norm of the last one, after which only the class token counts.
 
@@ -79,28 +79,28 @@ def token_grid(tokens: Tensor) -> Tensor:
 def draw_heat_maps(
     images: npt.NDArray[np.uint8],
     asked: Sequence[str],
-    found: Sequence[HeatMaps],
+    heat_maps: Sequence[HeatMaps],
     path: str | Path,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """A row an image (B, 3, H, W), a column a classifier; the image itself first, with the class asked about.
+    """A row per image (B, 3, H, W), a column per classifier; the image itself first, with the class asked about.
 
-    Each heat map has its softmax score above it, and what would be chosen instead where that is another class.
+    Above each heat map is its softmax score, and the predicted class if it is another one.
     """
-    rows, columns = len(images), 1 + len(found)
+    rows, columns = len(images), 1 + len(heat_maps)
     figure = Figure(figsize=(1.75 * columns, 1.9 * rows + 0.35), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for row in range(rows):
         picture = images[row].transpose(1, 2, 0)
         grid[row, 0].imshow(picture)
         grid[row, 0].set_title(asked[row], fontsize="small")
-        for axes, one in zip(grid[row, 1:], found, strict=True):
+        for axes, one in zip(grid[row, 1:], heat_maps, strict=True):
             axes.imshow(picture)
             axes.imshow(one.maps[row], cmap="jet", alpha=0.45, vmin=0, vmax=1)
             chosen = class_names[one.predicted[row]] if class_names else str(one.predicted[row])
             wrong = "" if chosen == asked[row] else f" ({chosen})"
             axes.set_title(f"{one.scores[row]:.3f}{wrong}", fontsize="small")
-    for axes, name in zip(grid[-1], ["image", *(one.name for one in found)], strict=True):
+    for axes, name in zip(grid[-1], ["image", *(one.name for one in heat_maps)], strict=True):
         axes.set_xlabel(name)
     for axes in grid.flat:
         axes.set_xticks([])

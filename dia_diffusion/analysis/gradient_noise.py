@@ -9,27 +9,28 @@ With K batches of B images at the same weights, gradients g_k and their mean m:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.drawing import over_training, save, style
-from dia_diffusion.analysis.run import TrainedRun
+from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.run import GradientBatches, TrainedRun
+from dia_diffusion.figures import COLORS, Axis, Figure, Item, Panel, Series, Text, images_axis
 from dia_diffusion.models.attach import UNITS_NAME
 from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
 FOLDS = 8
+WINDOWS = 12  # of the norms that training logged
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def group_of(name: str, owner: nn.Module | None = None) -> str:
-    """The group that a network's parameter of that name belongs to; owner: the module whose own it is."""
+    """The group of a network's parameter; owner: the module that it belongs to."""
     parts = set(name.split("."))
     if parts & {"unit", UNITS_NAME}:
         return "unit"
@@ -48,7 +49,7 @@ def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], bat
     A record has `parameters`, `batch_gradient_norm` (root mean square over batches), `covariance_trace` (of one image's
     gradient), `squared_gradient_norm` (|G|^2) with its `standard_error` (jackknife over FOLDS parts of the batches),
     `noise_scale`, and `noise_scale_low` and `noise_scale_high`, where |G|^2 is two standard errors more and less. A
-    noise scale whose |G|^2 is not above 0 is None: the batches are too few to tell. Memory: FOLDS values a parameter.
+    noise scale is None if |G|^2 isn't above 0, which takes more batches. Memory: FOLDS values per parameter.
     """
     named = [
         (group_of(name, model.get_submodule(name.rpartition(".")[0])), parameter)
@@ -113,60 +114,33 @@ def _estimates(squares: Tensor, products: Tensor, counts: Tensor) -> tuple[float
     return spread, squared_mean - spread / count
 
 
-def noise_of_run(
-    run: TrainedRun,
-    steps: Sequence[int] | None = None,
-    *,
-    num_batches: int,
-    batch_size: int | None = None,
-    weights: str = "ema",
-    seed: int = 0,
-    windows: int = 12,
-    progress: Callable[[int], None] = lambda batches: None,
-) -> dict[str, Any]:
-    """A run's record: the noise at each step's weights, in float32 and without dropout, and the norms it logged.
+def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
+    """The noise in float32 and without dropout."""
+    model.requires_grad_(True)
 
-    batch_size: None is the run's own.
-    weights: "ema", the averaged weights of pipelines, or "raw", those that were trained, of checkpoints.
+    def loss(number: int) -> Tensor:
+        over.progress(1)
+        return run.training_losses(model, run.draw(over.seed, number, over.size(run))).mean()
 
-    Raises:
-        InputError: no weights of a step.
-    """
-    size = batch_size or run.batch_size
-    measured = []
-    for step in run.choose_steps(steps, weights):
-        model = run.model(step, weights).requires_grad_(True)
-        losses = [_loss_of(run, model, seed, number, size, progress) for number in range(num_batches)]
-        measured.append({**run.measured(step), "groups": gradient_noise(model, losses, size)})
-    logged = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
-    return {
-        **run.described(),
-        "measured_batch_size": size,
-        "steps": measured,
-        "logged": logged_norms(logged, windows),
-    }
+    losses = [partial(loss, number) for number in range(over.num_batches)]
+    return {"groups": gradient_noise(model, losses, over.size(run))}
 
 
-def _loss_of(
-    run: TrainedRun, model: nn.Module, seed: int, number: int, size: int, progress: Callable[[int], None]
-) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        progress(1)
-        return run.training_losses(model, run.draw(seed, number, size)).mean()
-
-    return loss
+def _about(run: TrainedRun, over: GradientBatches) -> Record:
+    lines = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
+    return {"measured_batch_size": over.size(run), "logged": logged_norms(lines, WINDOWS)}
 
 
 def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
-    """The gradient norms of metrics.jsonl in so many windows of as many lines: mean, and deviation over mean."""
+    """The gradient norms of metrics.jsonl in windows with the same number of lines: mean, and deviation over mean."""
     lines = [line for line in metrics if None not in (line.get("grad_norm"), line.get("loss"))]
-    found = []
+    records = []
     for index in range(windows):
         part = lines[index * len(lines) // windows : (index + 1) * len(lines) // windows]
         if len(part) < 2:
             continue
         norms = torch.tensor([line["grad_norm"] for line in part], dtype=torch.float64)
-        found.append(
+        records.append(
             {
                 "first_step": part[0]["step"],
                 "last_step": part[-1]["step"],
@@ -175,51 +149,75 @@ def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[s
                 "loss": sum(line["loss"] for line in part) / len(part),
             }
         )
-    return found
+    return records
 
 
-def draw_noise(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+def describe(record: Record) -> Iterator[str]:
+    """The noise scale of each group of parameters at the last step, with its range."""
+    last = record["steps"][-1]
+    groups = ", ".join(f"{name} {_in_words(group)}" for name, group in last["groups"].items())
+    yield f"{record['run']}, step {last['step']:,}: noise scale in images: {groups}"
+
+
+def _in_words(noise: dict[str, float | None]) -> str:
+    scale, low, high = (noise[key] for key in ("noise_scale", "noise_scale_low", "noise_scale_high"))
+    if scale and low and high:
+        return f"{scale:,.0f} [{low:,.0f}, {high:,.0f}]"
+    return f"at least {low:,.0f}" if low else "unknown"
+
+
+# ---- figure
+
+
+def draw(runs: Sequence[Record]) -> Figure:
     """Noise scale over training, by group at the end, and the gradient norms that training logged."""
-    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
-    (scale, by_group), (norms, variation) = figure.subplots(2, 2)
+    scales, by_group, norms, variations = [], [], [], []
     for index, run in enumerate(runs):
-        line = {**style(index), "label": run["run"]}
         seen = [step["images_seen"] for step in run["steps"]]
-        _draw_scales(scale, seen, [step["groups"]["all"] for step in run["steps"]], line)
-        logged = run["logged"]
-        seen = [window["last_step"] * run["batch_size"] for window in logged]
-        norms.plot(seen, [window["mean"] for window in logged], **line)
-        variation.plot(seen, [window["variation"] for window in logged], **line)
-        groups = run["steps"][-1]["groups"]
-        places = [place + 0.16 * (index - (len(runs) - 1) / 2) for place, name in enumerate(GROUPS) if name in groups]
-        measured = [groups[name] for name in GROUPS if name in groups]
-        _draw_scales(by_group, places, measured, {**line, "linestyle": "none"})
-    for place, title in (
-        (scale, "noise scale tr Σ / |G|², images (↑: at least)"),
-        (norms, "gradient norm of a batch, as logged"),
-        (variation, "its deviation over its mean"),
-    ):
-        place.set_title(title)
-        over_training(place)
-    norms.set_ylim(bottom=0)
-    variation.set_ylim(bottom=0)
-    by_group.set_title("noise scale by group, last step")
-    by_group.set_xticks(range(len(GROUPS)), GROUPS)
-    by_group.grid(alpha=0.25, linewidth=0.6, axis="y")
-    handles, labels = norms.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    save(figure, path)
+        scales += _draw_scales(seen, [step["groups"]["all"] for step in run["steps"]], index)
+        logged = [window["last_step"] * run["batch_size"] for window in run["logged"]]
+        norms.append(Series(logged, [window["mean"] for window in run["logged"]], run["run"], index))
+        variations.append(Series(logged, [window["variation"] for window in run["logged"]], "", index))
+        groups, offset = run["steps"][-1]["groups"], 0.16 * (index - (len(runs) - 1) / 2)
+        places = {name: place + offset for place, name in enumerate(GROUPS) if name in groups}
+        by_group += _draw_scales([*places.values()], [groups[name] for name in places], index, lines=False)
+    last = max(step["images_seen"] for run in runs for step in run["steps"])
+    names = Axis(low=-0.5, high=len(GROUPS) - 0.5, ticks=dict(enumerate(GROUPS)), grid=False)
+    seen_axis = replace(images_axis(), high=1.05 * last)
+    rows = [
+        [
+            Panel(scales, "noise scale tr Σ / |G|², images (↑: at least)", seen_axis, _scale_axis(scales)),
+            Panel(by_group, "noise scale by group, last step", names, _scale_axis(by_group)),
+        ],
+        [
+            Panel(norms, "gradient norm of a batch, as logged", images_axis(), Axis(low=0)),
+            Panel(variations, "its deviation over its mean", images_axis(), Axis(low=0)),
+        ],
+    ]
+    return Figure(rows, (10.4, 7.6), "below")
 
 
-def _draw_scales(axes: Axes, places: Sequence[float], noises: Sequence[dict[str, Any]], line: dict[str, Any]) -> None:
-    """Noise scales with their ranges; where the range has no upper end, a caret at its lower one."""
-    known = [(place, noise) for place, noise in zip(places, noises, strict=True) if noise["noise_scale_high"]]
-    axes.plot([place for place, _ in known], [noise["noise_scale"] for _, noise in known], **line)
-    for place, noise in known:
-        axes.vlines(place, noise["noise_scale_low"], noise["noise_scale_high"], color=line["color"], linewidth=1)
-    at_least = [(place, noise["noise_scale_low"]) for place, noise in zip(places, noises, strict=True)]
-    at_least = [pair for pair, noise in zip(at_least, noises, strict=True) if not noise["noise_scale_high"] and pair[1]]
-    if known or at_least:
-        axes.set_yscale("log")
-    if at_least:
-        axes.plot(*zip(*at_least, strict=True), color=line["color"], marker="$\u2191$", markersize=9, linestyle="none")
+def _draw_scales(places: Sequence[float], noises: Sequence[Record], style: int, lines: bool = True) -> list[Item]:
+    """Noise scales with their ranges; where the range has no upper end, an arrow at its lower one."""
+    pairs = list(zip(places, noises, strict=True))
+    known = [(place, noise) for place, noise in pairs if noise["noise_scale_high"]]
+    scale, low, high = ([noise[f"noise_scale{end}"] for _, noise in known] for end in ("", "_low", "_high"))
+    series = Series([place for place, _ in known], scale, "", style, low=low, high=high, bars=True, lines=lines)
+    color = COLORS[style % len(COLORS)]
+    arrows = [
+        Text(place, noise["noise_scale_low"], "↑", color)
+        for place, noise in pairs
+        if noise["noise_scale_low"] and not noise["noise_scale_high"]
+    ]
+    return [series, *arrows]
+
+
+def _scale_axis(items: Sequence[Item]) -> Axis:
+    values = [item.y for item in items if isinstance(item, Text)]
+    values += [
+        end for item in items if isinstance(item, Series) for end in (*(item.low or ()), *(item.high or ())) if end
+    ]
+    return Axis("", "log", low=min(values) / 1.2, high=max(values) * 1.2) if values else Axis()
+
+
+ANALYSIS = Analysis(_measure, draw, describe, _about, choose_steps=TrainedRun.choose_steps, needs_unit=False)

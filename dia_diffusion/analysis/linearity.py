@@ -10,19 +10,18 @@ layers of the MLP are one linear map.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
-from dia_diffusion.analysis.ablations import compared, draw_rise, losses
-from dia_diffusion.analysis.drawing import over_training, percent, save, style
-from dia_diffusion.analysis.run import DEFAULT_COVERAGE, Coverage, TrainedRun
+from dia_diffusion.analysis.ablations import compared, losses, rise, rise_axis
+from dia_diffusion.analysis.ablations import describe as describe_losses
+from dia_diffusion.analysis.analysis import Analysis, Record
+from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.errors import InputError
+from dia_diffusion.figures import Axis, Figure, Panel, Series, block_axis, images_axis
 from dia_diffusion.models.uvit import Mlp, UViT
 
 Activation = Callable[[int, Tensor, Tensor], Tensor | None]
@@ -32,7 +31,7 @@ Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 def at_activations(model: UViT, called: Activation) -> Iterator[None]:
     """While it lasts, each block's GELU is followed by called(block, x, y), with its input and output (B, L, H).
 
-    What that returns goes on to the MLP's second layer; None leaves it y.
+    If it returns a tensor, the MLP's second layer gets that instead of y.
     """
     hooks = [hook for index, block in enumerate(uvit_blocks(model)) for hook in _hooks(block.mlp, index, called)]
     try:
@@ -94,60 +93,62 @@ def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
     return lambda block, x, y: intercepts[block].to(x) + slopes[block].to(x) * x
 
 
-def linearity_of_run(
-    run: TrainedRun, steps: Sequence[int] | None = None, coverage: Coverage = DEFAULT_COVERAGE
-) -> dict[str, Any]:
-    """A run's record: how linear each step's averaged weights make the MLPs, and the loss with lines in all of them.
-
-    The lines are fitted on the covered images, the losses are those of as many others, at the same times.
-
-    Raises:
-        InputError: the run has too few images, no weights of a step, or a network that is no UViT.
-    """
-    draws = run.draw_others(coverage.seed, coverage.num_images)
-    measured = []
-    for step in run.choose_steps(steps):
-        model = run.model(step)
-        if not isinstance(model, UViT):
-            raise InputError(f"{run.folder.path} holds a {type(model).__name__}; accepted for linearity: a UViT")
-        fit = LineFit(model)
-        with at_activations(model, fit.add):
-            losses(run, model, run.draw(coverage.seed, 0, coverage.num_images), coverage)
-        own = losses(run, model, draws, coverage)
-        with at_activations(model, lines_instead(*fit.lines())):
-            lines = losses(run, model, draws, coverage)
-        comparison = {"losses": compared(own, {"lines for GELU": lines})}
-        measured.append(run.measured(step) | fit.summary() | comparison)
-    return {**run.described(), "steps": measured}
+def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
+    """The lines are fitted on the drawn images, the losses are those of as many others, at the same times."""
+    if not isinstance(model, UViT):
+        raise InputError(f"the network of {run.folder.path} must be a UViT, got a {type(model).__name__}")
+    fit = LineFit(model)
+    with at_activations(model, fit.add):
+        losses(run, model, run.draw(coverage.seed, 0, coverage.num_images), coverage)
+    draws = run.draw(coverage.seed, 1, coverage.num_images)
+    own = losses(run, model, draws, coverage)
+    with at_activations(model, lines_instead(*fit.lines())):
+        lines = losses(run, model, draws, coverage)
+    return {**fit.summary(), "losses": compared(own, {"lines for GELU": lines})}
 
 
-def draw_linearity(runs: Sequence[dict[str, Any]], path: str | Path) -> None:
+def describe(record: Record) -> Iterator[str]:
+    """The loss with lines, what they explain of each block's GELU, and the deviation of its input at the last step."""
+    yield from describe_losses(record)
+    last = record["steps"][-1]
+    by_block = " ".join(f"{share:.1%}" for share in last["explained_by_block"])
+    deviations = " ".join(f"{deviation:.3f}" for deviation in last["input_deviation_by_block"])
+    yield f"  by block: lines explain {by_block} of GELU's variance; deviation of its input {deviations}"
+
+
+# ---- figure
+
+
+def draw(runs: Sequence[Record]) -> Figure:
     """What a line explains of GELU, by block at the end and over training; its input; the loss with lines."""
-    figure = Figure(figsize=(10.4, 7.6), layout="constrained")
-    (by_block, deviation), (explained, rise) = figure.subplots(2, 2)
+    by_block, deviations, explained, rises = [], [], [], []
     for index, run in enumerate(runs):
-        line = {**style(index), "label": run["run"]}
-        last = run["steps"][-1]
-        blocks = range(1, len(last["explained_by_block"]) + 1)
-        by_block.plot(blocks, last["explained_by_block"], **line)
-        deviation.plot(blocks, last["input_deviation_by_block"], **line)
-        seen = [step["images_seen"] for step in run["steps"]]
-        explained.plot(seen, [step["explained"] for step in run["steps"]], **line)
-        draw_rise(rise, run["steps"], "lines for GELU", line)
-    by_block.set_title("share of GELU's variance that lines explain, last step")
-    deviation.set_title("deviation of GELU's input, last step")
-    explained.set_title("the share in all blocks together")
-    rise.set_title("loss with lines for GELU: % higher (bars: 2 s.e.)")
-    for place in (by_block, deviation):
-        place.set_xlabel("block")
-        place.xaxis.set_major_locator(MaxNLocator(integer=True))
-        place.grid(alpha=0.25, linewidth=0.6)
-    for place in (explained, rise):
-        over_training(place)
-    for place in (by_block, explained):
-        place.set_ylim(0, 1.02)
-    deviation.set_ylim(bottom=0)
-    percent(rise)
-    handles, labels = by_block.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
-    save(figure, path)
+        last, seen = run["steps"][-1], [step["images_seen"] for step in run["steps"]]
+        blocks = range(len(last["explained_by_block"]))
+        by_block.append(Series(blocks, last["explained_by_block"], run["run"], index))
+        deviations.append(Series(blocks, last["input_deviation_by_block"], "", index))
+        explained.append(Series(seen, [step["explained"] for step in run["steps"]], "", index))
+        rises.append(rise(run["steps"], "lines for GELU", index))
+    block, share = block_axis([str(index + 1) for index in blocks]), Axis(low=0, high=1.02)
+    rows = [
+        [
+            Panel(by_block, "share of GELU's variance that lines explain, last step", block, share),
+            Panel(deviations, "deviation of GELU's input, last step", block, Axis(low=0)),
+        ],
+        [
+            Panel(explained, "the share in all blocks together", images_axis(), share),
+            Panel(rises, "loss with lines for GELU: % higher (bars: 2 s.e.)", images_axis(), rise_axis("", rises)),
+        ],
+    ]
+    return Figure(rows, (10.4, 7.6), "below")
+
+
+ANALYSIS = Analysis(
+    _measure,
+    draw,
+    describe,
+    choose_steps=TrainedRun.choose_steps,
+    needs_unit=False,
+    passes=3,  # the fit, GELU itself, lines
+    held_out=True,
+)

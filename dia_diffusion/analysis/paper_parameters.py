@@ -4,9 +4,17 @@ The paper seldom says a module's reduction ratio or whether its linear maps have
 printed number; where the paper says it (r of DIA-LSTM in Tables XII, XIII and XVI), that is used.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+
+import torch
+from torch import nn
+
+from dia_diffusion.analysis.parameters import CLASSES
+from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class Cell:
     table: str
     """Its number in the paper."""
     backbone: str
-    """What dia_diffusion.analysis.parameters.paper_backbone makes of its name."""
+    """What `paper_backbone` makes of its name."""
     model: str
     """The row's own name."""
     printed: float
@@ -121,3 +129,31 @@ PAPER_TABLES: dict[str, tuple[Cell, ...]] = {
     "XVI": TABLE_XVI,
 }
 """Those that count parameters."""
+
+
+@cache
+def paper_backbone(name: str) -> nn.Module:
+    """A backbone of the paper's tables for CIFAR-100 by the name that paper_parameters gives it, without unit."""
+    with torch.device("meta"):
+        if name.startswith("WRN52-4"):
+            return cifar_wrn(52, 4, CLASSES, Layers("batch", True, branch_norm=name.endswith("with branch norm")))
+        plain = Layers("batch", True, branch_norm=False)
+        if name == "ResNeXt101,8x32":
+            return cifar_resnext(101, 8, 32, CLASSES, plain)
+        match = re.fullmatch(r"ResNet(\d+)( without BatchNorms)?", name)
+        assert match is not None
+        model = cifar_resnet(int(match[1]), CLASSES, plain)
+        return without_batch_norms(model) if match[2] else model
+
+
+def without_batch_norms(model: nn.Module) -> nn.Module:
+    """The model without BatchNorms but those of the shortcuts, and without biases in their place.
+
+    That is the network whose counts Table XVI prints; leaving out the shortcuts' too gives 0.001 M less.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Sequential) and not name.endswith("shortcut"):
+            for index in reversed(range(len(module))):
+                if isinstance(module[index], nn.BatchNorm2d):
+                    del module[index]
+    return model

@@ -5,30 +5,20 @@ Everything is counted of modules on torch's meta device, which take no memory.
 
 import re
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from dia_diffusion.analysis.stages import Stage
 from dia_diffusion.attention import UNITS, build_attention
-from dia_diffusion.attention.insertion_points import group_by_channels, insertion_points
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet, cifar_resnext, cifar_wrn
 from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import ACCEPTED, PATTERNS, RESNETS, VITS, build_classifier
 from dia_diffusion.models.uvit import UVIT_SIZES, UViT
 from dia_diffusion.training.config import ClassifyExperiment, Experiment, ModelConfig
 from dia_diffusion.training.diffusion import build_model
 from dia_diffusion.training.recipe import read_experiment
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of blocks with one channel count, which share a unit."""
-
-    channels: int
-    blocks: int
 
 
 @dataclass(frozen=True)
@@ -51,17 +41,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def stages_of(model: nn.Module) -> list[Stage]:
-    """The stages of a UViT, which is one, or of any model that attach() knows.
-
-    Raises:
-        InputError: a model without known blocks.
-    """
-    if isinstance(model, UViT):
-        return [Stage(model.hidden_size, model.config.num_layers)]
-    return [Stage(run[0].channels or 0, len(run)) for run in group_by_channels(insertion_points(model))]
-
-
 def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
     """The parameters of the units of that name, one a stage.
 
@@ -71,7 +50,7 @@ def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
     total = 0
     with torch.device("meta"):
         for stage in stages:
-            built = build_attention(unit, stage.channels, num_blocks=stage.blocks, **options)
+            built = build_attention(unit, stage.channels, num_blocks=len(stage.blocks), **options)
             total += 0 if built is None else count_parameters(built)
     return total
 
@@ -83,7 +62,7 @@ def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
         InputError: no such unit, options that it refuses, or a sharing among them.
     """
     if "sharing" in options:
-        raise InputError("sharing is among the unit's arguments; both are counted, leave it out")
+        raise InputError("the unit's arguments must be without `sharing`, since both are counted")
     individual = None
     if unit in UNITS and UNITS[unit].can_be_individual:
         individual = unit_parameters(stages, unit, **{**options, "sharing": "individual"})
@@ -130,38 +109,10 @@ def recipe_named(name: str) -> Experiment | ClassifyExperiment:
             return read_experiment(name, kind=ClassifyExperiment)
         except InputError:
             sizes = ", ".join(f"{size}/PATCH" for size in UVIT_SIZES)
-            raise InputError(f"no model {name!r}; accepted: {sizes}, {ACCEPTED}, or a recipe ({error})") from None
+            raise InputError(f"a model must be {sizes}, {ACCEPTED}, or a recipe, got {name!r} ({error})") from None
 
 
 def without_unit(config: Config) -> Config:
     """A recipe's model with no attention unit."""
     unit: dict[str, Any] = {key: None for key in config.model_dump() if key.startswith("attention_")}
     return config.model_copy(update={"attention": "none", **unit})
-
-
-@cache
-def paper_backbone(name: str) -> nn.Module:
-    """A backbone of the paper's tables for CIFAR-100 by the name that paper_parameters gives it, without unit."""
-    with torch.device("meta"):
-        if name.startswith("WRN52-4"):
-            return cifar_wrn(52, 4, CLASSES, Layers("batch", True, branch_norm=name.endswith("with branch norm")))
-        plain = Layers("batch", True, branch_norm=False)
-        if name == "ResNeXt101,8x32":
-            return cifar_resnext(101, 8, 32, CLASSES, plain)
-        match = re.fullmatch(r"ResNet(\d+)( without BatchNorms)?", name)
-        assert match is not None
-        model = cifar_resnet(int(match[1]), CLASSES, plain)
-        return without_batch_norms(model) if match[2] else model
-
-
-def without_batch_norms(model: nn.Module) -> nn.Module:
-    """The model without BatchNorms but those of the shortcuts, and without biases in their place.
-
-    That is the network whose counts Table XVI prints; leaving out the shortcuts' too gives 0.001 M less.
-    """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Sequential) and not name.endswith("shortcut"):
-            for index in reversed(range(len(module))):
-                if isinstance(module[index], nn.BatchNorm2d):
-                    del module[index]
-    return model

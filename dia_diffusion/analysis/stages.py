@@ -3,8 +3,8 @@
 A stage is a run of blocks with one channel count, which share a unit (arXiv 2210.16101, eq. 2). A UViT is one stage.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,17 +23,17 @@ from dia_diffusion.models.uvit import Block, UViT
 class Stage:
     """Blocks with one channel count."""
 
-    name: str
-    """Of a network with several stages; "" where it is one."""
     channels: int
     """N, of the attention map."""
     blocks: tuple[str, ...]
     """The blocks' names, in order of execution."""
-    outputs: tuple[nn.Module, ...]
+    name: str = ""
+    """Of a network with several stages; "" where it is one."""
+    outputs: tuple[nn.Module, ...] = ()
     """The module of each block whose output (or its first item) goes on to the next block."""
-    unit: nn.Module | None
+    unit: nn.Module | None = None
     """What recalibrates the features of the blocks."""
-    attended: tuple[int, ...]
+    attended: tuple[int, ...] = ()
     """The indices of the blocks that carry the unit."""
 
     @property
@@ -43,22 +43,33 @@ class Stage:
 
 
 def stages_of(model: nn.Module) -> list[Stage]:
-    """The network's stages in the order in which it runs them; none of a network that attach() doesn't know."""
+    """The network's stages in the order in which it runs them.
+
+    Raises:
+        InputError: its blocks aren't known: it is no UViT, and attach() doesn't know it either.
+    """
     if isinstance(model, UViT):
-        return [_uvit_stage(model)]
+        names = [*(f"in {i + 1}" for i in range(len(model.in_blocks))), "mid"]
+        names += [f"out {i + 1}" for i in range(len(model.out_blocks))]
+        blocks = tuple(uvit_blocks(model))
+        return [Stage(model.hidden_size, tuple(names), "", blocks, model.unit, tuple(model.attention_blocks))]
     attachment = attachment_in(model)
-    if attachment is None:
-        return [_stage(model, number, run) for number, run in _numbered(_known_runs(model))]
-    units = [(stage.positions, stage.unit) for stage in attachment.stages]
-    runs = _known_runs(attachment.model)
-    carried = [[(p, unit) for p, unit in units if {q.module for q in p} & {q.module for q in run}] for run in runs]
+    network = model if attachment is None else attachment.model
+    units = [] if attachment is None else [(stage.unit, stage.positions) for stage in attachment.stages]
+    try:
+        runs = group_by_channels(insertion_points(network))
+    except InputError:
+        if attachment is None:
+            kind = type(model).__name__
+            raise InputError(f"the network must be one whose blocks attach() knows, got a {kind}") from None
+        runs = []
+    carried = [[unit for unit in units if {p.module for p in unit[1]} & {p.module for p in run}] for run in runs]
     # Units that were put elsewhere than where attach() puts them make stages of their own.
     if sum(map(len, carried)) != len(units) or any(len(each) > 1 for each in carried):
-        runs, carried = [positions for positions, _ in units], [[each] for each in units]
-    return [
-        _stage(attachment.model, number, run, *(carried[index][0] if carried[index] else ((), None)))
-        for index, (number, run) in enumerate(_numbered(runs))
-    ]
+        return _stages(network, [(positions, unit, positions) for unit, positions in units])
+    return _stages(
+        network, [(run, *(each[0] if each else (None, ()))) for run, each in zip(runs, carried, strict=True)]
+    )
 
 
 def attended_stages(model: nn.Module) -> list[Stage]:
@@ -78,44 +89,25 @@ def uvit_blocks(model: UViT) -> list[Block]:
     return cast(list[Block], [*model.in_blocks, model.mid_block, *model.out_blocks])
 
 
-def _uvit_stage(model: UViT) -> Stage:
-    blocks = uvit_blocks(model)
-    half = len(model.in_blocks)
-    names = [f"in {i + 1}" for i in range(half)] + ["mid"] + [f"out {i + 1}" for i in range(len(model.out_blocks))]
-    return Stage("", model.hidden_size, tuple(names), tuple(blocks), model.unit, tuple(model.attention_blocks))
-
-
-def _known_runs(model: nn.Module) -> list[tuple[Position, ...]]:
-    """The runs of positions with one channel count that attach() finds by itself; none in a network of another kind."""
-    try:
-        return group_by_channels(insertion_points(model))
-    except InputError:
-        return []
-
-
-def _numbered(runs: Sequence[tuple[Position, ...]]) -> list[tuple[int | None, tuple[Position, ...]]]:
-    """The runs with their numbers from 1; a single one has none."""
-    return [(None if len(runs) == 1 else index + 1, run) for index, run in enumerate(runs)]
-
-
-def _stage(
-    model: nn.Module,
-    number: int | None,
-    positions: tuple[Position, ...],
-    attended: tuple[Position, ...] = (),
-    unit: nn.Module | None = None,
-) -> Stage:
-    """ "stage 1" with its blocks "1.1", "1.2", ...; without a number "" and "1", "2", ..."""
-    prefix, name = ("", "") if number is None else (f"{number}.", f"stage {number}")
-    names = [position.module for position in positions]
-    return Stage(
-        name,
-        positions[0].channels or 0,
-        tuple(f"{prefix}{index + 1}" for index in range(len(positions))),
-        tuple(_block_around(model, module) for module in names),
-        unit,
-        tuple(names.index(position.module) for position in attended),
-    )
+def _stages(
+    model: nn.Module, rows: Sequence[tuple[tuple[Position, ...], nn.Module | None, tuple[Position, ...]]]
+) -> list[Stage]:
+    """From (positions, unit, those that carry it): "stage 1" has the blocks "1.1", "1.2", ...; a single one "1", ..."""
+    stages = []
+    for number, (positions, unit, carrying) in enumerate(rows, start=1):
+        prefix, name = (f"{number}.", f"stage {number}") if len(rows) > 1 else ("", "")
+        modules = [position.module for position in positions]
+        stages.append(
+            Stage(
+                positions[0].channels or 0,
+                tuple(f"{prefix}{index + 1}" for index in range(len(modules))),
+                name,
+                tuple(_block_around(model, module) for module in modules),
+                unit,
+                tuple(modules.index(position.module) for position in carrying),
+            )
+        )
+    return stages
 
 
 def _block_around(model: nn.Module, name: str) -> nn.Module:
@@ -132,18 +124,20 @@ def _block_around(model: nn.Module, name: str) -> nn.Module:
     return modules[name]
 
 
-@contextmanager
-def captured_maps(stages: Sequence[Stage]) -> Iterator[list[list[Tensor]]]:
-    """Collects, for each stage, the maps (B, N), float32, that its unit multiplies features with, one a call.
+@torch.no_grad()
+def maps_during(stages: Sequence[Stage], run: Callable[[], Any]) -> list[Tensor]:
+    """h (L, B, N), float32, of each stage's L blocks with a unit, while `run` runs the network once.
 
-    A spatial unit's map, which has a value at every position, is averaged over positions.
+    It is what the unit multiplies features with; a spatial unit's, which has a value at every position, is averaged
+    over positions.
     """
-    found: list[list[Tensor]] = [[] for _ in stages]
+    collected: list[list[Tensor]] = [[] for _ in stages]
     with ExitStack() as hooks:
-        for stage, maps in zip(stages, found, strict=True):
+        for stage, maps in zip(stages, collected, strict=True):
             assert stage.unit is not None
             hooks.callback(stage.unit.register_forward_hook(partial(_keep_map, maps)).remove)
-        yield found
+        run()
+    return [torch.stack(maps) for maps in collected]
 
 
 def _keep_map(maps: list[Tensor], unit: Any, given: tuple[Any, ...], returned: tuple[Tensor, Any]) -> None:
@@ -152,11 +146,3 @@ def _keep_map(maps: list[Tensor], unit: Any, given: tuple[Any, ...], returned: t
     if h.dim() == 4:
         h = h.mean((2, 3))
     maps.append(h.expand(len(features), features.shape[1 if is_map(features) else 2]))
-
-
-@torch.no_grad()
-def maps_during(stages: Sequence[Stage], run: Callable[[], Any]) -> list[Tensor]:
-    """h (L, B, N), float32, of each of these stages' L attended blocks while `run` runs the network once."""
-    with captured_maps(stages) as found:
-        run()
-    return [torch.stack(maps) for maps in found]

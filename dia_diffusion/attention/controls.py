@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dia_diffusion.attention.layers import bottleneck_width, finite, recalibrate
-from dia_diffusion.errors import InputError
+from dia_diffusion.attention.layers import bottleneck_width, check_calls, finite, recalibrate
 
 
 class FixedScale(nn.Module):
@@ -68,8 +67,7 @@ class BlockScale(nn.Module):
     ) -> tuple[Tensor, int]:
         """As DIALSTM's; the state is the number of calls so far."""
         state = (state or 0) + 1
-        if state > len(self.scale):
-            raise InputError(f"calls of the unit per forward pass must be {len(self.scale)} at most, got call {state}")
+        check_calls(state, len(self.scale))
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: int) -> Tensor:
@@ -112,10 +110,7 @@ class BlockTimeScale(nn.Module):
     ) -> tuple[Tensor, TimeState]:
         """As DIALSTM's, but the first state is that of `first_state`."""
         calls, embedding = state
-        if calls == len(self.bias):
-            raise InputError(
-                f"calls of the unit per forward pass must be {len(self.bias)} at most, got call {calls + 1}"
-            )
+        check_calls(calls + 1, len(self.bias))
         state = calls + 1, embedding
         return recalibrate(features, self.attention_map(state)), state
 

@@ -43,7 +43,6 @@ class BottleneckGates(nn.Module):
         self.expand_hidden = CastLinear(width, 4 * channels)
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
         return [*self.expand_input.parameters(), *self.expand_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
@@ -77,7 +76,6 @@ class LightGates(nn.Module):
             nn.init.uniform_(bias, -bound, bound)
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
         return [self.input_weight, self.input_bias, self.hidden_weight, self.hidden_bias]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def insertion_points(model: nn.Module, at: InsertionPoints | None = None) -> lis
             raise InputError(
                 f"`at` must choose one of the {len(modules) - 1} modules of {type(model).__name__}, got none"
             )
-    elif isinstance(at, str):
+    elif isinstance(at, str) or not isinstance(at, Sequence):
         raise InputError(f"`at` must be a list of module names, or a function of (name, module), got {at!r}")
     else:
         positions = [Position(point) if isinstance(point, str) else point for point in at]

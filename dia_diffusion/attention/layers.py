@@ -23,6 +23,12 @@ def bottleneck_width(channels: int, reduction: int) -> int:
     return channels // reduction
 
 
+def check_calls(call: int, num_blocks: int) -> None:
+    """Raises InputError for more calls in a forward pass than a unit has blocks."""
+    if call > num_blocks:
+        raise InputError(f"calls of the unit per forward pass must be {num_blocks} at most, got call {call}")
+
+
 class CastLinear(nn.Linear):
     """nn.Linear with its weights cast to the dtype of its input (..., N)."""
 
@@ -122,8 +128,7 @@ def channels_first(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
 def grid(features: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Maps as they are, or patch tokens as (B, N, H, W) with H = W, without the prefix tokens.
 
-    Raises:
-        InputError: the number of patch tokens is no square.
+    Raises InputError: the number of patch tokens is no square.
     """
     if is_map(features):
         return features.to(statistics_dtype(features))

@@ -43,9 +43,9 @@ class SelfAttentionModule(nn.Module, ABC):
 class OneMapModule(SelfAttentionModule):
     """A module with one map: extraction, then processing."""
 
-    @abstractmethod
     def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
-        """Statistics of tokens (B, L, N) or maps (B, N, H, W), in float32 or float64."""
+        """Statistics of tokens (B, L, N) or maps (B, N, H, W), in float32 or float64: their mean, unless overridden."""
+        return mean_pool(features, num_unpooled_tokens)
 
     @abstractmethod
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
@@ -82,9 +82,6 @@ class SqueezeExcitation(OneMapModule):
         if zero_init:
             for parameter in self.expand.parameters():
                 nn.init.zeros_(parameter)
-
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
-        return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         return self.expand(self.reduce(extracted).relu()).sigmoid() * self.scale
@@ -123,9 +120,6 @@ class EfficientChannelAttention(OneMapModule):
         if size < 1 or size % 2 == 0:
             raise InputError(f"`kernel_size` must be odd, or null for the paper's, got {kernel_size}")
         self.conv = ChannelConvolution(size)
-
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
-        return mean_pool(features, num_unpooled_tokens)
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         return self.conv(extracted).sigmoid()
@@ -181,9 +175,6 @@ class StyleRecalibration(OneMapModule):
         z_n = w_n . (mean_n, deviation_n),  map = sigmoid(BatchNorm(z))
 
     The channel-wise weights start at 0, as in the published code, and so the map at 1/2.
-
-    Args:
-        channels: N.
     """
 
     def __init__(self, channels: int):
@@ -259,9 +250,6 @@ class SwitchableAttention(OneMapModule):
         self.weight = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.full((channels,), -1.0))
 
-    def extract(self, features: Tensor, num_unpooled_tokens: int, num_prefix_tokens: int) -> Tensor:
-        return mean_pool(features, num_unpooled_tokens)
-
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         decisions = self.decide(extracted).sigmoid()  # (B, 3)
         fully_connected = self.expand(self.reduce(extracted).relu())
@@ -278,9 +266,6 @@ class MixPoolingAttention(OneMapModule):
 
     4 N + 2 parameters, starting as in the published code: w at 0, b at -1, l at 1/2. The paper's penalty on l in the
     loss is left out: the mixture doesn't depend on l's length.
-
-    Args:
-        channels: N.
     """
 
     def __init__(self, channels: int):

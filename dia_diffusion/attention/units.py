@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dia_diffusion.attention.controls import BlockScale, BlockTimeScale, FixedScale
 from dia_diffusion.attention.dia_lstm import DIALSTM
-from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm, recalibrate
+from dia_diffusion.attention.layers import CastBatchNorm2d, batch_norm, check_calls, recalibrate
 from dia_diffusion.attention.sams import (
     ConvolutionalBlockAttention,
     EfficientChannelAttention,
@@ -106,10 +106,8 @@ class SelfAttentionUnit(nn.Module):
             InputError: more calls than num_blocks, or patches that form no square grid where the module needs one.
         """
         calls = 0 if state is None else state[0]
-        if self.num_blocks is not None and calls >= self.num_blocks:
-            raise InputError(
-                f"calls of the unit per forward pass must be {self.num_blocks} at most, got call {calls + 1}"
-            )
+        if self.num_blocks is not None:
+            check_calls(calls + 1, self.num_blocks)
         sam = self.sams[calls if len(self.sams) > 1 else 0]
         norm = None
         if len(self.norms) > 0:

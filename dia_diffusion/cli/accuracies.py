@@ -1,13 +1,12 @@
-"""`dia-diffusion accuracies`: trained classifiers side by side, with tests against a baseline and a figure."""
+"""`dia-diffusion accuracies`: compares trained classifiers, with tests against a baseline and a figure."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.table import Table
-
 from dia_diffusion.cli.console import console
 from dia_diffusion.cli.options import Metavar, Positional
 from dia_diffusion.io import refuse_existing, write_json, write_text
+from dia_diffusion.tables import Table
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
@@ -41,24 +40,18 @@ class Options(Strict):
 def run(options: Options) -> None:
     """Prints the table, and writes it with its figure."""
     from dia_diffusion.sweeps.accuracies import compare, read_result
-    from dia_diffusion.sweeps.accuracy_figure import draw_accuracies
+    from dia_diffusion.sweeps.figures import draw_accuracies
 
     if options.out is not None:
         refuse_existing(options.out)
     rows = compare([read_result(run) for run in options.runs], options.baseline)
-    cells = [COLUMNS, *map(_cells, rows)]
-    filled = [column for column in range(len(COLUMNS)) if any(line[column] for line in cells[1:])]
-    heads, *lines = [[line[column] for column in filled] for line in cells]
-    table = Table(*heads)
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    table = Table(COLUMNS, [_cells(row) for row in rows], left=("setting", "unit")).without_empty_columns()
+    console.print(table.to_rich())
     if options.out is None:
         return
     options.out.mkdir(parents=True)
     write_json(options.out / "accuracies.json", {"baseline": options.baseline, "rows": [row.to_dict() for row in rows]})
-    written = [heads, ["---"] * len(heads), *lines]
-    write_text(options.out / "accuracies.md", "".join(f"| {' | '.join(line)} |\n" for line in written))
+    write_text(options.out / "accuracies.md", table.to_markdown())
     draw_accuracies(rows, options.out / "accuracies.png")
     console.print(f"{options.out}: accuracies.md, accuracies.json, accuracies.png")
 

@@ -1,14 +1,23 @@
-"""`dia-diffusion analyze`: what the attention unit of trained runs does, as figures and the numbers they show."""
+"""`dia-diffusion analyze`: what the attention unit of trained runs does, as figures and the numbers they show.
+
+PARTS is the table of analyses: the options of each, and the module that has its function, record and figure.
+"""
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Metavar, Positional
+from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
+
+if TYPE_CHECKING:
+    from dia_diffusion.analysis.run import Coverage, GradientBatches
 
 DESCRIPTION = "Measures what the attention unit of trained runs does."
 
@@ -27,10 +36,20 @@ class RunOptions(Strict):
 
 
 class ImageOptions(RunOptions):
+    unit: ClassVar = "images"
+    weights: ClassVar = "ema"
+
     images: int = Field(64, ge=2)
     """Images of the training data to average over."""
     times: int = Field(16, ge=2)
     """Times, distributed as in training; a classifier has none."""
+
+    def over(self, progress: Callable[[int], None]) -> "Coverage":
+        """What the analysis goes over."""
+        from dia_diffusion.analysis.run import Coverage
+
+        samples = self.samples if isinstance(self, ImportanceOptions) else 0
+        return Coverage(self.images, self.times, self.seed, progress=progress, num_samples=samples)
 
 
 class MapsOptions(ImageOptions):
@@ -59,12 +78,20 @@ class LinearityOptions(ImageOptions):
 class GradientsOptions(RunOptions):
     """Measures the size of the loss's gradient at the outputs of blocks (Fig. 13)."""
 
+    unit: ClassVar = "batches"
+
     batches: int = Field(16, ge=2)
     """Batches whose gradients are computed."""
     batch_size: int | None = Field(None, ge=1)
     """Images per batch; the run's own if not given."""
     weights: Literal["ema", "raw"] = "ema"
     """Averaged, or the raw ones of checkpoints."""
+
+    def over(self, progress: Callable[[int], None]) -> "GradientBatches":
+        """What the analysis goes over."""
+        from dia_diffusion.analysis.run import GradientBatches
+
+        return GradientBatches(self.batches, self.batch_size, self.seed, progress)
 
 
 class GradientNoiseOptions(GradientsOptions):
@@ -119,6 +146,49 @@ class PlacementOptions(TrialOptions):
     """Also measure distances, by this protocol, such as fd-digits."""
 
 
+def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) -> None:
+    """Measures the runs, writes NAME.json and NAME.png, and prints the numbers of the last step."""
+    import torch
+
+    from dia_diffusion.analysis.analysis import Analysis
+    from dia_diffusion.analysis.run import open_runs
+    from dia_diffusion.figures import save_figure
+    from dia_diffusion.io import write_json
+    from dia_diffusion.training.randomness import RANDOMNESS
+
+    refuse_file(options.out)
+    analysis: Analysis = importlib.import_module(f"dia_diffusion.analysis.{module}").ANALYSIS
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    done = total = 0
+    with ConsoleProgress() as progress:
+        runs = open_runs(options.runs, options.data, device, progress.reading("images"))
+
+        def count(amount: int) -> None:
+            nonlocal done
+            done += amount
+            progress.update(f"measuring {name}", options.unit, done, total)
+
+        over = options.over(count)
+        for run in runs:  # all are checked before the first is measured
+            total += len(analysis.check(run, options.steps, over, options.weights)) * analysis.passes * over.work(run)
+        records = [analysis.of_run(run, options.steps, over, options.weights) for run in runs]
+    own = options.model_dump(exclude={*RunOptions.model_fields, "batch_size"})
+    protocol = {**own, "weights": options.weights, "seed": options.seed, "randomness": RANDOMNESS}
+    numbers, figure = options.out / f"{name}.json", options.out / f"{name}.png"
+    write_json(numbers, {"analysis": name, "protocol": protocol, "runs": records})  # first: it survives a bad figure
+    save_figure(analysis.draw(records), figure, dpi=140)
+    console.print(f"{figure}, numbers in {numbers}")
+    for record in records:
+        for line in analysis.describe(record):
+            console.print(line)
+
+
+def refuse_file(out: Path) -> None:
+    """Raises InputError for an --out that can't be a folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"`--out` must be a folder, got {out}")
+
+
 def _in(module: str, name: str) -> Callable[[Any], None]:
     """The function of that name, whose module is imported when it is called, since it imports torch."""
 
@@ -128,14 +198,14 @@ def _in(module: str, name: str) -> Callable[[Any], None]:
     return run
 
 
-PARTS = {
-    "maps": (MapsOptions, _in("analyses", "maps")),
-    "correlation": (CorrelationOptions, _in("analyses", "correlation")),
-    "importance": (ImportanceOptions, _in("analyses", "importance")),
-    "gradients": (GradientsOptions, _in("analyses", "gradients")),
-    "ablations": (AblationsOptions, _in("analyses", "ablations")),
-    "linearity": (LinearityOptions, _in("analyses", "linearity")),
-    "gradient-noise": (GradientNoiseOptions, _in("analyses", "gradient_noise")),
+PARTS: dict[str, tuple[type[Strict], Callable[[Any], None]]] = {
+    "maps": (MapsOptions, partial(analyze, "maps", "attention_maps")),
+    "correlation": (CorrelationOptions, partial(analyze, "correlation", "correlation")),
+    "importance": (ImportanceOptions, partial(analyze, "importance", "importance")),
+    "gradients": (GradientsOptions, partial(analyze, "gradients", "gradients")),
+    "ablations": (AblationsOptions, partial(analyze, "ablations", "ablations")),
+    "linearity": (LinearityOptions, partial(analyze, "linearity", "linearity")),
+    "gradient-noise": (GradientNoiseOptions, partial(analyze, "gradient-noise", "gradient_noise")),
     "stability": (StabilityOptions, _in("trials", "stability")),
     "placement": (PlacementOptions, _in("trials", "placement")),
 }

@@ -3,6 +3,7 @@
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -142,8 +143,14 @@ class ConsoleProgress(Progress):
 
     def update(self, what: str, unit: str, done: int, total: int, note: str = "") -> None:
         self._open(what, unit)(done, total, note)
-        if done >= total:
-            self.close()
+
+    def reading(self, unit: str) -> Callable[[int, int], None]:
+        def update(done: int, total: int) -> None:
+            self.update("reading", unit, done, total)
+            if done >= total:
+                self.close()
+
+        return update
 
     def resume(self, what: str, unit: str, done: int, total: int) -> None:
         self._open(what, unit).start_at(done, total)

@@ -43,16 +43,16 @@ def run(options: Options) -> None:
 
     from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
     from dia_diffusion.data import open_images
-    from dia_diffusion.evaluation.curves import check_format
+    from dia_diffusion.figures import check_format
     from dia_diffusion.models.classifiers import load_classifier
 
     refuse_existing(options.out)
     check_format(options.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {Path(place).resolve().name: load_classifier(place, device) for place in options.classifiers}
-    if len(found) < len(options.classifiers):
-        raise InputError(f"classifiers must have folders of different names, got {min(found)} twice")
-    first, *others = found.values()
+    loaded = {Path(place).resolve().name: load_classifier(place, device) for place in options.classifiers}
+    if len(loaded) < len(options.classifiers):
+        raise InputError(f"classifiers must have folders of different names, got {min(loaded)} twice")
+    first, *others = loaded.values()
     for other in others:
         if (other.config.sample_size, other.config.num_classes) != (first.config.sample_size, first.config.num_classes):
             raise InputError("the classifiers must have the same model.sample_size and num_classes")
@@ -72,7 +72,7 @@ def run(options: Options) -> None:
     else:
         with torch.no_grad():
             classes = first.model(first.prepare(pixels.to(device))).argmax(dim=1).tolist()
-    maps = [heat_maps(name, classifier, pixels, classes) for name, classifier in found.items()]
+    maps = [heat_maps(name, classifier, pixels, classes) for name, classifier in loaded.items()]
     names = first.class_names or [str(number) for number in range(first.config.num_classes)]
     draw_heat_maps(pictures, [names[number] for number in classes], maps, options.out, names)
     for one in maps:
@@ -88,5 +88,7 @@ def _known_class(label: int, images: "ImageSet", classifier: "SavedClassifier") 
         return label
     name = images.class_names[label]
     if name not in classifier.class_names:
-        raise InputError(f"{images.name} has the class {name!r}, which the classifiers don't know; --class names one")
+        raise InputError(
+            f"{images.name} has the class {name!r}, which the classifiers don't have; give a class with --class"
+        )
     return classifier.class_names.index(name)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
-from rich.table import Table
 
 from dia_diffusion.cli.console import console
 from dia_diffusion.cli.options import Metavar
 from dia_diffusion.errors import InputError
+from dia_diffusion.tables import Table
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
@@ -45,52 +45,39 @@ def run(options: Options) -> None:
 
 def print_added(models: Sequence[str], units: Sequence[str] | None, options: dict[str, object]) -> None:
     """A row for each model and unit; None is all units."""
-    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, model_named, stages_of
+    from dia_diffusion.analysis.parameters import added_parameters, count_parameters, model_named
+    from dia_diffusion.analysis.stages import stages_of
     from dia_diffusion.attention import UNITS
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves"):
-        table.add_column(name, justify="left" if name in ("model", "stages", "unit") else "right")
+    columns = ["model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves"]
+    rows = []
     for name in models:
         model = model_named(name)
         stages = stages_of(model)
-        first_cells = [name, " ".join(f"{s.blocks}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
+        first_cells = [name, " ".join(f"{len(s.blocks)}x{s.channels}" for s in stages), f"{count_parameters(model):,}"]
         for unit in UNITS if units is None else units:
             added = added_parameters(stages, unit, **options)
-            table.add_row(
-                *first_cells,
-                unit,
-                f"{added.shared:,}",
-                "-" if added.individual is None else f"{added.individual:,}",
-                "-" if added.saving is None else f"{100 * added.saving:.1f} %",
-            )
+            individual = "-" if added.individual is None else f"{added.individual:,}"
+            saving = "-" if added.saving is None else f"{100 * added.saving:.1f} %"
+            rows.append([*first_cells, unit, f"{added.shared:,}", individual, saving])
             first_cells = [""] * len(first_cells)
-    console.print(table)
+    console.print(Table(columns, rows, left=("model", "stages", "unit")).to_rich())
 
 
 def print_paper(cells: "Sequence[Cell]") -> None:
     """A row for each printed count, with ours, in millions."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("table", "backbone", "model", "paper", "ours", "difference", "parameters", "unit's arguments"):
-        table.add_column(name, justify="right" if name in ("paper", "ours", "difference", "parameters") else "left")
-    differing = 0
+    columns = ["table", "backbone", "model", "paper", "ours", "difference", "parameters", "unit's arguments"]
+    rows, differing = [], 0
     for cell in cells:
         parameters = paper_count(cell)
         ours = round(parameters / MILLION, 2)
         difference = round(ours - cell.printed, 2)
         differing += difference != 0
         marked = f"{difference:+.2f}" if difference else "0"
-        table.add_row(
-            cell.table,
-            cell.backbone,
-            cell.model,
-            f"{cell.printed:.2f}",
-            f"{ours:.2f}",
-            marked,
-            f"{parameters:,}",
-            ", ".join(_short(key, value) for key, value in cell.options.items()),
-        )
-    console.print(table)
+        counts = [f"{cell.printed:.2f}", f"{ours:.2f}", marked, f"{parameters:,}"]
+        options = ", ".join(_short(key, value) for key, value in cell.options.items())
+        rows.append([cell.table, cell.backbone, cell.model, *counts, options])
+    console.print(Table(columns, rows, left=("table", "backbone", "model", "unit's arguments")).to_rich())
     console.print(f"\n{len(cells) - differing} of {len(cells)} printed counts are ours to the digit.")
 
 
@@ -103,7 +90,9 @@ def _short(key: str, value: object) -> str:
 
 def paper_count(cell: "Cell") -> int:
     """The parameters of a cell's network."""
-    from dia_diffusion.analysis.parameters import count_parameters, paper_backbone, stages_of, unit_parameters
+    from dia_diffusion.analysis.paper_parameters import paper_backbone
+    from dia_diffusion.analysis.parameters import count_parameters, unit_parameters
+    from dia_diffusion.analysis.stages import stages_of
 
     backbone = paper_backbone(cell.backbone)
     stages = stages_of(backbone)

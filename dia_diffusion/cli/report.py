@@ -21,7 +21,7 @@ class Options(Strict):
 def run(options: Options) -> None:
     """Writes the page."""
     from dia_diffusion.report.page import write_page
-    from dia_diffusion.report.subject import page_of
+    from dia_diffusion.report.subjects import page_of
 
     if options.out is not None and (options.out.suffix != ".html" or options.out.is_dir()):
         raise InputError(f"`--out` must be a file ending in .html, got {options.out}")

@@ -1,32 +1,29 @@
 """`dia-diffusion analyze stability` and `analyze placement`: trainings that an analysis starts itself and compares."""
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.table import Table
-
-from dia_diffusion.cli.analyses import refuse_file
-from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions
+from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions, refuse_file
 from dia_diffusion.cli.console import Counter, console
-from dia_diffusion.errors import InputError
+from dia_diffusion.cli.study import SweepCounter, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
-from dia_diffusion.sweeps.trial_figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.sweep import Run
 from dia_diffusion.sweeps.trials import (
     TRAINED,
-    Trial,
     finished,
     measure_trials,
     open_held_out,
     placement_trials,
     run_trials,
     stability_trials,
-    summarise_placement,
-    summarise_stability,
+    summarize_placement,
+    summarize_stability,
 )
+from dia_diffusion.tables import Table
 
 Value = TypeVar("Value")
 COMMON = ("recipe", "held_out")
@@ -56,7 +53,7 @@ def stability(options: StabilityOptions) -> None:
     if results is None:
         return
     protocol = {"batch_size": options.batch_size, "schedule": "constant, no warm-up"}
-    rows = summarise_stability(results)
+    rows = summarize_stability(results)
     _write(options, "stability", protocol, results, rows, draw_stability)
     _print_stability(rows, units)
 
@@ -80,15 +77,14 @@ def placement(options: PlacementOptions) -> None:
     if protocol is not None:
         with Counter("measuring distances", "trials") as counter:
             metric = measure_trials(trials, results, protocol, str(options.protocol), counter)
-    rows = summarise_placement(results, trials[0].experiment.to_dict()["model"]["num_layers"])
+    rows = summarize_placement(results, trials[0].experiment.to_dict()["model"]["num_layers"])
     _write(options, "placement", {"unit": options.unit, "metric": metric}, results, rows, draw_placement)
     _print_placement(rows, metric)
 
 
 def _check(options: TrialOptions) -> None:
     refuse_file(options.out)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("these trainings are run one after the other by one process; run it without a launcher")
+    refuse_launcher("these trainings are run one after the other by one process; run it without a launcher")
 
 
 def _unique(values: Sequence[Value]) -> list[Value]:
@@ -99,26 +95,17 @@ def _keys(options: TrialOptions) -> dict[str, Any]:
     return {} if options.data is None else {"data.source": options.data}
 
 
-def _trained(options: StabilityOptions | PlacementOptions, trials: list[Trial]) -> list[dict[str, Any]] | None:
-    """The trials' results; None where only the plan is asked for."""
+def _trained(options: StabilityOptions | PlacementOptions, trials: list[Run]) -> list[dict[str, Any]] | None:
+    """The trials' results; None if only the plan is asked for."""
     missing = [trial for trial in trials if finished(trial) is None]
-    steps = sum(trial.experiment.train.max_steps for trial in missing)
     folder = trials[0].folder.parent
+    steps = sum(trial.max_steps for trial in missing)
     console.print(f"{len(trials)} trainings in {folder}, {len(missing)} missing: {steps:,} steps")
     if options.plan:
         return None
     held_out = open_held_out(trials[0].experiment, options.held_out, options.images, options.times)
-    with FolderLock(folder), Counter("training", "steps") as counter:
-        begun = False
-
-        def watch(done: int, total: int, name: str) -> None:
-            nonlocal begun
-            if not begun:
-                counter.start_at(total - steps, total)
-                begun = True
-            counter(done, total, name)
-
-        return run_trials(trials, held_out, watch)
+    with FolderLock(folder), SweepCounter("training", "steps") as counter:
+        return run_trials(trials, held_out, counter)
 
 
 def _write(
@@ -145,13 +132,13 @@ def _write(
 
 
 def _print_stability(rows: list[dict[str, Any]], units: list[str]) -> None:
-    table = Table(box=None, pad_edge=False, title="held-out loss of the seeds that trained", title_justify="left")
-    for name in ("variant", "learning rate", *units):
-        table.add_column(name, justify="left" if name == "variant" else "right")
+    lines = []
     for variant, rate in dict.fromkeys((row["variant"], row["learning_rate"]) for row in rows):
         own = {row["unit"]: row for row in rows if (row["variant"], row["learning_rate"]) == (variant, rate)}
-        table.add_row(variant, f"{rate:g}", *(_cell(own[unit]) for unit in units))
-    console.print(table)
+        lines.append([variant, f"{rate:g}", *(_cell(own[unit]) for unit in units)])
+    columns = ["variant", "learning rate", *units]
+    table = Table(columns, lines, "held-out loss of the seeds that trained", left=["variant"])
+    console.print(table.to_rich())
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -164,15 +151,14 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _print_placement(rows: list[dict[str, Any]], metric: str | None) -> None:
-    table = Table(box=None, pad_edge=False, title="mean over seeds ± 95 %", title_justify="left")
-    keys = {"held_out_loss": "held-out loss", **({} if metric is None else {"distance": metric})}
-    for name in ("placement", "blocks", "seeds", *keys.values()):
-        table.add_column(name, justify="left" if name in ("placement", "blocks") else "right")
+    names = {"held_out_loss": "held-out loss", **({} if metric is None else {"distance": metric})}
+    lines = []
     for row in rows:
         seeds = f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
-        cells = (_mean(row, key, 4 if key == "held_out_loss" else 2) for key in keys)
-        table.add_row(row["placement"], " ".join(map(str, row["blocks"])) or "-", seeds, *cells)
-    console.print(table)
+        cells = (_mean(row, key, 4 if key == "held_out_loss" else 2) for key in names)
+        lines.append([row["placement"], " ".join(map(str, row["blocks"])) or "-", seeds, *cells])
+    columns = ["placement", "blocks", "seeds", *names.values()]
+    console.print(Table(columns, lines, "mean over seeds ± 95 %", left=["placement", "blocks"]).to_rich())
 
 
 def _mean(row: dict[str, Any], key: str, digits: int) -> str:

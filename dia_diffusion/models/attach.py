@@ -32,19 +32,11 @@ NODE_KEY = "dia_diffusion.attach"
 
 
 class Pass:
-    """The state of one forward pass.
-
-    position: the index of the position that runs next.
-    state: the state that the unit returned last.
-    grad_enabled: whether the pass records gradients.
-
-    Args:
-        checkpointing: whether the model has gradient checkpointing enabled.
-    """
+    """One forward pass; `checkpointing` is whether the model has gradient checkpointing enabled."""
 
     def __init__(self, checkpointing: bool):
-        self.position = 0
-        self.state: Any = None
+        self.position = 0  # index of the insertion point that runs next
+        self.state: Any = None  # what the unit returned last
         self.grad_enabled = torch.is_grad_enabled()
         self.incoming: dict[int, Any] = {}
         # Nodes of the autograd graph are numbered as they are made, so that a node's pass can be found by its number.
@@ -61,8 +53,7 @@ class Pass:
     def keep(self, incoming: Any) -> None:
         """Keeps the state that the next position gets, for its recomputation.
 
-        Raises:
-            InputError: a checkpoint in a compiled model that didn't announce it.
+        Raises InputError: a checkpoint in a compiled model that didn't announce it.
         """
         if not self.numbered:
             raise InputError(
@@ -103,8 +94,7 @@ class Passes:
     def incoming_again(self, position: int, name: str) -> Any:
         """The state that a position had in its forward pass, when it is recomputed in the backward pass.
 
-        Raises:
-            InputError: no single forward pass fits.
+        Raises InputError: no single forward pass fits.
         """
         node = torch._C._current_autograd_node()
         if node is None:
@@ -286,7 +276,9 @@ class Attachment:
         return [call.position for call in self.calls]
 
     def detach(self) -> None:
-        """Restores the model: its function, parameters and tensor names."""
+        """Restores the model: its function, parameters and tensor names. A second call does nothing."""
+        if not self.hooks:
+            return
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
@@ -356,9 +348,9 @@ class _Call(InsertionHook):
         return features
 
     def _check_order(self, current: Pass) -> None:
-        name = self.position.module
+        name, calls = self.position.module, self.attachment.calls
         if current.position != self.index:
-            expected = "nothing" if current.position == len(self.attachment.calls) else self._name(current.position)
+            expected = "nothing" if current.position == len(calls) else calls[current.position].position.module
             how = "again" if current.position > self.index else "too early"
             raise InputError(
                 "every forward pass must run each insertion point once, in the order in which they are named, got "
@@ -369,9 +361,6 @@ class _Call(InsertionHook):
                 f"{name} must run with gradients in a forward pass with gradients, got none; use gradient "
                 "checkpointing with use_reentrant=False"
             )
-
-    def _name(self, index: int) -> str:
-        return self.attachment.calls[index].position.module
 
     def _check(self, features: Any) -> None:
         name, side, channels = self.position.module, self.position.side, self.stage.channels

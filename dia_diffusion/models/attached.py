@@ -61,6 +61,12 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         norm_type: str = ELSEWHERE,
     ):
         super().__init__()
+        sides = [sample_size] if isinstance(sample_size, int) else sample_size
+        if min(in_channels, *sides) < 1 or (num_classes is not None and num_classes < 1):
+            raise InputError(
+                "`in_channels`, `sample_size` and `num_classes` must be above 0, got "
+                f"{in_channels}, {sample_size} and {num_classes}"
+            )
         self.sample_size, self.in_channels = sample_size, in_channels
         self.num_classes, self.has_null_label = num_classes, has_null_label
         row = wrapped_networks().get(backbone)
@@ -90,6 +96,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
             attach(self.network, str(attention), at, **(attention_kwargs or {}))
+        self._attachment_of_config = self.attachment
         _without_label_dropout(self.network)
 
     @classmethod
@@ -144,17 +151,13 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 has_null_label=row.adds_null_label,
                 **arguments,
             )
-        wrapped.network = model
+        wrapped.network, wrapped._attachment_of_config = model, attachment
         _without_label_dropout(model)
         return wrapped
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model of diffusers.
-
-        Raises:
-            InputError: units were attached or detached since the model was made.
-        """
-        if (self.unit is None) != (self.config.attention in (None, "none")):
+        """As every model of diffusers. Raises InputError: units were attached or detached since the model was made."""
+        if self.attachment is not self._attachment_of_config:
             raise InputError(
                 f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
                 "saved, got others; save AttachedModel.from_backbone(model.network) instead"
@@ -207,15 +210,9 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
-    """A network of diffusers with first weights.
+    """A network of diffusers with first weights; `kwargs` may have those of `given` only with the same values.
 
-    Args:
-        kind: its class.
-        kwargs: its arguments.
-        given: arguments that kwargs must not have, or only with the same values.
-
-    Raises:
-        InputError: arguments that the class doesn't have or refuses.
+    Raises InputError: arguments that the class doesn't have or refuses.
     """
     known = sorted(inspect.signature(kind).parameters)
     for key, value in kwargs.items():

@@ -19,7 +19,7 @@ from dia_diffusion.io import atomic_dir, step_folders, write_json
 from dia_diffusion.models.attach import attach
 from dia_diffusion.models.cifar_resnet import FeatureResNet, Layers, cifar_resnet, cifar_resnext, cifar_wrn
 from dia_diffusion.models.classifier_config import BackboneConfig
-from dia_diffusion.models.factory import check_size, unusable
+from dia_diffusion.models.factory import check_layers, check_size, unusable
 from dia_diffusion.reading import read_json_object, stored_shapes
 from dia_diffusion.reading.typed import fits
 
@@ -181,8 +181,7 @@ def save_classifier(
 def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> SavedClassifier:
     """Loads a classifier folder, or the newest of a run of `dia-diffusion classify`.
 
-    Raises:
-        InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
+    Raises InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
     """
     folder = Path(place)
     if not (folder / CONFIG_FILE).is_file():
@@ -196,14 +195,16 @@ def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> Sa
         mean, std, class_names = about["mean"], about["std"], about["class_names"]
         if not all(fits(values, list[float]) and len(values) == 3 for values in (mean, std)):
             raise ValueError("mean and std of three channels")
-        if not fits(class_names, list[str] | None):
+        if not fits(class_names, list[str] | None) or len(class_names or ()) not in (0, config.num_classes):
             raise ValueError("class_names")
         training_file = folder / TRAINING_FILE
         training = read_json_object(training_file) if training_file.is_file() else None
     except (OSError, ValueError, KeyError):
         raise InputError(f"{folder / CONFIG_FILE} or {TRAINING_FILE} is truncated or corrupted") from None
     weights = folder / WEIGHTS_FILE
-    check_size(lambda: build_classifier(config), stored_shapes(weights))
+    stored = stored_shapes(weights)
+    check_layers(about["model"], len(stored))
+    check_size(lambda: build_classifier(config), stored)
     try:
         model, tensors = build_classifier(config), load_file(weights)
         if problem := unusable(tensors, model):

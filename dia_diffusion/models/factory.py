@@ -35,11 +35,7 @@ def build_model(config: Mapping[str, Any]) -> Any:
 
 
 def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
-    """The arguments of a backbone's class that a recipe's `model:` may have.
-
-    Raises:
-        InputError: an unknown backbone.
-    """
+    """The arguments of a backbone's class that a recipe's `model:` may have. Raises InputError: an unknown backbone."""
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
     parameters = inspect.signature(row.model, eval_str=True).parameters
@@ -47,11 +43,11 @@ def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:
-    """Raises InputError for a config with more layers than `most`, which would take long to build."""
+    """Raises InputError for a config with more layers or LSTM cells than `most`, which would take long to build."""
     for key, value in config.items():
         counts = value if isinstance(value, list) else [value]
         largest = max((count for count in counts if isinstance(count, int | float)), default=0)
-        if "layers" in key and largest > most:
+        if ("layers" in key or key == "num_cells") and largest > most:
             raise InputError(f"`{key}` must be {most:,} or less, got {value}")
         if isinstance(value, dict):
             check_layers(value, most)

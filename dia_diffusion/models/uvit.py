@@ -46,8 +46,7 @@ class UViTOutput(BaseOutput):
 def blocks_with_unit(chosen: list[int] | None, num_layers: int, attention: str | None) -> list[int]:
     """The blocks that carry the unit, in the order in which they run; None is all.
 
-    Raises:
-        InputError: no block, an unknown one, one named twice, or blocks without a unit.
+    Raises InputError: no block, an unknown one, one named twice, or blocks without a unit.
     """
     if chosen is None:
         return list(range(num_layers))

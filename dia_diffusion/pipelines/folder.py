@@ -42,8 +42,7 @@ STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     """The pipeline folder at `path`, or of a run folder the pipeline of that step, by default the newest.
 
-    Raises:
-        InputError: nothing there, neither kind of folder, or no pipeline of that step.
+    Raises InputError: nothing there, neither kind of folder, or no pipeline of that step.
     """
     path = Path(path)
     if not path.exists():
@@ -66,11 +65,7 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline folder.
-
-    Raises:
-        InputError: a file that is none.
-    """
+    """The model_index.json of a pipeline folder. Raises InputError: a file that is none."""
     file = folder / INDEX
     try:
         index = read_json_object(file)
@@ -120,8 +115,7 @@ def is_scheduler(class_name: str) -> bool:
 def weights_files(folder: Path) -> list[Path]:
     """The weights files of a pipeline folder's models, or their shards.
 
-    Raises:
-        InputError: a model whose weights are missing or not safetensors.
+    Raises InputError: a model whose weights are missing or not safetensors.
     """
     models = [name for name, (_, kind) in components(read_index(folder)).items() if not is_scheduler(kind)]
     return [file for name in sorted(models) for file in model_files(part_folder(folder, name))]
@@ -130,8 +124,7 @@ def weights_files(folder: Path) -> list[Path]:
 def weights_hash(folder: str | Path) -> str:
     """One value for the weights of a pipeline folder: the sha256 of the file, or over those of several files.
 
-    Raises:
-        InputError: as `weights_files`.
+    Raises InputError: as `weights_files`.
     """
     folder = Path(folder)
     files = weights_files(folder)
@@ -198,8 +191,7 @@ def model_files(model: Path) -> list[Path]:
 def read_training(folder: str | Path) -> dict[str, Any] | None:
     """The training.json of a pipeline folder; None where there is none, as of converted weights.
 
-    Raises:
-        InputError: the file is truncated or not a run's.
+    Raises InputError: the file is truncated or not a run's.
     """
     path = Path(folder) / TRAINING_FILE
     if not path.is_file():
@@ -219,8 +211,7 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
 def read_record(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with these keys (dotted) and types.
 
-    Raises:
-        InputError: the file is truncated, or a key is missing or of another type.
+    Raises InputError: the file is truncated, or a key is missing or of another type.
     """
     try:
         read = read_json_object(path)

@@ -31,6 +31,8 @@ class UViTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+        # (prediction, x_t, timestep) -> the prediction type that the scheduler takes, if the network's is another.
+        self.convert_prediction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -78,18 +80,22 @@ class UViTPipeline(DiffusionPipeline):
             latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
 
         Raises:
-            InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels or
-                guidance out of range, an unknown output type, latents of another shape, or arguments for different
-                numbers of images.
+            InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels,
+                guidance or steps out of range, an unknown output type, latents of another shape, or arguments for
+                different numbers of images.
         """
-        batch_size = _batch_size(batch_size, class_labels, generator, latents)
+        labels = _as_labels(class_labels, self.unet.num_classes)
+        batch_size = _batch_size(batch_size, labels, generator, latents)
+        if num_inference_steps < 1:
+            raise InputError(f"`num_inference_steps` must be 1 or more, got {num_inference_steps}")
         if output_type not in OUTPUT_TYPES:
             raise InputError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             given = list(callback_on_step_end_tensor_inputs)
             raise InputError(f"`callback_on_step_end_tensor_inputs` must be latents or none, got {given}")
         self._guidance_scale, self._interrupt = guidance_scale, False
-        labels = self._check_labels(class_labels, batch_size)
+        if labels is not None:
+            labels = labels.expand(batch_size).to(self._execution_device)
         self._check_guidance(labels)
         size = self.unet.sample_size
         shape = (batch_size, self.unet.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -112,8 +118,10 @@ class UViTPipeline(DiffusionPipeline):
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
-            model_input = scale_model_input(sample, timestep).to(dtype)
-            prediction = self._predict(model_input, timestep, labels, self.guidance_scale).to(sample_dtype)
+            x_t = scale_model_input(sample, timestep)
+            prediction = self._predict(x_t.to(dtype), timestep, labels, self.guidance_scale).to(sample_dtype)
+            if self.convert_prediction is not None:
+                prediction = self.convert_prediction(prediction, x_t, timestep)
             noise = _step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
@@ -153,41 +161,39 @@ class UViTPipeline(DiffusionPipeline):
         return prediction if takes_variance else prediction[:, :channels]
 
     def _check_guidance(self, labels: Tensor | None) -> None:
-        scale = self.guidance_scale
-        if scale == 1.0:
-            return
-        if self.unet.num_classes is None:
-            raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
-        if not 1 <= scale < float("inf"):
-            raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
-        if labels is None:
-            raise InputError(f"guidance_scale {scale} needs class_labels")
-        if not getattr(self.unet, "has_null_label", True):  # a UViT by class has one
-            raise InputError(f"`guidance_scale` must be 1 for a model without a null label, got {scale}")
-
-    def _check_labels(self, class_labels: int | list[int] | Tensor | None, batch_size: int) -> Tensor | None:
-        num_classes = self.unet.num_classes
-        if class_labels is None:
-            return None
-        if num_classes is None:
-            raise InputError("this model is unconditional: it takes neither class_labels nor guidance_scale")
-        labels = torch.as_tensor(class_labels, device=self._execution_device)
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise InputError(f"`class_labels` must be integers 0 to {num_classes - 1}, got {labels.tolist()}")
-        labels = labels.long()
-        labels = labels.expand(batch_size) if labels.dim() == 0 else labels.reshape(-1)
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise InputError(f"`class_labels` must be 0 to {num_classes - 1}, got {labels.tolist()}")
-        return labels
+        # A class-conditional UViT has a null label; others say if they have none.
+        check_guidance(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
+        if self.guidance_scale != 1 and labels is None:
+            raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
 
 
-def _batch_size(batch_size: int | None, class_labels: Any, generator: Any, latents: Tensor | None) -> int:
-    """The number of images that the arguments of a call are for.
+def check_guidance(scale: Any, num_classes: int | None, has_null_label: bool) -> None:
+    """Raises InputError for a scale of classifier-free guidance that is out of range or that a model can't have."""
+    if not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
+        raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
+    if scale != 1 and (num_classes is None or not has_null_label):
+        kind = "an unconditional model" if num_classes is None else "a model without a null label"
+        raise InputError(f"`guidance_scale` must be 1 for {kind}, got {scale}")
 
-    Raises:
-        InputError: they are for different numbers, or for none.
-    """
-    labels = None if class_labels is None else torch.as_tensor(class_labels)
+
+def _as_labels(class_labels: Any, num_classes: int | None) -> Tensor | None:
+    """Class labels as int64, () for all images or (B,). Raises InputError for what are no classes of the model."""
+    if class_labels is None:
+        return None
+    if num_classes is None:
+        raise InputError("`class_labels` must be None for an unconditional model, got labels")
+    try:
+        labels = torch.as_tensor(class_labels)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or a list of lists of several lengths
+        labels = torch.empty(1)
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.numel() and not (whole and labels.min() >= 0 and labels.max() < num_classes):
+        raise InputError(f"`class_labels` must be integers, 0 to {num_classes - 1}, got {class_labels}")
+    return labels.long() if labels.dim() == 0 else labels.long().reshape(-1)
+
+
+def _batch_size(batch_size: int | None, labels: Tensor | None, generator: Any, latents: Tensor | None) -> int:
+    """The number of images that the arguments of a call are for. Raises InputError for several numbers, or none."""
     counts = {
         "batch_size": batch_size,
         "class_labels": None if labels is None or labels.dim() == 0 else labels.numel(),

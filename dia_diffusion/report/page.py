@@ -1,23 +1,22 @@
 """What a page is made of, and how it becomes one HTML file that loads nothing from elsewhere."""
 
-from dataclasses import dataclass, field
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
+from dia_diffusion.data.decode import read_file
 from dia_diffusion.environment import __version__
+from dia_diffusion.figures import Panel
 from dia_diffusion.io import write_text
-
-
-@dataclass
-class Text:
-    """A paragraph, such as what is missing and which command makes it."""
-
-    text: str
-    kind: str = "text"
+from dia_diffusion.report.plots import to_plotly
+from dia_diffusion.tables import Table
 
 
 @dataclass
@@ -25,62 +24,48 @@ class Code:
     """A file shown as it is."""
 
     text: str
-    kind: str = "code"
 
 
 @dataclass
 class Plot:
-    """A plotly figure."""
+    """Panels below each other over one x axis, drawn by plotly."""
 
-    figure: Figure
+    panels: Sequence[Panel]
     description: str
     """What it shows, for those who can't see it."""
     title: str = ""
+    height: int = 400
+    """In pixels."""
+    legend: bool = True
 
     @property
     def data(self) -> dict[str, Any]:
-        """Traces and layout as plain values."""
-        return self.figure.to_plotly_json()
-
-    @property
-    def height(self) -> int:
-        """In pixels, kept free until it is drawn."""
-        return self.figure.layout.height
+        """For plotly."""
+        return to_plotly(self.panels, self.height, self.legend)
 
 
 @dataclass
 class Plots:
-    """Plots side by side where there is room."""
+    """Plots side by side if there is room."""
 
-    plots: list[Plot]
+    plots: Sequence[Plot]
     caption: str = ""
-    kind: str = "plots"
-
-
-@dataclass
-class Table:
-    """Cells are text; those of the columns named in `numbers` are set flush right."""
-
-    columns: list[str]
-    rows: list[list[str]]
-    caption: str
-    numbers: set[str] = field(default_factory=set)
-    folded: bool = False
-    """Whether a long one begins folded, its caption to be clicked at."""
-    kind: str = "table"
 
 
 @dataclass
 class Picture:
-    """A picture that is part of the page."""
+    """A PNG that is part of the page."""
 
-    uri: str
-    """data:image/png;base64,..."""
+    content: bytes
     size: tuple[int, int]
     """Width and height in pixels."""
-    alternative: str
-    """What it shows, in words."""
-    caption: str = ""
+    description: str
+    title: str = ""
+
+    @property
+    def uri(self) -> str:
+        """For the page, which loads nothing."""
+        return f"data:image/png;base64,{base64.b64encode(self.content).decode()}"
 
 
 @dataclass
@@ -90,22 +75,10 @@ class Frames:
     title: str
     moments: dict[str, list[Picture]]
     caption: str = ""
-    kind: str = "frames"
 
 
-Block = Text | Code | Plots | Table | Frames
-
-
-@dataclass
-class Section:
-    """A heading and what stands below it."""
-
-    title: str
-    blocks: list[Block]
-
-    @property
-    def anchor(self) -> str:
-        return self.title.lower().replace(" ", "-")
+Block = str | Code | Plots | Table | Frames
+"""A str is a paragraph; what is between backticks in it is code."""
 
 
 @dataclass
@@ -116,11 +89,24 @@ class Page:
     subtitle: str
     facts: dict[str, str]
     """What a reader wants first, as name -> value."""
-    sections: list[Section]
+    sections: dict[str, list[Block]]
+    """Heading -> what is below it."""
+
+
+def read_picture(file: Path, description: str, title: str = "") -> Picture | None:
+    """A PNG; None if the file is no whole one."""
+    try:
+        content = read_file(file)
+        with PIL.Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            size = picture.size
+            picture.verify()
+    except Exception:  # a corrupt file can raise almost anything inside a decoder
+        return None
+    return Picture(content, size, description, title)
 
 
 def render(page: Page) -> str:
-    """The page as HTML. Whatever is in it is shown as text, never run: names and paths come from outside."""
+    """The page as HTML. Everything in it is shown as text, never run: names and paths come from outside."""
     templates = Environment(
         loader=PackageLoader("dia_diffusion", "report"),
         autoescape=True,
@@ -128,9 +114,11 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return templates.get_template("page.html.jinja").render(page=page, plotly=get_plotlyjs(), version=__version__)
+    template = templates.get_template("page.html")
+    kind = {"kind": lambda block: type(block).__name__}
+    return template.render(page=page, plotly=get_plotlyjs(), version=__version__, **kind)
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Renders into a file, which takes the place of an older one once it is whole."""
+    """Renders into a file, which replaces an older one once it is whole."""
     write_text(path, render(page))

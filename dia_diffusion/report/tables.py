@@ -1,118 +1,107 @@
-"""Tables of what was measured, how, and where."""
+"""Tables of what was measured, how, and where, and what recipes have in common."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+
+import yaml
 
 from dia_diffusion.environment import environment
-from dia_diffusion.evaluation.record import EvaluationRecord, ResolvedProtocol
+from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.reading import Unreadable, read_json_object
-from dia_diffusion.report.page import Table
+from dia_diffusion.tables import Table
+from dia_diffusion.training.config import Experiment
+from dia_diffusion.training.recipe import flatten, nest
 from dia_diffusion.training.run_folder import RunFolder
+
+OWN_KEYS = ("output",)
+"""Of a recipe: different for each run, without effect on what it trains."""
 
 
 def protocol_label(record: EvaluationRecord) -> str:
-    """The start of its hash, and its name where it has one."""
-    return " ".join(filter(None, (record.protocol_hash()[:8], record.protocol_name)))
+    """The start of its hash, and its name if it has one."""
+    return _join([record.protocol_hash()[:8], record.protocol_name], " ")
 
 
 def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
-    """One row a protocol, in order of first use."""
+    """One row per protocol, in order of first use."""
     columns = ["protocol", "metric", "samples", "reference", "sampler", "weights", "seeds", "labels"]
     rows = {}
     for record in records:
-        protocol = record.protocol
+        protocol, guidance = record.protocol, record.protocol.guidance_scale
+        shape = "x".join(map(str, (protocol.reference_shape or ())[1:]))
         rows[record.protocol_hash()] = [
             protocol_label(record),
             record.metric,
             f"{protocol.num_samples:,}",
-            _reference(protocol),
-            _sampler(protocol),
-            ", ".join(filter(None, (protocol.weights, protocol.dtype))),
+            _join([protocol.reference, protocol.reference_split, _count(protocol.reference_count), shape]),
+            "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps",
+            _join([protocol.weights, protocol.dtype]),
             protocol.seeds or "",
-            _labels(protocol),
+            _join([protocol.class_labels, "" if guidance in (None, 1) else f"guidance {guidance:g}"]),
         ]
-    if not any(row[-1] for row in rows.values()):
-        columns, rows = columns[:-1], {key: row[:-1] for key, row in rows.items()}
-    caption = "Protocols. Distances of different protocols can't be compared."
-    return Table(columns, list(rows.values()), caption, numbers={"samples"})
+    title = "Protocols. Distances of different protocols can't be compared."
+    left = [name for name in columns if name != "samples"]
+    return Table(columns, list(rows.values()), title, left).without_empty_columns()
 
 
 def results_table(records: Sequence[EvaluationRecord]) -> Table:
-    """One row a record, in order of step; further metrics have columns of their own."""
-    names = list(dict.fromkeys(n for record in records for n in record.metrics if not n.endswith(" std")))
+    """One row per record, in order of step; further metrics have columns of their own."""
+    names = list(dict.fromkeys(name for record in records for name in record.metrics if not name.endswith(" std")))
     columns = ["step", "images seen", "metric", "distance", "95 % interval", *names, "seconds", "protocol"]
     rows = []
     for record in sorted(records, key=lambda record: (record.step or 0, record.time)):
-        rows.append(
-            [
-                _count(record.step),
-                _count(record.images_seen),
-                record.metric,
-                f"{record.distance:.3f}",
-                interval(record.low, record.high),
-                *(_metric(record, name) for name in names),
-                f"{record.seconds:,.0f}",
-                protocol_label(record),
-            ]
-        )
-    numbers = {"step", "images seen", "distance", "95 % interval", *names, "seconds"}
-    return Table(columns, rows, "Every evaluation on record.", numbers)
+        interval = "" if record.low is None or record.high is None else f"[{record.low:.3f}, {record.high:.3f}]"
+        place, metrics = [_count(record.step), _count(record.images_seen)], [_metric(record, name) for name in names]
+        distance = [record.metric, f"{record.distance:.3f}", interval]
+        rows.append([*place, *distance, *metrics, f"{record.seconds:,.0f}", protocol_label(record)])
+    return Table(columns, rows, "Every evaluation on record.", left=("metric", "protocol"))
 
 
-def environment_table(folders: Iterable[Path], records: Iterable[EvaluationRecord]) -> Table:
-    """What runs were trained with when they last went on, distances measured with, and this page made with."""
+def environment_table(folders: Iterable[RunFolder], records: Iterable[EvaluationRecord]) -> Table:
+    """What runs were last trained with, what distances were measured with, and what made this page."""
     columns = {
-        "training": _distinct(map(_environment_of, folders)),
+        "training": _distinct(_environment_of(folder) for folder in folders if folder.path.is_dir()),
         "evaluations": _distinct(record.versions for record in records),
         "this page": [environment()],
     }
-    names = [f"{name} ({n + 1})" if n else name for name, found in columns.items() for n in range(len(found))]
-    described = [one for found in columns.values() for one in found]
+    names = [f"{name} ({n + 1})" if n else name for name, group in columns.items() for n in range(len(group))]
+    described = [one for group in columns.values() for one in group]
     rows = [[key, *(one.get(key, "not on record") for one in described)] for key in environment()]
-    return Table(["", *names], rows, "What was trained, measured and shown with.")
+    return Table(["", *names], rows, "What was trained, measured and shown with.", left=("", *names))
 
 
-def _environment_of(run: Path) -> dict[str, str]:
+def differing_keys(experiments: Mapping[str, Experiment]) -> list[str]:
+    """Keys of recipes that differ between runs, in the recipe's order."""
+    recipes = [flatten(experiment.to_dict()) for experiment in experiments.values()]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in OWN_KEYS)
+    return [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+
+
+def differences_table(experiments: Mapping[str, Experiment]) -> Table:
+    """A row per run: its values of the keys that differ between runs."""
+    keys, rows = differing_keys(experiments), []
+    for name, experiment in experiments.items():
+        values = flatten(experiment.to_dict())
+        rows.append([name, *("null" if values.get(key) is None else str(values[key]) for key in keys)])
+    return Table(["run", *keys], rows, "Where the runs' recipes differ.", left=("run",), folded=True)
+
+
+def shared_recipe(experiments: Mapping[str, Experiment]) -> str:
+    """The recipe that all runs have in common, as YAML."""
+    own = {*differing_keys(experiments), *OWN_KEYS}
+    recipe = flatten(next(iter(experiments.values())).to_dict())
+    return yaml.safe_dump(nest({key: value for key, value in recipe.items() if key not in own}), sort_keys=False)
+
+
+def _environment_of(folder: RunFolder) -> dict[str, str]:
     try:
-        values = read_json_object(RunFolder(run).environment)
+        values = read_json_object(folder.environment)
     except (OSError, Unreadable):
         return {}  # an older run
     return {name: str(value) for name, value in values.items()}
 
 
-def _distinct(found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return list({tuple(one.items()): one for one in found}.values())
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """As "[0.641, 0.702]"; nothing where there is none."""
-    return "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
-
-
-def _reference(protocol: ResolvedProtocol) -> str:
-    shape = protocol.reference_shape
-    return ", ".join(
-        filter(
-            None,
-            (
-                protocol.reference,
-                protocol.reference_split,
-                _count(protocol.reference_count),
-                "x".join(map(str, shape[1:])) if shape else "",
-            ),
-        )
-    )
-
-
-def _sampler(protocol: ResolvedProtocol) -> str:
-    return "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
-
-
-def _labels(protocol: ResolvedProtocol) -> str:
-    guidance = protocol.guidance_scale
-    return ", ".join(
-        filter(None, (protocol.class_labels, f"guidance {guidance:g}" if guidance not in (None, 1) else ""))
-    )
+def _distinct(groups: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    return list({tuple(one.items()): one for one in groups}.values())
 
 
 def _metric(record: EvaluationRecord, name: str) -> str:
@@ -124,3 +113,7 @@ def _metric(record: EvaluationRecord, name: str) -> str:
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
+
+
+def _join(parts: Iterable[str | None], separator: str = ", ") -> str:
+    return separator.join(filter(None, parts))

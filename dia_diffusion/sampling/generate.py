@@ -13,19 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    VQModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, VQModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, check_guidance
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
     OWN_SAMPLER,
@@ -33,6 +28,7 @@ from dia_diffusion.sampling.samplers import (
     build_scheduler,
     check_sampler_name,
     check_steps,
+    prediction_converter,
     scheduler_settings,
 )
 
@@ -157,17 +153,13 @@ class ImagePipeline(ABC):
         return self.settings.to_dict(self.scheduler_settings)
 
     def _check_labels(self) -> None:
-        classes, scale = self.settings.classes, self.settings.guidance_scale
+        classes = self.settings.classes
+        check_guidance(self.settings.guidance_scale, self.num_classes, self.has_null_label)
         if self.num_classes is None:
-            if classes is not None or scale != 1.0:
-                raise InputError("this model is unconditional: it takes neither classes nor a guidance scale")
-            return
-        if not 1 <= scale < float("inf"):
-            raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
-        if scale != 1.0 and not self.has_null_label:
-            raise InputError(f"`guidance_scale` must be 1 for this {self.name}, which has no null label, got {scale}")
-        if any(not 0 <= label < self.num_classes for label in classes or ()):
-            raise InputError(f"`classes` must be 0 to {self.num_classes - 1}, got {list(classes or ())}")
+            if classes is not None:
+                raise InputError(f"`classes` must be left out for an unconditional model, got {list(classes)}")
+        elif not classes or any(not 0 <= label < self.num_classes for label in classes):
+            raise InputError(f"`classes` must be one or more of 0 to {self.num_classes - 1}, got {list(classes or ())}")
 
 
 class SharedLoop(ImagePipeline):
@@ -190,8 +182,9 @@ class SharedLoop(ImagePipeline):
                 f"the {decoder_name} of a {name} must be one of {accepted}, got a {type(decoder).__name__}"
             )
         latent = decoder is not None
-        scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent)
+        scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent, convert=True)
         self.runner = LatentPipeline(network, scheduler, decoder) if latent else UViTPipeline(network, scheduler)
+        self.runner.convert_prediction = prediction_converter(pipeline.scheduler, scheduler)
         self.runner.set_progress_bar_config(disable=True)
         super().__init__(
             name,
@@ -291,8 +284,7 @@ class OwnLoop(ImagePipeline):
 def image_shape(name: str, channels: Any, sample_size: Any, decoder: Any = None) -> tuple[int, int, int]:
     """(C, H, W) of a pipeline's images: those of its network's samples, or what its decoder makes of them.
 
-    Raises:
-        InputError: a network that doesn't say its size.
+    Raises InputError: a network that doesn't say its size.
     """
     pair = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
     if not isinstance(channels, int) or not isinstance(pair, list | tuple) or len(pair) != 2:

@@ -24,6 +24,7 @@ from dia_diffusion.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from torch import Tensor
 
 # The settings of a scheduler that define a process given by betas; all others belong to the sampler.
 BETA_SETTINGS = (
@@ -55,7 +56,7 @@ class Sampler:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The scheduler's settings, as plain values: records keep them."""
     prediction_types: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
-    """What the network may predict, where the pipeline's scheduler says that."""
+    """What its scheduler takes, by names in PREDICTION_TYPES; other predictions are converted to the first of these."""
     process_settings: tuple[str, ...] = BETA_SETTINGS
     """The settings that it takes over from the pipeline's scheduler."""
     follows: "Callable[[SchedulerMixin], bool]" = has_betas
@@ -117,16 +118,20 @@ def samplers_of(scheduler: "SchedulerMixin") -> list[str]:
     return [*(name for name, sampler in SAMPLERS.items() if sampler.follows(scheduler)), OWN_SAMPLER]
 
 
-def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> "SchedulerMixin":
+def build_scheduler(
+    name: str, scheduler: "SchedulerMixin", latent: bool = False, convert: bool = False
+) -> "SchedulerMixin":
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
 
     Args:
         name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
         latent: whether it samples latents, which have no range to be clipped to.
+        convert: whether the caller converts predictions that the sampler doesn't take, by `prediction_converter`.
 
     Raises:
-        InputError: an unknown name, or a scheduler whose process the sampler can't follow.
+        InputError: an unknown name, a scheduler whose process the sampler can't follow, or without `convert` a
+            prediction type that it doesn't take.
     """
     check_sampler_name(name)
     if name == OWN_SAMPLER:
@@ -136,11 +141,13 @@ def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False
         accepted = ", ".join(samplers_of(scheduler))
         raise InputError(f"`sampler` must be one of {accepted} for the process of a {theirs}, got {name!r}")
     prediction_type = config.get("prediction_type")
-    if prediction_type is not None and prediction_type not in sampler.prediction_types:
-        accepted = ", ".join(sampler.prediction_types)
-        raise InputError(f"the prediction type must be one of {accepted} for sampler {name}, got {prediction_type!r}")
     kind = sampler.scheduler_class()
     process = {key: config[key] for key in sampler.process_settings if key in config}
+    if prediction_type is not None and prediction_type not in sampler.prediction_types:
+        if not convert:  # the scheduler would take the prediction for another
+            accepted = ", ".join(sampler.prediction_types)
+            raise InputError(f"`prediction_type` must be one of {accepted} for {name}, got {prediction_type!r}")
+        process["prediction_type"] = sampler.prediction_types[0]
     if not process.get("rescale_betas_zero_snr"):
         process.pop("rescale_betas_zero_snr", None)
     elif "rescale_betas_zero_snr" not in inspect.signature(kind.__init__).parameters:
@@ -150,6 +157,34 @@ def build_scheduler(name: str, scheduler: "SchedulerMixin", latent: bool = False
     except NotImplementedError:  # not every scheduler knows every beta_schedule
         betas = f"beta_schedule {config.get('beta_schedule')!r}"
         raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
+
+
+def prediction_converter(
+    given: "SchedulerMixin", wanted: "SchedulerMixin"
+) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
+    """(prediction, x_t, timestep) -> the prediction as a sampler's scheduler takes it; None if that is how it comes.
+
+    Args:
+        given: the pipeline's scheduler, whose config says what the network predicts.
+        wanted: the sampler's, of the same process.
+    """
+    import torch
+
+    from dia_diffusion.noise import convert_prediction
+
+    theirs, ours = (scheduler.config.get("prediction_type") for scheduler in (given, wanted))
+    if theirs is None or ours is None or theirs == ours:
+        return None
+    ratios = ((1 - wanted.alphas_cumprod) / wanted.alphas_cumprod).sqrt()  # sigma / alpha at whole timesteps
+
+    def convert(prediction: "Tensor", sample: "Tensor", timestep: "Tensor") -> "Tensor":
+        below = timestep.long()
+        table = ratios.to(sample)
+        ratio = torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(sample))
+        alpha = (1 + ratio**2).rsqrt()
+        return convert_prediction(prediction, sample, alpha, alpha * ratio, theirs, ours)
+
+    return convert
 
 
 def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:

@@ -68,8 +68,7 @@ def save_png(folder: str | Path, seed: int, image: Tensor) -> None:
 def save_npz(path: str | Path, seeds: Sequence[int], images: Tensor) -> None:
     """Writes `images` uint8 (N, C, H, W) as one file, in order of seed: `images` (N, H, W, C) and `seeds` (N,) int64.
 
-    Raises:
-        InputError: the file exists.
+    Raises InputError: the file exists.
     """
     if Path(path).exists():
         raise InputError(f"{path} exists; choose another name, or remove it")

@@ -24,7 +24,7 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         folder: the pipeline folder. Without training.json, as of converted weights, the card tells of the model alone.
         evaluations: rows for the table of distances, of `evaluation_rows`.
     """
-    from dia_diffusion.models.factory import BACKBONES  # here, since commands read their options without torch
+    from dia_diffusion.models.factory import BACKBONES  # here: commands read their options without torch
 
     folder = Path(folder)
     training = read_training(folder)

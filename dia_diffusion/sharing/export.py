@@ -18,6 +18,7 @@ from dia_diffusion.pipelines.folder import (
     CONVERTED_FILE,
     EVALUATIONS,
     INDEX,
+    PICKLES,
     SHARDS,
     TRAINING_FILE,
     WEIGHTS,
@@ -26,180 +27,28 @@ from dia_diffusion.pipelines.folder import (
     records_file,
     weights_hash,
 )
-from dia_diffusion.pipelines.folder import PICKLES as PICKLED_WEIGHTS
 from dia_diffusion.reading import (
     LINES_LIMIT,
     Unreadable,
     parse_json,
-    read_json,
     read_json_object,
     read_lines,
     read_text,
     stored_shapes,
 )
-from dia_diffusion.sharing.bundle import HEADER, PACKAGE, bundle
 from dia_diffusion.sharing.card import evaluation_rows, write_card
+from dia_diffusion.sharing.code import HEADER, PIPELINE, with_classes
 
 COMPONENTS = ("unet", "scheduler")
 # What is for others, at the top of the folder and in its components; generated code besides.
 SHARED = (INDEX, TRAINING_FILE, CONVERTED_FILE, EVALUATIONS, "*.md", "*.png")
-NEEDED = (Path(INDEX), Path("unet", "config.json"), Path("unet", WEIGHTS), Path("scheduler", "scheduler_config.json"))
 SHARED_OF_COMPONENTS = ("config.json", "scheduler_config.json", WEIGHTS)
-PICKLES = (*PICKLED_WEIGHTS, ".pkl", ".pickle", ".npy", ".npz")
+NEEDED = (Path(INDEX), Path("unet", "config.json"), Path("unet", WEIGHTS), Path("scheduler", "scheduler_config.json"))
+NOT_COPIED = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))  # but written anew
+UNREAD = (*PICKLES, ".pkl", ".pickle", ".npy", ".npz")
 PATH_OF_ORIGIN = "_name_or_path"  # where diffusers notes the folder that a component was loaded from
 # In a card's YAML.
 KEY_WITH_PATH = re.compile(r"""^\s*[\w.]+:\s+['"]?((?:hf:)?(?:/|~|[A-Za-z]:\\)[^\s'"]+)""", re.MULTILINE)
-
-
-def check_pipeline(folder: str | Path) -> dict[str, Any]:
-    """Checks that a folder holds a complete UViTPipeline, with code of its own or without.
-
-    Reads no more than the headers of weights, and runs nothing.
-
-    Returns:
-        Its model_index.json.
-
-    Raises:
-        InputError: no pipeline folder, a pipeline of another class, a file that is missing or reached through a link,
-            or weights that are truncated or of another model.
-    """
-    folder = Path(folder)
-    index = read_part(folder / INDEX)
-    if class_name(index) != "UViTPipeline":
-        raise InputError(f"the pipeline in {folder} must be a UViTPipeline, got a {class_name(index)}")
-    config = read_part(folder / "unet" / "config.json")
-    kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
-    stored = _weights_shapes(folder / "unet")
-    try:
-        check_layers(config, len(stored))
-        model = build_on_meta(lambda: kind.from_config(config))
-    except InputError as error:
-        raise InputError(f"{folder / 'unet' / 'config.json'} is not a {kind.__name__}'s: {error}") from None
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(expected.keys() | stored.keys()):
-        if expected.get(name) != stored.get(name):
-            raise InputError(f"{folder / 'unet'} holds weights of another model: they differ in tensor {name}")
-    if missing := [path for path in NEEDED if path not in shared_files(folder)[0]]:
-        raise InputError(
-            f"{folder} must be a complete pipeline: {missing[0]} is missing, or it or its folder is a link"
-        )
-    return index
-
-
-def read_part(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that a pipeline folder needs.
-
-    Raises:
-        InputError: there is none, it is a link, truncated or something else.
-    """
-    if path.is_symlink() or not path.is_file():
-        raise InputError(f"{path} is missing or a link; a pipeline folder must have it")
-    try:
-        return read_json_object(path)
-    except Unreadable as error:
-        raise InputError(f"{path} is truncated or corrupted: {error}") from None
-
-
-def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
-    """The files of a pipeline folder that are for others, and what else lies there with the reason why it isn't.
-
-    Returns:
-        (paths relative to the folder, sorted; other files and whole folders -> reason).
-    """
-    folder = Path(folder)
-    shared, left_out = [], {}
-    for path, reason in _walk(folder):
-        if reason is None:
-            shared.append(path.relative_to(folder))
-        else:
-            left_out[path.relative_to(folder)] = reason
-    return sorted(shared), dict(sorted(left_out.items()))
-
-
-def without_local_paths(value: Any) -> Any:
-    """JSON with absolute paths reduced to their last part, and without diffusers' notes where it was loaded from."""
-    if isinstance(value, dict):
-        return {key: without_local_paths(item) for key, item in value.items() if key != PATH_OF_ORIGIN}
-    if isinstance(value, list):
-        return [without_local_paths(item) for item in value]
-    return PureWindowsPath(value).name if isinstance(value, str) and _is_local_path(value) else value
-
-
-def find_local_path(path: Path) -> str | None:
-    """A path of this machine that a JSON, JSON-lines or Markdown file names; None where there is none.
-
-    Raises:
-        InputError: text that isn't what the file's name says.
-    """
-    if path.suffix not in (".json", ".jsonl", ".md"):
-        return None
-    try:
-        text = read_text(path, LINES_LIMIT)
-        if path.suffix == ".md":
-            found = KEY_WITH_PATH.search(text)
-            return None if found is None else found[1]
-        values = [parse_json(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [parse_json(text)]
-    except Unreadable:
-        raise InputError(f"{path} is truncated or corrupted; remove it, or make the pipeline again") from None
-    return next((string for string in _strings(values) if _is_local_path(string)), None)
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """Files and folders, each with the reason why it isn't for others; not what lies in folders that aren't."""
-    for place, folders, files in os.walk(folder):
-        entries = [(Path(place, name), name in folders) for name in folders + files]
-        reasons = {path: _reason_against(path, path.relative_to(folder), is_folder) for path, is_folder in entries}
-        folders[:] = [name for name in folders if reasons[Path(place, name)] is None]
-        yield from ((path, reasons[path]) for path, is_folder in entries if reasons[path] or not is_folder)
-
-
-def _reason_against(path: Path, relative: Path, is_folder: bool) -> str | None:
-    if path.is_symlink():
-        return "a link"
-    if relative.name.startswith("."):
-        return "a dotfile"
-    if is_folder:
-        return None if str(relative) in COMPONENTS else "not a component of the pipeline"
-    if not path.is_file():
-        return "not a file"
-    if relative.suffix in PICKLES:
-        return "may hold a pickle"
-    if relative.suffix == ".py":
-        with path.open("rb") as file:
-            generated = file.read(len(HEADER)) == HEADER.encode()
-        return None if generated else "code that export has not generated"
-    patterns = SHARED if len(relative.parts) == 1 else SHARED_OF_COMPONENTS
-    return None if any(fnmatch(relative.name, pattern) for pattern in patterns) else "not part of a pipeline"
-
-
-def _weights_shapes(unet: Path) -> dict[str, tuple[int, ...]]:
-    file = unet / WEIGHTS
-    # diffusers would prefer shards to a single file beside them.
-    if file.is_symlink() or not file.is_file() or (unet / SHARDS).exists():
-        raise InputError(f"weights must be safetensors in one file: {file} is missing, a link or in shards")
-    return stored_shapes(file)
-
-
-def _is_local_path(text: str) -> bool:
-    text = text.removeprefix("hf:")  # of data.source, which may be a folder
-    return text.startswith(("/", "~", "file:")) or PureWindowsPath(text).drive != ""
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-WRITTEN_ANEW = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))
-# diffusers copies code files into one folder by name, so no other project's may be called the same.
-PIPELINE_CODE = f"pipeline_{PACKAGE}"
-# The networks, and the module of each.
-MODEL_MODULES = {"UViT": "models.uvit", "AttachedModel": "models.attached"}
-# Schedulers of the package's own, and the module of each; diffusers has the others.
-SCHEDULER_MODULES = {"EulerMaruyamaScheduler": "sampling.euler_maruyama"}
 
 
 def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True) -> dict[Path, str]:
@@ -217,21 +66,20 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
         What lies in the source and is not copied -> why, with paths relative to it.
 
     Raises:
-        InputError: out exists; the source is not a complete UViTPipeline (`check_pipeline`), or has a scheduler that is
-            neither diffusers' nor this package's; or its training.json or evaluations are truncated.
+        InputError: out exists; the source is not a complete UViTPipeline (`check_pipeline`) or has classes that can't
+            be exported (`with_classes`); or its training.json or evaluations are truncated.
     """
     source, out = Path(source), Path(out)
     refuse_existing(out)
-    index, code = index_and_code(source, without_local_paths(check_pipeline(source)), with_code)
+    index, code = with_classes(source, without_local_paths(check_pipeline(source)), with_code)
     shared, left_out = shared_files(source)
     records = _evaluations(source)
     read_training(source)  # whose error should name the source
     with atomic_dir(out, replace=False) as temporary:
         for relative in shared:
-            if relative in WRITTEN_ANEW or relative.suffix == ".py":
-                continue
-            (temporary / relative).parent.mkdir(exist_ok=True)
-            _copy(source / relative, temporary / relative)
+            if relative not in NOT_COPIED and relative.suffix != ".py":
+                (temporary / relative).parent.mkdir(exist_ok=True)
+                _copy(source / relative, temporary / relative)
         for relative, text in code.items():
             write_text(temporary / relative, text)
         write_json(temporary / INDEX, index)
@@ -241,54 +89,142 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
     return left_out
 
 
-def index_and_code(source: Path, index: dict[str, Any], with_code: bool) -> tuple[dict[str, Any], dict[Path, str]]:
-    """What the index of a pipeline folder says of its classes, and the code files beside it by path.
+def check_pipeline(folder: str | Path) -> dict[str, Any]:
+    """The model_index.json of a folder that holds a complete UViTPipeline, with code of its own or without.
 
-    Args:
-        source: the folder, for errors.
-        index: its index, whatever code that names.
-        with_code: whether the index names generated code, as diffusers finds it, or installed classes.
+    Reads no more than the headers of weights, and runs nothing.
 
     Raises:
-        InputError: a scheduler that is neither diffusers' nor this package's.
+        InputError: no pipeline folder, a pipeline of another class, a file that is missing or reached through a link,
+            or weights that are truncated or of another model.
     """
-    scheduler = index.get("scheduler")
-    if not isinstance(scheduler, list) or len(scheduler) != 2:
-        raise InputError(f"{source / INDEX} must name a scheduler")
-    library, name = map(str, scheduler)
-    network = str(index["unet"][-1])
-    if network not in MODEL_MODULES:
-        raise InputError(f"the unet of {source} must be one of {', '.join(MODEL_MODULES)}, got a {network}")
-    modules = {"UViTPipeline": "pipelines.pipeline_uvit", network: MODEL_MODULES[network]}
-    files = {
-        "UViTPipeline": Path(PIPELINE_CODE),
-        network: Path("unet", f"{PACKAGE}_{modules[network].rpartition('.')[2]}"),
-    }
-    if library != "diffusers":
-        if name not in SCHEDULER_MODULES:
-            known = ", ".join(SCHEDULER_MODULES)
-            raise InputError(f"the scheduler of {source} must be one of diffusers, or {known}, got {name} of {library}")
-        modules[name] = SCHEDULER_MODULES[name]
-        files[name] = Path("scheduler", f"{PACKAGE}_{modules[name].rpartition('.')[2]}")
-    modules = {kind: f"{PACKAGE}.{module}" for kind, module in modules.items()}
-    places = {kind: file.name for kind, file in files.items()} if with_code else modules
-    index = {
-        **index,
-        "_class_name": [places["UViTPipeline"], "UViTPipeline"] if with_code else "UViTPipeline",
-        "scheduler": [places.get(name, "diffusers"), name],
-        "unet": [places[network], network],
-    }
-    code = {file.with_suffix(".py"): bundle(modules[kind], kind) for kind, file in files.items()} if with_code else {}
-    return index, code
+    folder = Path(folder)
+    index = _read_object(folder / INDEX)
+    if class_name(index) != PIPELINE:
+        raise InputError(f"the pipeline in {folder} must be a {PIPELINE}, got a {class_name(index)}")
+    unet = folder / "unet"
+    config = _read_object(unet / "config.json")
+    weights = unet / WEIGHTS
+    if weights.is_symlink() or not weights.is_file() or (unet / SHARDS).exists():  # diffusers would prefer the shards
+        raise InputError(f"weights must be safetensors in one file: {weights} is missing, a link or in shards")
+    stored = stored_shapes(weights)
+    kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
+    try:
+        check_layers(config, len(stored))
+        model = build_on_meta(lambda: kind.from_config(config))
+    except InputError as error:
+        raise InputError(f"{unet / 'config.json'} is not a {kind.__name__}'s: {error}") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
+            raise InputError(f"{unet} holds weights of another model: they differ in tensor {name}")
+    if missing := [path for path in NEEDED if path not in shared_files(folder)[0]]:
+        raise InputError(
+            f"{folder} must be a complete pipeline: {missing[0]} is missing, or it or its folder is a link"
+        )
+    return index
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():
+        raise InputError(f"{path} is missing or a link; a pipeline folder must have it")
+    try:
+        return read_json_object(path)
+    except Unreadable as error:
+        raise InputError(f"{path} is truncated or corrupted: {error}") from None
+
+
+def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
+    """The files of a pipeline folder that are for others, and what else lies there with the reason why it isn't.
+
+    Returns:
+        (paths relative to the folder, sorted; other files and whole folders -> reason).
+    """
+    shared, left_out = [], {}
+    for place, folders, files in os.walk(folder):
+        for name in list(folders) + files:
+            path = Path(place, name)
+            relative, is_folder = path.relative_to(folder), name in folders
+            reason = _reason_against(path, relative, is_folder)
+            if reason is not None:
+                left_out[relative] = reason
+                if is_folder:
+                    folders.remove(name)  # not looked into
+            elif not is_folder:
+                shared.append(relative)
+    return sorted(shared), dict(sorted(left_out.items()))
+
+
+def _reason_against(path: Path, relative: Path, is_folder: bool) -> str | None:
+    if path.is_symlink():
+        return "a link"
+    if relative.name.startswith("."):
+        return "a dotfile"
+    if is_folder:
+        return None if str(relative) in COMPONENTS else "not a component of the pipeline"
+    if not path.is_file():
+        return "not a file"
+    if relative.suffix in UNREAD:
+        return "may hold a pickle"
+    if relative.suffix == ".py":
+        with path.open("rb") as file:
+            return None if file.read(len(HEADER)) == HEADER.encode() else "code that export has not generated"
+    patterns = SHARED if len(relative.parts) == 1 else SHARED_OF_COMPONENTS
+    return None if any(fnmatch(relative.name, pattern) for pattern in patterns) else "not part of a pipeline"
+
+
+def without_local_paths(value: Any) -> Any:
+    """JSON with absolute paths reduced to their last part, and without diffusers' notes where it was loaded from."""
+    if isinstance(value, dict):
+        return {key: without_local_paths(item) for key, item in value.items() if key != PATH_OF_ORIGIN}
+    if isinstance(value, list):
+        return [without_local_paths(item) for item in value]
+    return PureWindowsPath(value).name if isinstance(value, str) and _is_local_path(value) else value
+
+
+def find_local_path(path: Path) -> str | None:
+    """A path of this machine that a JSON, JSON-lines or Markdown file names; None if it names none.
+
+    Raises:
+        InputError: text that isn't what the file's name says.
+    """
+    if path.suffix not in (".json", ".jsonl", ".md"):
+        return None
+    try:
+        text = read_text(path, LINES_LIMIT)
+        if path.suffix == ".md":
+            match = KEY_WITH_PATH.search(text)
+            return match and match[1]
+        values = [parse_json(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    except Unreadable:
+        raise _corrupted(path) from None
+    return next((string for string in _strings(values) if _is_local_path(string)), None)
+
+
+def _is_local_path(text: str) -> bool:
+    text = text.removeprefix("hf:")  # of data.source, which may be a folder
+    return text.startswith(("/", "~", "file:")) or PureWindowsPath(text).drive != ""
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _corrupted(path: Path) -> InputError:
+    return InputError(f"{path} is truncated or corrupted; remove it, or make the pipeline again")
 
 
 def _copy(file: Path, place: Path) -> None:
     """Copies a file, JSON without paths of this machine."""
     if file.suffix == ".json":
         try:
-            value = read_json(file)
+            value = parse_json(read_text(file))
         except Unreadable:
-            raise InputError(f"{file} is truncated or corrupted; remove it, or make the pipeline again") from None
+            raise _corrupted(file) from None
         if (cleaned := without_local_paths(value)) != value:
             write_json(place, cleaned)
             return

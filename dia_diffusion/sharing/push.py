@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -11,12 +10,13 @@ from huggingface_hub.utils import validate_repo_id
 from dia_diffusion.environment import __version__
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.pipelines.folder import INDEX
-from dia_diffusion.sharing.export import check_pipeline, find_local_path, index_and_code, shared_files
+from dia_diffusion.sharing.code import with_classes
+from dia_diffusion.sharing.export import check_pipeline, find_local_path, shared_files
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """What would be sent where; nothing has been sent yet, and no connection made."""
+    """What would be sent where."""
 
     folder: Path
     repo_id: str
@@ -29,7 +29,7 @@ class Shipment:
 
 
 def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Shipment:
-    """Looks at what of a pipeline folder would be sent.
+    """What of a pipeline folder would be sent; makes no connection.
 
     Args:
         folder: of a UViTPipeline.
@@ -56,28 +56,20 @@ def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Sh
                 "`dia-diffusion export` makes a copy without such paths"
             )
     carries_code = isinstance(index["_class_name"], list)
-    _check_code(folder, index, carries_code, [path for path in shared if path.suffix == ".py"])
+    expected, code = with_classes(folder, index, carries_code)
+    again = "`dia-diffusion export` makes the folder anew"
+    if expected != index:
+        raise InputError(f"{folder / INDEX} names other code than this version's; {again}")
+    carried = {path for path in shared if path.suffix == ".py"}
+    for path in sorted(carried | code.keys()):
+        if path not in carried or (folder / path).read_bytes() != code.get(path, "").encode():
+            raise InputError(f"{folder / path} is not the code that this version generates; {again}")
     sizes = {relative: (folder / relative).stat().st_size for relative in shared}
     return Shipment(folder, repo_id, HfApi(endpoint=endpoint).endpoint, sizes, left_out, carries_code)
 
 
-def _check_code(folder: Path, index: dict[str, Any], carries_code: bool, files: list[Path]) -> None:
-    """Raises InputError unless a folder's code, and what its index says of it, are what `export` generates."""
-    expected, code = index_and_code(folder, index, carries_code)
-    again = "`dia-diffusion export` makes the folder anew"
-    if expected != index:
-        raise InputError(f"{folder / INDEX} names other code than this version's; {again}")
-    for path in sorted({*files, *code}):
-        if path not in files or (folder / path).read_bytes() != code.get(path, "").encode():
-            raise InputError(f"{folder / path} is not the code that this version generates; {again}")
-
-
 def find_token() -> str:
-    """The token that huggingface_hub finds in its usual places.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The token that huggingface_hub finds in its usual places. Raises InputError if there is none."""
     token = get_token()
     if not token:
         raise InputError("no token of the Hub is set; `hf auth login` stores one, or set HF_TOKEN")

@@ -1,4 +1,4 @@
-"""Trained classifiers side by side: accuracy over seeds, and Student's test against a baseline (Tables III to XIII)."""
+"""Test accuracies of trained classifiers over seeds, with Student's test against a baseline (Tables III to XIII)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dia_diffusion.training.recipe import flatten
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 INDIVIDUAL = "individual"
-# What runs of one setting may differ in: the unit, and what decides nothing about the comparison.
+# Runs with one setting may differ in the unit and in what doesn't affect the comparison.
 UNIT_KEYS = {"model.attention", "model.attention_kwargs", "model.attention_stages", "model.attention_blocks"}
 FREE_KEYS = {
     "output",
@@ -57,7 +57,7 @@ class ClassifierResult:
         return int(self.recipe["seed"])
 
     def setting(self) -> dict[str, Any]:
-        """Everything that is compared at: the recipe without its unit and what decides nothing."""
+        """The recipe without its unit and what doesn't affect the comparison."""
         return {key: value for key, value in self.recipe.items() if key not in UNIT_KEYS | FREE_KEYS}
 
     def unit(self) -> str:
@@ -70,8 +70,8 @@ class ClassifierResult:
         for key in ("stages", "blocks"):
             if (value := self.recipe.get(f"model.attention_{key}")) is not None:
                 options[key] = value
-        told = ", ".join(f"{key}: {value}" for key, value in sorted(options.items()))
-        return f"{name} {{{told}}}" if told else name
+        text = ", ".join(f"{key}: {value}" for key, value in sorted(options.items()))
+        return f"{name} {{{text}}}" if text else name
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Row:
     """A unit's runs in one setting."""
 
     setting: str
-    """What tells the setting from the others; empty for a single one."""
+    """What distinguishes the setting from the others; empty for a single one."""
     unit: str
     parameters: int
     results: list[ClassifierResult]
@@ -111,18 +111,12 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
+        numbers = ("setting", "unit", "parameters", "mean", "deviation", "difference", "p", "p_holm")
         return {
-            "setting": self.setting,
-            "unit": self.unit,
-            "parameters": self.parameters,
+            **{name: getattr(self, name) for name in numbers},
             "seeds": [result.seed for result in self.results],
             "accuracies": [result.accuracy for result in self.results],
             "diverged_at": [result.diverged_at for result in self.results],
-            "mean": self.mean,
-            "deviation": self.deviation,
-            "difference": self.difference,
-            "p": self.p,
-            "p_holm": self.p_holm,
             "curves": [result.curve for result in self.results],
         }
 
@@ -136,13 +130,13 @@ def read_result(path: str | Path) -> ClassifierResult:
     folder = RunFolder(path)
     file = folder.path / RESULT_FILE
     if not file.is_file():
-        raise InputError(f"{path} has no {RESULT_FILE}; accepted: runs of dia-diffusion classify that have ended")
+        raise InputError(f"each RUN must be a finished run of dia-diffusion classify, got {path} without {RESULT_FILE}")
     try:
         record = verify_checksum(read_json_object(file))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-        # Of one that diverged the step is the first that was skipped; lines of those after it are no news.
+        # A diverged run has the first step that was skipped; lines may follow it.
         if record["diverged_at"] is None and lines and lines[-1]["step"] > record["step"]:
-            raise InputError(f"{path} is being trained on since its {RESULT_FILE}; let it end first")
+            raise InputError(f"{path} is being trained again since its {RESULT_FILE}; let it end first")
         return ClassifierResult(
             folder.path,
             flatten(ClassifyExperiment().to_dict()) | flatten(record["recipe"]),  # an older one lacks newer keys
@@ -171,17 +165,17 @@ def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list
     for result in results:
         if result.setting() not in settings:
             settings.append(result.setting())
-    told = _differences(settings)
     rows = []
-    for setting, name in zip(settings, told, strict=True):
+    for setting, name in zip(settings, _differences(settings), strict=True):
         here = [result for result in results if result.setting() == setting]
-        if len({result.test_fingerprint for result in here}) > 1:
-            raise InputError(f"{here[0].path} and others were tested on different images; accepted: the same ones")
-        if len({result.train_fingerprint for result in here} - {None}) > 1:
-            raise InputError(f"{here[0].path} and others were trained on different images; accepted: the same ones")
+        for what in ("test", "train"):
+            if len({getattr(result, f"{what}_fingerprint") for result in here} - {None}) > 1:
+                raise InputError(
+                    f"the {what} images of runs that are compared must be the same, not so for {here[0].path}"
+                )
         rows += _rows(name, here, baseline)
-    if not any(row.unit.split(" ")[0] == baseline or row.unit == baseline for row in rows):
-        raise InputError(f"no run has the unit {baseline!r}; accepted as --baseline: {', '.join(_units(results))}")
+    if not any(_is(baseline, row.unit) for row in rows):
+        raise InputError(f"`--baseline` must be one of {', '.join(_units(results))}, got {baseline!r}")
     adjusted = holm([row.p for row in rows])
     return [Row(**{**vars(row), "p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
 
@@ -193,7 +187,7 @@ def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> l
         for first, second in pairwise(group):
             if first.seed == second.seed:
                 raise InputError(f"{first.path} and {second.path} are both {unit} of seed {first.seed}; leave one out")
-    base = next((group for unit, group in groups.items() if baseline in (unit, unit.split(" ")[0])), [])
+    base = next((group for unit, group in groups.items() if _is(baseline, unit)), [])
     theirs = [result.accuracy for result in base if result.accuracy is not None]
     rows = []
     for unit, group in groups.items():
@@ -205,11 +199,16 @@ def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> l
     return rows
 
 
+def _is(name: str, unit: str) -> bool:
+    """Whether a unit has this name, with its options or without."""
+    return name in (unit, unit.split(" ")[0])
+
+
 def _units(results: Sequence[ClassifierResult]) -> list[str]:
     return list(dict.fromkeys(result.unit() for result in results))
 
 
 def _differences(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """What tells each setting from the others: "backbone cifar-resnet20-basic, norm none"."""
+    """What distinguishes each setting from the others: "backbone cifar-resnet20-basic, norm none"."""
     keys = [key for key in settings[0] if any(setting.get(key) != settings[0][key] for setting in settings)]
     return [", ".join(f"{key.split('.')[-1]} {setting.get(key)}" for key in keys) for setting in settings]

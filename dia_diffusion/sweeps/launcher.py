@@ -1,4 +1,4 @@
-"""Trains and measures what a sweep is missing, by commands of this program as child processes."""
+"""Trains and measures what is missing, by commands of this program as child processes, each with its own log."""
 
 import os
 import shlex
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,14 +14,18 @@ import torch
 from dia_diffusion.distributed import StopSignal
 from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import count_records
-from dia_diffusion.sweeps.collect import RunState, inventory, measured
-from dia_diffusion.sweeps.sweep import Study, StudyRun, write_study
+from dia_diffusion.sweeps.collect import Inventory, RunState, measured
+from dia_diffusion.sweeps.sweep import Study
 from dia_diffusion.training.run_folder import RunFolder, logged_step
 
-SECONDS_BETWEEN_LOOKS = 0.5
+POLL_SECONDS = 0.5
 DOING = {"train": "training", "fid": "measuring"}
+PASSES_OF_STEP = 3
+"""What a training step costs an image, in passes through the network: forward, and twice that backward."""
+
+Progress = Callable[[int, int, str], None]
+"""Called with what is done, of how much, and what is being done."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,13 @@ class Job:
     """Commands that work in one folder, one after the other; a command that fails ends it."""
 
     folder: Path
-    """Where their logs lie: COMMAND.log, which each call adds to."""
+    """Has their logs: COMMAND.log, which each call adds to."""
     commands: list[list[str]]
     """As ["train", "--config", ...]."""
 
 
 class _Child:
-    """A job under way."""
+    """A running job."""
 
     def __init__(self, job: Job, environment: dict[str, str]):
         self.job, self.environment, self.index = job, environment, -1
@@ -58,32 +62,38 @@ class _Child:
     def log(self) -> Path:
         return self.job.folder / f"{self.command[0]}.log"
 
-    def ended(self, ending: bool) -> bool:
-        """Whether it has; after a command that ended well the next one is started, unless all are to end."""
+    def ended(self, stopping: bool) -> bool:
+        """Whether the job has; after a command that succeeded the next one is started, unless all are to stop."""
         code = self.process.poll()
-        if code == 0 and not ending and self.index + 1 < len(self.job.commands):
+        if code == 0 and not stopping and self.index + 1 < len(self.job.commands):
             self._next()
             return False
         return code is not None
 
-    def failure(self) -> Exception:
-        """In one line."""
+    def failure(self, check: Callable[[Job], None]) -> Exception | None:
+        """Why the job failed, in one line; None if it succeeded."""
         code = self.process.returncode
-        last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        line = f"{DOING[self.command[0]]} {self.job.folder} ended with code {code}: {' '.join(last)} ({self.log})"
-        return InputError(line) if code == 2 else RunError(line)
+        if code:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            line = f"{DOING[self.command[0]]} {self.job.folder} ended with code {code}: {' '.join(last)} ({self.log})"
+            return InputError(line) if code == 2 else RunError(line)
+        try:
+            check(self.job)
+        except InputError as error:
+            return error
+        return None
 
 
 def run_jobs(
     jobs: Sequence[Job],
-    side_by_side: int,
-    watch: Callable[[list[Job]], None],
+    max_parallel: int,
+    progress: Callable[[list[Job]], None] = lambda running: None,
     check: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Runs jobs in their order, so many at a time, the cores divided between them, or a GPU each.
+    """Runs jobs in their order, `max_parallel` at a time, which share the cores or have a GPU each.
 
-    watch: called now and then with those under way.
-    check: called with each that has ended well; an InputError of it counts as a failure.
+    progress: called every half second with the running jobs.
+    check: called with each job that has succeeded; if it raises InputError, the job counts as failed.
 
     Raises:
         Stopped: after SIGINT or SIGTERM, once all have ended; training writes a checkpoint first.
@@ -91,113 +101,88 @@ def run_jobs(
     """
     waiting, running = list(jobs), dict[int, _Child]()
     failed: Exception | None = None
-    ending = False
+    stopping = False
     with StopSignal() as stop:
         try:
-            while running or (waiting and not ending):
-                for slot in range(side_by_side):
-                    if slot not in running and waiting and not ending:
-                        running[slot] = _Child(waiting.pop(0), environment_of(slot, side_by_side))
-                watch([child.job for child in running.values()])
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            while running or (waiting and not stopping):
+                for slot in range(max_parallel):
+                    if slot not in running and waiting and not stopping:
+                        running[slot] = _Child(waiting.pop(0), environment_of(slot, max_parallel))
+                progress([child.job for child in running.values()])
+                time.sleep(POLL_SECONDS)
                 for slot, child in list(running.items()):
-                    if child.ended(ending or bool(stop.received)):
+                    if child.ended(stopping or bool(stop.received)):
                         del running[slot]
-                        if not ending:
-                            failed = failed or _failure(child, check)
-                if (stop.received or failed) and not ending:
-                    ending = True
+                        if not stopping:
+                            failed = failed or child.failure(check)
+                if (stop.received or failed) and not stopping:
+                    stopping = True
                     for child in running.values():
                         child.process.terminate()
         finally:  # a second Ctrl-C, or an error here
             for child in running.values():
                 child.process.kill()
-    watch([])
+    progress([])
     if stop.received:
         raise Stopped(stop.received, "stopped; the same command resumes from there")
     if failed is not None:
         raise failed
 
 
-def _failure(child: _Child, check: Callable[[Job], None]) -> Exception | None:
-    """Of a job that has ended."""
-    if child.process.returncode:
-        return child.failure()
-    try:
-        check(child.job)
-    except InputError as error:
-        return error
-    return None
-
-
-def environment_of(slot: int, side_by_side: int) -> dict[str, str]:
-    """What a child is started with: its share of the cores, and its GPU where there are any."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_each(side_by_side))}
+def environment_of(slot: int, max_parallel: int) -> dict[str, str]:
+    """A child's environment: its share of the cores, and its GPU where there are any."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(max_parallel))}
     if torch.cuda.is_available():
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     return environment
 
 
-def threads_of_each(side_by_side: int) -> int:
-    """Of so many processes on the cores that this one may use."""
-    return max(1, usable_cores() // side_by_side)
+def threads_per_job(max_parallel: int) -> int:
+    """Of the cores that this process may use."""
+    return max(1, usable_cores() // max_parallel)
 
 
-PASSES_OF_STEP = 3
-"""What a training step costs an image, in passes through the network: forward, and twice that backward."""
+def run_study(inventory: Inventory, max_parallel: int, progress: Progress, fid_options: Sequence[str] = ()) -> None:
+    """Trains and measures what is missing; a run's training and its measurements are one job.
 
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a study has come, in passes of an image through a network."""
-
-    done: int
-    total: int
-    note: str
-    """Runs that are complete, and those under way."""
-
-
-def run_study(study: Study, side_by_side: int, watch: Callable[[Progress], None]) -> None:
-    """Trains and measures what is missing, so many runs at a time; the caller holds the lock of the study's folder.
-
-    A run's training and its measurements are one job; each run's folder gets its recipe and the commands' logs.
+    progress: in passes of an image through a network.
+    fid_options: of all measurements.
 
     Raises:
-        InputError, RunError, Stopped: see `run_jobs`; what is finished stays, and the same call goes on.
-        InputError: a run is in use by another process, as by one that outlived an earlier study; or what a run was
+        InputError, RunError, Stopped: see `run_jobs`; what is finished stays, and the same call resumes.
+        InputError: a run is in use by another process, such as one that outlived an earlier study; or what a run was
             measured by can't share a curve with the others, which are then stopped.
     """
-    write_study(study)
-    states = inventory(study)
-    jobs = {state.run.folder: _job(study, state) for state in states if not state.complete}
-    progress = _Watch(study, states)
-    complete = [state.run for state in states if state.complete]
+    study = inventory.study
+    jobs = [_job(study, state, fid_options) for state in inventory.states if not state.complete]
+    passes = _Passes(inventory)
+    complete = [state.run for state in inventory.states if state.complete]
 
     def check(job: Job) -> None:
         complete.append(next(run for run in study.runs if run.folder == job.folder))
-        for protocol in filter(None, (study.config.protocol, study.config.final_protocol)):
-            measured(replace(study, runs=complete), protocol)  # of no run that is being written to
+        for protocol in study.protocols:
+            measured(complete, protocol)  # not of runs that are being written
 
-    run_jobs(list(jobs.values()), side_by_side, lambda running: watch(progress(running)), check)
+    run_jobs(jobs, max_parallel, lambda running: progress(*passes(running)), check)
 
 
-def commands(study: Study, state: RunState) -> list[list[str]]:
+def commands(study: Study, state: RunState, fid_options: Sequence[str] = ()) -> list[list[str]]:
     """What completes a run, as it would be typed after `dia-diffusion`."""
     folder, config = RunFolder(state.run.folder), study.config
-    reference = [] if config.reference is None else ["--reference", config.reference]
-    found = []
+    options = [*([] if config.reference is None else ["--reference", config.reference]), *fid_options]
+    missing = []
     if not state.trained:
-        found.append(["train", "--config", str(folder.config)])
+        missing.append(["train", "--config", str(folder.config)])
     if state.unmeasured:
-        found.append(["fid", str(folder.path), "--every-step", "--protocol", config.protocol, *reference])
+        missing.append(["fid", str(folder.path), "--every-step", "--protocol", config.protocol, *options])
     if state.final_unmeasured and config.final_protocol is not None:
-        found.append(["fid", str(folder.path), "--protocol", config.final_protocol, *reference])
-    return found
+        missing.append(["fid", str(folder.path), "--protocol", config.final_protocol, *options])
+    return missing
 
 
-def _job(study: Study, state: RunState) -> Job:
+def _job(study: Study, state: RunState, fid_options: Sequence[str]) -> Job:
     if not state.trained:
         folder = RunFolder(state.run.folder)
         folder.lock()
@@ -205,57 +190,48 @@ def _job(study: Study, state: RunState) -> Job:
             folder.write_config(state.run.experiment)
         finally:
             folder.unlock()
-    return Job(state.run.folder, commands(study, state))
+    return Job(state.run.folder, commands(study, state, fid_options))
 
 
-class _Watch:
-    """Adds up how far the runs have come."""
+class _Passes:
+    """How far a study is, in passes of an image through a network, by the files of its runs."""
 
-    def __init__(self, study: Study, states: Sequence[RunState]):
-        self.states = states
-        final = study.config.final_protocol
-        self.point, self.final = passes(EvalProtocol.read(study.config.protocol)), 0
-        if final is not None:
-            self.final = passes(EvalProtocol.read(final))
-        self.records_before = {s.run.name: count_records(RunFolder(s.run.folder).evaluations) for s in states}
-        self.started = {state.run.name for state in states if state.complete}
+    def __init__(self, inventory: Inventory):
+        self.states, study = inventory.states, inventory.study
+        self.point, self.final = (
+            0 if protocol is None else protocol.num_samples * protocol.steps
+            for protocol in (study.protocol, study.final_protocol)
+        )
+        self.records = {state.run.name: self._count_records(state) for state in self.states}
+        self.started = {state.run.folder for state in self.states if state.complete}
 
-    def __call__(self, running: Sequence[Job]) -> Progress:
-        under_way = {job.folder for job in running}
+    def __call__(self, running: Sequence[Job]) -> tuple[int, int, str]:
+        folders = {job.folder for job in running}
+        self.started |= folders
         done, total, complete, notes = 0, 0, 0, []
         for state in self.states:
-            run = state.run
-            of_run = self._passes(run, run.experiment.train.max_steps, len(run.steps), True)
-            total += of_run
-            if run.folder in under_way:
-                self.started.add(run.name)
-                passed, note = self._so_far(state)
-                notes.append(note)
-                done += min(passed, of_run - 1)  # until it has ended
-            elif run.name in self.started:
+            run, last = state.run, state.run.max_steps
+            whole = self._of(state, last, 0, final=True)
+            total += whole
+            if run.folder in folders:
+                step = last if state.trained else logged_step(RunFolder(run.folder).metrics)
+                new = self._count_records(state) - self.records[run.name]
+                missing = max(0, len(state.unmeasured) - new)
+                done += min(self._of(state, step, missing, not state.final_unmeasured), whole - 1)
+                points = f"measured {len(run.steps) - missing}/{len(run.steps)}"
+                notes.append(f"{run.name} {points if step == last else f'step {step:,}/{last:,}'}")
+            elif run.folder in self.started:
                 complete += 1
-                done += of_run
+                done += whole
             else:
-                measured = len(run.steps) - len(state.unmeasured)
-                done += self._passes(run, state.step, measured, not state.final_unmeasured)
-        return Progress(done, total, ", ".join([f"{complete} of {len(self.states)} runs", *notes]))
+                done += self._of(state, state.step, len(state.unmeasured), not state.final_unmeasured)
+        return done, total, ", ".join([f"{complete} of {len(self.states)} runs", *notes])
 
-    def _so_far(self, state: RunState) -> tuple[int, str]:
-        """Passes of a run under way, and what it does."""
-        run, folder = state.run, RunFolder(state.run.folder)
-        last = run.experiment.train.max_steps
-        step = last if state.trained else logged_step(folder.metrics)
-        new = count_records(folder.evaluations) - self.records_before[run.name]
-        points = len(run.steps) - len(state.unmeasured) + min(new, len(state.unmeasured))
-        done = self._passes(run, step, points, not state.final_unmeasured)
-        if step < last:
-            return done, f"{run.name} step {step:,}/{last:,}"
-        return done, f"{run.name} measured {points}/{len(run.steps)}"
+    def _of(self, state: RunState, step: int, missing: int, final: bool) -> int:
+        """Of a run after `step` steps, with `missing` points of its curve not measured."""
+        points = len(state.run.steps) - missing
+        return PASSES_OF_STEP * step * state.run.batch_size + points * self.point + final * self.final
 
-    def _passes(self, run: StudyRun, step: int, points: int, final: bool) -> int:
-        return PASSES_OF_STEP * step * run.batch_size + points * self.point + final * self.final
-
-
-def passes(protocol: EvalProtocol) -> int:
-    """Of images through the network, for one measurement."""
-    return protocol.num_samples * protocol.steps
+    @staticmethod
+    def _count_records(state: RunState) -> int:
+        return count_records(RunFolder(state.run.folder).evaluations)

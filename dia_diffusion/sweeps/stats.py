@@ -1,7 +1,7 @@
 """Means and intervals over seeds, tests between units, and a study in numbers: one row per batch size and unit."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -135,22 +135,22 @@ class Curve:
 
     images_seen: list[int]
     by_seed: dict[int, list[float]]
-    """seed -> distances, one a number of images seen."""
+    """seed -> distances, one per number of images seen."""
 
     @property
     def mean(self) -> list[Estimate]:
-        """Over seeds, one a number of images seen."""
+        """Over seeds, one per number of images seen."""
         return [estimate(distances) for distances in zip(*self.by_seed.values(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A unit's final distances against those of its twin without a unit; None where there are too few seeds."""
+    """A unit's final distances against those of its twin without a unit; None if there are too few seeds."""
 
     seeds: list[int]
     """That both have."""
     difference: Estimate
-    """Unit less twin, over these seeds: below zero where the unit is better."""
+    """Unit minus twin, over these seeds: below zero if the unit is better."""
     p_student: float | None
     """Two-sample test with equal variances, of all seeds that either has."""
     p_paired: float | None
@@ -162,7 +162,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a unit at a batch size; None: nothing yet, or it doesn't apply."""
+    """A unit at a batch size; None: nothing yet, or it doesn't apply."""
 
     batch_size: int
     unit: str
@@ -170,9 +170,9 @@ class Row:
     """By the end of training."""
     planned_seeds: list[int]
     seeds: list[int]
-    """Whose final distance is known."""
+    """With a final distance."""
     curve_seeds: list[int]
-    """Whose curves count, see `curve_of`."""
+    """With a curve that counts, see `curve_of`."""
     final: Estimate | None
     best: Estimate | None
     """Of each seed's smallest distance along the curve."""
@@ -180,18 +180,18 @@ class Row:
     """Of the area under each seed's curve over the images that it spans."""
     comparison: Comparison | None
     seconds: Estimate | None
-    """Of training, of the runs that are trained."""
+    """Of training, of the trained runs."""
     time_ratio: float | None
     """To the twin without a unit, over the seeds that both have."""
     peak_memory_mib: int | None
-    """The largest of the runs that are trained."""
+    """The largest of the trained runs."""
 
 
 def curve_of(points: Sequence[Point], unit: str, batch_size: int) -> Curve | None:
-    """A unit's curve at a batch size; None where nothing of it is measured.
+    """A unit's curve at a batch size; None if nothing of it is measured.
 
-    It is of the seeds that have come furthest, at the steps that all of these have: no mean of a curve is of other
-    seeds than the mean beside it.
+    It is of the seeds that are furthest, at the steps that all of these have, so that all means of a curve are of the
+    same seeds.
     """
     by_seed: dict[int, dict[int, float]] = {}
     for point in points:
@@ -213,56 +213,44 @@ def summarize(
 
     Args:
         points: of the curves.
-        final_points: one a run whose last distance is known, all by one protocol.
-        costs: of the runs that are trained, by name.
+        final_points: one per run with a last distance, all by one protocol.
+        costs: of the trained runs, by name.
     """
-    pairs = [(size, unit) for size in study.batch_sizes for unit in study.units]
-    rows = [row for size, unit in pairs if (row := _row(study, size, unit, points, final_points, costs))]
+    rows = []
+    for size in study.batch_sizes:
+        runs = [run for run in study.runs if run.batch_size == size]
+        finals = {
+            unit: {p.seed: p.distance for p in final_points if (p.batch_size, p.unit) == (size, unit)}
+            for unit in [BASELINE, *study.units]
+        }
+        paid = {
+            unit: {run.seed: costs[run.name] for run in runs if run.unit == unit and run.name in costs}
+            for unit in [BASELINE, *study.units]
+        }
+        for unit in study.units:
+            if not (own := [run for run in runs if run.unit == unit]):
+                continue
+            final, cost = dict(sorted(finals[unit].items())), paid[unit]
+            curve = curve_of(points, unit, size) or Curve([], {})
+            memory = [one.peak_memory_mib for one in cost.values() if one.peak_memory_mib is not None]
+            along = [mean_along(curve.images_seen, distances) for distances in curve.by_seed.values()]
+            row = Row(
+                batch_size=size,
+                unit=unit,
+                images_seen=own[0].max_steps * size,
+                planned_seeds=sorted(run.seed for run in own),
+                seeds=list(final),
+                curve_seeds=list(curve.by_seed),
+                final=_estimate(final.values()),
+                best=_estimate(min(distances) for distances in curve.by_seed.values()),
+                mean_along=_estimate(value for value in along if value is not None),
+                comparison=None if unit == BASELINE else _compare(final, finals[BASELINE]),
+                seconds=_estimate(one.seconds for one in cost.values()),
+                time_ratio=None if unit == BASELINE else _time_ratio(cost, paid[BASELINE]),
+                peak_memory_mib=max(memory, default=None),
+            )
+            rows.append(row)
     return _with_holm(rows)
-
-
-def _row(
-    study: Study,
-    size: int,
-    unit: str,
-    points: Sequence[Point],
-    final_points: Sequence[Point],
-    costs: Mapping[str, Cost],
-) -> Row | None:
-    runs = [run for run in study.runs if (run.batch_size, run.unit) == (size, unit)]
-    if not runs:
-        return None
-    curve = curve_of(points, unit, size)
-    curves = list(curve.by_seed.values()) if curve else []
-    along = [mean_along(curve.images_seen, distances) for distances in curves] if curve else []
-    final, twin = _final(final_points, size, unit), _final(final_points, size, BASELINE)
-    paid, twin_paid = _paid(study, size, unit, costs), _paid(study, size, BASELINE, costs)
-    memory = [cost.peak_memory_mib for cost in paid.values() if cost.peak_memory_mib is not None]
-    return Row(
-        batch_size=size,
-        unit=unit,
-        images_seen=runs[0].experiment.train.max_steps * size,
-        planned_seeds=sorted(run.seed for run in runs),
-        seeds=list(final),
-        curve_seeds=list(curve.by_seed) if curve else [],
-        final=_estimate(list(final.values())),
-        best=_estimate([min(distances) for distances in curves]),
-        mean_along=_estimate([value for value in along if value is not None]),
-        comparison=None if unit == BASELINE else _compare(final, twin),
-        seconds=_estimate([cost.seconds for cost in paid.values()]),
-        time_ratio=None if unit == BASELINE else _time_ratio(paid, twin_paid),
-        peak_memory_mib=max(memory, default=None),
-    )
-
-
-def _final(points: Sequence[Point], size: int, unit: str) -> dict[int, float]:
-    found = {point.seed: point.distance for point in points if (point.batch_size, point.unit) == (size, unit)}
-    return dict(sorted(found.items()))
-
-
-def _paid(study: Study, size: int, unit: str, costs: Mapping[str, Cost]) -> dict[int, Cost]:
-    runs = [run for run in study.runs if (run.batch_size, run.unit) == (size, unit)]
-    return {run.seed: costs[run.name] for run in runs if run.name in costs}
 
 
 def _compare(unit: Mapping[int, float], twin: Mapping[int, float]) -> Comparison | None:
@@ -271,7 +259,7 @@ def _compare(unit: Mapping[int, float], twin: Mapping[int, float]) -> Comparison
         return None
     of_unit, of_twin = [unit[seed] for seed in seeds], [twin[seed] for seed in seeds]
     difference = estimate([a - b for a, b in zip(of_unit, of_twin, strict=True)])
-    p_student = student_test(list(unit.values()), list(twin.values()))
+    p_student = student_test(list(unit.values()), [twin[seed] for seed in sorted(twin)])
     return Comparison(seeds, difference, p_student, paired_test(of_unit, of_twin))
 
 
@@ -281,19 +269,16 @@ def _time_ratio(unit: Mapping[int, Cost], twin: Mapping[int, Cost]) -> float | N
     return sum(unit[seed].seconds for seed in shared) / below if below else None
 
 
-def _estimate(values: Sequence[float]) -> Estimate | None:
+def _estimate(values: Iterable[float]) -> Estimate | None:
+    values = list(values)
     return estimate(values) if values else None
 
 
 def _with_holm(rows: Sequence[Row]) -> list[Row]:
     compared = [row.comparison for row in rows if row.comparison]
     student, paired = holm([c.p_student for c in compared]), holm([c.p_paired for c in compared])
-    adjusted = iter(zip(student, paired, strict=True))
-    found = []
-    for row in rows:
-        if row.comparison:
-            p_student, p_paired = next(adjusted)
-            comparison = replace(row.comparison, p_student_holm=p_student, p_paired_holm=p_paired)
-            row = replace(row, comparison=comparison)
-        found.append(row)
-    return found
+    adjusted = iter(
+        replace(comparison, p_student_holm=a, p_paired_holm=b)
+        for comparison, a, b in zip(compared, student, paired, strict=True)
+    )
+    return [replace(row, comparison=next(adjusted)) if row.comparison else row for row in rows]

@@ -1,8 +1,9 @@
-"""A study: which runs are compared, over which recipe, measured by which protocol; read from a YAML file."""
+"""A sweep is labelled experiments that are trained, measured and collected; a study is one from a YAML file."""
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import yaml
 from pydantic import Field
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import shipped_folder, shipped_names, write_text
+from dia_diffusion.precision import Precision, in_precision, training_device, training_precision
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.recipe import flatten, override, read_experiment
+from dia_diffusion.training.recipe import AUTO, flatten, override, read_experiment
 from dia_diffusion.validation import NonNegative, Positive, Strict, validate
 
 BASELINE = "none"
-"""The unit that stands for none: the twin that the others are compared with."""
+"""The unit that the others are compared with: none."""
 STUDY_FILE = "study.yaml"
-"""In a study's folder: the study as it was last run, with what its command changed."""
+"""In a study's folder: the study as last run, with what its command changed."""
 DECIDED = {
     "output",
     "seed",
@@ -29,7 +32,7 @@ DECIDED = {
     "train.sample_every",
     "train.keep_last",
 }
-"""Recipe keys that are the study's own to choose."""
+"""Recipe keys that the study sets."""
 
 
 class Grid(Strict):
@@ -73,20 +76,31 @@ class StudyConfig(Strict):
 
 
 @dataclass(frozen=True)
-class StudyRun:
-    """One run of a study."""
+class Run:
+    """A labelled experiment of a sweep."""
 
-    unit: str
-    """Attention unit or variant."""
-    batch_size: int
-    seed: int
+    name: str
+    """Its folder within the sweep's."""
+    label: dict[str, Any]
+    """What distinguishes it from the other runs; `unit` is an attention unit or a variant of the study."""
     experiment: Experiment
-    """The recipe as resolved for this run; its `output` is the run's folder."""
+    """Its resolved recipe; `output` is the run's folder."""
 
     @property
-    def name(self) -> str:
-        """The run's folder within the study's."""
-        return run_name(self.unit, self.batch_size, self.seed)
+    def unit(self) -> str:
+        return str(self.label["unit"])
+
+    @property
+    def batch_size(self) -> int:
+        return self.experiment.train.batch_size
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+    @property
+    def max_steps(self) -> int:
+        return self.experiment.train.max_steps
 
     @property
     def folder(self) -> Path:
@@ -94,23 +108,31 @@ class StudyRun:
 
     @property
     def steps(self) -> list[int]:
-        """Of the points of its curve, where training leaves a pipeline."""
-        every, last = self.experiment.train.checkpoint_every, self.experiment.train.max_steps
-        return [*range(every, last, every), last]
+        """The points of its curve, where training leaves a pipeline."""
+        every = self.experiment.train.checkpoint_every
+        return [*range(every, self.max_steps, every), self.max_steps]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study with every run's recipe resolved."""
+    """Runs and the protocols that they are measured by, each read once."""
 
     name: str
     config: StudyConfig
-    runs: list[StudyRun]
+    protocol: EvalProtocol
+    """Of the curves."""
+    final_protocol: EvalProtocol | None
+    """Of the last checkpoints."""
+    runs: list[Run]
 
     @property
     def folder(self) -> Path:
-        """Where the runs and what is drawn from them lie."""
+        """Holds the runs and what is drawn from them."""
         return Path(self.config.output)
+
+    @property
+    def protocols(self) -> list[EvalProtocol]:
+        return [protocol for protocol in (self.protocol, self.final_protocol) if protocol is not None]
 
     @property
     def units(self) -> list[str]:
@@ -123,9 +145,23 @@ class Study:
         return sorted({run.batch_size for run in self.runs})
 
 
-def run_name(unit: str, batch_size: int, seed: int) -> str:
-    """As "dia-lstm-b32-s0"."""
-    return f"{unit}-b{batch_size}-s{seed}"
+def resolve_precision(
+    runs: Sequence[Run], origins: Iterable[dict[str, Any] | None]
+) -> tuple[list[Run], Precision | None]:
+    """The runs with `mixed_precision: auto` resolved, to the same for all, and to which; None if no recipe says auto.
+
+    origins: what is known of how each run was trained, with its `recipe`. The first of these decides, else the device.
+    """
+    auto = [run.experiment.train.mixed_precision == AUTO for run in runs]
+    if not any(auto):
+        return [*runs], None
+    recipes = (origin["recipe"] for origin, is_auto in zip(origins, auto, strict=True) if is_auto and origin)
+    began_in = next((recipe["train"]["mixed_precision"] for recipe in recipes), None)
+    precision = training_precision("auto", training_device(), began_in)
+    return [
+        replace(run, experiment=in_precision(run.experiment, precision)) if is_auto else run
+        for run, is_auto in zip(runs, auto, strict=True)
+    ], precision
 
 
 def study_path(name: str) -> Path:
@@ -138,8 +174,8 @@ def study_path(name: str) -> Path:
     shipped = shipped_folder("curves") / f"{path.name.removesuffix('.yaml')}.yaml"
     if shipped.is_file() and path.parent in (Path("."), Path("eval/curves")):
         return shipped
-    accepted = f"a YAML file, the folder of a study, or one of {', '.join(shipped_names('curves'))}"
-    raise InputError(f"a study must be {accepted}, got {name!r}")
+    names = ", ".join(shipped_names("curves"))
+    raise InputError(f"a study must be a YAML file, the folder of a study, or one of {names}, got {name!r}")
 
 
 def read_study(
@@ -155,7 +191,7 @@ def read_study(
     changes: other keys of the study, such as {"final_protocol": None}.
 
     Raises:
-        InputError: no such study, not YAML, an unknown key, or a run whose recipe is refused.
+        InputError: no such study or protocol, not YAML, an unknown key, or a run whose recipe is refused.
     """
     path = study_path(name)
     values = {**read_yaml(path, "study", "output, recipe, runs, protocol"), **(changes or {})}
@@ -167,23 +203,20 @@ def read_study(
         values["output"] = output
     config = validate(StudyConfig, values, f"{path}: ")
     config = config.model_copy(update={"overrides": {**flatten(config.overrides), **(overrides or {})}})
-    _check(config, path)
-    experiments = {
-        unit: _of_unit(config, unit) for unit in dict.fromkeys(u for grid in config.runs for u in grid.units)
-    }
-    runs: dict[str, StudyRun] = {}
-    for grid in config.runs:
-        for seed in grid.seeds:
-            for batch_size in grid.batch_sizes:
-                for unit in grid.units:
-                    steps = _steps(config, batch_size, path)
-                    run = _run(experiments[unit], unit, batch_size, seed, steps, config)
-                    runs.setdefault(run.name, run)
-    return Study(config.name or path.stem, config, list(runs.values()))
+    try:
+        _check(config)
+        runs = _runs(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    protocol = EvalProtocol.read(config.protocol)
+    final = None if config.final_protocol is None else EvalProtocol.read(config.final_protocol)
+    if final is not None and final.name == protocol.name and final.hash() != protocol.hash():
+        raise InputError(f"protocol and final_protocol are both called {protocol.name} and differ; rename one")
+    return Study(config.name or path.stem, config, protocol, final, runs)
 
 
 def write_study(study: Study) -> None:
-    """Writes the study into its folder, from where `read_study` reads it; what is a file is named by its whole path."""
+    """Writes the study into its folder, from where `read_study` reads it; files are named by their whole paths."""
     config = study.config.model_dump() | {"name": study.name}
     for key in ("recipe", "protocol", "final_protocol", "reference"):
         if config[key] is not None and Path(config[key]).is_file():
@@ -191,27 +224,41 @@ def write_study(study: Study) -> None:
     write_text(study.folder / STUDY_FILE, yaml.safe_dump(config, sort_keys=False))
 
 
-def _check(config: StudyConfig, path: Path) -> None:
+def _check(config: StudyConfig) -> None:
     if (config.images is None) == (config.steps is None):
-        raise InputError(f"{path}: either `images` or `steps` must be given")
-    if config.images is not None and config.images < (size := _largest_batch(config)):
-        raise InputError(f"{path}: `images` must be the largest batch size, {size}, or more, got {config.images}")
+        raise InputError("either `images` or `steps` must be given")
+    sizes = {size for grid in config.runs for size in grid.batch_sizes}
+    if config.images is not None and config.images < max(sizes):
+        raise InputError(f"`images` must be the largest batch size, {max(sizes)}, or more, got {config.images}")
+    if isinstance(config.steps, dict) and (missing := sizes - config.steps.keys()):
+        raise InputError(f"`steps` must be one number, or one per batch size; got none for batch size {min(missing)}")
     for name in config.variants:
         if not re.fullmatch(r"[\w.+=-]+", name):
-            raise InputError(f"{path}: variant {name!r} can't name a folder; accepted: letters, digits, _ . + = -")
+            raise InputError(f"a name in `variants` must be of letters, digits and _ . + = -, got {name!r}")
         if name == BASELINE:
-            raise InputError(f"{path}: variant {name!r} is what the others are compared with; give it another name")
+            raise InputError(f"a name in `variants` must not be {BASELINE}, which the others are compared with")
     set_by = {"overrides": config.overrides} | {f"variant {name}": keys for name, keys in config.variants.items()}
     for what, keys in set_by.items():
         if taken := sorted(flatten(keys).keys() & DECIDED):
-            raise InputError(f"{path}: {what} sets {taken[0]}, which is the study's own to choose")
+            raise InputError(f"{what} sets {taken[0]}, which is the study's to choose")
 
 
-def _largest_batch(config: StudyConfig) -> int:
-    return max((size for grid in config.runs for size in grid.batch_sizes), default=1)
+def _runs(config: StudyConfig) -> list[Run]:
+    """In the order of the grids, by seed, batch size and unit; a run in several grids counts once."""
+    recipes: dict[str, Experiment] = {}
+    runs: dict[str, Run] = {}
+    for grid in config.runs:
+        for seed in grid.seeds:
+            for batch_size in grid.batch_sizes:
+                for unit in grid.units:
+                    if unit not in recipes:
+                        recipes[unit] = _recipe(config, unit)
+                    run = _run(config, recipes[unit], unit, batch_size, seed)
+                    runs.setdefault(run.name, run)
+    return list(runs.values())
 
 
-def _of_unit(config: StudyConfig, unit: str) -> Experiment:
+def _recipe(config: StudyConfig, unit: str) -> Experiment:
     """A unit's recipe, with the recipe's own batch size, steps and seed."""
     keys = {**config.overrides, "model.attention": unit, **flatten(config.variants.get(unit, {}))}
     try:
@@ -220,10 +267,15 @@ def _of_unit(config: StudyConfig, unit: str) -> Experiment:
         raise InputError(f"unit {unit}: {error}") from None
 
 
-def _run(of_unit: Experiment, unit: str, batch_size: int, seed: int, steps: int, config: StudyConfig) -> StudyRun:
+def _run(config: StudyConfig, recipe: Experiment, unit: str, batch_size: int, seed: int) -> Run:
+    steps = config.steps[batch_size] if isinstance(config.steps, dict) else config.steps
+    if config.images is not None:
+        steps = max(1, config.images // batch_size)
+    assert steps is not None
     every = math.ceil(steps / config.points)
+    name = f"{unit}-b{batch_size}-s{seed}"
     keys = {
-        "output": str(Path(config.output) / run_name(unit, batch_size, seed)),
+        "output": str(Path(config.output) / name),
         "seed": seed,
         "train.batch_size": batch_size,
         "train.max_steps": steps,
@@ -231,17 +283,4 @@ def _run(of_unit: Experiment, unit: str, batch_size: int, seed: int, steps: int,
         "train.sample_every": every,
         "train.keep_last": 1,
     }
-    return StudyRun(unit, batch_size, seed, override(of_unit, keys))
-
-
-def _steps(config: StudyConfig, batch_size: int, path: Path) -> int:
-    if config.images is not None:
-        return max(1, config.images // batch_size)
-    if isinstance(config.steps, dict):
-        if batch_size not in config.steps:
-            raise InputError(
-                f"{path}: steps names no batch size {batch_size}; accepted: one number, or one a batch size"
-            )
-        return config.steps[batch_size]
-    assert config.steps is not None
-    return config.steps
+    return Run(name, {"unit": unit, "batch_size": batch_size, "seed": seed}, override(recipe, keys))

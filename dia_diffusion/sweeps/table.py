@@ -1,32 +1,16 @@
-"""A study's rows as text: for the terminal, and as Markdown for a page."""
+"""The rows of a study as tables, and the notes below them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dia_diffusion.sweeps.stats import LEVEL, Comparison, Estimate, Row
+from dia_diffusion.tables import Table
 
 NOTHING = "-"
 _LEVEL = f"{LEVEL * 100:g} %"
-LEFT_ALIGNED = ("unit",)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in rows and columns, the same number in each row."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-
-    def markdown(self) -> str:
-        """A table of GitHub's Markdown, without the title."""
-        rule = ["---" if name in LEFT_ALIGNED else "---:" for name in self.columns]
-        lines = [self.columns, rule, *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the tables' p values are, and for how many tests they are adjusted; nothing where there are none."""
+    """What the tables' p values are, and for how many tests they are adjusted; nothing if there are none."""
     compared = [row.comparison for row in rows if row.comparison]
     student = sum(comparison.p_student is not None for comparison in compared)
     paired = sum(comparison.p_paired is not None for comparison in compared)
@@ -39,14 +23,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row], curve: str, final: str) -> list[Table]:
-    """What was reached and what it cost; and, where there are twins to compare, the differences.
+    """What was reached and at what cost; and, if there are twins to compare, the differences.
 
     curve, final: what the distances along the curve and at its end are, as "FID, 10,000 samples (fid10k-dpm50)".
     """
-    found = [_reached(rows, curve, final)]
-    if any(row.comparison for row in rows):
-        found.append(_differences(rows, final))
-    return found
+    compared = any(row.comparison for row in rows)
+    return [_reached(rows, curve, final), *([_differences(rows, final)] if compared else [])]
 
 
 def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
@@ -61,14 +43,14 @@ def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
             _mean(row.final),
             _mean(row.best),
             _mean(row.mean_along),
-            NOTHING if row.seconds is None else told_time(row.seconds.mean),
+            NOTHING if row.seconds is None else format_time(row.seconds.mean),
             NOTHING if row.time_ratio is None else f"{row.time_ratio:.2f}",
             NOTHING if row.peak_memory_mib is None else f"{row.peak_memory_mib:,} MiB",
         ]
         for row in rows
     ]
     measured = final if final == curve else f"Final {final}, best and along the curve {curve}"
-    return Table(f"{measured}: mean over seeds ± half of its {_LEVEL} interval", columns, text)
+    return Table(columns, text, f"{measured}: mean over seeds ± half of its {_LEVEL} interval")
 
 
 def _differences(rows: Sequence[Row], final: str) -> Table:
@@ -87,15 +69,15 @@ def _differences(rows: Sequence[Row], final: str) -> Table:
         ]
         for row, comparison in compared
     ]
-    return Table(f"Final {final}, with the unit less without: below zero the unit is better", columns, text)
+    return Table(columns, text, f"Final {final}, with the unit less without: below zero the unit is better")
 
 
 def _seeds(row: Row) -> str:
-    """The seeds whose final distance is known, and how many are still to come or have a curve only."""
-    told = f"{len(row.seeds)}"
+    """The seeds with a final distance, and how many are still to come or have a curve only."""
+    text = f"{len(row.seeds)}"
     if len(row.curve_seeds) != len(row.seeds):
-        told += f" (curve {len(row.curve_seeds)})"
-    return told if len(row.seeds) == len(row.planned_seeds) else f"{told} of {len(row.planned_seeds)}"
+        text += f" (curve {len(row.curve_seeds)})"
+    return text if len(row.seeds) == len(row.planned_seeds) else f"{text} of {len(row.planned_seeds)}"
 
 
 def _mean(value: Estimate | None) -> str:
@@ -117,7 +99,7 @@ def _probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def told_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """As "1.6 h", "24.0 min" or "40 s"."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"

@@ -34,16 +34,15 @@ hidden."""
 class ImageDraws:
     """What is random in one step, for the images of the global batch or a slice of it."""
 
-    step: int
-    first: int
-    """Where in the step's global batch the images begin."""
     indices: np.ndarray  # (B,) int64, which images
     uniform: Tensor  # (B, 25) float32 in [0, 1)
+    pixels: np.ndarray | None = None  # (B, 3, size, size) uint8, what "resized-crop" reads of files
 
     def slice(self, start: int, stop: int) -> "ImageDraws":
         """The draws of images start..stop of these."""
         part = slice(start, stop)
-        return ImageDraws(self.step, self.first + start, self.indices[part], self.uniform[part])
+        pixels = None if self.pixels is None else self.pixels[part]
+        return ImageDraws(self.indices[part], self.uniform[part], pixels)
 
 
 def draw_images(
@@ -52,7 +51,7 @@ def draw_images(
     """The draws of images start..stop (None: to the end) of the global batch of a step, counted from 0."""
     first, count = step * batch_size + start, (batch_size if stop is None else stop) - start
     uniform = uniforms(seed, AUGMENT, first, count, NUM_UNIFORM)
-    return ImageDraws(step, start, image_order(seed, first, count, num_images), uniform)
+    return ImageDraws(image_order(seed, first, count, num_images), uniform)
 
 
 def mirrored(images: Tensor, uniform: Tensor) -> Tensor:

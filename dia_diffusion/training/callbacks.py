@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called after steps, on all ranks alike; the last act of a step is its checkpoint.
+    """Called after steps, on all ranks alike, in order; before the step's checkpoint, if it has one.
 
     A step that was not followed by a checkpoint is trained again by a resumed run, and its callbacks are called again.
     """
+
+    after_checkpoint = False
+    """Whether to be called after the checkpoint of the step: for what takes long. If the run is killed meanwhile, the
+    call is not repeated; `start` has to make up for it."""
 
     def start(self, trainer: "Trainer") -> None:
         """Before the first step of this process; trainer.step steps are done."""
@@ -47,7 +51,7 @@ METRICS.register("peak_memory_mib", lambda trainer, result: round(peak_memory(tr
 
 
 class LogMetrics(Callback):
-    """Logs METRICS of this step, and the images per second since the last line."""
+    """Logs METRICS of this step, and the images per second of the steps since the last line."""
 
     def __init__(self, every: int):
         self.every = every
@@ -66,18 +70,21 @@ class LogMetrics(Callback):
             self.skipped_steps = skipped_steps
             trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} steps skipped so far, not finite")
         now, images = time.perf_counter(), (trainer.step - self.step) * trainer.config.batch_size
-        values["images_per_second"] = round(images / (now - self.time), 3)
-        self.time, self.step = now, trainer.step
+        values["images_per_second"] = round(images / (now - self.time - trainer.seconds_in_callbacks), 3)
+        self.time, self.step, trainer.seconds_in_callbacks = now, trainer.step, 0.0
         trainer.log(values)
         trainer.logged = values
 
 
 def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
-    """Gives an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
-    for tracker in trainer.accelerator.trackers:
+    """Sends an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
+
+    def send(tracker: Any) -> None:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({name: image[None]}, step=trainer.step, **layout)
+
+    trainer.track(send)
 
 
 class ShowProgress(Callback):

@@ -2,8 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,50 +76,30 @@ def check_apart(train: ImageSet, test: ImageSet) -> None:
         raise InputError(f"the classes of {train.name} and {test.name} differ: {pair[0]!r} and {pair[1]!r}")
 
 
-class Batches:
-    """Augmented uint8 batches of one set, as steps draw them.
+def with_files(images: ImageSet, experiment: ClassifyExperiment, draws: ImageDraws) -> ImageDraws:
+    """The draws, with the pixels that "resized-crop" reads of files; those of other augmentations unchanged."""
+    if experiment.data.augmentation != "resized-crop":
+        return draws
 
-    Args:
-        images: the set.
-        experiment: the recipe.
-        draws_of: the draws of a step's images start..stop; of files, those of the next step are decoded while the
-            device computes.
-    """
+    def crop(k: int, image: Image.Image) -> np.ndarray:
+        return resized_crop(image, experiment.model.sample_size, draws.uniform[k])
 
-    def __init__(
-        self, images: ImageSet, experiment: ClassifyExperiment, draws_of: Callable[[int, int, int], ImageDraws]
-    ):
-        self.images, self.draws_of = images, draws_of
-        self.data, self.size = experiment.data, experiment.model.sample_size
-        self.max_steps = experiment.train.max_steps
-        self.ahead: dict[tuple[int, int], Future[np.ndarray]] = {}
-        self.reader = ThreadPoolExecutor(1)
+    return replace(draws, pixels=images.read(draws.indices, crop))
 
-    def take(self, draws: ImageDraws, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images (B, 3, H, W), uint8, and labels (B,) of a slice of a step's draws."""
-        assert self.images.labels is not None
-        labels = sent(torch.from_numpy(self.images.labels[draws.indices]), device)
-        if self.data.augmentation == "resized-crop":
-            pixels = mirrored(sent(torch.from_numpy(self._decoded(draws)), device), draws.uniform)
-        else:
-            pixels = sent(torch.from_numpy(self.images.read(draws.indices)), device)
-            if self.data.augmentation == "pad-crop":
-                reflected = self.data.border == "reflected"
-                pixels = pad_cropped(mirrored(pixels, draws.uniform), draws.uniform, reflected)
-        return cut_out(pixels, draws.uniform, self.data.cutout) if self.data.cutout else pixels, labels
 
-    def _decoded(self, draws: ImageDraws) -> np.ndarray:
-        batch = self.ahead.pop((draws.step, draws.first), None) or self._start(draws)
-        if draws.step + 1 < self.max_steps:
-            following = self.draws_of(draws.step + 1, draws.first, draws.first + len(draws.indices))
-            self.ahead[following.step, following.first] = self._start(following)
-        return batch.result()
-
-    def _start(self, draws: ImageDraws) -> "Future[np.ndarray]":
-        def crop(k: int, image: Image.Image) -> np.ndarray:
-            return resized_crop(image, self.size, draws.uniform[k])
-
-        return self.reader.submit(self.images.read, draws.indices, crop)
+def labelled_batch(
+    images: ImageSet, experiment: ClassifyExperiment, draws: ImageDraws, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The augmented images (B, 3, H, W), uint8, that a step draws, and their labels (B,)."""
+    data = experiment.data
+    assert images.labels is not None
+    labels = sent(torch.from_numpy(images.labels[draws.indices]), device)
+    pixels = sent(torch.from_numpy(images.read(draws.indices) if draws.pixels is None else draws.pixels), device)
+    if data.augmentation != "none":
+        pixels = mirrored(pixels, draws.uniform)
+    if data.augmentation == "pad-crop":
+        pixels = pad_cropped(pixels, draws.uniform, data.border == "reflected")
+    return cut_out(pixels, draws.uniform, data.cutout) if data.cutout else pixels, labels
 
 
 def test_pixels(images: ImageSet, indices: np.ndarray, size: int) -> Tensor:
@@ -153,9 +132,9 @@ class ClassificationTask(Task):
         self.experiment = experiment
         self.description = f"{experiment.model.backbone}, attention {experiment.model.attention}"
         self.optimizer_config = experiment.optimizer
+        self.reads_files = experiment.data.augmentation == "resized-crop"
         self.train_images: ImageSet
         self.test_images: ImageSet
-        self.batches: Batches
         self.num_parameters = 0
         self.guidance: Guidance | None = None
 
@@ -185,15 +164,15 @@ class ClassificationTask(Task):
         self.train_images = open_labelled(self.experiment, False, accelerator, progress)
         self.test_images = open_labelled(self.experiment, True, accelerator, progress)
         check_apart(self.train_images, self.test_images)
-        self.batches = Batches(self.train_images, self.experiment, self.draw)
         return self.train_images
 
     def draw(self, step: int, start: int, stop: int) -> ImageDraws:
         seed, batch_size = self.experiment.seed, self.experiment.train.batch_size
-        return draw_images(seed, step, batch_size, len(self.train_images), start, stop)
+        draws = draw_images(seed, step, batch_size, len(self.train_images), start, stop)
+        return with_files(self.train_images, self.experiment, draws)
 
     def loss(self, network: nn.Module, draws: ImageDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
-        pixels, labels = self.batches.take(draws, device)
+        pixels, labels = labelled_batch(self.train_images, self.experiment, draws, device)
         logits = network(self.prepare(pixels, dtype))
         smoothing = self.experiment.train.label_smoothing
         loss = F.cross_entropy(logits.to(dtype), labels, label_smoothing=smoothing)

@@ -36,19 +36,15 @@ def compiled(
     max_steps: int,
     pays_after: int | None,
     device: torch.device,
-    tell: Callable[[str], None] = lambda line: None,
+    message: Callable[[str], None] = lambda line: None,
 ) -> nn.Module:
     """The network that a run trains, with the same parameters.
 
     Args:
-        model: as it was built.
-        setting: train.compile: true, false, "cuda-graphs", or "auto", which is on where there is a CUDA GPU, and on a
-            CPU for runs that are long enough. It goes by the run's whole length, so that one that is stopped and goes
-            on computes as before.
-        max_steps: of the run.
+        setting: train.compile. "auto" is on with a CUDA GPU, and on a CPU for runs that are long enough, by their whole
+            length, so that a resumed one computes as before.
         pays_after: optimizer steps on a CPU after which compiling such a model has paid for itself; None: not known.
-        device: that it trains on.
-        tell: called with a line that says why "auto" doesn't compile a model for which that would pay.
+        message: called with a line that says why "auto" doesn't compile a model for which that would pay.
     """
     separate_kernel_cache()
     if setting == CUDA_GRAPHS:
@@ -56,7 +52,7 @@ def compiled(
     if setting == "auto":
         setting = device.type == "cuda" or (pays_after is not None and max_steps >= pays_after)
         if setting and (missing := _missing_for_compilation(device)) is not None:
-            tell(f"training without torch.compile, which needs {missing}")
+            message(f"training without torch.compile, which needs {missing}")
             setting = False
     return cast(nn.Module, torch.compile(model)) if setting else model
 

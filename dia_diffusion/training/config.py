@@ -75,7 +75,17 @@ class LoopConfig(Strict):
 class Recipe(Strict):
     """What the recipes of `train` and `classify` share."""
 
-    MAY_CHANGE: ClassVar[frozenset[str]]
+    COMMAND: ClassVar[str]
+    """The command that trains it."""
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "output",
+            "trackers",
+            "data.source",
+            *(f"train.{key}" for key in ("max_steps", "compile", "log_every", "checkpoint_every", "keep_last")),
+            "train.max_skipped_steps",
+        }
+    )
     """Keys that may change when a run resumes: where it lies, what it reports and how it is computed, but not what is
     trained. Training images and initial weights are compared by their content, so their place may change too."""
 
@@ -199,27 +209,12 @@ class SamplesConfig(Strict):
 class Experiment(Recipe):
     """A recipe of `train` with every default filled in."""
 
-    MAY_CHANGE = frozenset(
-        {
-            "output",
-            "init_from",
-            "trackers",
-            "data.source",
-            "train.max_steps",
-            "train.accumulation",
-            "train.compile",
-            "train.gradient_checkpointing",
-            "train.log_every",
-            "train.checkpoint_every",
-            "train.sample_every",
-            "train.keep_last",
-            "train.max_skipped_steps",
-            "samples.count",
-            "samples.sampler",
-            "samples.steps",
-            "samples.guidance_scale",
-        }
-    )
+    COMMAND = "train"
+    MAY_CHANGE = Recipe.MAY_CHANGE | {
+        "init_from",
+        *(f"train.{key}" for key in ("accumulation", "gradient_checkpointing", "sample_every")),
+        *(f"samples.{key}" for key in SamplesConfig.model_fields),
+    }
 
     init_from: Place | None = None
     """A pipeline folder or a run whose weights a new run starts from."""
@@ -351,22 +346,8 @@ class ClassifyOptimizerConfig(Strict):
 class ClassifyExperiment(Recipe):
     """A recipe of `classify` with every default filled in."""
 
-    MAY_CHANGE = frozenset(
-        {
-            "output",
-            "trackers",
-            "data.source",
-            "data.test_source",
-            "data.test_split",
-            "train.max_steps",
-            "train.compile",
-            "train.log_every",
-            "train.evaluate_every",
-            "train.checkpoint_every",
-            "train.keep_last",
-            "train.max_skipped_steps",
-        }
-    )
+    COMMAND = "classify"
+    MAY_CHANGE = Recipe.MAY_CHANGE | {"data.test_source", "data.test_split", "train.evaluate_every"}
 
     output: Place = "runs/unnamed-classifier"
     """The run folder."""

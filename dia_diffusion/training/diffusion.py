@@ -75,7 +75,10 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, progr
     if model.num_classes is None:
         return images
     if images.labels is None:
-        raise InputError(f"data.source {data.source} has no classes, which model.num_classes needs")
+        raise InputError(
+            f"`model.num_classes` must be null for data.source {data.source}, which has no classes, "
+            f"got {model.num_classes}"
+        )
     present = int(images.labels.max()) + 1
     if present > model.num_classes:
         raise InputError(
@@ -143,6 +146,9 @@ class DiffusionTask(Task):
     def init_weights(self, model: Any) -> dict[str, Any] | None:
         source = self.experiment.init_from
         return None if source is None else start_from(source, model, self.experiment)
+
+    def check_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+        return same_start(kept, self.experiment.init_from)
 
     def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:
         self.images = open_training_images(self.experiment, accelerator, progress)

@@ -3,14 +3,15 @@
 import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, overload
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError, create_model
+from typing_extensions import TypeVar
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.io import shipped_folder
 from dia_diffusion.reading import Unreadable, parse_yaml, read_yaml
 from dia_diffusion.training.config import Experiment, ModelConfig, Recipe
 from dia_diffusion.validation import Float, describe_error, model_in, shown, validate
@@ -18,14 +19,13 @@ from dia_diffusion.validation import Float, describe_error, model_in, shown, val
 AUTO = "auto"
 """A precision that each new run chooses for its device; it agrees with the one that a run began in."""
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=Recipe, default=Experiment)
 
 
 def recipes_folder(kind: type[Recipe] = Experiment) -> Path:
-    """The shipped recipes: in an installed package beside the code, in a checkout in train/configs."""
-    packaged = Path(str(files("dia_diffusion"))) / "recipes"
-    folder = packaged if packaged.is_dir() else packaged.parents[1] / "train" / "configs"
-    return folder if kind is Experiment else folder / "classify"
+    """The shipped recipes of a command."""
+    folder = shipped_folder("recipes")
+    return folder if kind is Experiment else folder / kind.COMMAND
 
 
 def recipe_names(kind: type[Recipe] = Experiment) -> str:
@@ -43,21 +43,13 @@ def recipe_path(name: str, kind: type[Recipe] = Experiment) -> Path:
     raise InputError(f"recipe must be a YAML file or one of {recipe_names(kind)}, got {name!r}")
 
 
-@overload
-def read_experiment(
-    config: str | None, overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None
-) -> Experiment: ...
-@overload
-def read_experiment(
-    config: str | None, overrides: Sequence[str] = (), keys: Mapping[str, Any] | None = None, *, kind: type[R]
-) -> R: ...
 def read_experiment(
     config: str | None,
     overrides: Sequence[str] = (),
     keys: Mapping[str, Any] | None = None,
     *,
-    kind: type[Any] = Experiment,
-) -> Any:
+    kind: type[R] = Experiment,  # type: ignore[assignment]
+) -> R:
     """A recipe with what overrides it, completely checked.
 
     Args:
@@ -162,6 +154,11 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
             annotation = {float: Float, parameter.empty: Any}.get(parameter.annotation, parameter.annotation)
             fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
+
+
+def command_of(recipe: Mapping[str, Any]) -> str:
+    """The command that a recipe of any version is of: those of `train` alone have a noise process."""
+    return "train" if "noise" in recipe else "classify"
 
 
 def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] | None = None) -> list[str]:

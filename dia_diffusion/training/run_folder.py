@@ -16,7 +16,7 @@ from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_
 from dia_diffusion.pipelines.folder import EVALUATIONS, TRAINING_FILE
 from dia_diffusion.reading import Unreadable, complete_lines, parse_json, read_json_object
 from dia_diffusion.training.randomness import RANDOMNESS
-from dia_diffusion.training.recipe import changed_keys
+from dia_diffusion.training.recipe import changed_keys, command_of
 
 
 class RunFolder:
@@ -162,9 +162,8 @@ def check_resumed_run(path: Path, experiment: Any, fingerprint: str, state: dict
 
 def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
     """Raises InputError if a run's recipe has changed in more than may change on resuming."""
-    if ("noise" in old) != hasattr(experiment, "noise"):
-        kind = "train" if "noise" in old else "classify"
-        raise InputError(f"{path} holds a run of dia-diffusion {kind}; choose another output")
+    if (command := command_of(old)) != experiment.COMMAND:
+        raise InputError(f"{path} holds a run of dia-diffusion {command}; choose another output")
     changed = changed_keys(old, experiment)
     if changed:
         raise InputError(

@@ -39,7 +39,7 @@ D = TypeVar("D", bound=Draws)
 class DrawAhead(Generic[D]):
     """The draws of images start..stop, step after step; a thread can make the next step's while this one runs.
 
-    That pays where a GPU computes. On a CPU, whose cores are busy, handing over took 1 to 3 % of a small model's step.
+    That pays where a GPU computes or files are read. On a busy CPU, it costs 1 to 3 % of a small model's step.
     """
 
     def __init__(self, draw: Callable[[int, int, int], D], start: int, stop: int):
@@ -72,6 +72,8 @@ class Task(ABC):
     """The moving average that is kept of the parameters; None keeps none."""
     reference_steps: float = 1.0
     """How many steps of the average one step counts as."""
+    reads_files: bool = False
+    """Whether drawing reads files, so that the next step's draws are made ahead on a CPU too."""
     compiling_pays_after: int | None = None
     """Steps on a CPU from which train.compile "auto" compiles the model; None: never."""
 
@@ -86,6 +88,14 @@ class Task(ABC):
     def init_weights(self, model: Any) -> dict[str, Any] | None:
         """Puts other first weights into a new run's model and says where they are from; None keeps its own."""
         return None
+
+    def check_start(self, kept: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What `init_weights` returned when a resumed run was new, as the checkpoint kept it.
+
+        Raises:
+            InputError: the recipe asks for other first weights.
+        """
+        return kept
 
     @abstractmethod
     def open_images(self, accelerator: Accelerator, progress: Progress) -> ImageSet:

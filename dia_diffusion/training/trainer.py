@@ -4,7 +4,8 @@ A step depends on the recipe, the step's number and the weights before it alone:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
 from dia_diffusion.distributed import (
@@ -24,7 +26,7 @@ from dia_diffusion.distributed import (
     start_accelerator,
 )
 from dia_diffusion.environment import environment
-from dia_diffusion.errors import DivergedError, Stopped
+from dia_diffusion.errors import DivergedError, Stopped, first_line
 from dia_diffusion.io import write_json
 from dia_diffusion.precision import in_precision, slow_warning, training_device, training_precision
 from dia_diffusion.progress import Progress
@@ -42,7 +44,7 @@ from dia_diffusion.training.checkpoint import (
 )
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.diffusion import DiffusionTask, same_start
+from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
 from dia_diffusion.training.optimizer import EMA, learning_rate
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
@@ -65,7 +67,7 @@ class Trainer:
     Args:
         trained: a recipe, or the task of another kind of training.
         progress: shows how the run is going.
-        callbacks: called after the task's own, before the checkpoint of a step.
+        callbacks: called after the task's own, before the checkpoint of a step or after it, as each says.
 
     Raises:
         InputError: the recipe, the dataset, the checkpoint or the launch doesn't fit.
@@ -109,10 +111,13 @@ class Trainer:
         # Images.
         self.images = self.task.open_images(self.accelerator, self.progress)
 
-        own, last = [LogMetrics(config.log_every), ShowProgress()], SaveCheckpoint(config)
-        self.callbacks: list[Callback] = [*own, *self.task.callbacks(), *callbacks, last]
+        own = [LogMetrics(config.log_every), ShowProgress(), *self.task.callbacks(), *callbacks, SaveCheckpoint(config)]
+        self.callbacks: list[Callback] = sorted(own, key=lambda callback: callback.after_checkpoint)
+        self.seconds_in_callbacks = 0.0
+        """Since the last logged metrics, but for the time that logging took."""
         self.logged: dict[str, float] = {}
         """The last logged metrics."""
+        self.failed_trackers: set[str] = set()
 
         # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
         on_rank_zero(self.accelerator, self.folder.lock)
@@ -137,7 +142,7 @@ class Trainer:
         place = self.folder.checkpoints / name
         checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # by whole_checkpoint
         check_resumed_run(self.folder.path, self.experiment, self.images.fingerprint, checkpoint.state)
-        self.started_from = same_start(checkpoint.state.get("init_from"), getattr(self.experiment, "init_from", None))
+        self.started_from = self.task.check_start(checkpoint.state.get("init_from"))
         load_weights(self.model, checkpoint.tensors["model"], place)
         return checkpoint
 
@@ -179,7 +184,7 @@ class Trainer:
                     result = self.train_step()
                     for callback in self.callbacks:
                         if callback.due(self.step):
-                            callback(self, result)
+                            self._call(callback, result)
                     if (signal := stop.agreed()) and self.step < self.config.max_steps:
                         self.save_checkpoint()
                         raise Stopped(signal, f"stopped after step {self.step:,}; the same command resumes from there")
@@ -189,6 +194,12 @@ class Trainer:
             raise
         finally:
             self.folder.unlock()
+
+    def _call(self, callback: Callback, result: StepResult) -> None:
+        started = time.perf_counter()
+        callback(self, result)
+        if not isinstance(callback, LogMetrics):
+            self.seconds_in_callbacks += time.perf_counter() - started
 
     def train_step(self) -> StepResult:
         """One optimizer step on the global batch; if its loss or gradient is not finite, only its number counts up."""
@@ -232,8 +243,8 @@ class Trainer:
 
     def _draw(self, step: int) -> list[Draws]:
         """What is random in this rank's micro-batches of a step, counted from 0, and in its network."""
-        on_gpu = self.accelerator.device.type != "cpu"
-        draws = self.ahead.draw(step, then_next=on_gpu and step + 1 < self.config.max_steps)
+        ahead = self.accelerator.device.type != "cpu" or self.task.reads_files
+        draws = self.ahead.draw(step, then_next=ahead and step + 1 < self.config.max_steps)
         if self.has_dropout:  # its masks belong to the step and the rank; no slice of a global batch can give them
             torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
         starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
@@ -289,6 +300,8 @@ class Trainer:
     def _end(self, error: Exception | None) -> None:
         for callback in self.callbacks:
             callback.end(self, error)
+        self.track(lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
         self.accelerator.end_training()
 
     def message(self, line: str) -> None:
@@ -302,13 +315,22 @@ class Trainer:
         finite = {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
         line = {"images": images, **finite}
         on_rank_zero(self.accelerator, lambda: self.folder.log_metrics({"step": self.step, **line}))
-        if self.experiment.trackers:
-            self.accelerator.log(line, step=self.step)
+        self.track(lambda tracker: tracker.log(line, step=self.step))
+
+    def track(self, send: Callable[[GeneralTracker], None]) -> None:
+        """Sends something to each tracker; training continues if one fails, with a warning the first time."""
+        for tracker in self.accelerator.trackers:
+            try:
+                send(tracker)
+            except Exception as error:  # of any kind, such as a network that is down
+                if tracker.name not in self.failed_trackers:
+                    self.failed_trackers.add(tracker.name)
+                    self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training continues")
 
     def save_checkpoint(self) -> None:
         """Writes a checkpoint of this step, on all ranks, unless there is one.
 
-        It comes last in a step: a step that was interrupted before it is repeated when the run resumes.
+        A step that was interrupted before it is repeated when the run resumes.
         """
         self.check_finite()
         if self.saved_step == self.step:

@@ -1,16 +1,40 @@
-"""A finished tiny run for each unit that a test asks for."""
+"""A finished tiny run of each kind, for each unit that a test asks for."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from dia_diffusion.analysis.run import TrainedRun
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.config import ClassifyExperiment
+from dia_diffusion.training.randomness import StepDraws
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import TINY, Recorder
 
+MakeRun = Callable[[str], Path]
+
+TINY_UNET = """
+seed: 0
+data: {source: digits}
+model:
+  backbone: unet2d
+  sample_size: 8
+  in_channels: 1
+  backbone_kwargs:
+    block_out_channels: [8, 16]
+    layers_per_block: 1
+    down_block_types: [DownBlock2D, DownBlock2D]
+    up_block_types: [UpBlock2D, UpBlock2D]
+    norm_num_groups: 4
+train: {batch_size: 8, max_steps: 2, mixed_precision: none, log_every: 1, checkpoint_every: 2, sample_every: 0}
+optimizer: {warmup_steps: 0}
+"""
 TINY_CLASSIFIER = """
 seed: 0
 data: {source: digits, test_split: test, augmentation: pad-crop}
@@ -20,34 +44,45 @@ optimizer: {learning_rate: 0.1, schedule: constant}
 """
 
 
+def noisy(run: TrainedRun, draws: StepDraws, image: int, u: float) -> tuple[Tensor, Tensor]:
+    """A drawn image (1, C, H, W) with its noise at time u in (0, 1), by vp-continuous, and the network's time (1,)."""
+    alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
+    x = torch.from_numpy(run.images.images[draws.indices[image]]).float() / 127.5 - 1
+    x = x.flip(-1) if draws.flips[image] else x
+    return (alpha * x + (1 - alpha**2) ** 0.5 * draws.noise[image])[None], torch.tensor([999 * u])
+
+
+def train(folder: Path, recipe: str, unit: str) -> Path:
+    """The folder of a run of this recipe with this unit, trained where it isn't there yet."""
+    run = folder / unit
+    if run.exists():
+        return run
+    (folder / "recipe.yaml").write_text(recipe)
+    overrides = ["--output", str(run), "--model.attention", unit]
+    if recipe != TINY_CLASSIFIER:
+        overrides += ["--optimizer.learning_rate", "0.05"]
+        Trainer(read_experiment(str(folder / "recipe.yaml"), overrides), Recorder()).run()
+        return run
+    if unit == "se":
+        overrides += ["--model.attention_kwargs", "{sharing: individual, reduction: 4}"]
+    experiment = read_experiment(str(folder / "recipe.yaml"), overrides, kind=ClassifyExperiment)
+    Trainer(ClassificationTask(experiment), Recorder()).run()
+    return run
+
+
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """tiny_run("dia-lstm") is the folder of a run with pipelines of steps 3 and 6."""
-    folder = tmp_path_factory.mktemp("analysis")
-    (folder / "tiny.yaml").write_text(TINY)
-
-    def make(unit: str) -> Path:
-        if not (folder / unit).exists():
-            overrides = ["--output", str(folder / unit), "--model.attention", unit, "--optimizer.learning_rate", "0.05"]
-            Trainer(read_experiment(str(folder / "tiny.yaml"), overrides), Recorder()).run()
-        return folder / unit
-
-    return make
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """tiny_run("dia-lstm") is the folder of a UViT's run with pipelines of steps 3 and 6."""
+    return partial(train, tmp_path_factory.mktemp("uvit"), TINY)
 
 
 @pytest.fixture(scope="session")
-def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """tiny_unet("dia-lstm") is the folder of a UNet's run with a pipeline of step 2."""
+    return partial(train, tmp_path_factory.mktemp("unet"), TINY_UNET)
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """tiny_classifier("se") is the folder of a run with classifiers of steps 2 and 4; SE is individual."""
-    folder = tmp_path_factory.mktemp("classifiers")
-    (folder / "tiny.yaml").write_text(TINY_CLASSIFIER)
-
-    def make(unit: str) -> Path:
-        if not (folder / unit).exists():
-            overrides = ["--output", str(folder / unit), "--model.attention", unit]
-            if unit == "se":
-                overrides += ["--model.attention_kwargs", "{sharing: individual, reduction: 4}"]
-            experiment = read_experiment(str(folder / "tiny.yaml"), overrides, kind=ClassifyExperiment)
-            Trainer(ClassificationTask(experiment), Recorder()).run()
-        return folder / unit
-
-    return make
+    return partial(train, tmp_path_factory.mktemp("classifier"), TINY_CLASSIFIER)

@@ -1,7 +1,4 @@
-"""Attention maps against what the unit does to its features, and their variance against plain numpy."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""Attention maps against what units do to features; their variance, and what classes explain of it, against numpy."""
 
 import numpy as np
 import pytest
@@ -9,9 +6,10 @@ import torch
 
 from dia_diffusion import UViT
 from dia_diffusion.analysis.attention_maps import (
+    ANALYSIS,
+    ClassMeans,
     MapMoments,
     attention_maps,
-    maps_of_run,
     measure_maps,
     split_variance,
     summary,
@@ -19,7 +17,7 @@ from dia_diffusion.analysis.attention_maps import (
 from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.attention import UNITS
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.randomness import image_order
+from tests.analysis.conftest import MakeRun, noisy
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
 
@@ -56,63 +54,88 @@ def test_the_terms_add_up_to_the_variance() -> None:
     channels = [np.var([h[b, :, :, n].mean() for n in range(6)]) for b in range(3)]
     times = [np.var([h[b, t, :, n].mean() for t in range(4)]) for b in range(3) for n in range(6)]
     images = [np.var(h[b, t, :, n]) for b in range(3) for t in range(4) for n in range(6)]
-    assert split_variance([moments]) == pytest.approx(
-        {
-            "blocks": np.var([h[b].mean() for b in range(3)]),
-            "channels": np.mean(channels),
-            "times": np.mean(times),
-            "images": np.mean(images),
-        }
-    )
+    expected = {"channels": np.mean(channels), "times": np.mean(times), "images": np.mean(images)}
+    expected["blocks"] = np.var([h[b].mean() for b in range(3)])
+    assert split_variance([moments]) == pytest.approx(expected)
+    shares = {source: term / h.var() for source, term in expected.items()}
+    assert summary([moments])["shares"] == pytest.approx(shares)
 
 
-@pytest.mark.parametrize(("source", "shape"), [("blocks", (3, 1, 1)), ("channels", (3, 1, 6)), ("times", (3, 4, 6))])
-def test_each_cause_has_its_share(source: str, shape: tuple[int, ...]) -> None:
-    values = np.random.default_rng(1).normal(size=shape)
-    if source != "blocks":
-        values -= values.mean(axis=(1, 2), keepdims=True)
-    if source == "times":
-        values -= values.mean(axis=1, keepdims=True)
-    moments = MapMoments(np.broadcast_to(values, (3, 4, 6)), np.zeros((3, 4, 6)))
-    assert summary([moments])["shares"][source] == pytest.approx(1)
-
-
-def test_moments_of_a_run_are_those_of_image_after_image(tiny_run: Callable[[str], Path]) -> None:
+def test_moments_of_a_run_are_those_of_image_after_image(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     model = run.model(6)
     seen: list[int] = []
     (moments,) = measure_maps(run, model, Coverage(5, 3, seed=2, batch_size=2, progress=seen.append))
     assert sum(seen) == 15
     draws = run.draw(2, 0, 5)
-    pixels = run.images.images[image_order(2, 0, 5, len(run.images))]
     maps = np.zeros((3, 3, 5, 16))
-    for time in range(3):
-        u = (time + 0.5) / 3
-        alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
-        for image in range(5):
-            x = torch.from_numpy(pixels[image]).float() / 127.5 - 1
-            x = x.flip(-1) if draws.flips[image] else x
-            noisy = alpha * x + (1 - alpha**2) ** 0.5 * draws.noise[image]
-            with torch.no_grad():
-                maps[:, time, image] = attention_maps(model, noisy[None], torch.tensor([999 * u]))[:, 0]
+    for time, image in np.ndindex(3, 5):
+        maps[:, time, image] = attention_maps(model, *noisy(run, draws, image, (time + 0.5) / 3))[:, 0]
     assert np.allclose(moments.mean, maps.mean(axis=2), atol=1e-6)
     assert np.allclose(moments.variance, maps.var(axis=2), atol=1e-7)
 
 
-def test_records_begin_with_the_first_weights(tiny_run: Callable[[str], Path]) -> None:
+def test_records_begin_with_the_first_weights(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("block-scale")])
-    record = maps_of_run(run, coverage=Coverage(2, 2))
+    record = ANALYSIS.of_run(run, over=Coverage(2, 2))
     assert [step["step"] for step in record["steps"]] == [0, 3, 6]
     first, last = record["steps"][0], record["steps"][-1]
     assert first["mean_by_block"] == pytest.approx([0.25] * 3) and first["variance"] == pytest.approx(0, abs=1e-12)
     assert last["mean_by_block"] == pytest.approx(run.model(6).unit.scale[:, 0].tolist())
     assert last["shares"]["blocks"] == pytest.approx(1, abs=1e-4)
-    plain, _ = open_runs([tiny_run("none"), tiny_run("block-scale")])
-    with pytest.raises(InputError, match="without attention unit"):
-        maps_of_run(plain, coverage=Coverage(2, 2))
 
 
-def test_other_images_than_it_was_trained_on_are_refused(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
-    with pytest.raises(InputError, match=r"other images than .* was trained on; give those as --data"):
-        open_runs([tiny_run("dia-lstm")], str(tmp_path / "images.npy"))
+def test_blocks_of_all_stages_follow_each_other(tiny_classifier: MakeRun) -> None:
+    (run,) = open_runs([tiny_classifier("block-channels")])
+    record = ANALYSIS.of_run(run, [4], Coverage(30, 16))
+    last = record["steps"][0]
+    expected = [float(row.mean()) for unit in run.model(4).attention_units for row in unit.scale]
+    assert last["mean_by_block"] == pytest.approx(expected, rel=1e-4) and len(expected) == 9
+    assert last["shares"]["times"] == 0 and last["shares"]["images"] < 1e-6
+    assert [len(stage["blocks"]) for stage in record["stages"]] == [3, 3, 3] and not record["has_times"]
+    assert len(last["classes"]["names"]) <= 10
+
+
+def classes_of(stages: list[np.ndarray], labels: np.ndarray, batch: int = 7) -> dict:
+    """The record of maps (L, T, I, N) of each stage and the classes (I,), added batch after batch."""
+    classes = [ClassMeans(h.shape[0], h.shape[1], h.shape[3]) for h in stages]
+    for each, h in zip(classes, stages, strict=True):
+        for start in range(0, len(labels), batch):
+            for time in range(h.shape[1]):
+                each.add(h[:, time, start : start + batch], time, labels[start : start + batch])
+    moments = [MapMoments(h.mean(axis=2), h.var(axis=2)) for h in stages]
+    return ClassMeans.summary(classes, moments, ["a", "b", "c", "d"])
+
+
+def test_a_map_of_the_class_alone_is_explained_whole() -> None:
+    labels = np.array([0, 1, 3, 1, 0, 3, 3, 0])
+    h = np.random.default_rng(0).random((2, 3, 4, 5))[:, :, labels]
+    record = classes_of([h], labels)
+    assert record["share"] == pytest.approx(1) and record["adjusted"] == pytest.approx(1)
+    assert record["names"] == ["a", "b", "d"] and record["counts"] == [3, 2, 3]
+    deviation = h[1][:, labels == 3].mean() - h[1].mean()
+    assert record["deviation_by_class_and_block"][2][1] == pytest.approx(deviation)
+
+
+def test_a_known_share() -> None:
+    """Class means -1 and 1 with deviation 2 within: 1 / (1 + 4) of the variance."""
+    within = np.array([-2.0, 2.0, -2.0, 2.0])
+    h = np.concatenate([within - 1, within + 1])[None, None, :, None]
+    record = classes_of([h], np.repeat([0, 1], 4))
+    assert record["share"] == pytest.approx(0.2) and record["share_by_chance"] == pytest.approx(1 / 7)
+    assert record["adjusted"] == pytest.approx(1 - 0.8 * 7 / 6)
+    assert record["share_by_block"] == pytest.approx([0.2])
+
+
+def test_random_classes_reach_their_share_by_chance() -> None:
+    random = np.random.default_rng(2)
+    stages = [random.normal(size=(2, 2, 40, 50)), random.normal(size=(1, 2, 40, 100))]
+    record = classes_of(stages, np.arange(40) % 4)
+    assert record["share"] == pytest.approx(3 / 39, rel=0.05) and abs(record["adjusted"]) < 0.01
+    assert len(record["share_by_block"]) == 3
+    assert np.mean(record["share_by_block"]) == pytest.approx(record["share"], rel=0.02)
+
+
+def test_no_variance_has_no_adjusted_share() -> None:
+    record = classes_of([np.ones((1, 1, 3, 2))], np.array([0, 1, 2]))
+    assert record["share"] == 0 and record["adjusted"] is None

@@ -1,18 +1,13 @@
 """Correlations of maps against numpy.corrcoef, and runs whose maps are known to be alike or constant."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dia_diffusion.analysis.attention_maps import attention_maps
-from dia_diffusion.analysis.correlation import Coefficients, correlations_of_run, pearson
+from dia_diffusion.analysis.correlation import ANALYSIS, Coefficients, pearson
 from dia_diffusion.analysis.run import Coverage, open_runs
-from dia_diffusion.cli.main import main
+from tests.analysis.conftest import MakeRun
 
 
 def by_hand() -> np.ndarray:
@@ -61,10 +56,10 @@ def test_constant_maps_are_counted_and_have_no_mean() -> None:
     assert nothing.summary()["mean"] is None and nothing.summary()["quantiles"] is None
 
 
-def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: Callable[[str], Path]) -> None:
+def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     seen: list[int] = []
-    record = correlations_of_run(run, [6], Coverage(5, 2, seed=3, batch_size=2, progress=seen.append))
+    record = ANALYSIS.of_run(run, [6], Coverage(5, 2, seed=3, batch_size=2, progress=seen.append))
     assert sum(seen) == 2 * 5 * 2
     model, draws = run.model(6), run.draw(3, 0, 5)
     images, _ = run.batch(draws)
@@ -83,26 +78,30 @@ def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: Callable[[
         assert record["steps"][0]["mean"][variant] == pytest.approx(expected[np.triu_indices(3, 1)].mean(), abs=1e-4)
 
 
-def test_learned_channels_are_alike_only_as_channels(tiny_run: Callable[[str], Path]) -> None:
+def test_learned_channels_are_alike_only_as_channels(tiny_run: MakeRun) -> None:
     """Vectors of channels know no image: nothing is left of their correlation once their mean is gone."""
     runs = open_runs([tiny_run("block-channels"), tiny_run("block-scale")])
-    (channels,) = correlations_of_run(runs[0], [6], Coverage(4, 2))["steps"]
+    (channels,) = ANALYSIS.of_run(runs[0], [6], Coverage(4, 2))["steps"]
     expected = np.corrcoef(runs[0].model(6).unit.scale.detach().double().numpy())
     assert channels["mean"]["maps"] == pytest.approx(expected[np.triu_indices(3, 1)].mean(), abs=1e-3)
     assert channels["mean"]["centred"] is None and channels["stages"][0]["centred"]["undefined"] == 3 * 4 * 2
-    (numbers,) = correlations_of_run(runs[1], [6], Coverage(4, 2))["steps"]
+    (numbers,) = ANALYSIS.of_run(runs[1], [6], Coverage(4, 2))["steps"]
     assert numbers["mean"] == {"maps": None, "centred": None}
 
 
-def test_the_command_writes_a_figure_and_numbers(
-    tiny_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = [str(tiny_run(name)) for name in ("dia-lstm", "block-scale")]
-    few = ["--out", str(tmp_path), "--images", "3", "--times", "2", "--steps", "0,6"]
-    assert main(["analyze", "correlation", *runs, *few]) == 0
-    record = json.loads((tmp_path / "correlation.json").read_text())
-    assert record["protocol"] == {"images": 3, "times": 2, "weights": "ema", "seed": 0, "randomness": 2}
-    assert [step["step"] for step in record["runs"][0]["steps"]] == [0, 6]
-    assert Image.open(tmp_path / "correlation.png").size[0] > 500
-    assert "mean correlation undefined" in capsys.readouterr().out
-    assert main(["analyze", "correlation", str(tiny_run("none")), *few]) == 2
+def test_stages_are_correlated_apart(tiny_classifier: MakeRun) -> None:
+    (run,) = open_runs([tiny_classifier("se")])
+    (step,) = ANALYSIS.of_run(run, [4], Coverage(6, 16, batch_size=4))["steps"]
+    model, draws = run.model(4), run.draw(0, 0, 6)
+    seen: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+    for index, unit in enumerate(model.attention_units):
+        unit.register_forward_hook(lambda unit, _, out, kept=seen[index]: kept.append(unit.attention_map(out[1])))
+    run.training_losses(model, draws)
+    means = []
+    for stage, maps in zip(step["stages"], seen.values(), strict=True):
+        h = torch.stack(maps).double().numpy()
+        assert len(h) == 3 and len(stage["blocks"]) == 3 and stage["channels"] == h.shape[2]
+        pairs = [np.corrcoef(h[:, image])[np.triu_indices(3, 1)] for image in range(6)]
+        assert stage["maps"]["mean"] == pytest.approx(np.mean(pairs), abs=1e-4)
+        means.append(np.mean(pairs))
+    assert step["mean"]["maps"] == pytest.approx(np.mean(means), abs=1e-4)  # as many pairs in each stage

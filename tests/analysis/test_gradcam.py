@@ -73,8 +73,8 @@ def test_command_draws_classifiers_side_by_side(tmp_path: Path, capsys: pytest.C
     assert "classifiers must have folders of different names" in capsys.readouterr().err
     for more, told in (
         ([], "exists"),
-        (["--out", str(tmp_path / "b.png"), "--class", "10"], "class 10 is asked about; none knows 0 to 9"),
-        (["--out", str(tmp_path / "b.what")], "names no known format"),
+        (["--out", str(tmp_path / "b.png"), "--class", "10"], "`--class` must be 0 to 9 for none, got 10"),
+        (["--out", str(tmp_path / "b.what")], "must have the suffix of a figure format"),
         (["--out", str(tmp_path / "b.png"), "--count", "0"], "`--count` must be 1 or more, got 0"),
     ):
         assert main([*command, *more]) == 2

@@ -1,19 +1,19 @@
-"""Sizes of gradients against numpy on given values, and against autograd by hand on a run's blocks."""
-
-import json
-from collections.abc import Callable
-from pathlib import Path
+"""Sizes and noise of gradients against given values whose statistics are known, and against autograd by hand."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from torch import nn
 
-from dia_diffusion.analysis.gradients import Magnitudes, gradients_of_run
-from dia_diffusion.analysis.run import open_runs
+from dia_diffusion import UViT
+from dia_diffusion.analysis.gradient_noise import ANALYSIS as GRADIENT_NOISE
+from dia_diffusion.analysis.gradient_noise import gradient_noise, group_of, logged_norms
+from dia_diffusion.analysis.gradients import ANALYSIS as GRADIENTS
+from dia_diffusion.analysis.gradients import Magnitudes
+from dia_diffusion.analysis.run import GradientBatches, open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.cli.main import main
 from dia_diffusion.training.diffusion import diffusion_loss
+from tests.analysis.conftest import MakeRun
 
 
 def test_the_distribution_is_that_of_the_elements() -> None:
@@ -38,9 +38,9 @@ def test_no_gradient_has_no_quantiles() -> None:
     assert magnitudes.summary()["mean"] == 0 and magnitudes.summary()["quantiles"] is None
 
 
-def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: Callable[[str], Path]) -> None:
+def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
-    record = gradients_of_run(run, [0, 6], num_batches=2, batch_size=4, weights="raw", seed=5)
+    record = GRADIENTS.of_run(run, [0, 6], GradientBatches(2, 4, seed=5), "raw")
     assert [step["step"] for step in record["steps"]] == [0, 6] and record["measured_batch_size"] == 4
     for step, model in zip(record["steps"], (run.first_model(), run.model(6, "raw")), strict=True):
         model.requires_grad_(True)
@@ -69,11 +69,91 @@ def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: Callable
     assert last["ends_stage"] and last["zeros"] == 2 * 4 * 16  # the time token, which the decoder leaves out
 
 
-def test_the_command_writes_a_figure_and_numbers(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:
-    runs = [str(tiny_run(name)) for name in ("dia-lstm", "none")]
-    assert main(["analyze", "gradients", *runs, "--out", str(tmp_path), "--batches", "2", "--steps", "0,6"]) == 0
-    record = json.loads((tmp_path / "gradients.json").read_text())
-    assert record["protocol"] == {"batches": 2, "weights": "ema", "seed": 0, "randomness": 2}
-    assert len(record["runs"]) == 2
-    assert [len(step["blocks"]) for step in record["runs"][1]["steps"]] == [3, 3]
-    assert Image.open(tmp_path / "gradients.png").size[0] > 500
+class Line(nn.Module):
+    """A loss whose gradient is the mean of what it is given."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+
+def noise_of(gradients: np.ndarray, batch_size: int) -> dict:
+    """The record of batches (K, P) of given gradients."""
+    line = Line(gradients.shape[1])
+    given = [torch.from_numpy(gradient) for gradient in gradients]
+    return gradient_noise(line, [lambda g=g: line.weight @ g for g in given], batch_size)["all"]
+
+
+def test_estimates_are_those_of_numpy() -> None:
+    gradients = np.random.default_rng(0).normal(0.3, 1.0, size=(13, 7))
+    record = noise_of(gradients, 4)
+    spread = gradients.var(axis=0, ddof=1).sum()
+    pairs = gradients @ gradients.T
+    squared = (pairs.sum() - np.trace(pairs)) / (13 * 12)  # the mean product of two different batches' gradients
+    assert record["covariance_trace"] == pytest.approx(4 * spread)
+    assert record["squared_gradient_norm"] == pytest.approx(squared)
+    assert record["noise_scale"] == pytest.approx(4 * spread / squared)
+    assert record["batch_gradient_norm"] == pytest.approx(np.sqrt(np.square(gradients).sum(axis=1).mean()))
+
+
+def test_the_noise_scale_of_a_known_distribution_lies_in_its_range() -> None:
+    """One image's gradient has mean 0.1 and covariance 4 I in 50 dimensions: tr 200, |G|^2 0.5."""
+    draw = np.random.default_rng(1)
+    inside, estimates = 0, []
+    for _ in range(40):
+        record = noise_of(0.1 + draw.normal(0, 2 / np.sqrt(16), size=(200, 50)), 16)
+        estimates.append((record["covariance_trace"], record["squared_gradient_norm"]))
+        high = record["noise_scale_high"] or np.inf
+        inside += record["noise_scale_low"] < 400 < high
+    assert np.mean(estimates, axis=0) == pytest.approx([200, 0.5], rel=0.05)
+    assert inside >= 33  # two standard errors, themselves from 8 parts
+
+
+def test_no_gradient_has_no_noise_scale() -> None:
+    gradients = np.repeat(np.eye(4), 4, axis=0) * np.tile([1, 1, -1, -1], 4)[:, None]
+    record = noise_of(gradients, 1)
+    assert record["noise_scale"] is None and record["noise_scale_high"] is None
+
+
+def test_groups_are_the_parts_of_the_network() -> None:
+    model = UViT(sample_size=8, patch_size=2, hidden_size=32, num_layers=3, num_attention_heads=4)
+    sizes = dict.fromkeys(("unit", "MLPs", "attention", "norms", "others"), 0)
+    for name, parameter in model.named_parameters():
+        sizes[group_of(name)] += parameter.numel()
+    blocks = (*model.in_blocks, model.mid_block, *model.out_blocks)
+
+    def count(modules: list[nn.Module]) -> int:
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    assert sizes["unit"] == count([model.unit]) and sizes["MLPs"] == count([block.mlp for block in blocks])
+    assert sizes["attention"] == count([block.attn for block in blocks])
+    assert sizes["norms"] == 7 * 2 * 32
+    assert sum(sizes.values()) == count([model])
+
+
+def test_a_runs_noise_is_that_of_its_own_loss(tiny_run: MakeRun) -> None:
+    (run,) = open_runs([tiny_run("dia-lstm")])
+    record = GRADIENT_NOISE.of_run(run, [6], GradientBatches(3, 4, seed=5))
+    groups = record["steps"][0]["groups"]
+    assert groups["MLPs"]["parameters"] == 3 * (16 * 64 + 64 + 64 * 16 + 16)
+    own = [value["covariance_trace"] for name, value in groups.items() if name != "all"]
+    assert min(own) > 0 and sum(own) == pytest.approx(groups["all"]["covariance_trace"])
+    model = run.model(6).requires_grad_(True)
+    mlps = [parameter for block in uvit_blocks(model) for parameter in block.mlp.parameters()]
+    gradients = []
+    for number in range(3):
+        draws = run.draw(5, number, 4)
+        images, labels = run.batch(draws)
+        parts = torch.autograd.grad(diffusion_loss(model, run.process, images, draws, labels), mlps)
+        gradients.append(torch.cat([part.flatten() for part in parts]).double().numpy())
+    expected = noise_of(np.array(gradients), 4)["covariance_trace"]
+    assert groups["MLPs"]["covariance_trace"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_logged_norms_by_window() -> None:
+    lines = [{"step": step, "loss": 1.0, "grad_norm": float(step)} for step in range(1, 9)]
+    lines.insert(3, {"step": 4, "loss": 1.0, "grad_norm": None})  # as fp16's scaler leaves it
+    first, last = logged_norms(lines, 2)
+    assert (first["first_step"], first["last_step"], last["last_step"]) == (1, 4, 8)
+    assert first["mean"] == 2.5 and first["variation"] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) / 2.5)
+    assert logged_norms([], 3) == []

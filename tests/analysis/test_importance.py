@@ -1,17 +1,15 @@
 """Importance on maps whose origin is known, and that scores are of other images than fits."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.axes import Axes
 
 from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.importance import LEAST_R2, draw_importances, importances, samples
+from dia_diffusion.analysis.importance import LEAST_R2, draw, draw_samples, importances
 from dia_diffusion.analysis.run import Coverage, open_runs
-from dia_diffusion.cli.main import main
+from tests.analysis.conftest import MakeRun
 
 
 def drawn(seed: int, count: int = 1500) -> np.ndarray:
@@ -42,40 +40,27 @@ def test_a_constant_block_has_nothing_to_be_told() -> None:
     assert importances(fit, drawn(1, 200), scale=0.25)[0] == {"importance": [0.0], "r2": None}
 
 
-def test_samples_are_channels_of_images_at_times(tiny_run: Callable[[str], Path]) -> None:
+def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
-    model, coverage = run.model(6), Coverage(4, 2, batch_size=3)
+    model, coverage = run.model(6), Coverage(4, 2, batch_size=3, num_samples=40)
     moments = measure_maps(run, model, coverage)
-    (found,) = samples(run, model, coverage, 0, moments, num_samples=40)  # 5 of 16 channels for each image and time
+    (found,) = draw_samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
     assert found["maps"].shape == (40, 3) and np.abs(found["centred"]).max() < 1e-7
     scale = model.unit.scale.detach().numpy()  # (L, N), the same for every image
     chosen = [{tuple(row) for row in found["maps"][start : start + 5].round(6)} for start in range(0, 40, 5)]
     assert all(len(rows) == 5 for rows in chosen) and len(set(map(frozenset, chosen))) > 1  # none twice, others anew
     assert set.union(*chosen) <= {tuple(row) for row in scale.T.astype(np.float64).round(6)}
-    (whole,) = samples(run, model, coverage, 0, moments, num_samples=10_000)
+    (whole,) = draw_samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
     assert len(whole["maps"]) == 4 * 2 * 16
 
 
-def test_rows_that_predict_nothing_are_hatched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
+def test_rows_that_predict_nothing_are_hatched(monkeypatch: pytest.MonkeyPatch) -> None:
     hatched = []
     add = Axes.add_patch
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: (hatched.append(patch), add(self, patch))[1])
     rows = importances(drawn(0), drawn(1), scale=0.5)
     stage = {"name": "", "blocks": ["1", "2", "3", "4"], "samples": 1500, "maps": rows, "centred": rows}
     run = {"run": "made", "least_r2": LEAST_R2, "steps": [{"step": 1, "stages": [stage]}]}
-    draw_importances([run], tmp_path / "figure.png")
+    draw([run])
     rows_hatched = [round(patch.get_y() + 0.5) for patch in hatched if patch.get_hatch()]
     assert rows_hatched == [0, 2, 0, 2]  # blocks 2 and 4 of both triangles
-
-
-def test_the_command_writes_a_figure_and_numbers(tiny_run: Callable[[str], Path], tmp_path: Path) -> None:
-    few = ["--out", str(tmp_path), "--images", "4", "--times", "2", "--samples", "100"]
-    assert main(["analyze", "importance", str(tiny_run("dia-lstm")), *few]) == 0
-    record = json.loads((tmp_path / "importance.json").read_text())
-    assert record["protocol"] == {"images": 4, "times": 2, "samples": 100, "weights": "ema", "seed": 0, "randomness": 2}
-    (step,) = record["runs"][0]["steps"]
-    assert step["step"] == 6 and [len(row["importance"]) for row in step["stages"][0]["maps"]] == [1, 2]
-    assert Image.open(tmp_path / "importance.png").size[0] > 500
-    assert main(["analyze", "importance", str(tiny_run("dia-lstm")), *few, "--samples", "5"]) == 2

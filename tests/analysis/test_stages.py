@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from dia_diffusion.analysis.correlation import ANALYSIS as CORRELATION
+from dia_diffusion.analysis.gradients import ANALYSIS as GRADIENTS
 from dia_diffusion.analysis.gradients import gradients_at
+from dia_diffusion.analysis.run import Coverage, GradientBatches, open_runs
 from dia_diffusion.analysis.stages import attended_stages, maps_during, stages_of
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.attach import attach
 from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
 from dia_diffusion.models.uvit import UViT
+from tests.analysis.conftest import MakeRun
 
 
 def resnet(depth: int = 20) -> nn.Module:
@@ -61,7 +65,8 @@ def test_a_part_of_the_blocks_can_carry_the_unit() -> None:
 
 def test_units_at_places_of_ones_own_are_stages() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
-    assert stages_of(model) == []
+    with pytest.raises(InputError, match="whose blocks attach"):
+        stages_of(model)
     attach(model, "dia-lstm", at=["0", "1", "2"])
     wide, narrow = stages_of(model)
     assert (wide.blocks, wide.channels) == (("1.1", "1.2"), 8) and (narrow.blocks, narrow.channels) == (("2.1",), 4)
@@ -84,3 +89,24 @@ def test_gradients_reach_the_ends_of_residual_blocks() -> None:
     expected = torch.autograd.grad(model.head(model.last(x).mean((2, 3))).square().sum(), kept)
     for index, gradient in enumerate(expected):
         assert torch.allclose(found[index], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_stages_follow_the_channels_in_order_of_execution(tiny_unet: MakeRun) -> None:
+    (run,) = open_runs([tiny_unet("block-channels")])
+    (step,) = CORRELATION.of_run(run, [2], Coverage(3, 2))["steps"]
+    # Down: 8 and 16 channels, the middle's two blocks and the first up's two 16, the last up's two 8.
+    assert [(stage["channels"], len(stage["blocks"])) for stage in step["stages"]] == [(8, 1), (16, 5), (8, 2)]
+    scale = run.model(2).unit[1].scale.detach().double()
+    pairs = torch.corrcoef(scale)[tuple(torch.triu_indices(5, 5, 1))]
+    assert step["stages"][1]["maps"]["mean"] == pytest.approx(float(pairs.mean()), abs=1e-3)
+    assert step["stages"][0]["maps"]["mean"] is None  # one block makes no pair
+
+
+def test_gradients_with_and_without_unit_are_at_the_same_blocks(tiny_unet: MakeRun) -> None:
+    records = [
+        GRADIENTS.of_run(run, over=GradientBatches(2)) for run in open_runs([tiny_unet("none"), tiny_unet("dia-lstm")])
+    ]
+    with_unit, without = ([step["blocks"] for step in record["steps"]] for record in records)
+    for a, b in zip(with_unit, without, strict=True):
+        assert [block["block"] for block in a] == [block["block"] for block in b]
+        assert [block["elements"] for block in a] == [block["elements"] for block in b] and a[0]["mean"] != b[0]["mean"]

@@ -5,7 +5,6 @@ import torch
 
 from dia_diffusion import UViT, attach
 from dia_diffusion.attention import build_attention
-from dia_diffusion.errors import InputError
 from tests.attention.networks import tiny_unet
 
 IDENTITIES = ("dia-lstm-identity", "dia-lstm-light-identity")
@@ -71,6 +70,3 @@ def test_it_is_dia_lstm_with_its_options(name: str) -> None:
     twin.load_state_dict(unit.state_dict())
     features = torch.randn(2, 7, 32)
     assert torch.equal(unit(features)[0], twin(features)[0])
-    for decided in ("scale", "initialization", "activation", "cell"):
-        with pytest.raises(InputError, match=f"`{decided}` is set by"):
-            build_attention(name, 32, **{decided: 1})

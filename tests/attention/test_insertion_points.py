@@ -53,6 +53,8 @@ def test_known_networks_train_with_a_unit(model: nn.Module, inputs: tuple[Tensor
         (None, "in a Network, which has no known block"),
         ([], "empty list"),
         ("first", r"\(name, module\), got 'first'"),
+        (3, r"\(name, module\), got 3"),
+        ({"first.0.conv"}, r"\(name, module\), got \{'first.0.conv'\}"),
         (lambda name, module: False, "one of the 13 modules of Network, got none"),
         (["first.0.convs"], "got 'first.0.convs'; the nearest are first.0.conv"),
         (["first.0.conv", "first.0.conv"], "'first.0.conv' twice"),

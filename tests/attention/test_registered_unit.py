@@ -8,7 +8,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from dia_diffusion import AttachedModel, UViT, attach
-from dia_diffusion.analysis.parameters import Stage, added_parameters
+from dia_diffusion.analysis.parameters import added_parameters
+from dia_diffusion.analysis.stages import Stage
 from dia_diffusion.attention import UNITS, Unit, build_attention
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import load_pipeline
@@ -66,7 +67,7 @@ def test_it_is_built_by_name() -> None:
     assert isinstance(unit, Gain) and unit.step == 0.5 and unit.scale.eq(2).all()
     with pytest.raises(InputError, match="`step` is set by attention unit 'test-gain'"):
         build_attention("test-gain", 8, step=1.0)
-    added = added_parameters([Stage(8, 3), Stage(16, 2)], "test-gain")
+    added = added_parameters([Stage(8, ("1", "2", "3")), Stage(16, ("1", "2"))], "test-gain")
     assert (added.shared, added.individual) == (8 + 16, None)
 
 

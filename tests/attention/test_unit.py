@@ -1,7 +1,6 @@
 """What sharing means: one module for all blocks or one a block, BatchNorms that belong to blocks, in every setting."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -118,106 +117,8 @@ def test_in_evaluation_nothing_updates() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-# Compiling takes seconds: those with the most to trace stand for all.
-WAYS = [("checkpointed", *case) for case in CASES]
-WAYS += [
-    ("compiled", "sge", {}),
-    ("compiled", "cbam", {"spatial_norm": True}),
-    ("compiled and checkpointed", "srm", {}),
-]
-
-
-@pytest.mark.parametrize(("how", "name", "options"), WAYS)
-def test_checkpointed_and_compiled_it_is_the_same(how: str, name: str, options: dict) -> None:
-    torch.manual_seed(3)
-    torch._dynamo.reset()
-    unit = scramble(build_attention(name, 16, num_blocks=3, sharing="individual", **options))
-    twin = copy.deepcopy(unit)
-    tokens = torch.randn(4, 17, 16)
-
-    def block(x: torch.Tensor, of: torch.nn.Module, state: object) -> tuple[torch.Tensor, object]:
-        features, state = of(x.tanh(), state, 0, 1)
-        return x + features, state
-
-    def blocks(x: torch.Tensor, of: torch.nn.Module, checkpointed: bool) -> torch.Tensor:
-        state = None
-        for _ in range(3):
-            if checkpointed:
-                x, state = checkpoint(block, x, of, state, use_reentrant=False)
-            else:
-                x, state = block(x, of, state)
-        return x
-
-    # In one piece, without an optimizing backend, which would need a C compiler.
-    run = torch.compile(blocks, fullgraph=True, backend="aot_eager") if "compiled" in how else blocks
-    run(tokens, unit, "checkpointed" in how).square().sum().backward()
-    blocks(tokens, twin, False).square().sum().backward()
-    for ours, theirs in zip(unit.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(unit.buffers(), twin.buffers(), strict=True):
-        assert torch.allclose(ours, theirs)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_maps_are_float32_under_autocast_and_in_half_precision(name: str, options: dict) -> None:
-    model = model_with(name, **options)
-    x = torch.randn(2, 3, 8, 8)
-    exact = model(x, 300).sample
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(x, 300).sample
-    assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
-    cast = copy.deepcopy(model).to(torch.bfloat16).eval()
-    assert cast(x.bfloat16(), 300).sample.dtype == torch.bfloat16
-    recalibrated, state = cast.unit(torch.randn(2, 17, 16).bfloat16(), None, 0, 1)
-    assert recalibrated.dtype == torch.bfloat16
-    assert cast.unit.attention_map(state).dtype == torch.float32
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_saved_and_loaded_it_is_the_same_function(name: str, options: dict, tmp_path: Path) -> None:
-    model = model_with(name, "individual", **options)
-    model(torch.randn(4, 3, 8, 8), 5)  # BatchNorms have running statistics to save
-    model.eval().save_pretrained(tmp_path)
-    loaded = UViT.from_pretrained(tmp_path)
-    x = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        assert torch.allclose(model(x, 5).sample, loaded(x, 5).sample, atol=1e-6)
-
-
 def test_one_value_a_channel_is_refused_in_training() -> None:
     unit = build_attention("srm", 4, num_blocks=1)
     with pytest.raises(InputError, match="batches must have 2 images or more"):
         unit(torch.randn(1, 9, 4))
     assert unit.eval()(torch.randn(1, 9, 4))[0].shape == (1, 9, 4)
-
-
-def test_more_blocks_than_it_has_are_refused() -> None:
-    for name, sharing in (("se", "individual"), ("srm", "shared")):
-        unit = build_attention(name, 16, num_blocks=1, sharing=sharing).eval()
-        _, state = unit(torch.randn(1, 3, 16))
-        with pytest.raises(InputError, match="must be 1 at most, got call 2"):
-            unit(torch.randn(1, 3, 16), state)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "named"),
-    [
-        ("se", {"sharing": "both"}, "`sharing` must be one of shared, individual, got 'both'"),
-        ("se", {"sharing": "individual"}, "`num_blocks` must be 1 or more .*, got None"),
-        ("srm", {}, "`num_blocks` must be 1 or more"),
-        ("se", {"share_norm": True}, "must be false for a unit without BatchNorm"),
-        (
-            "srm",
-            {"share_norm": True, "sharing": "individual", "num_blocks": 2},
-            "must be false with individual sharing",
-        ),
-        ("srm", {"share_norm": "no", "num_blocks": 2}, "`share_norm` must be true or false, got 'no'"),
-        ("se", {"module": None}, "`module` is set by"),
-        ("dia-lstm", {"sharing": "individual"}, "`sharing` must be shared for dia-lstm, .*, got 'individual'"),
-        ("lstm", {"sharing": "individual"}, "`sharing` must be shared for lstm"),
-        ("block-scale", {"num_blocks": 2, "sharing": "shared"}, "can't be built"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(name: str, kwargs: dict, named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        build_attention(name, 16, **kwargs)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gpu
 import pytest
-from gpu_page import write_page
+from gpu import write_page
 
 ROOT = gpu.ROOT
 STUDY = """

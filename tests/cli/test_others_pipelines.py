@@ -117,9 +117,9 @@ def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: 
         (["fid", prompted, "--reference", "digits"], "which needs a prompt"),
         (["sample", pipelines / "pixels", "--classes", "1", *grid], "unconditional"),
         (["sample", pipelines / "pixels", "--guidance-scale", "2", *grid], "unconditional"),
-        (["sample", pipelines / "latents", "--classes", "3", *grid], "`classes` must be 0 to 2, got [3]"),
+        (["sample", pipelines / "latents", "--classes", "3", *grid], "`classes` must be one or more of 0 to 2"),
         (["sample", pipelines / "latents", "--guidance-scale", "0", *grid], "must be 1, which is none, or more, got 0"),
-        (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "no null label"),
+        (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "without a null label"),
         (["sample", pipelines / "sde", *grid], "`sampler` must be own"),
         (["fid", pipelines / "wide", "--reference", "digits"], "must draw square images, got 8x16"),
     ):

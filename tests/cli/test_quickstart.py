@@ -16,7 +16,9 @@ from tests.processes import Child, wait_for
 def test_quickstart_leaves_what_it_says(
     children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dia_diffusion.cli.quickstart.SAMPLER_STEPS", 3)
+    protocol = "{features: digits, num_samples: 596, sampler: dpmsolver++, steps: 3, reference_split: test}"
+    (tmp_path / "quick.yaml").write_text(protocol)
+    monkeypatch.setattr("dia_diffusion.cli.quickstart.PROTOCOL", str(tmp_path / "quick.yaml"))
     children.not_forked = ("train",)
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0

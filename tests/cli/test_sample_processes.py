@@ -10,8 +10,8 @@ import torch
 from dia_diffusion.cli.main import main
 from dia_diffusion.sampling import writers
 from dia_diffusion.sampling.writers import missing_seeds, png_path, save_png
+from tests.processes import on_two_processes
 from tests.training.conftest import TINY
-from tests.two_processes import on_two_processes
 
 
 @pytest.fixture(scope="module")

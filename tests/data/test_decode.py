@@ -1,7 +1,4 @@
-import io
 import math
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +7,7 @@ from PIL import Image
 
 from dia_diffusion.data import read_image
 from dia_diffusion.errors import InputError, one_line
-
-
-def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
+from tests.security.hostile_images import encoded, png_of
 
 
 def one_pixel(image: Image.Image, format: str = "PNG", channels: int = 3, **options) -> list[int]:
@@ -123,17 +115,11 @@ def test_resize_is_antialiased_lanczos_and_bicubic(old, new, kernel, support):
     assert np.abs(resized - expected).max() < 1.6  # Pillow rounds after each of two passes
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
 def test_more_pixels_than_the_limit_are_refused_before_decoding(side):
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
-    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     with pytest.raises(InputError, match="pixels"):
-        read_image(data, "huge.png")
+        read_image(png_of(side, side), "huge.png")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
-from tests.data.image_writing import png, write_folder
+from tests.data.conftest import png, write_folder
 
 datasets = pytest.importorskip("datasets")
 LABELS = [1, 0, 0, 1, 2, 2]

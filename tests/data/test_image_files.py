@@ -1,5 +1,4 @@
 import os
-import stat
 import zipfile
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from dia_diffusion.data import decode, open_images
 from dia_diffusion.errors import InputError
-from tests.data.image_writing import png, write_folder, write_zip
+from tests.data.conftest import png, write_folder, write_zip
 
 
 def as_sets(images: np.ndarray) -> np.ndarray:
@@ -133,38 +132,9 @@ def test_links_are_followed_but_not_round_in_circles(tmp_path, pixels):
     assert open_images(folder).class_names == ("a", "b")
 
 
-def test_what_is_no_regular_file_is_named(tmp_path, pixels):
-    folder = write_folder(tmp_path / "x", {"1.png": png(pixels[0])})
-    os.mkfifo(folder / "2.png")
-    (folder / "3.png").symlink_to(folder / "gone.png")
-    assert "2 of 3 images can't be read" in (message := refusal(folder)) and "2.png (not a regular file)" in message
-
-
-@pytest.mark.parametrize("name", ["../1.png", "a/../../1.png", "/etc/1.png", "..\\1.png", "C:\\1.png", "../notes.txt"])
-def test_zip_entries_that_point_outside_are_refused(tmp_path, pixels, name):
-    source = write_zip(tmp_path / "evil.zip", {"0.png": png(pixels[0]), name: png(pixels[0])})
-    assert "points outside of the archive" in refusal(source)
-
-
 def test_backslashes_separate_folders_in_a_zip(tmp_path, pixels):
     source = write_zip(tmp_path / "windows.zip", {"b\\1.png": png(pixels[0]), "a\\1.png": png(pixels[1])})
     assert open_images(source).class_names == ("a", "b")
-
-
-def test_links_in_a_zip_are_refused(tmp_path):
-    link = zipfile.ZipInfo("1.png")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
-        archive.writestr(link, "/etc/passwd")
-    assert "1.png is a link" in refusal(tmp_path / "evil.zip")
-
-
-def test_zip_bombs_are_refused(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("1.png", b"\0" * 3_000_000)
-    assert "compressed more than 200 times" in refusal(tmp_path / "bomb.zip")
-    monkeypatch.setattr(decode, "FILE_LIMIT", 1 << 20)
-    assert "must have at most 1 MiB" in refusal(tmp_path / "bomb.zip")
 
 
 def test_no_more_is_unpacked_than_was_declared(tmp_path):
@@ -177,10 +147,10 @@ def test_no_more_is_unpacked_than_was_declared(tmp_path):
     assert refusal(tmp_path / "liar.zip").startswith("1 of 1 images can't be read")
 
 
-def test_large_files_in_a_folder_are_not_read(tmp_path, monkeypatch, pixels):
+def test_large_files_are_not_read(tmp_path, monkeypatch, pixels):
     monkeypatch.setattr(decode, "FILE_LIMIT", 100)
-    folder = write_folder(tmp_path / "x", {"1.png": png(pixels[0])})
-    assert "must have at most" in refusal(folder)
+    for write, name in ((write_folder, "x"), (write_zip, "x.zip")):
+        assert "must have at most" in refusal(write(tmp_path / name, {"1.png": png(pixels[0])}))
 
 
 def test_encrypted_entries_are_named(tmp_path, pixels):
@@ -205,7 +175,3 @@ def test_a_zip_cut_short_is_refused(tmp_path, pixels, keep):
     source = write_zip(tmp_path / "cut.zip", {"1.png": png(pixels[0])})
     source.write_bytes(source.read_bytes()[:keep])
     assert "can't be read as a zip" in refusal(source)
-
-
-def test_names_with_control_characters_stay_in_one_line(tmp_path):
-    refusal(write_folder(tmp_path / "x", {"a\n\x1b[31m.png": b""}))

@@ -7,7 +7,7 @@ import pytest
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
-from tests.data.image_writing import png, write_folder, write_zip
+from tests.data.conftest import png, write_folder, write_zip
 from tests.processes import PATIENCE
 
 

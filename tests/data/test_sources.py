@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from dia_diffusion.data import FORMATS, DataFormat, ImageSource, Request, array_source, open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.writers import save_npz
-from tests.data.image_writing import png, write_folder
+from tests.data.conftest import png, write_folder
 
 
 def test_digits_are_split_by_class_and_scaled():

@@ -1,20 +1,11 @@
+"""Curves of runs: what is drawn, what is returned, and what can't share a figure."""
+
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.curves import draw_curves, style
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved, to look inside."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
-    )
-    return figures
+from dia_diffusion.evaluation.curves import curve_panel, draw_curves, points_of
+from dia_diffusion.figures import Series
 
 
 @pytest.fixture
@@ -27,65 +18,52 @@ def run(record):
     return build
 
 
-def test_draws_what_it_returns(drawn, tmp_path, run):
-    points = draw_curves([run("plain", [9, 5, 4]), run("DIA-LSTM", [8, 4, 3])], tmp_path / "curves.png", floor=1.5)
+def panel_of(*runs, floor=None):
+    return curve_panel([points_of(*run) for run in runs], "FD(digits), 500 samples", floor=floor, title="Fig. 8")
+
+
+def test_points_are_returned_and_drawn(tmp_path, run):
+    runs = [run("plain", [9, 5, 4]), run("DIA-LSTM", [8, 4, 3])]
+    points = draw_curves(runs, tmp_path / "curves.png", floor=1.5)
     assert Image.open(tmp_path / "curves.png").format == "PNG"
     assert len(points) == 6
-    assert points[4] == {
-        "label": "DIA-LSTM",
-        "unit": "dia-lstm",
-        "batch_size": 32,
-        "seed": 0,
-        "step": 200,
-        "images_seen": 6400,
-        "distance": 4,
-        "low": None,
-        "high": None,
-    }
-    (axes,) = drawn[0].axes
-    first, second, floor = axes.get_lines()
-    assert first.get_xydata().tolist() == [[3200, 9], [6400, 5], [9600, 4]]
-    assert second.get_xydata().tolist() == [[3200, 8], [6400, 4], [9600, 3]]
-    assert list(floor.get_ydata()) == [1.5, 1.5]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "plain",
-        "DIA-LSTM",
-        "floor: real images, 1.5",
+    about = {"label": "DIA-LSTM", "unit": "dia-lstm", "batch_size": 32, "seed": 0, "low": None, "high": None}
+    assert points[4] == about | {"step": 200, "images_seen": 6400, "distance": 4}
+
+    panel = panel_of(*runs, floor=1.5)
+    lines = [item for item in panel.items if isinstance(item, Series)]
+    assert [(line.label, list(line.x), list(line.y)) for line in lines] == [
+        ("plain", [3200, 6400, 9600], [9, 5, 4]),
+        ("DIA-LSTM", [3200, 6400, 9600], [8, 4, 3]),
     ]
-    assert axes.get_ylabel() == "FD(digits), 500 samples"
-    assert axes.get_yscale() == "linear"
-    assert axes.get_ylim()[0] == 0
+    assert (panel.items[-1].value, panel.items[-1].label) == (1.5, "floor: real images, 1.5")
+    assert (panel.title, panel.y.label, panel.y.scale, panel.y.low) == (
+        "Fig. 8",
+        "FD(digits), 500 samples",
+        "linear",
+        0,
+    )
 
 
-def test_a_wide_range_is_drawn_logarithmically_and_equal_batches_get_steps(drawn, tmp_path, run):
-    draw_curves([run("a", [300, 20, 4])], tmp_path / "a.png")
-    draw_curves([run("a", [3, 2]), run("b", [3, 2], batch_size=8)], tmp_path / "b.svg")
-    assert drawn[0].axes[0].get_yscale() == "log"
-    (steps,) = drawn[0].axes[0].child_axes
-    assert steps.get_xlabel() == "steps of 32 images"
-    assert not drawn[1].axes[0].child_axes
-    assert (tmp_path / "b.svg").read_text().startswith("<?xml")
+def test_a_wide_range_is_drawn_logarithmically_and_equal_batches_get_steps(run):
+    wide, mixed = panel_of(run("a", [300, 20, 4])), panel_of(run("b", [3, 2]), run("b", [3, 2], batch_size=8))
+    assert (wide.y.scale, wide.x.step_images) == ("log", 32)
+    assert (mixed.y.scale, mixed.x.step_images) == ("linear", None)
+    assert len(mixed.items) == 2, "runs of one label stay two lines"
 
 
 def test_records_in_any_order_and_the_later_of_two_counts(tmp_path, run, record):
     label, (first, second) = run("a", [9, 5])
-    again = record(8, step=100)
-    points = draw_curves([(label, [second, first, again])], tmp_path / "a.png")
+    points = draw_curves([(label, [second, first, record(8, step=100)])], tmp_path / "a.svg")
     assert [point["distance"] for point in points] == [8, 5]
-
-
-def test_runs_of_one_label_stay_two_lines(drawn, tmp_path, run):
-    draw_curves([run("a", [9, 5]), run("a", [8, 4])], tmp_path / "a.png")
-    assert [line.get_ydata().tolist() for line in drawn[0].axes[0].get_lines()] == [[9, 5], [8, 4]]
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
 
 
 def test_mixed_protocols_are_refused_by_what_differs(tmp_path, run):
     other = run("b", [3, 2], num_samples=1000, sampler="ddpm")
-    with pytest.raises(
-        InputError, match="num_samples 500 against 1000, sampler dpmsolver\\+\\+ against ddpm"
-    ) as caught:
+    differences = "num_samples 500 against 1000, sampler dpmsolver\\+\\+ against ddpm"
+    with pytest.raises(InputError, match=f"a \\(step 100\\) and b \\(step 100\\).*{differences}"):
         draw_curves([run("a", [3, 2]), other], tmp_path / "a.png")
-    assert "a (step 100) and b (step 100)" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -94,13 +72,3 @@ def test_nothing_to_draw_is_bad_input(tmp_path, run):
         draw_curves([], tmp_path / "a.png")
     with pytest.raises(InputError, match="b has no evaluations"):
         draw_curves([run("a", [3, 2]), ("b", [])], tmp_path / "a.png")
-
-
-def test_an_unknown_format_is_bad_input(run, tmp_path):
-    with pytest.raises(InputError, match=r"a\.xyz names no known format.*png"):
-        draw_curves([run("a", [3, 2])], tmp_path / "a.xyz")
-
-
-def test_no_two_of_many_lines_look_alike():
-    assert len({tuple(style(index).values()) for index in range(21)}) == 21
-    assert len({style(index)["color"] for index in range(7)}) == 7

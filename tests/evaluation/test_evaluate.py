@@ -28,7 +28,7 @@ from tests.evaluation.torch_images import Images
 from tests.processes import PATIENCE, free_port
 
 ORIGIN = Origin(source="runs/a", unit="none", step=7, images_seen=224)
-SAMPLED_BY = (
+SAMPLED_BY = [
     "seeds",
     "sampler",
     "scheduler",
@@ -37,7 +37,7 @@ SAMPLED_BY = (
     "guidance_scale",
     "weights",
     "dtype",
-)
+]
 
 
 def asking(**extras):
@@ -86,10 +86,8 @@ def run(extractor, digits, protocol):
     """Evaluates a tensor of images."""
     reference = reference_statistics(digits, extractor)
 
-    def evaluate_images(
-        images, batch=64, asked=None, fail_at=None, extras=PLAIN, features=None, work=None, num_samples=None
-    ):
-        source = source_of(in_batches(images, batch, asked, fail_at), num_samples or len(images), protocol)
+    def evaluate_images(images, batch=64, asked=None, fail_at=None, extras=PLAIN, features=None, work=None, count=None):
+        source = source_of(in_batches(images, batch, asked, fail_at), count or len(images), protocol)
         evaluator = Evaluator(extras, extractor, replace(reference, features=features), Accelerator(cpu=True))
         return evaluator.measure(source, work)
 

@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
 
 from tests.processes import free_port
-from tests.training.run_files import metrics, weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,12 +67,3 @@ def checkpoints(run: Path) -> list[int]:
 
 def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.endswith(".partial")]
-
-
-def assert_same_runs(run: Path, whole: Path, step: int) -> None:
-    """Metrics but for times, weights, their average and the optimizer's state, bit for bit."""
-    assert metrics(run) == metrics(whole)
-    for name in ("model", "ema", "optimizer"):
-        if (whole / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors").is_file():
-            ours, theirs = weights(run, step, name), weights(whole, step, name)
-            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name

@@ -1,14 +1,25 @@
-"""Checkpoints that were cut short or had a bit flipped: found and named, and the one before is used."""
+"""Checkpoints, records and statistics that are truncated or have a bit flipped: found and named, never read wrong."""
 
+import json
+import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 
 from dia_diffusion.cli.main import main
+from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import step_folders, write_json
+from dia_diffusion.evaluation.features import build_features
+from dia_diffusion.evaluation.record import append_record, read_records
+from dia_diffusion.evaluation.reference import read_statistics, reference_statistics, write_statistics
+from dia_diffusion.io import step_folders, with_checksum, write_json
+from dia_diffusion.sweeps.accuracies import read_result
+from dia_diffusion.sweeps.trials import RESULT_FILE as TRIAL
+from dia_diffusion.sweeps.trials import base_recipe, finished, make_trial
 from dia_diffusion.training.checkpoint import (
     check_checkpoint,
     load_checkpoint,
@@ -18,12 +29,37 @@ from dia_diffusion.training.checkpoint import (
     whole_checkpoint,
 )
 from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import Trainer
-from tests.faults.damage import cuts, flip_one, flips
-from tests.faults.harness import assert_same_runs
 from tests.processes import start_connected
 from tests.training import classify
 from tests.training.conftest import Recorder
+from tests.training.run_files import assert_same_run
+
+
+def cuts(file: Path) -> Iterator[bytes]:
+    """The file cut short at every kind of place."""
+    content = file.read_bytes()
+    header = int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content) // 2
+    for length in (0, 1, 4, 8, 8 + header // 2, 8 + header, (8 + header + len(content)) // 2, len(content) - 1):
+        if length < len(content):
+            yield content[:length]
+
+
+def flips(content: bytes, count: int | None, seed: int = 0) -> Iterator[bytes]:
+    """The content with one bit flipped: each of them, or so many drawn ones."""
+    bits: Any = range(8 * len(content))
+    for bit in bits if count is None else random.Random(seed).sample(bits, min(count, len(bits))):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        yield bytes(changed)
+
+
+def flip_one(file: Path) -> None:
+    """Flips one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.fixture
@@ -34,12 +70,8 @@ def run(trained: Path, tmp_path: Path) -> Path:
 def test_every_cut_and_flip_of_a_checkpoint_is_found(run: Path) -> None:
     place = run / "checkpoints" / "step-00000006"
     files = sorted(place.iterdir())
-    assert [file.name for file in files] == [
-        "ema.safetensors",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-    ]
+    names = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert [file.name for file in files] == names
     for file in files:
         content = file.read_bytes()
         damaged = [*cuts(file), *(flips(content, 20) if file.suffix == ".safetensors" else ())]
@@ -61,12 +93,9 @@ def test_the_checkpoint_before_a_damaged_one_is_used(run: Path, trained: Path, r
     flip_one(run / "checkpoints" / "step-00000004" / "ema.safetensors")
     command = ["train", "--config", str(recipe), "--output", str(run), "--train.checkpoint_every", "2"]
     assert main([*command, "--train.keep_last", "1"]) == 0
-    assert_same_runs(run, trained / "run", 6)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "step-00000004.damaged",
-        "step-00000006",
-        "step-00000006.damaged",
-    ]
+    assert_same_run(run, trained / "run")
+    kept = ["step-00000004.damaged", "step-00000006", "step-00000006.damaged"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == kept
 
 
 def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path, tmp_path: Path) -> None:
@@ -78,10 +107,8 @@ def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path,
     assert "step-00000006.damaged" in both[0].text() and "resuming from step 4" in both[0].text()
     # Some versions of torch tell here that gloo has connected.
     assert not [line for line in both[1].text().splitlines() if not line.startswith("[Gloo]")]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == [
-        "step-00000006",
-        "step-00000006.damaged",
-    ]
+    kept = ["step-00000006", "step-00000006.damaged"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == kept
 
 
 def test_what_is_told_of_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
@@ -103,7 +130,7 @@ def test_a_classifier_goes_on_from_the_checkpoint_before(trained: Path, tmp_path
     shutil.copytree(trained / "classifier", tmp_path / "classifier")
     flip_one(tmp_path / "classifier" / "checkpoints" / "step-00000006" / "optimizer.safetensors")
     classify.train(classify.tiny(tmp_path, "classifier", "--train.checkpoint_every", "2"))
-    assert_same_runs(tmp_path / "classifier", trained / "classifier", 6)
+    assert_same_run(tmp_path / "classifier", trained / "classifier")
 
 
 def test_without_a_whole_checkpoint_nothing_is_touched(run: Path, recipe: Path) -> None:
@@ -125,7 +152,7 @@ def test_an_altered_line_of_metrics_is_named_before_it_is_dropped(run: Path, rec
         Trainer(experiment, Recorder()).run()
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     Trainer(experiment, Recorder()).run()
-    assert_same_runs(run, trained / "run", 6)
+    assert_same_run(run, trained / "run")
 
 
 def test_a_study_sees_the_newest_state_that_can_be_read(run: Path) -> None:
@@ -169,10 +196,98 @@ def test_keep_last_never_removes_the_one_that_works(run: Path, monkeypatch: pyte
     (folder / "step-00000099").mkdir()  # as of a copy that was broken off
     save_checkpoint(folder, 8, content, keep_last=1)
     assert list(step_folders(folder)) == [8, 99]
-    assert whole_checkpoint(folder) == (
-        folder / "step-00000008",
-        {
-            folder
-            / "step-00000099": f"checkpoint file {folder}/step-00000099/state.json is missing, truncated or corrupted"
-        },
-    )
+    broken = folder / "step-00000099"
+    why = f"checkpoint file {broken}/state.json is missing, truncated or corrupted"
+    assert whole_checkpoint(folder) == (folder / "step-00000008", {broken: why})
+
+
+FLIPS = 100
+
+
+def assert_found(file: Path, read: Callable[[], Any], count: int | None) -> int:
+    """Whatever bit is flipped, it is refused by the file's name, or what is read is what was written; how many were."""
+    whole, content, found = read(), file.read_bytes(), 0
+    for text in flips(content, count):
+        file.write_bytes(text)
+        try:
+            assert read() == whole, text
+        except InputError as error:
+            assert file.name in str(error)
+            found += 1
+    file.write_bytes(content)
+    assert found
+    return found
+
+
+@pytest.fixture
+def records(
+    trained: Path, recipe: Path, tmp_path: Path, record: Callable[..., Any]
+) -> list[tuple[Path, Callable[[], Any]]]:
+    """A file of each kind of record, with what reads it."""
+    folder = Path(shutil.copytree(trained, tmp_path / "all"))
+    state = folder / "run" / "checkpoints" / "step-00000006"
+    metrics, evaluations = folder / "run" / "metrics.jsonl", folder / "evaluations.jsonl"
+    for step in (100, 200):
+        append_record(evaluations, record(3.25, step=step))
+    statistics, extractor = folder / "statistics.safetensors", build_features("digits")
+    write_statistics(statistics, reference_statistics(open_images("digits"), extractor, count=100), extractor)
+    trial = make_trial("trial", {}, folder, base_recipe("trial", str(recipe), {}), seed=0)
+    write_json(trial.folder / TRIAL, with_checksum({"recipe": trial.experiment.to_dict(), "held_out_loss": 0.5}))
+    last = read_metrics(metrics)[-1]
+
+    def lines() -> Any:
+        read = read_metrics(metrics)
+        # Without its end the last line is one that a crash has cut short, and is left out.
+        return read if metrics.read_bytes().endswith(b"\n") else [*read, last]
+
+    def moments() -> Any:
+        read = read_statistics(statistics)
+        return read.statistics.mean.tobytes(), read.statistics.covariance.tobytes(), read.provenance
+
+    return [
+        (state / "state.json", lambda: read_state(state)),
+        (metrics, lines),
+        (evaluations, lambda: read_records(evaluations)),
+        (folder / "classifier" / "result.json", lambda: read_result(folder / "classifier")),
+        (trial.folder / TRIAL, lambda: finished(trial)),
+        (statistics, moments),
+    ]
+
+
+def test_flipped_bits_of_records_are_found(records: list[tuple[Path, Callable[[], Any]]]) -> None:
+    for file, read in records:
+        found = assert_found(file, read, FLIPS)
+        print(f"{file.name}: {found} of {FLIPS} flips were refused, the others changed nothing that is read")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_each_bit_of_records(records: list[tuple[Path, Callable[[], Any]]]) -> None:
+    for file, read in records:
+        every = None if file.suffix != ".safetensors" else 20_000
+        found = assert_found(file, read, every)
+        print(f"{file.name}: {found} of {every or 8 * file.stat().st_size} flips were refused")
+
+
+def test_cut_records_and_statistics_are_named(records: list[tuple[Path, Callable[[], Any]]]) -> None:
+    for file, read in records:
+        content, whole = file.read_bytes(), read()
+        for text in cuts(file):
+            if file.suffix == ".jsonl" and (text == b"" or text.endswith(b"\n")):
+                continue  # a shorter file, and whole
+            file.write_bytes(text)
+            if file.name == "metrics.jsonl":
+                assert read_metrics(file) == whole[: text.count(b"\n")]
+            elif text.strip() == content.strip():  # but for the end of the last line
+                assert read() == whole
+            else:
+                with pytest.raises(InputError, match=file.name):
+                    read()
+        file.write_bytes(content)
+
+
+def test_metrics_without_checksums_are_read(trained: Path, tmp_path: Path) -> None:
+    """As of before there were any."""
+    lines = read_metrics(trained / "run" / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(tmp_path / "metrics.jsonl") == lines

@@ -13,7 +13,8 @@ from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.training.checkpoint import check_checkpoint
 from tests.cli.one_line import error_of
 from tests.faults.disks import fill, small_disk
-from tests.faults.harness import assert_same_runs, checkpoints, leftovers
+from tests.faults.harness import checkpoints, leftovers
+from tests.training.run_files import assert_same_run
 
 LEFT = r"\(it takes [\d.]+ kB, and [\d.]+ (kB|bytes) are free\)"
 
@@ -50,7 +51,7 @@ def test_no_room_for_a_checkpoint(
 
     (disk / "filler").unlink()
     assert main(command) == 0
-    assert_same_runs(run, trained / "run", 6)
+    assert_same_run(run, trained / "run")
 
 
 def test_no_room_for_samples(disk: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ import pytest
 from dia_diffusion.io import atomic_dir, remove_partial
 from dia_diffusion.training.checkpoint import check_checkpoint
 from dia_diffusion.training.run_folder import logged_step as steps
-from tests.faults.harness import Launched, assert_same_runs, being_written, checkpoints, leftovers
+from tests.faults.harness import Launched, being_written, checkpoints, leftovers
 from tests.processes import FORKED, Forked, hold_checkpoints, hold_steps, start_connected, wait_for
+from tests.training.run_files import assert_same_run
 
 KILLS = 30
 LENGTH = 1500  # steps, more than so many kills leave time for
@@ -37,7 +38,7 @@ def test_killed_within_a_checkpoint_and_within_a_step(recipe: Path, tmp_path: Pa
     assert third.wait() == 0
     assert "resuming from step 20" in third.text()
     assert whole.wait() == 0
-    assert_same_runs(run, tmp_path / "whole", 40)
+    assert_same_run(run, tmp_path / "whole", 40)
     assert not leftovers(run)
 
 
@@ -75,7 +76,7 @@ def test_thirty_kills_of_two_processes(recipe: Path, tmp_path: Path) -> None:
     )
     assert within >= 5 and 5 * 20 < reached < LENGTH
     assert lost <= 20
-    assert_same_runs(run, tmp_path / "whole", LENGTH)
+    assert_same_run(run, tmp_path / "whole", LENGTH)
     assert not leftovers(run)
 
 

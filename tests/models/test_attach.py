@@ -128,14 +128,13 @@ def test_compiled_models_give_the_same_gradients(checkpointed: bool) -> None:
     compiled = torch.compile(model, backend="aot_eager")
     inputs = [(torch.randn(2, 1, 8, 8), torch.tensor([3, 500]), torch.tensor([0, 2])) for _ in range(2)]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     results = [
         gradients(model, *[network(*given).sample.square().sum() for given in inputs]) for network in (compiled, model)
     ]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
     if not checkpointed:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "one graph, whole, for every pass"
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def test_detaching_restores_function_and_names() -> None:
@@ -148,7 +147,10 @@ def test_detaching_restores_function_and_names() -> None:
     attached.detach()
     assert torch.equal(model(*x).sample, before) and list(model.state_dict()) == names
     assert "save_pretrained" not in vars(model)
-    attach(model).detach()
+    again = attach(model)
+    attached.detach()  # a second time, when other units have come
+    assert model.attention_units is again.units
+    again.detach()
 
 
 def test_a_copy_is_independent() -> None:

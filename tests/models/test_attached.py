@@ -1,5 +1,6 @@
 """Networks of diffusers with attached units, as one model: called, saved, loaded, sampled and exported."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,15 @@ def test_units_that_changed_since_are_not_saved_as_others(tmp_path: Path) -> Non
         model.save_pretrained(tmp_path)
     AttachedModel.from_backbone(model.network, "none").save_pretrained(tmp_path)
     assert AttachedModel.from_pretrained(tmp_path).unit is None
+    # Units of the same tensors, whose function the config would not say.
+    model = tiny("unet2d", attention="fixed-scale")
+    model.attachment.detach()
+    attach(model.network, "fixed-scale", scale=1.0)
+    with pytest.raises(InputError, match="got others"):
+        model.save_pretrained(tmp_path)
+    copied = copy.deepcopy(tiny("unet2d"))
+    copied.save_pretrained(tmp_path)
+    assert torch.equal(AttachedModel.from_pretrained(tmp_path)(*inputs()).sample, copied(*inputs()).sample)
 
 
 @BOTH
@@ -211,6 +221,10 @@ def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
         ({"attention_at": [[["a"]]]}, r"must name modules of the model, got \['a'\]"),
         ({"backbone_kwargs": {"class_embed_type": "timestep"}}, "class_embed_type` must be null .*, got 'timestep'"),
         ({"attention": "nothing"}, "attention unit must be none or one of"),
+        ({"num_classes": 0}, "`num_classes` must be above 0, got 1, 8 and 0"),
+        ({"num_classes": -1, "backbone": "dit"}, "must be above 0"),
+        ({"in_channels": 0}, "must be above 0"),
+        ({"sample_size": [8, 0]}, "must be above 0"),
     ],
 )
 def test_bad_input(kwargs: dict[str, Any], error: str) -> None:

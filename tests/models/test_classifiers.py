@@ -9,44 +9,24 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier
 
 
-def count(backbone: str, **options: object) -> int:
+# Tables IV, XIII and XVI of arXiv 2210.16101, in millions, of built networks; tests/analysis has all counts by formula.
+@pytest.mark.parametrize(
+    ("backbone", "norm", "attention", "millions"),
+    [
+        ("cifar-resnet164", "batch", "none", 1.73),
+        ("cifar-resnet407", "batch", "dia-lstm", 4.45),
+        ("cifar-wrn52-4", "batch", "none", 12.07),
+        ("cifar-wrn52-4", "batch", "dia-lstm", 12.30),
+        ("cifar-resnext101-8x32", "batch", "none", 32.14),
+        ("cifar-resnext101-8x32", "batch", "dia-lstm", 33.01),
+        ("cifar-resnet326", "none", "none", 3.35),
+    ],
+)
+def test_published_counts(backbone: str, norm: str, attention: str, millions: float) -> None:
+    unit = {} if attention == "none" else {"attention": attention, "attention_kwargs": {"reduction": 4}}
     with torch.device("meta"):
-        model = build_classifier(BackboneConfig(backbone=backbone, num_classes=100, **options))
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-# Tables IV and XIII of arXiv 2210.16101 (Org), and Table XVI for networks without norms, in millions.
-@pytest.mark.parametrize(
-    ("backbone", "norm", "millions"),
-    [
-        ("cifar-resnet164", "batch", 1.73),
-        ("cifar-wrn52-4", "batch", 12.07),
-        ("cifar-resnext101-8x32", "batch", 32.14),
-        ("cifar-resnet83", "none", 0.88),
-        ("cifar-resnet164", "none", 1.70),
-        ("cifar-resnet245", "none", 2.52),  # 2.53 there, which fits no other reading either
-        ("cifar-resnet326", "none", 3.35),
-    ],
-)
-def test_published_counts(backbone: str, norm: str, millions: float) -> None:
-    assert round(count(backbone, norm=norm) / 1e6, 2) == millions
-
-
-# Tables IV and XIII, with DIA-LSTM at r = 4.
-@pytest.mark.parametrize(
-    ("backbone", "millions"),
-    [
-        ("cifar-resnet83", 1.11),
-        ("cifar-resnet164", 1.95),
-        ("cifar-resnet245", 2.78),
-        ("cifar-resnet407", 4.45),
-        ("cifar-wrn52-4", 12.30),
-        ("cifar-resnext101-8x32", 33.01),
-    ],
-)
-def test_published_counts_with_dia_lstm(backbone: str, millions: float) -> None:
-    found = count(backbone, attention="dia-lstm", attention_kwargs={"reduction": 4}) / 1e6
-    assert round(found, 2) == pytest.approx(millions, abs=0.0001)
+        model = build_classifier(BackboneConfig(backbone=backbone, norm=norm, num_classes=100, **unit))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
 
 
 def test_a_basic_resnet20_has_the_count_of_its_paper() -> None:

@@ -1,18 +1,16 @@
 """UViT against the published counts and an independent functional form of the official network."""
 
-import importlib.util
-import os
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dia_diffusion import UViT
 from dia_diffusion.attention import UNITS
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UVIT_SIZES
+from tests.models.reference_uvit import official, u_vit
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 5, "num_attention_heads": 4}
 
@@ -32,87 +30,20 @@ def test_published_counts() -> None:
             assert round(count(model) / 1e6) == millions, name
 
 
-def reference(
-    state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, heads: int, patch: int, residual: bool = True
-) -> torch.Tensor:
-    """U-ViT's function from its weights, written from the paper's figure and nothing else here."""
-    b, channels, size, _ = x.shape
-    tokens = F.conv2d(x, state["patch_embed.weight"], state["patch_embed.bias"], stride=patch)
-    width, grid = tokens.shape[1], tokens.shape[2]
-    tokens = torch.stack([tokens[:, :, i // grid, i % grid] for i in range(grid * grid)], dim=1)
-    frequencies = torch.tensor([10000.0 ** (-i / (width // 2)) for i in range(width // 2)])
-    angles = torch.outer(t, frequencies)
-    time = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
-    z = torch.cat([time[:, None], tokens], dim=1) + state["pos_embed"]
-
-    def linear(name: str, value: torch.Tensor) -> torch.Tensor:
-        return F.linear(value, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    def norm(name: str, value: torch.Tensor) -> torch.Tensor:
-        if f"{name}.weight" not in state:  # a network without norms
-            return value
-        return F.layer_norm(value, (width,), state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def block(name: str, value: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-        if skip is not None:
-            value = linear(f"{name}.skip_linear", torch.cat([value, skip], dim=2))
-        q, k, v = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", value)).chunk(3, dim=2)
-        out = []
-        for part in range(heads):
-            columns = slice(part * width // heads, (part + 1) * width // heads)
-            scores = q[:, :, columns] @ k[:, :, columns].transpose(1, 2) / (width // heads) ** 0.5
-            out.append(scores.softmax(dim=2) @ v[:, :, columns])
-        value = residual * value + linear(f"{name}.attn.proj", torch.cat(out, dim=2))
-        return residual * value + linear(
-            f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", value)))
-        )
-
-    depth = len({name.split(".")[1] for name in state if name.startswith("in_blocks")})
-    kept = []
-    for i in range(depth):
-        z = block(f"in_blocks.{i}", z)
-        kept.append(z)
-    z = block("mid_block", z)
-    for i in range(depth):
-        z = block(f"out_blocks.{i}", z, kept[depth - 1 - i])
-    pixels = linear("decoder", norm("norm", z))[:, 1:]
-    image = torch.zeros(b, channels, size, size)
-    for index in range(grid * grid):
-        row, column = patch * (index // grid), patch * (index % grid)
-        square = pixels[:, index].reshape(b, patch, patch, channels).permute(0, 3, 1, 2)
-        image[:, :, row : row + patch, column : column + patch] = square
-    return F.conv2d(image, state["output_conv.weight"], state["output_conv.bias"], padding=1)
-
-
-def test_without_unit_it_is_uvit() -> None:
+@pytest.mark.parametrize("options", [{}, {"residual_skips": False}, {"layer_norm": False}], ids=str)
+def test_without_unit_it_is_uvit(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = UViT(**SMALL, attention=None)
+    model = UViT(**SMALL, attention=None, **options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
     x, t = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 3.7, 999.0])
+    residual = options.get("residual_skips", True)
     with torch.no_grad():
-        difference = (model(x, t).sample - reference(model.state_dict(), x, t, heads=4, patch=2)).abs().max()
-    assert difference < 1e-5
-
-
-@pytest.mark.skipif("UVIT_REPO" not in os.environ, reason="UVIT_REPO names no checkout of the official U-ViT")
-def test_same_function_as_the_official_network() -> None:
-    repo = Path(os.environ["UVIT_REPO"])
-    sys.path.insert(0, str(repo))
-    spec = importlib.util.spec_from_file_location("libs.uvit", repo / "libs" / "uvit.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    official = module.UViT(img_size=32, patch_size=2, embed_dim=512, depth=12, num_heads=8).eval()
-    names = {"patch_embed.proj.": "patch_embed.", "decoder_pred.": "decoder.", "final_layer.": "output_conv."}
-    state = official.state_dict()
-    for old, new in names.items():
-        state = {key.replace(old, new): value for key, value in state.items()}
-    model = UViT(attention=None).eval()
-    model.load_state_dict(state)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3.3, 777.0])
-    with torch.no_grad():
-        assert (official(x, t) - model(x, t).sample).abs().max() < 1e-5
+        found, weights = UViT.from_pretrained(tmp_path)(x, t).sample, official(model.state_dict())
+        expected, plain = (u_vit(weights, x, t, residual=skips) for skips in (residual, True))
+    assert (found - expected).abs().max() < 1e-5 * max(1, 10 * expected.abs().max())
+    assert residual or (found - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("attention", UNITS)
@@ -129,14 +60,15 @@ def test_twins_differ_in_the_unit_alone(attention: str) -> None:
     assert torch.equal(after_plain, after_twin)
 
 
-def test_state_runs_through_all_blocks_and_starts_anew() -> None:
-    model = UViT(**SMALL)
+@pytest.mark.parametrize("blocks", [None, [1, 2, 4]])
+def test_state_runs_through_the_blocks_with_the_unit_and_starts_anew(blocks: list[int] | None) -> None:
+    model = UViT(**SMALL, attention_blocks=blocks)
     calls = []
     model.unit.register_forward_hook(lambda _, inputs, output: calls.append((inputs[1], output[1])))
     for _ in range(2):
         calls.clear()
         model(torch.randn(2, 3, 8, 8), 10)
-        assert len(calls) == 5 and calls[0][0] is None
+        assert len(calls) == len(blocks or range(5)) and calls[0][0] is None
         assert all(given is returned for (given, _), (_, returned) in zip(calls[1:], calls, strict=False))
 
 
@@ -149,20 +81,6 @@ def test_unit_stands_between_norm_and_mlp() -> None:
     features = block.norm2(z)
     h, _ = model.unit.step(features.mean(1), None)
     assert torch.allclose(y, z + block.mlp(features * h[-1][:, None]), atol=1e-6)
-
-
-@pytest.mark.parametrize("attention", [*UNITS, "none"])
-def test_gradient_checkpointing_changes_nothing(attention: str) -> None:
-    torch.manual_seed(0)
-    model = UViT(**SMALL, attention=attention).train()
-    x = torch.randn(2, 3, 8, 8)
-    gradients = []
-    for enable in (model.disable_gradient_checkpointing, model.enable_gradient_checkpointing):
-        enable()
-        model.zero_grad()
-        model(x, 500).sample.square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_pooling_over_patches_leaves_the_time_token_out() -> None:
@@ -189,29 +107,41 @@ def test_classes_and_null_label() -> None:
         UViT(**SMALL)(x, t, torch.tensor([0, 1]))
 
 
-def test_bf16_autocast_stays_close() -> None:
-    torch.manual_seed(0)
-    model = UViT(**SMALL)
-    x = torch.randn(4, 3, 8, 8)
-    exact = model(x, 300).sample
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model(x, 300).sample
-    assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
+def test_layer_norms_are_the_only_parameters_that_go() -> None:
+    with_norms, without = UViT(**SMALL), UViT(**SMALL, layer_norm=False)
+    assert count(with_norms) - count(without) == (5 * 2 + 1) * 2 * 32  # two a block and the last, weight and bias
+    assert count(UViT(**SMALL, residual_skips=False)) == count(with_norms)
 
 
-def test_saves_the_unit_once_and_loads_the_same_function(tmp_path: Path) -> None:
-    model = UViT(**SMALL, attention_kwargs={"reduction": 8}).eval()
+def test_chosen_blocks_alone_carry_the_unit_in_the_order_they_run(tmp_path: Path) -> None:
+    model = UViT(**SMALL, attention="block-scale", attention_blocks=[3, 0])
+    assert model.attention_blocks == [0, 3] and model.unit.scale.shape == (2, 1)
+    scales = torch.tensor([[2.0], [-0.5]])
+    model.unit.scale.data.copy_(scales)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
+    plain = UViT(**SMALL, attention=None)
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("unit")})
+    # What the unit does to the input of a block's MLP, a scale in its first layer does too, where its bias is 0.
+    for index, scale in ((0, 2.0), (3, -0.5)):
+        block = [*plain.in_blocks, plain.mid_block, *plain.out_blocks][index]
+        block.mlp.fc1.weight.data *= scale
     model.save_pretrained(tmp_path)
-    loaded = UViT.from_pretrained(tmp_path)
-    assert loaded.config.attention_kwargs == {"reduction": 8}
-    x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        assert torch.equal(model(x, 5).sample, loaded(x, 5).sample)
+        expected = plain(x, t).sample
+        for saved in (model, UViT.from_pretrained(tmp_path)):
+            assert torch.allclose(saved(x, t).sample, expected, atol=1e-5)
 
 
-def test_sizes_are_odd_and_named() -> None:
-    assert all(size["num_layers"] % 2 for size in UVIT_SIZES.values())
-    assert UViT.from_size("tiny/4", sample_size=8).config.patch_size == 4
+def test_config_of_an_older_pipeline_loads(tmp_path: Path) -> None:
+    model = UViT(**SMALL)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("residual_skips", "layer_norm", "attention_blocks"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, x = UViT.from_pretrained(tmp_path), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(loaded(x, 7).sample, model.eval()(x, 7).sample, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +154,9 @@ def test_sizes_are_odd_and_named() -> None:
         ({"attention_kwargs": {"reduction": 5}}, "`reduction` must divide .*, got 5"),
         ({"pool_tokens": "first"}, "'first'"),
         ({"initialization": "he"}, "'he'"),
+        ({"num_classes": 0}, "must be above 0"),
+        *(({"attention_blocks": blocks}, "must be one or more of 0 to 4") for blocks in ([], [5], [-1], [1, 1])),
+        ({"attention_blocks": [0], "attention": None}, "must be null without attention"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong: dict, named: str) -> None:

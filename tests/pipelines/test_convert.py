@@ -1,20 +1,18 @@
 import hashlib
 import importlib.util
-import math
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMScheduler
-from einops import rearrange
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UVIT_SIZES
 from dia_diffusion.sharing.convert import convert_official, convert_to_pipeline
+from tests.models.reference_uvit import u_vit
 
 WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
 PUBLISHED = {  # width, blocks less one, patch, image, classes, millions of parameters that the paper gives
@@ -87,53 +85,6 @@ def published_weights(width, depth, patch, size, label_rows):
     return weights
 
 
-def u_vit(weights, x, times, labels=None, num_heads=HEADS):
-    """The network of the U-ViT paper, computed straight from official weights."""
-    _, num_tokens, width = weights["pos_embed"].shape
-    patch = weights["patch_embed.proj.weight"].shape[-1]
-    side = math.isqrt(num_tokens - 1)
-
-    def linear(name, tokens):
-        return F.linear(tokens, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
-
-    def norm(name, tokens):
-        return F.layer_norm(tokens, (width,), weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def block(name, tokens, skip=None):
-        if f"{name}.skip_linear.weight" in weights:
-            tokens = linear(f"{name}.skip_linear", torch.cat([tokens, skip], dim=-1))
-        q, k, v = linear(f"{name}.attn.qkv", norm(f"{name}.norm1", tokens)).chunk(3, dim=-1)
-        heads = []
-        for h in torch.arange(width).chunk(num_heads):
-            attention = (q[..., h] @ k[..., h].mT / len(h) ** 0.5).softmax(dim=-1)
-            heads.append(attention @ v[..., h])
-        tokens = tokens + linear(f"{name}.attn.proj", torch.cat(heads, dim=-1))
-        return tokens + linear(f"{name}.mlp.fc2", F.gelu(linear(f"{name}.mlp.fc1", norm(f"{name}.norm2", tokens))))
-
-    frequencies = 10000 ** (-torch.arange(width // 2) / (width // 2))
-    time = torch.cat([torch.cos(times[:, None] * frequencies), torch.sin(times[:, None] * frequencies)], dim=1)
-    if "time_embed.0.weight" in weights:
-        time = linear("time_embed.2", F.silu(linear("time_embed.0", time)))
-    patches = F.conv2d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=patch)
-    tokens = torch.cat([time[:, None], patches.flatten(2).mT], dim=1)
-    if labels is not None:
-        tokens = torch.cat([weights["label_emb.weight"][labels][:, None], tokens], dim=1)
-    tokens = tokens + weights["pos_embed"]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("in_blocks")})
-    skips = []
-    for index in range(depth):
-        tokens = block(f"in_blocks.{index}", tokens)
-        skips.append(tokens)
-    tokens = block("mid_block", tokens)
-    for index in range(depth):
-        tokens = block(f"out_blocks.{index}", tokens, skips.pop())
-    tokens = linear("decoder_pred", norm("norm", tokens))[:, -(side**2) :]
-    image = rearrange(tokens, "B (h w) (p q C) -> B C (h p) (w q)", h=side, p=patch, q=patch)
-    if "final_layer.weight" in weights:
-        image = F.conv2d(image, weights["final_layer.weight"], weights["final_layer.bias"], padding=1)
-    return image
-
-
 @pytest.fixture
 def saved(tmp_path):
     def save(weights):
@@ -163,7 +114,7 @@ def test_is_the_same_function(kind, saved):
     labels = torch.tensor([0, 3, 5]) if "label_rows" in kind else None
     with torch.no_grad():
         ours = model(x, times, labels).sample
-        torch.testing.assert_close(ours, u_vit(weights, x, times, labels), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, u_vit(weights, x, times, labels, num_heads=HEADS), rtol=1e-5, atol=1e-5)
     assert ours.std() > 0.1
 
 
@@ -295,7 +246,7 @@ def test_classes_and_guidance_of_a_converted_pipeline(saved, tmp_path):
     null, conditional, guided = predicted
     assert (conditional - null).abs().max() > 1e-2 * null.abs().max()
     torch.testing.assert_close(guided, null + 3 * (conditional - null), rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="must be 0 to 5"):
+    with pytest.raises(InputError, match="must be integers, 0 to 5"):
         pipeline(class_labels=6)
 
 

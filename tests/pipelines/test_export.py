@@ -1,4 +1,4 @@
-import importlib
+import ast
 import json
 import os
 import subprocess
@@ -12,12 +12,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from dia_diffusion import UViTPipeline
-from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.attention.sams import SqueezeExcitation
+from dia_diffusion.attention.units import UNITS, sam_unit
+from dia_diffusion.errors import InputError
 from dia_diffusion.io import sha256_of_file, verify_checksum
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-from dia_diffusion.sharing import bundle as bundle_module
-from dia_diffusion.sharing.bundle import bundle
+from dia_diffusion.sharing.code import HEADER, NETWORKS, SCHEDULERS, bundle
 from dia_diffusion.sharing.export import export_pipeline
 from dia_diffusion.sharing.push import prepare, send
 from tests.pipelines.conftest import add_training, contents
@@ -261,45 +262,30 @@ def test_card_of_classes(
     assert ("the columns of the grid" in card) == (num_classes <= training["recipe"]["samples"]["count"])
 
 
-def package(folder: Path, monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
-    """Makes a package called paper of these modules, which the bundler then takes for its own."""
-    (folder / "paper").mkdir()
-    for name, text in {"__init__": "", **modules}.items():
-        (folder / "paper" / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(bundle_module, "PACKAGE", "paper")
-    monkeypatch.delitem(sys.modules, "paper", raising=False)
-    importlib.invalidate_caches()
+@pytest.mark.parametrize("module", ["pipelines.pipeline_uvit", *NETWORKS.values(), *SCHEDULERS.values()])
+def test_code_needs_no_package_and_gives_no_name_two_meanings(module: str) -> None:
+    """Modules in one file share its names: one that two modules define would be the second's in both."""
+    source = bundle(module)
+    assert source.startswith(HEADER) and "Apache-2.0" in source and f"#   dia_diffusion.{module}\n" in source
+    meanings: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            origin = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            assert not any(f"{origin}{alias.name}".startswith("dia_diffusion") for alias in node.names)
+            for alias in node.names:
+                meanings.setdefault(alias.asname or alias.name, set()).add(f"{origin}{alias.name}")
+    for node in ast.parse(source).body:
+        names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        for name in names:
+            meanings.setdefault(name, set()).add(f"line {node.lineno}")
+    assert {name: where for name, where in meanings.items() if len(where) > 1} == {}
 
 
-def test_bundle_is_the_modules_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = '"""First."""\nimport math\nfrom typing import Any\n\n# why\nX: Any = math.pi\n__all__ = ["X"]\n'
-    second = "from typing import Any, cast\n\nfrom paper.first import X\n\n\ndef area(r):\n    return X * r\n"
-    package(tmp_path, monkeypatch, first=first, second=second)
-    source = bundle("paper.second", "areas")
-    names: dict[str, object] = {}
-    exec(source, names)
-    assert names["area"](2) == pytest.approx(6.28318, abs=1e-4)  # type: ignore[operator]
-    assert "paper import" not in source and "from paper" not in source and "__all__" not in source
-    assert "from typing import Any, cast" in source and source.index("# why") < source.index("def area")
-    assert "Apache-2.0" in source and "#   paper/first.py\n#   paper/second.py" in source
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "said"),
-    [
-        ("x = 1", "from paper.first import x\nx = 2", "x can't be bundled"),
-        ("def f(): ...", "from paper.first import f\nfrom math import f", "f can't be bundled"),
-        ("import numpy as F", "from paper.first import y\nimport torch.nn.functional as F", "F can't be bundled"),
-        ("x = 1", "from paper.first import y", "y can't be bundled"),
-        ("x = 1", "from paper.first import x as z", "line 1, can't be bundled"),
-        ("x = 1", "from .first import x", "line 1, can't be bundled"),
-        ("x = 1", "def f():\n    from paper.first import x", "line 2, can't be bundled"),
-    ],
-)
-def test_bundle_refuses_clashes(
-    first: str, second: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package(tmp_path, monkeypatch, first=first, second=second)
-    with pytest.raises(RunError, match=said):
-        bundle("paper.second", "nothing")
+def test_a_unit_of_ones_own_is_not_exported_with_code(save: Callable[..., Path], tmp_path: Path) -> None:
+    UNITS.register("test-own", sam_unit(type("Own", (SqueezeExcitation,), {})))
+    source = save("source", attention="test-own")
+    assert "must be one of dia_diffusion for --with-code, got 'test-own'" in refusal(source, tmp_path / "out")
+    export_pipeline(source, tmp_path / "out", with_code=False)

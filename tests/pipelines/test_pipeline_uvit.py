@@ -248,11 +248,19 @@ def test_noise_is_what_the_scheduler_draws_by_itself(
     [
         (None, {"class_labels": 1}, "unconditional"),
         (None, {"guidance_scale": 2.0}, "unconditional"),
-        (3, {"class_labels": 3}, r"must be 0 to 2, got \[3, 3\]"),
+        (3, {"class_labels": 3}, "must be integers, 0 to 2, got 3"),
         (3, {"class_labels": [-1, 0]}, r"got \[-1, 0\]"),
         (3, {"class_labels": [0, 1, 2]}, "same number of images, got 2 from batch_size, 3 from class_labels"),
-        (3, {"guidance_scale": 2.0}, "needs class_labels"),
-        (3, {"class_labels": [2.9, 1.0]}, "must be integers 0 to 2"),
+        (3, {"guidance_scale": 2.0}, "`class_labels` must be given for guidance_scale 2.0"),
+        (3, {"class_labels": [2.9, 1.0]}, "must be integers, 0 to 2"),
+        (3, {"class_labels": [True, False]}, "must be integers, 0 to 2"),
+        (3, {"class_labels": "cat"}, "must be integers, 0 to 2, got cat"),
+        (3, {"class_labels": [0, None]}, r"got \[0, None\]"),
+        (3, {"class_labels": [[0, 1], [2]]}, r"got \[\[0, 1\], \[2\]\]"),
+        (3, {"class_labels": 2**70}, "must be integers, 0 to 2"),
+        (3, {"class_labels": 1, "guidance_scale": "2"}, "must be 1, which is none, or more, got 2"),
+        (None, {"num_inference_steps": 0}, "`num_inference_steps` must be 1 or more, got 0"),
+        (None, {"num_inference_steps": -1}, "`num_inference_steps` must be 1 or more, got -1"),
         (3, {"class_labels": 1, "guidance_scale": float("nan")}, "must be 1, which is none, or more, got nan"),
         (3, {"class_labels": 1, "guidance_scale": -2.0}, "must be 1, which is none, or more, got -2"),
         (None, {"generator": generators(0)}, "2 from batch_size, 1 from generator"),
@@ -267,6 +275,6 @@ def test_noise_is_what_the_scheduler_draws_by_itself(
         (3, {"batch_size": None, "class_labels": []}, "`batch_size` must be 1 or more, got 0"),
     ],
 )
-def test_labels_that_do_not_fit_are_named(classes: int | None, arguments: dict, named: str) -> None:
+def test_arguments_that_do_not_fit_are_named(classes: int | None, arguments: dict, named: str) -> None:
     with pytest.raises(InputError, match=named):
         pipeline(num_classes=classes)(**{"batch_size": 2, "num_inference_steps": 2, **arguments})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dia_diffusion.report.page import write_page
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from tests.report.conftest import parse
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

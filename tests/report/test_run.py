@@ -13,7 +13,7 @@ from torch import nn
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.report.page import render
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from tests.report.conftest import parse
 
 
@@ -24,7 +24,7 @@ def test_a_page_shows_what_the_run_has(tmp_path: Path, write_run: Callable[..., 
 
     (distance,) = page.traces("FD(digits)")
     assert (distance["x"], distance["y"]) == ([24, 48], [9.5, 4.25]), "in order of step, the later of two"
-    (losses,), (rates,) = [[t for t in page.traces("value") if t["yaxis"] == axis] for axis in ("y", "y3")]
+    (losses,), (rates,) = page.traces("loss"), page.traces("learning rate")
     assert losses["x"] == [8 * step for step in range(1, 7)]
     assert losses["y"] == [1 / step for step in range(1, 7)]
     assert rates["y"] == pytest.approx([0.001 * step for step in range(1, 7)])
@@ -39,8 +39,8 @@ def test_a_page_shows_what_the_run_has(tmp_path: Path, write_run: Callable[..., 
     of_others = ("backbone", "backbone_kwargs", "attention_at")
     network: nn.Module = UViT(**{key: value for key, value in config["model"].items() if key not in of_others})
     count = f"{sum(parameter.numel() for parameter in network.parameters()):,}"
-    for told in (count, "9.500", "4.250", measured[0].protocol_hash()[:8], "106 MiB", measured[0].versions["torch"]):
-        assert told in page.text
+    for shown in (count, "9.500", "4.250", measured[0].protocol_hash()[:8], "106 MiB", measured[0].versions["torch"]):
+        assert shown in page.text
     assert "3 s" in page.text, "48 images at 16 a second"
 
 
@@ -95,8 +95,8 @@ def test_names_from_outside_are_text(tmp_path: Path, write_run, record) -> None:
 def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     new = write_run(tmp_path / "new", steps=())
     page = parse(render(run_page(new)))
-    assert f"No evaluations yet; `dia-diffusion fid {new}" in page.text
-    assert "No grids yet" in page.text and "No metrics yet; `dia-diffusion train" in page.text
+    assert f"No evaluations yet; dia-diffusion fid {new}" in page.text
+    assert "No grids yet" in page.text and "No metrics yet; dia-diffusion train" in page.text
     assert not page.plots
 
     torn = write_run(tmp_path / "torn")
@@ -104,9 +104,9 @@ def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "ima')
     page = parse(render(run_page(torn)))
-    assert "no whole picture: step-00000003.png" in page.text
+    assert "truncated or corrupted: step 3." in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 1
-    assert len(page.traces("value")[0]["x"]) == 6
+    assert len(page.traces("loss")[0]["x"]) == 6
 
 
 def test_an_environment_that_was_altered_is_shown_as_text(tmp_path: Path, write_run) -> None:

@@ -15,7 +15,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.report.page import render
-from dia_diffusion.report.subject import page_of
+from dia_diffusion.report.subjects import page_of
 from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, read_study, write_study
 from tests.report.conftest import Parsed, parse, write_run_of
 from tests.training.conftest import TINY
@@ -79,10 +79,10 @@ def test_curves_are_means_over_seeds_with_their_bands(study: Study, measure) -> 
     for size, plot in zip(SIZES, page.plots, strict=False):
         for unit in UNITS:
             seeds = [[distances[unit, size, seed, step] for step in (3, 6)] for seed in SEEDS]
-            own = [trace for trace in plot["data"] if trace.get("name") == unit]
-            assert [trace["y"] for trace in own] == [*map(pytest.approx, seeds), pytest.approx(np.mean(seeds, axis=0))]
-            assert [trace.get("showlegend", True) for trace in own] == [False] * len(SEEDS) + [True]
-            assert own[-1]["x"] == [3 * size, 6 * size]
+            (mean,) = [trace for trace in plot["data"] if trace.get("name") == unit]
+            assert (mean["x"], mean["y"]) == ([3 * size, 6 * size], pytest.approx(np.mean(seeds, axis=0)))
+            pale = [trace["y"] for trace in plot["data"] if trace.get("opacity", 1) < 1]
+            assert [y for y in pale if y in seeds] == seeds
             half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(seeds)
             low, high = np.mean(seeds, axis=0) - half, np.mean(seeds, axis=0) + half
             assert [t["y"] for t in plot["data"] if t["y"] == pytest.approx(low)], "the lower end of the band"
@@ -96,8 +96,8 @@ def test_curves_are_means_over_seeds_with_their_bands(study: Study, measure) -> 
 
 def test_grids_stand_side_by_side(page: Parsed) -> None:
     alternatives = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
-    told = [re.fullmatch(r"64 samples of run (.*)-b(\d)-s0 at step (\d), seeds 0-63", a or "") for a in alternatives]
-    shown = [(match[2], match[3], match[1]) for match in told if match]
+    matches = [re.fullmatch(r"64 samples of run (.*)-b(\d)-s0 at step (\d), seeds 0-63", a or "") for a in alternatives]
+    shown = [(match[2], match[3], match[1]) for match in matches if match]
     assert shown == [(size, step, unit) for size in "48" for step in "36" for unit in UNITS]
 
 
@@ -107,7 +107,7 @@ def test_losses_are_means_over_seeds(page: Parsed) -> None:
 
 
 def test_recipes_are_one_and_what_differs(page: Parsed) -> None:
-    assert page.tables["In what the runs' recipes differ."][:2] == [
+    assert page.tables["Where the runs' recipes differ."][:2] == [
         ["run", "seed", "model.attention", "train.batch_size"],
         ["none-b4-s0", "0", "none", "4"],
     ]
@@ -118,8 +118,8 @@ def test_recipes_are_one_and_what_differs(page: Parsed) -> None:
 def test_a_study_is_found_by_its_folder_too(unmeasured: Study, study: Study, tmp_path: Path) -> None:
     page, folder = page_of(str(study.folder))
     assert (page.title, folder) == ("twins", study.folder)
-    assert "No evaluations by protocol fd-digits yet; `dia-diffusion curves" in parse(render(page)).text
-    with pytest.raises(InputError, match=r"runs is no run's folder.*nor a study's, which has a study\.yaml"):
+    assert "No evaluations by protocol fd-digits yet; dia-diffusion curves" in parse(render(page)).text
+    with pytest.raises(InputError, match=r"must be a run's folder.*study\.yaml.*runs"):
         page_of(str(unmeasured.folder))
     file = tmp_path / "new.yaml"
     config = yaml.safe_load((unmeasured.folder.parent / "twins.yaml").read_text())

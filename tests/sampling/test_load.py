@@ -294,7 +294,10 @@ def test_weights_missing_cut_short_or_pickled(folder):
 
 @pytest.mark.parametrize(
     "change",
-    [{"attention": None}, {"attention": "lstm"}, {"num_layers": 5}, {"hidden_size": 64}, {"num_layers": 4}],
+    [
+        *({"attention": None}, {"attention": "lstm"}, {"num_layers": 5}, {"hidden_size": 64}, {"num_layers": 4}),
+        {"attention_kwargs": {"num_cells": 10**9}},  # which would be built one by one
+    ],
     ids=str,
 )
 def test_weights_of_another_model(change, folder):

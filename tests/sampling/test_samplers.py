@@ -5,9 +5,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UViTOutput
 from dia_diffusion.noise import PREDICTION_TYPES, NoiseProcess
-from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler, check_steps
+from dia_diffusion.sampling.generate import adapt_pipeline
+from dia_diffusion.sampling.samplers import (
+    SAMPLERS,
+    Sampler,
+    SamplingSettings,
+    build_scheduler,
+    check_steps,
+)
+from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
 
 # How far the standard deviation may be from that of the data at 50 steps, relative. In even time the last step starts
 # from sigma 0.07, where noise hides a third of the data's own deviation of 0.2; at 1,000 steps all are within 2.5 %.
@@ -23,15 +33,11 @@ TOLERANCE_AT_50 = {
     "heun": 0.015,
     "euler-maruyama": 0.05,
 }
-GIVEN_TO_NO_NETWORK = {("euler-ancestral", "sample")}  # diffusers has no such
 
 
 def sample(pipeline, name, steps, batch_size=1):
     """Pixels in [-1, 1] and the network, which noted its inputs."""
-    pipeline.scheduler = build_scheduler(name, pipeline.scheduler)
-    check_steps(pipeline.scheduler, steps)
-    generator = [torch.Generator().manual_seed(seed) for seed in range(batch_size)]
-    images = pipeline(batch_size=batch_size, generator=generator, num_inference_steps=steps, output_type="pt").images
+    images = adapt_pipeline(pipeline, SamplingSettings(name, steps)).draw(list(range(batch_size)))
     return 2 * images - 1, pipeline.unet
 
 
@@ -39,14 +45,52 @@ def test_every_sampler_is_tested():
     assert TOLERANCE_AT_50.keys() == SAMPLERS.keys()
 
 
-@pytest.mark.parametrize(
-    ("name", "prediction_type"),
-    [pair for pair in itertools.product(SAMPLERS, PREDICTION_TYPES) if pair not in GIVEN_TO_NO_NETWORK],
-)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_draws_from_a_gaussian_given_its_exact_network(name, prediction_type, gaussian_pipeline):
     pixels, network = sample(gaussian_pipeline(prediction_type), name, 50)
     assert abs(pixels.mean() - network.data_mean) < 0.01
     assert abs(pixels.std() / network.data_std - 1) < TOLERANCE_AT_50[name]
+
+
+ALPHA_BARS = DDPMScheduler(**NoiseProcess().scheduler_config()).alphas_cumprod.double()
+
+
+class TypedDenoiser(GaussianDenoiser):
+    """That of Gaussian data in a process of given betas, the same function in each prediction type."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        alpha_bar = ALPHA_BARS[int(timestep)]
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        image = 0.1 + alpha * 0.2**2 * (sample - alpha * 0.1) / (alpha**2 * 0.2**2 + sigma**2)
+        noise = (sample - alpha * image) / sigma
+        outputs = {"epsilon": noise, "sample": image, "v_prediction": alpha * noise - sigma * image}
+        return UViTOutput(sample=outputs[self.config.prediction_type])
+
+
+def typed_images(given, name):
+    pipeline = UViTPipeline(TypedDenoiser(given, sample_size=16).double(), vp_scheduler(given))
+    return adapt_pipeline(pipeline, SamplingSettings(name, 20)).draw([0, 1])
+
+
+# Those whose timesteps are whole, so that the network and the scheduler have the same alpha and sigma.
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "euler-ancestral"])
+def test_one_network_draws_the_same_in_each_prediction_type(name):
+    expected = typed_images("epsilon", name)
+    assert expected.std() > 0.05
+    for given in ("sample", "v_prediction"):
+        torch.testing.assert_close(typed_images(given, name), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("given", "taken"), list(itertools.permutations(PREDICTION_TYPES, 2)))
+def test_predictions_that_a_scheduler_does_not_take_are_converted(given, taken, monkeypatch):
+    expected = typed_images(given, "ddim")
+    monkeypatch.setattr(SAMPLERS, "_rows", dict(SAMPLERS))
+    row = SAMPLERS["ddim"]
+    SAMPLERS.register("one-type", Sampler(row.scheduler, row.settings, prediction_types=(taken,)))
+    with pytest.raises(InputError, match=f"`prediction_type` must be one of {taken} for one-type, got '{given}'"):
+        build_scheduler("one-type", vp_scheduler(given))  # no one converts for a scheduler alone
+    torch.testing.assert_close(typed_images(given, "one-type"), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -114,10 +158,6 @@ def test_unknown_names_and_other_processes():
         build_scheduler("euler-maruyama", DDPMScheduler())
     with pytest.raises(InputError, match="must be one of own for the process of a FlowMatchEulerDiscreteScheduler"):
         build_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(
-        InputError, match="must be one of epsilon, v_prediction for sampler euler-ancestral, got 'sample'"
-    ):
-        build_scheduler("euler-ancestral", DDPMScheduler(prediction_type="sample"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from dia_diffusion.evaluation.reference import (
 from dia_diffusion.io import shipped_folder
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.folder import read_training
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.convert import convert_official
@@ -154,64 +154,10 @@ def targets(folder: Path) -> dict[str, Target]:
 
 
 TOKENS = [
-    *(
-        b"\0",
-        b"\xff",
-        b"\xff\xff\xff\xff",
-        b"\0\0\0\0",
-        b"\x7f\xff\xff\xff",
-        b"-",
-        b"-1",
-        b"0",
-        b"1",
-        b"9" * 30,
-        b"1e999",
-    ),
-    *(
-        b"null",
-        b"true",
-        b"NaN",
-        b"Infinity",
-        b"[]",
-        b"{}",
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b'"',
-        b"'",
-        b",",
-        b":",
-        b"\n",
-        b"\r",
-    ),
-    *(b"&a", b"*a", b"<<: *a", b"!!python/name:os.system", b"!!int", b"!!set", b"? ", b"- ", b"\t", b"#", b"%", b"|"),
-    *(
-        b"\x1b[2J",
-        b"\xef\xbb\xbf",
-        b"\xed\xa0\x80",
-        b"\\ud800",
-        b"../",
-        b"/",
-        b"PK\x03\x04",
-        b"\x80\x02",
-        b"IHDR",
-        b"O",
-    ),
-    *(
-        b".nan",
-        b"1_000",
-        b"0x10",
-        b"1:1",
-        b"2020-01-01",
-        b"F64",
-        b"|O",
-        b"<f8",
-        b"(",
-        b")",
-        b"c__builtin__\neval\n",
-        b"R.",
-    ),
+    *b"- -1 0 1 1e999 null true NaN Infinity [] {} [ ] { } \" ' , : &a *a !!python/name:os.system !!int".split(),
+    *b"!!set # % | \\ud800 ../ / IHDR O .nan 1_000 0x10 1:1 2020-01-01 F64 |O <f8 ( ) R.".split(),
+    *(b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"9" * 30, b"\n", b"\r", b"<<: *a", b"? "),
+    *(b"- ", b"\t", b"\x1b[2J", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"PK\x03\x04", b"\x80\x02", b"c__builtin__\neval\n"),
 ]
 
 

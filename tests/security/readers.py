@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier, save_classifier
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.pipelines.folder import model_hash, read_training, weights_hash
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.writers import open_folder
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
-from dia_diffusion.sweeps.plan import Group, Plan, read_plan
+from dia_diffusion.sweeps.plan import Group, Plan, read_plan, write_plan
 from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.sweeps.trials import finished, make_trial
@@ -40,8 +40,6 @@ from tests.evaluation.conftest import _record
 from tests.pipelines.conftest import SMALL, add_training
 from tests.report.conftest import write_run_of
 from tests.training.conftest import TINY
-
-DATA = Path(__file__).parent
 
 
 @dataclass
@@ -73,62 +71,36 @@ def run(folder: Path) -> Path:
     return write_run_of(experiment(folder), [_record(2.5)])
 
 
-def index(folder: Path) -> Reader:
+def within(make: Callable[[Path], Path], file: str, read: Callable[[Path], Any]) -> Callable[[Path], Reader]:
+    """Makes a folder, and reads it with one of its files replaced."""
+
+    def reader(folder: Path) -> Reader:
+        place = make(folder)
+        return Reader(place / file, lambda: read(place))
+
+    return reader
+
+
+def export(place: Path) -> Any:
+    return export_pipeline(place, place.parent / "out", with_code=False)
+
+
+def sharded_pipeline(folder: Path) -> Path:
     place = pipeline(folder)
-    return Reader(place / "model_index.json", lambda: load_pipeline(place))
+    write_json(place / "unet" / SHARDS, {"weight_map": {"a": "diffusion_pytorch_model.safetensors"}})
+    return place
 
 
-def index_to_export(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "model_index.json", lambda: check_pipeline(place))
-
-
-def network_config(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "unet" / "config.json", lambda: load_pipeline(place))
-
-
-def network_config_to_export(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "unet" / "config.json", lambda: check_pipeline(place))
-
-
-def scheduler_config(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "scheduler" / "scheduler_config.json", lambda: load_pipeline(place))
-
-
-def hashed_config(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "unet" / "config.json", lambda: model_hash(place))
-
-
-def shards(folder: Path) -> Reader:
-    place = pipeline(folder)
-    file = place / "unet" / "diffusion_pytorch_model.safetensors.index.json"
-    write_json(file, {"weight_map": {"a": "diffusion_pytorch_model.safetensors"}})
-    return Reader(file, lambda: weights_hash(place))
-
-
-def training(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "training.json", lambda: read_training(place))
-
-
-def carded_training(folder: Path) -> Reader:
-    place = pipeline(folder)
-    return Reader(place / "training.json", lambda: write_card(place))
-
-
-def converted(folder: Path) -> Reader:
+def converted_pipeline(folder: Path) -> Path:
     place = pipeline(folder)
     write_json(place / "converted.json", {"source": "x.pth", "sha256": "0" * 64})
-    return Reader(place / "converted.json", lambda: write_card(place))
+    return place
 
 
-def exported_training(folder: Path) -> Reader:
+def measured_pipeline(folder: Path) -> Path:
     place = pipeline(folder)
-    return Reader(place / "training.json", lambda: export_pipeline(place, folder / "out", with_code=False))
+    append_record(place / "evaluations.jsonl", _record(2.5))
+    return place
 
 
 def records(folder: Path) -> Reader:
@@ -137,37 +109,10 @@ def records(folder: Path) -> Reader:
     return Reader(file, lambda: read_records(file))
 
 
-def exported_records(folder: Path) -> Reader:
-    place = pipeline(folder)
-    file = place / "evaluations.jsonl"
-    append_record(file, _record(2.5))
-    return Reader(file, lambda: export_pipeline(place, folder / "out", with_code=False))
-
-
-def reported_records(folder: Path) -> Reader:
-    place = run(folder)
-    return Reader(place / "evaluations.jsonl", lambda: run_page(place))
-
-
-def metrics(folder: Path) -> Reader:
-    place = run(folder)
-    return Reader(place / "metrics.jsonl", lambda: read_metrics(place / "metrics.jsonl"))
-
-
-def reported_metrics(folder: Path) -> Reader:
-    place = run(folder)
-    return Reader(place / "metrics.jsonl", lambda: run_page(place))
-
-
-def last_metrics(folder: Path) -> Reader:
-    place = run(folder)
-    return Reader(place / "metrics.jsonl", lambda: logged_step(place / "metrics.jsonl"))
-
-
-def reported_environment(folder: Path) -> Reader:
+def run_with_environment(folder: Path) -> Path:
     place = run(folder)
     write_json(place / "environment.json", {"python": "3.11"})
-    return Reader(place / "environment.json", lambda: run_page(place))
+    return place
 
 
 def checkpoint(folder: Path) -> Path:
@@ -176,32 +121,12 @@ def checkpoint(folder: Path) -> Path:
     return save_checkpoint(folder / "checkpoints", 3, Checkpoint(tensors, state), 1)
 
 
-def state(folder: Path) -> Reader:
-    place = checkpoint(folder)
-    return Reader(place / "state.json", lambda: read_state(place))
-
-
-def loaded_state(folder: Path) -> Reader:
-    place = checkpoint(folder)
-    return Reader(place / "state.json", lambda: load_checkpoint(place))
-
-
 def classifier(folder: Path) -> Path:
     config = BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=2)
     weights = build_classifier(config).state_dict()
     recipe = {"run": "a", "step": 1}
     save_classifier(folder / "classifier", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)
     return folder / "classifier"
-
-
-def classifier_config(folder: Path) -> Reader:
-    place = classifier(folder)
-    return Reader(place / "config.json", lambda: load_classifier(place))
-
-
-def classifier_training(folder: Path) -> Reader:
-    place = classifier(folder)
-    return Reader(place / "training.json", lambda: load_classifier(place))
 
 
 def result(folder: Path) -> Reader:
@@ -229,8 +154,9 @@ def study(folder: Path) -> Any:
 
 def plan(folder: Path) -> Reader:
     read = study(folder)
-    group = Group("none", 8, 1, 0, 6, 1.0, 1.0, 1.0, 1.0, 2, 1.0, 1.0, 1.0, 1.0)
-    write_json(read.folder / "plan.json", asdict(Plan("s", "now", "a CPU", 1.0, 1, [group], 1.0, 1.0, 1, 1)))
+    group = Group(**{**dict.fromkeys(Group.model_fields, 1), "unit": "none"})
+    text = dict.fromkeys(("study", "time", "measured_on"), "a text")
+    write_plan(read, Plan(**{**dict.fromkeys(Plan.model_fields, 1), **text, "groups": [group]}))
     assert read_plan(read) is not None
     return Reader(read.folder / "plan.json", lambda: read_plan(read))
 
@@ -283,22 +209,24 @@ def kept_images(folder: Path) -> Reader:
     return Reader(file, read)
 
 
+UNET = "unet/config.json"
+SHARDS = "diffusion_pytorch_model.safetensors.index.json"
 # What is refused whatever is wrong with it.
 STRICT: dict[str, Callable[[Path], Reader]] = {
-    "pipeline's index": index,
-    "pipeline's index, to be exported": index_to_export,
-    "network's config": network_config,
-    "network's config, to be exported": network_config_to_export,
-    "index of shards": shards,
-    "training of a pipeline": training,
-    "training on a card": carded_training,
-    "training that is exported": exported_training,
-    "conversion on a card": converted,
+    "pipeline's index": within(pipeline, "model_index.json", load_pipeline),
+    "pipeline's index, to be exported": within(pipeline, "model_index.json", check_pipeline),
+    "network's config": within(pipeline, UNET, load_pipeline),
+    "network's config, to be exported": within(pipeline, UNET, check_pipeline),
+    "index of shards": within(sharded_pipeline, f"unet/{SHARDS}", weights_hash),
+    "training of a pipeline": within(pipeline, "training.json", read_training),
+    "training on a card": within(pipeline, "training.json", write_card),
+    "training that is exported": within(pipeline, "training.json", export),
+    "conversion on a card": within(converted_pipeline, "converted.json", write_card),
     "records": records,
-    "records on a page": reported_records,
-    "checkpoint's state": state,
-    "checkpoint's state, to be loaded": loaded_state,
-    "classifier's config": classifier_config,
+    "records on a page": within(run, "evaluations.jsonl", run_page),
+    "checkpoint's state": within(checkpoint, "state.json", read_state),
+    "checkpoint's state, to be loaded": within(checkpoint, "state.json", load_checkpoint),
+    "classifier's config": within(classifier, "config.json", load_classifier),
     "result of a classifier": result,
     "result of a trial": trial,
     "samples' protocol": samples,
@@ -306,14 +234,14 @@ STRICT: dict[str, Callable[[Path], Reader]] = {
 }
 # What is made anew or left out where it can't be read, or has no key that must be there.
 LENIENT: dict[str, Callable[[Path], Reader]] = {
-    "scheduler's config": scheduler_config,
-    "config that is hashed": hashed_config,
-    "records that are exported": exported_records,
-    "metrics": metrics,
-    "metrics on a page": reported_metrics,
-    "last line of metrics": last_metrics,
-    "environment on a page": reported_environment,
-    "training of a classifier": classifier_training,
+    "scheduler's config": within(pipeline, "scheduler/scheduler_config.json", load_pipeline),
+    "config that is hashed": within(pipeline, UNET, model_hash),
+    "records that are exported": within(measured_pipeline, "evaluations.jsonl", export),
+    "metrics": within(run, "metrics.jsonl", lambda place: read_metrics(place / "metrics.jsonl")),
+    "metrics on a page": within(run, "metrics.jsonl", run_page),
+    "last line of metrics": within(run, "metrics.jsonl", lambda place: logged_step(place / "metrics.jsonl")),
+    "environment on a page": within(run_with_environment, "environment.json", run_page),
+    "training of a classifier": within(classifier, "training.json", load_classifier),
     "plan of a study": plan,
     "floors of a study": known_floors,
     "features that are finished": features_finished,

@@ -42,7 +42,8 @@ def test_zip_entries_that_are_no_files_are_never_made(kind: int, sandbox: Sandbo
     entry.external_attr = (kind | 0o777) << 16
     with zipfile.ZipFile(sandbox.folder / "x.zip", "w") as archive:
         archive.writestr(entry, str(sandbox.secret))
-    sandbox.refused(lambda: open_images(sandbox.folder / "x.zip"), "x.zip", "a.png")
+    named = ["a.png is a link"] if kind == stat.S_IFLNK else ["a.png"]
+    sandbox.refused(lambda: open_images(sandbox.folder / "x.zip"), "x.zip", *named)
 
 
 def test_zip_bombs(sandbox: Sandbox) -> None:
@@ -154,18 +155,11 @@ def test_tar_members_that_are_no_files_within(kind: str, sandbox: Sandbox) -> No
 def test_tar_bombs(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dia_diffusion.data.arrays.BYTES_LIMIT", 1 << 26)
     given = sandbox.folder / "x.tar.gz"
-    block = bytes(1 << 24)
-    with gzip.open(given, "wb", compresslevel=9) as file:
-        header = member("data_batch_1")
+    for name in ("data_batch_1", "other"):
+        header = member(name)
         header.size = 1 << 28
-        file.write(header.tobuf())
-        for _ in range(16):
-            file.write(block)
-    sandbox.refused(lambda: open_images(given), given, "declares more than")
-    with gzip.open(given, "wb", compresslevel=9) as file:
-        header = member("other")
-        header.size = 1 << 28
-        file.write(header.tobuf())
-        for _ in range(16):
-            file.write(block)
-    sandbox.refused(lambda: open_images(given), given)
+        with gzip.open(given, "wb", compresslevel=9) as file:
+            file.write(header.tobuf())
+            for _ in range(16):
+                file.write(bytes(1 << 24))
+        sandbox.refused(lambda: open_images(given), given, "declares more than")

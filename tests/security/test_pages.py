@@ -9,10 +9,9 @@ import pytest
 
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.report.page import render
-from dia_diffusion.report.run import run_page
-from dia_diffusion.report.study import study_page
+from dia_diffusion.report.subjects import run_page, study_page
 from dia_diffusion.sharing.card import evaluation_rows, write_card
-from dia_diffusion.sweeps.grids import draw_grids
+from dia_diffusion.sweeps.figures import draw_grids
 from tests.evaluation.conftest import _record
 from tests.report.conftest import parse
 from tests.security import hostile, hostile_images, readers

@@ -116,6 +116,7 @@ def test_gigantic_and_odd_networks_of_diffusers(changes: dict[str, Any], sandbox
         {"attention": "os.system"},
         {"attention_kwargs": {"reduction": 0}},
         {"attention_stages": [10**9]},
+        {"attention": "dia-lstm", "attention_kwargs": {"num_cells": 10**9}},  # which would be built one by one
     ],
     ids=lambda changes: str(changes)[:40],
 )
@@ -124,6 +125,13 @@ def test_gigantic_and_odd_classifiers(changes: dict[str, Any], sandbox: Sandbox)
     file = place / "config.json"
     about = json.loads(file.read_text())
     file.write_text(json.dumps({**about, "model": {**about["model"], **changes}}))
+    sandbox.refused(lambda: load_classifier(place))
+
+
+def test_class_names_of_another_number_than_the_classes(sandbox: Sandbox) -> None:
+    place = classifier(sandbox.folder)
+    file = place / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "class_names": ["cat"]}))
     sandbox.refused(lambda: load_classifier(place))
 
 

@@ -10,7 +10,7 @@ from dia_diffusion.analysis.run import open_run
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.reading import Unreadable, parse_yaml
-from dia_diffusion.report.run import run_page
+from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment

@@ -8,7 +8,8 @@ from typing import Any
 
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, Origin, ResolvedProtocol, append_record, make_record
-from dia_diffusion.sweeps.sweep import Study, StudyRun, read_study
+from dia_diffusion.sweeps.collect import Point, measured
+from dia_diffusion.sweeps.sweep import Run, Study, read_study
 from dia_diffusion.training.run_folder import RunFolder
 
 PROTOCOL = """
@@ -21,7 +22,7 @@ weights: ema
 reference_split: test
 """
 
-Distances = Callable[[StudyRun, int], float | None]
+Distances = Callable[[Run, int], float | None]
 """The distance of a run at a step; None: not measured."""
 
 
@@ -71,7 +72,12 @@ def add_records(study: Study, distances: Distances, *, protocol: str = "curve", 
                 append_record(RunFolder(run.folder).evaluations, record)
 
 
-def add_metrics(study: Study, seconds: Callable[[StudyRun], float], memory: int | None = 900) -> None:
+def points_of(study: Study) -> list[Point]:
+    """The points of its curves."""
+    return [one.point for one in measured(study.runs, study.protocol)]
+
+
+def add_metrics(study: Study, seconds: Callable[[Run], float], memory: int | None = 900) -> None:
     """Metrics of whole trainings that took `seconds`, in two lines."""
     for run in study.runs:
         last = run.experiment.train.max_steps
@@ -82,7 +88,7 @@ def add_metrics(study: Study, seconds: Callable[[StudyRun], float], memory: int 
             RunFolder(run.folder).log_metrics(line | ({} if memory is None else {"peak_memory_mib": memory + step}))
 
 
-def a_record(run: StudyRun, step: int, distance: float, **changes: Any) -> EvaluationRecord:
+def a_record(run: Run, step: int, distance: float, **changes: Any) -> EvaluationRecord:
     """One record of a run under no name."""
     fields: dict[str, Any] = {
         "features": "digits",

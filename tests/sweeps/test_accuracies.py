@@ -106,15 +106,15 @@ def test_the_command_writes_table_numbers_and_figure(runs: list[Path], tmp_path:
 
 def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
     results = [read_result(run) for run in runs]
-    with pytest.raises(InputError, match="no run has the unit 'eca'; accepted as --baseline: none, se, dia-lstm"):
+    with pytest.raises(InputError, match="`--baseline` must be one of none, se, dia-lstm, got 'eca'"):
         compare(results, "eca")
     with pytest.raises(InputError, match="both se of seed 0"):
         compare([*results, read_result(write_run(tmp_path / "again", "se", 0, 0.5))])
-    with pytest.raises(InputError, match=r"has no result\.json"):
+    with pytest.raises(InputError, match=r"got .* without result\.json"):
         read_result(tmp_path)
     with (runs[1] / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps({"step": 10, "images": 1280, "loss": 1.0}) + "\n")
-    with pytest.raises(InputError, match="is being trained on since its result"):
+    with pytest.raises(InputError, match="is being trained again since its result"):
         read_result(runs[1])
     (runs[0] / "result.json").write_text("{")
     with pytest.raises(InputError, match="truncated or corrupted"):
@@ -127,7 +127,7 @@ def test_runs_that_were_trained_on_other_images_are_refused(runs: list[Path]) ->
         alter(run, fingerprint)
     compare([read_result(run) for run in runs])  # the others don't say
     alter(runs[3], "b")
-    with pytest.raises(InputError, match="were trained on different images"):
+    with pytest.raises(InputError, match="the train images of compared runs must be the same"):
         compare([read_result(run) for run in runs])
 
 

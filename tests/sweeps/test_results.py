@@ -13,11 +13,12 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import step_name
-from dia_diffusion.sweeps.collect import collect, measured, training_seconds
+from dia_diffusion.sweeps.collect import measured, scan, training_seconds
 from dia_diffusion.sweeps.plan import Group, Plan, write_plan
 from dia_diffusion.sweeps.results import floor_of, results_of, write_results
+from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.run_folder import RunFolder
-from tests.sweeps.measured_studies import a_record, add_metrics, add_records, make_study
+from tests.sweeps.measured_studies import a_record, add_metrics, add_records, make_study, points_of
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,7 @@ def test_writes_figures_points_and_tables(tmp_path):
     add_records(study, distance)
     add_records(study, lambda run, step: distance(run, step) - 1, protocol="end")
     add_metrics(study, lambda run: 60)
-    written = write_results(study)
+    written = write_results(results_of(scan(study)))
     assert [path.name for path in written] == ["curves.png", "final.png", "results.json", "results.md"]
     assert all(path.parent == study.folder for path in written)
     assert Image.open(written[0]).format == Image.open(written[1]).format == "PNG"
@@ -75,12 +76,10 @@ def test_a_plan_is_kept_beside_what_it_took(tmp_path):
     for run in study.runs:
         for step in run.steps:
             (RunFolder(run.folder).pipelines / step_name(step)).mkdir(parents=True)
-    names = {field.name for field in dataclasses.fields(Group)} - {"unit", "batch_size", "runs"}
-    group = Group("none", 8, 2, **dict.fromkeys(names, 50))
-    names = {field.name for field in dataclasses.fields(Plan)} - {"study", "groups"}
-    told = {"time": "2026-01-01T00:00:00+00:00", "measured_on": "a CPU"}
-    write_plan(study, Plan("tiny", groups=[group], **{**dict.fromkeys(names, 1), **told}))
-    write_results(study)
+    group = Group(**{**dict.fromkeys(Group.model_fields, 50), "unit": "none", "batch_size": 8, "runs": 2})
+    text = dict.fromkeys(("study", "time", "measured_on"), "a text")
+    write_plan(study, Plan(**{**dict.fromkeys(Plan.model_fields, 1), **text, "groups": [group]}))
+    write_results(results_of(scan(study)))
     plan = json.loads((study.folder / "results.json").read_text())["plan"]
     assert plan["groups"][0]["training_seconds"] == 50
     (taken,) = plan["taken"]
@@ -91,7 +90,7 @@ def test_a_plan_is_kept_beside_what_it_took(tmp_path):
 def test_until_the_final_protocol_is_used_the_curve_tells_the_end(tmp_path):
     study = make_study(tmp_path, final=True, seeds=[0])
     add_records(study, distance)
-    results = results_of(study)
+    results = results_of(scan(study))
     assert results.final.protocol == "curve"
     assert "Nothing is measured by the final protocol end yet." in results.notes
     assert "0 of 4 runs are trained." in results.notes
@@ -103,20 +102,20 @@ def test_only_records_under_the_protocols_name_count_and_the_later_of_two(tmp_pa
     (run,) = study.runs
     append_record(RunFolder(run.folder).evaluations, a_record(run, 600, 99, sampler="ddpm"))
     add_records(study, lambda run, step: 1.5 if step == 400 else None)
-    assert [(point.step, point.distance) for point in collect(study)] == [(200, 6), (400, 1.5), (600, 4)]
+    assert [(point.step, point.distance) for point in points_of(study)] == [(200, 6), (400, 1.5), (600, 4)]
 
 
 def test_a_variant_is_called_what_the_study_calls_it(tmp_path):
     wide = {"model.attention": "dia-lstm", "model.attention_kwargs": {"reduction": 2}}
     study = make_study(tmp_path, units=["none", "wide"], seeds=[0], variants={"wide": wide})
     add_records(study, distance)
-    assert {point.unit for point in collect(study)} == {"none", "wide"}
+    assert {point.unit for point in points_of(study)} == {"none", "wide"}
 
 
 def test_nothing_on_record_is_bad_input(tmp_path):
     study = make_study(tmp_path)
     with pytest.raises(InputError, match=r"no evaluations by protocol curve yet"):
-        write_results(study)
+        write_results(results_of(scan(study)))
     assert not study.folder.exists()
 
 
@@ -126,7 +125,7 @@ def test_a_record_cut_short_is_named(tmp_path):
     file = RunFolder(study.runs[3].folder).evaluations
     file.write_text(file.read_text()[:-100])
     with pytest.raises(InputError, match=rf"{study.runs[3].name}/evaluations\.jsonl, line 3: not a whole"):
-        write_results(study)
+        write_results(results_of(scan(study)))
 
 
 def test_a_changed_protocol_is_refused(tmp_path):
@@ -135,7 +134,7 @@ def test_a_changed_protocol_is_refused(tmp_path):
     file = tmp_path / "curve.yaml"
     file.write_text(file.read_text().replace("steps: 25", "steps: 50"))
     with pytest.raises(InputError, match="other settings"):
-        collect(study)
+        points_of(read_study(str(tmp_path / "tiny.yaml")))
 
 
 def test_other_reference_images_under_one_name_are_refused(tmp_path):
@@ -143,7 +142,7 @@ def test_other_reference_images_under_one_name_are_refused(tmp_path):
     add_records(study, lambda run, step: distance(run, step) if run.unit == "none" else None)
     add_records(study, lambda run, step: distance(run, step) if run.unit != "none" else None, reference_hash="a" * 64)
     with pytest.raises(InputError, match=r"none-b8-s0 .* dia-lstm-b8-s0 .*: reference_hash e+ against a+"):
-        collect(study)
+        points_of(study)
 
 
 def test_records_of_another_run_are_refused(tmp_path):
@@ -152,7 +151,7 @@ def test_records_of_another_run_are_refused(tmp_path):
     first, second = (RunFolder(run.folder).evaluations for run in study.runs)
     second.write_bytes(first.read_bytes())
     with pytest.raises(InputError, match="batch size 8, seed 0 and unit none; the study's run has 8, 1 and none"):
-        collect(study)
+        points_of(study)
 
 
 def test_records_of_another_unit_are_refused(tmp_path):
@@ -161,7 +160,7 @@ def test_records_of_another_unit_are_refused(tmp_path):
     first, second = (RunFolder(run.folder).evaluations for run in study.runs)
     second.write_bytes(first.read_bytes())
     with pytest.raises(InputError, match="unit none; the study's run has 8, 0 and dia-lstm"):
-        collect(study)
+        points_of(study)
 
 
 def frechet(first, second):
@@ -181,7 +180,7 @@ def measured_against(study, extractor, images, **changes):
     reference = reference_statistics(images, extractor)
     hashes = {"reference_hash": reference.hash, "features_hash": extractor.weights_hash}
     add_records(study, distance, **hashes, **changes)
-    return measured(study, study.config.protocol)[0].record
+    return measured(study.runs, study.protocol)[0].record
 
 
 def test_the_floor_is_of_as_many_images_of_the_other_split(tmp_path, extractor):
@@ -193,7 +192,7 @@ def test_the_floor_is_of_as_many_images_of_the_other_split(tmp_path, extractor):
     floor = floor_of(study, record)
     assert floor.distance == pytest.approx(expected, rel=1e-5)
     assert floor.images == "596 of the train split"
-    write_results(study)
+    write_results(results_of(scan(study)))
     told = json.loads((study.folder / "results.json").read_text())["protocol"]["floor"]
     assert told == dataclasses.asdict(floor)
 
@@ -208,28 +207,28 @@ def test_of_images_without_parts_the_floor_is_of_some_against_the_others(tmp_pat
     rows = features(extractor, images.images)
     assert floor_of(study, record).distance == pytest.approx(frechet(rows[order[:596]], rows[order[596:]]), rel=1e-5)
     many = dataclasses.replace(record, protocol=dataclasses.replace(record.protocol, num_samples=800))
-    with pytest.raises(InputError, match="accepted: twice the 800 samples"):
+    with pytest.raises(InputError, match="must have twice the 800 samples"):
         floor_of(study, many)
 
 
 def test_a_recorded_floor_counts_and_drawing_again_measures_none(tmp_path, extractor, monkeypatch):
     study = make_study(tmp_path)
     record = measured_against(study, extractor, open_images("digits", size=8, channels=1, split="test"))
-    measured_floor = results_of(study).curve.floor
-    write_results(study)
+    measured_floor = results_of(scan(study)).curve.floor
+    write_results(results_of(scan(study)))
     monkeypatch.setattr("dia_diffusion.sweeps.results.floor_of", lambda *_: pytest.fail("measured again"))
-    assert results_of(study).curve.floor == measured_floor
+    assert results_of(scan(study)).curve.floor == measured_floor
     monkeypatch.undo()
 
     real = dataclasses.replace(record, distance=0.75, protocol=dataclasses.replace(record.protocol, seeds=None))
     append_record(study.folder / "floor.jsonl", real)
-    assert results_of(study).curve.floor_distance == 0.75
+    assert results_of(scan(study)).curve.floor_distance == 0.75
 
 
 def test_no_floor_is_measured_in_other_features(tmp_path):
     study = make_study(tmp_path)
     add_records(study, distance, features="inception")
-    results = results_of(study)
+    results = results_of(scan(study))
     assert results.curve.floor_distance is None
     assert any("aren't measured in features inception while drawing" in note for note in results.notes)
 

@@ -1,10 +1,10 @@
 import pytest
 
-from dia_diffusion.sweeps.collect import collect, measured, training_cost
+from dia_diffusion.sweeps.collect import measured, training_cost
 from dia_diffusion.sweeps.stats import curve_of, summarize
 from dia_diffusion.sweeps.table import notes, tables
 from dia_diffusion.training.run_folder import RunFolder
-from tests.sweeps.measured_studies import add_metrics, add_records, make_study
+from tests.sweeps.measured_studies import add_metrics, add_records, make_study, points_of
 
 
 def distance(run, step):
@@ -14,8 +14,8 @@ def distance(run, step):
 
 
 def rows_of(study):
-    points = collect(study)
-    ends = [one.point for one in measured(study, study.config.protocol) if one.is_last]
+    points = points_of(study)
+    ends = [one.point for one in measured(study.runs, study.protocol) if one.is_last]
     costs = {run.name: cost for run in study.runs if (cost := training_cost(run))}
     return {(row.batch_size, row.unit): row for row in summarize(study, points, ends, costs)}
 
@@ -78,7 +78,7 @@ def test_a_mean_is_of_the_same_seeds_all_along(tmp_path):
     study = make_study(tmp_path, units=["none"], batch_sizes=[8], points=4)
     gone = {(2, 300), (2, 450), (2, 600), (1, 300)}
     add_records(study, lambda run, step: None if (run.seed, step) in gone else distance(run, step))
-    points = collect(study)
+    points = points_of(study)
     curve = curve_of(points, "none", 8)
     assert len(points) == 8
     assert list(curve.by_seed) == [0, 1]

@@ -14,8 +14,8 @@ from dia_diffusion.data import open_images
 from dia_diffusion.errors import DivergedError, InputError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sweeps import trials as module
+from dia_diffusion.sweeps.sweep import Run
 from dia_diffusion.sweeps.trials import (
-    Trial,
     base_recipe,
     constant_loss,
     make_trial,
@@ -24,8 +24,8 @@ from dia_diffusion.sweeps.trials import (
     placements,
     run_trials,
     stability_trials,
-    summarise_placement,
-    summarise_stability,
+    summarize_placement,
+    summarize_stability,
 )
 from dia_diffusion.training.randomness import draw_step
 from dia_diffusion.training.trainer import Trainer
@@ -42,7 +42,7 @@ def recipe(tmp_path: Path) -> str:
 
 @pytest.fixture
 def trial(recipe: str, tmp_path: Path) -> Any:
-    def make(name: str, **keys: Any) -> Trial:
+    def make(name: str, **keys: Any) -> Run:
         seed = keys.pop("seed", 0)
         return make_trial(name, {"unit": name}, tmp_path / "out", base_recipe(name, recipe, keys), seed)
 
@@ -53,7 +53,7 @@ def silent(done: int, total: int, name: str) -> None:
     pass
 
 
-def measure(trials: list[Trial]) -> list[dict[str, Any]]:
+def measure(trials: list[Run]) -> list[dict[str, Any]]:
     return run_trials(trials, open_held_out(trials[0].experiment, None, 32, 4), silent)
 
 
@@ -180,10 +180,10 @@ def test_placements_are_trained_once_and_told_by_both_names(recipe: str, tmp_pat
     with pytest.raises(InputError, match=r"`model\.backbone` must be uvit for placements, got 'unet2d'"):
         placement_trials(tmp_path, "digits_unet_cpu", unit="se", seeds=[0], steps=2, keys={})
     results = [
-        {"trial": trial.about, "outcome": "trained", "held_out_loss": len(trial.about["blocks"]) + 0.5 * seed}
+        {"trial": trial.label, "outcome": "trained", "held_out_loss": len(trial.label["blocks"]) + 0.5 * seed}
         for trial, seed in zip(found, [0] * 6 + [1] * 6, strict=True)
     ]
-    rows = {row["placement"]: row for row in summarise_placement(results, 3)}
+    rows = {row["placement"]: row for row in summarize_placement(results, 3)}
     assert rows["without-out"]["held_out_loss"] == rows["first-2"]["held_out_loss"] == [2.0, 2.5]
     assert rows["first-2"]["held_out_loss_mean"] == 2.25
     assert rows["first-2"]["held_out_loss_half_width"] == pytest.approx(12.7062 * 0.25, rel=1e-5)  # t of 1 degree
@@ -203,7 +203,7 @@ def test_stability_changes_what_it_says(recipe: str, tmp_path: Path) -> None:
     )
     assert len({trial.folder for trial in found}) == len(found) == 16
     for trial in found:
-        model, about = trial.experiment.model, trial.about
+        model, about = trial.experiment.model, trial.label
         missing = (not model.long_skips, not model.residual_skips, not model.layer_norm)
         names = ("no-long-skips", "no-residuals", "no-layer-norm")
         assert missing == tuple(about["variant"] == name for name in names)
@@ -212,11 +212,11 @@ def test_stability_changes_what_it_says(recipe: str, tmp_path: Path) -> None:
         assert (trial.experiment.optimizer.warmup_steps, trial.experiment.optimizer.schedule) == (0, "constant")
         assert trial.experiment.train.batch_size == 4
     results = [
-        {"trial": t.about, "outcome": outcome, "held_out_loss": loss, "not_finite_at": step}
+        {"trial": t.label, "outcome": outcome, "held_out_loss": loss, "not_finite_at": step}
         for t in found[:1]
         for outcome, loss, step in (("trained", 0.25, None), ("no better", 0.9, None), ("not finite", None, 7))
     ]
-    (row,) = summarise_stability(results)
+    (row,) = summarize_stability(results)
     assert row["held_out_loss"] == 0.25 and row["seeds"] == 3 and row["not_finite_at"] == [7]
 
 
@@ -237,7 +237,10 @@ def test_commands_write_figure_and_numbers(recipe: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["stability", "--variants", "no-skips"], "unknown variant 'no-skips'; accepted: as-is, no-long-skips"),
+        (
+            ["stability", "--variants", "no-skips"],
+            "each of `--variants` must be one of as-is, no-long-skips, ",
+        ),
         (
             ["stability", "--units", "none,sea", "--variants", "as-is", "--seeds", "0"],
             "attention unit must be none or one of",

@@ -1,9 +1,10 @@
 """A run small enough to be trained in a second."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dia_diffusion.progress import Progress
 from dia_diffusion.training.config import Experiment
@@ -32,6 +33,13 @@ class Recorder(Progress):
     def update(self, what: str, unit: str, done: int, total: int, note: str = "") -> None:
         if what == "training":
             self.at_step(done)
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

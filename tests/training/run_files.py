@@ -20,6 +20,21 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
     return load_file(run / "checkpoints" / f"step-{step:08d}" / f"{name}.safetensors")
 
 
+def assert_same_tensors(one: Path, other: Path, step: int = 6) -> None:
+    """Two runs' checkpoints of a step hold the same tensors, bit for bit."""
+    files = [sorted((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")) for run in (one, other)]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]] and files[0]
+    for first, second in zip(*files, strict=True):
+        a, b = load_file(first), load_file(second)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), first.name
+
+
+def assert_same_run(one: Path, other: Path, step: int = 6) -> None:
+    """Two runs have the same metrics, times aside, and the same checkpoint, bit for bit."""
+    assert metrics(one) == metrics(other)
+    assert_same_tensors(one, other, step)
+
+
 def make_version_1(folder: Path) -> None:
     """Removes the version of randomness from all files of a folder; versions before 2 wrote none."""
     for name in ("state.json", "training.json", "trial.json"):

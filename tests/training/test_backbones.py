@@ -13,7 +13,7 @@ from dia_diffusion import AttachedModel, UViTPipeline
 from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.errors import InputError
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.report.run import describe
+from dia_diffusion.report.subjects import describe
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model

@@ -1,13 +1,18 @@
 """Callbacks, a metric and evaluations that a person adds to a training from outside."""
 
 import os
+import pkgutil
 import signal
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,11 +21,12 @@ from dia_diffusion.errors import DivergedError, Stopped
 from dia_diffusion.evaluation.callback import EvaluatePipelines
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
+from dia_diffusion.io import step_folders
 from dia_diffusion.training.callbacks import METRICS, Callback
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
 from tests.training.conftest import TINY
-from tests.training.run_files import metrics
+from tests.training.run_files import metrics, weights
 from tests.training.test_processes import launch
 
 SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, reference_split: test}"
@@ -70,6 +76,29 @@ def test_a_callback_learns_that_the_training_diverged(tiny) -> None:
     assert witness.calls[-2:] == [(2, witness.calls[-2][1], True, 0, 0), ("end", "DivergedError")]
 
 
+def test_the_time_of_callbacks_is_not_in_images_per_second(tiny, tmp_path: Path) -> None:
+    class Sleep(Callback):
+        def __call__(self, trainer: Trainer, result: StepResult) -> None:
+            time.sleep(0.5)
+
+    Trainer(tiny("run"), callbacks=[Sleep()]).run()
+    for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert line["images_per_second"] > 8 / 0.5, line
+
+
+def test_a_tracker_that_fails_is_reported_once(tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no route to host")
+
+    for name in ("log", "log_images", "finish"):
+        monkeypatch.setattr(TensorBoardTracker, name, no_network)
+    options = ("--trackers", "[tensorboard]", "--train.sample_every", "3", "--samples.steps", "2")
+    trainer = train(tiny("run", *options))
+    assert trainer.step == 6 and len(metrics(tmp_path / "run")) == 6
+    warnings = [text for text in trainer.progress.messages if text.startswith("warning")]
+    assert warnings == ["warning: tracker tensorboard failed (no route to host); training continues"]
+
+
 def test_a_metric_of_ones_own(tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(METRICS, "_rows", dict(METRICS))  # so that later tests don't log it
     METRICS.register("loss squared", lambda trainer, result: float(result.loss) ** 2)
@@ -101,7 +130,7 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         Trainer(tiny("run"), callbacks=[EvaluatePipelines(protocol), Witness(3, interrupt_at=3)]).run()
     last = run / "checkpoints" / "step-00000003"
-    last.rename(last.with_name("gone"))  # as if killed between the evaluation and the checkpoint
+    last.rename(last.with_name("gone"))  # so that its pipeline is written and evaluated again
     trainer = Trainer(tiny("run"), callbacks=[EvaluatePipelines(protocol)])
     assert trainer.step == 0
     trainer.run()
@@ -121,6 +150,41 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
         card = (run / f"pipelines/step-{record.step:08d}/README.md").read_text()
         assert f"| FD(digits) | {record.distance:.3f} |" in card
     assert not (run / "evaluations.unfinished").exists()
+
+
+@pytest.mark.parametrize("place", ["evaluation.evaluate.Evaluator.measure", "evaluation.evaluate.update_card"])
+def test_a_run_killed_in_its_evaluations_ends_as_one_that_was_not(
+    place: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text(SETTINGS)
+
+    real = pkgutil.resolve_name(f"dia_diffusion.{place}")
+
+    def run(name: str, killed_at: int = 0) -> None:
+        """killed_at: the number of the evaluation that this process doesn't finish."""
+        calls = iter(range(1, 9))
+
+        def evaluate(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(f"dia_diffusion.{place}", evaluate)
+        with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
+            Trainer(tiny(name), callbacks=[EvaluatePipelines(EvalProtocol.read(str(tmp_path / "mine.yaml")))]).run()
+
+    run("whole")
+    for killed_at, step in ((1, 3), (2, 6), (1, 6)):  # each start but the first makes up for the evaluation before it
+        run("cut", killed_at)
+        assert max(step_folders(tmp_path / "cut" / "checkpoints")) == step
+    run("cut")
+    run("cut")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    records = [[(r.step, r.distance) for r in read_records(path / "evaluations.jsonl")] for path in (whole, cut)]
+    assert records[0] == records[1] and [step for step, _ in records[0]] == [3, 6]
+    assert metrics(whole) == metrics(cut)
+    expected, resumed = weights(whole, 6), weights(cut, 6)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
 
 
 def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Path) -> None:
@@ -166,7 +230,7 @@ def test_training_goes_on_without_a_distance_where_measuring_fails(tiny, tmp_pat
     def no_memory(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no memory for the features")
 
-    monkeypatch.setattr("dia_diffusion.evaluation.callback.PipelineDistance.measure", no_memory)
+    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.Evaluator.measure", no_memory)
     trainer.run()
     assert trainer.step == 6 and not (tmp_path / "run" / "evaluations.jsonl").exists()
     assert not [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "FD(digits)" in line]

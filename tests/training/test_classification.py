@@ -1,4 +1,4 @@
-"""Training of classifiers: against a plain loop, against itself interrupted, and how a run ends."""
+"""Training of classifiers: against a plain loop, itself interrupted, and two processes; and how a run ends."""
 
 import json
 import os
@@ -21,31 +21,14 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier, load_classifier
 from dia_diffusion.training.augmentation import DOWN, MIRROR, RIGHT, draw_images
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.config import ClassifyExperiment, ClassifyOptimizerConfig, Experiment
-from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.config import ClassifyExperiment, Experiment
 from dia_diffusion.training.randomness import WEIGHTS, derive
 from dia_diffusion.training.recipe import override, read_experiment, recipes_folder
-from dia_diffusion.training.run_folder import read_metrics, refuse_changes
+from dia_diffusion.training.run_folder import refuse_changes
 from dia_diffusion.training.trainer import Trainer
+from tests.processes import on_two_processes, start_connected
 from tests.training.classify import tiny, train
-from tests.training.conftest import Recorder
-
-TIMES = {"images_per_second", "peak_memory_mib"}
-
-
-def metrics(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
-
-
-def tensors(run: Path, name: str) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step-00000006" / f"{name}.safetensors")
-
-
-@pytest.fixture
-def in_float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+from tests.training.run_files import assert_same_run, assert_same_tensors, metrics, weights
 
 
 def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path) -> None:
@@ -80,10 +63,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path
         losses.append(loss.item())
     found = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert found == pytest.approx(losses, rel=1e-9)
-    trained = tensors(tmp_path / "run", "model")
-    assert all(
-        torch.allclose(trained[name], tensor, rtol=1e-9, atol=1e-9) for name, tensor in model.state_dict().items()
-    )
+    torch.testing.assert_close(weights(tmp_path / "run", 6), dict(model.state_dict()), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -93,26 +73,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(optimizer: str, tmp_path: Path) 
     with pytest.raises(Stopped, match="stopped after step 4"):
         train(tiny(tmp_path, "cut", *own), lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
     train(tiny(tmp_path, "cut", *own))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    for name in ("model", "optimizer"):
-        whole, cut = tensors(tmp_path / "whole", name), tensors(tmp_path / "cut", name)
-        assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert any("running_var" in name for name in tensors(tmp_path / "whole", "model"))
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert any("running_var" in name for name in weights(tmp_path / "whole", 6))
     assert not (tmp_path / "whole" / "checkpoints" / "step-00000006" / "ema.safetensors").exists()
 
 
 def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> None:
-    every = (
-        "--train.log_every",
-        "20",
-        "--train.evaluate_every",
-        "30",
-        "--optimizer.milestones",
-        "[]",
-        "--data.augmentation",
-        "none",
-    )
-    train(tiny(tmp_path, "run", "--train.max_steps", "60", *every))
+    options = "--train.log_every 20 --train.evaluate_every 30 --optimizer.milestones [] --data.augmentation none"
+    train(tiny(tmp_path, "run", "--train.max_steps", "60", *options.split()))
     saved = load_classifier(tmp_path / "run")
     digits = open_images("digits", size=8, channels=3, split="test")
     choices = saved.model(saved.prepare(torch.from_numpy(digits.images))).argmax(1).numpy()
@@ -147,32 +115,9 @@ def test_a_run_that_diverges_is_recorded(tmp_path: Path, capsys: pytest.CaptureF
     assert "\n" not in said and "not finite at step 2" in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["diverged_at"] == 2 and "test_accuracy" not in result
-
-
-def test_rates_are_those_of_torch(tmp_path: Path) -> None:
-    def rates(schedule: type, **options: object) -> list[float]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-        scheduler = schedule(optimizer, **options)
-        found = []
-        for _ in range(20):
-            found.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return found
-
-    def own(**options: object) -> list[float]:
-        config = ClassifyOptimizerConfig(**options)
-        return [learning_rate(config, step, 20, 0.3) for step in range(20)]
-
-    steps = rates(torch.optim.lr_scheduler.MultiStepLR, milestones=[5, 12], gamma=0.2)
-    assert own(milestones=[5, 12], gamma=0.2) == pytest.approx(steps)
-    assert own(schedule="cosine") == pytest.approx(rates(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20))
-    line = rates(torch.optim.lr_scheduler.LinearLR, start_factor=1.0, end_factor=0.0, total_iters=20)
-    assert own(schedule="linear") == pytest.approx(line)
-    rising_and_falling = own(schedule="linear", warmup_steps=4)
-    assert rising_and_falling[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
-    assert rising_and_falling[-2:] == pytest.approx([0.3 * 2 / 16, 0.3 / 16])
-    assert own(schedule="constant", warmup_steps=4)[:5] == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.3])
+    with pytest.raises(DivergedError) as diverged:  # which studies catch
+        train(tiny(tmp_path, "another", *TO_DIVERGE))
+    assert diverged.value.step == 2
 
 
 @pytest.fixture
@@ -202,7 +147,7 @@ def test_files_are_decoded_for_their_step(tmp_path: Path, photos: Path) -> None:
             of_files(tmp_path, photos, "cut"), lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None
         )
     train(of_files(tmp_path, photos, "cut"))
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
     assert {"test_accuracy/cat", "test_accuracy/dog"} <= metrics(tmp_path / "whole")[-1].keys()
 
 
@@ -231,9 +176,9 @@ def test_a_broken_file_is_named_by_the_process_that_reads_it(
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
-    def refused(message: str, *overrides: str, folder: Path = tmp_path) -> None:
+    def refused(message: str, *overrides: str) -> None:
         with pytest.raises(InputError, match=message):
-            Trainer(ClassificationTask(tiny(folder, "run", *overrides)), Recorder())
+            Trainer(ClassificationTask(tiny(tmp_path, "run", *overrides)))
 
     refused("`model.num_classes` must be 10, .* got 3", "--model.num_classes", "3")
     refused("the test images are the training images", "--data.test_split", "train", "--data.test_source", "digits")
@@ -255,12 +200,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, photos: Path) -> None:
     refused("has classifiers and no checkpoint")
 
 
-def test_a_diverged_run_raises_what_studies_catch(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError) as diverged:
-        train(tiny(tmp_path, "run", *TO_DIVERGE))
-    assert diverged.value.step == 2
-
-
 @pytest.mark.parametrize("path", sorted(recipes_folder(ClassifyExperiment).glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes(path: Path) -> None:
     experiment = read_experiment(path.stem, kind=ClassifyExperiment)
@@ -268,3 +207,43 @@ def test_shipped_recipes(path: Path) -> None:
     for unit in ("none", "dia-lstm"):
         ClassificationTask(override(experiment, {"model.attention": unit}))
     assert all(milestone < experiment.train.max_steps for milestone in experiment.optimizer.milestones)
+
+
+def connected_metrics(tmp_path: Path, processes: int, *overrides: str) -> list[dict]:
+    """Of a classifier without norms, which would see a part of the batch each."""
+    output = tmp_path / str(processes)
+    tiny(tmp_path, "run")
+    command = ["classify", "--config", tmp_path / "classify.yaml", "--model.norm", "none", "--output", output]
+    for process in start_connected(*command, *overrides, logs=tmp_path, processes=processes):
+        assert process.wait() == 0, process.text()
+    return metrics(output)
+
+
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    alone, together = connected_metrics(tmp_path, 1), connected_metrics(tmp_path, 2)
+    assert len(alone) == len(together) == 8
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+def trained(experiment: ClassifyExperiment) -> None:
+    train(experiment)
+
+
+def test_the_classifier_that_is_saved_is_the_one_that_was_tested(tmp_path: Path) -> None:
+    """Each process normalizes its own images, so that their BatchNorms' statistics differ."""
+    experiment = tiny(tmp_path, "run", "--train.evaluate_every", "1")
+    assert on_two_processes(trained, experiment) == [None, None]
+    images = open_images("digits", split="test", size=8, channels=3)
+    labels = torch.from_numpy(images.labels)
+    tested = {line["step"]: line for line in metrics(tmp_path / "run") if "test_loss" in line}
+    assert len(tested) == 6
+    for step in (3, 6):
+        saved = load_classifier(tmp_path / "run" / "classifiers" / f"step-{step:08d}")
+        logits = saved.model(saved.prepare(torch.from_numpy(images.images)))
+        assert tested[step]["test_accuracy"] == int((logits.argmax(1) == labels).sum()) / len(labels)
+        assert tested[step]["test_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
+
+    # Testing doesn't change the training.
+    assert on_two_processes(trained, tiny(tmp_path, "untested", "--train.evaluate_every", "0")) == [None, None]
+    assert_same_tensors(tmp_path / "run", tmp_path / "untested")

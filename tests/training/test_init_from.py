@@ -39,18 +39,15 @@ def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, 
     assert trainer.progress.messages[1] == f"starting from the weights of {source}"
     file = source / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
     training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
-    assert training["init_from"] == {
-        "path": str(source),
-        "weights_sha256": sha256_of_file(file),
-        "gained_unit": False,
-    }
+    started_from = {"path": str(source), "weights_sha256": sha256_of_file(file), "gained_unit": False}
+    assert training["init_from"] == started_from
     card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
     assert sha256_of_file(file) in card
 
 
 @pytest.mark.parametrize("unit", ["dia-lstm", "dia-lstm-light"])
 def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, tiny, tmp_path: Path) -> None:
-    from_nothing = Trainer(tiny("nothing", "--model.attention", unit), Recorder()).model.state_dict()
+    from_nothing = Trainer(tiny("nothing", "--model.attention", unit)).model.state_dict()
     trainer = Trainer(tiny("run", "--model.attention", unit, "--init_from", str(source)), Recorder())
     expected = pipeline_weights(source, 6)
     for name, tensor in trainer.model.state_dict().items():
@@ -72,12 +69,12 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path
     shutil.rmtree(moved)
     assert train(tiny("run", *options(moved, 9))).step == 9
     with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got None"):
-        Trainer(tiny("run", "--model.attention", "none"), Recorder())
+        Trainer(tiny("run", "--model.attention", "none"))
     train(tiny("other", "--model.attention", "none", "--seed", "1"))
     with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got \S*other"):
-        Trainer(tiny("run", *options(tmp_path / "other", 9)), Recorder())
+        Trainer(tiny("run", *options(tmp_path / "other", 9)))
     with pytest.raises(InputError, match=r"must be None, as when the run started, got \S*run"):
-        Trainer(tiny("other", *options(tmp_path / "run", 9), "--seed", "1"), Recorder())
+        Trainer(tiny("other", *options(tmp_path / "run", 9), "--seed", "1"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +92,7 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path
 )
 def test_other_networks_and_processes_are_refused(changed, message: str, source: Path, tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as error:
-        Trainer(tiny("run", "--model.attention", "none", "--init_from", str(source), *changed), Recorder())
+        Trainer(tiny("run", "--model.attention", "none", "--init_from", str(source), *changed))
     assert "\n" not in str(error.value) and str(source) in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -109,9 +106,9 @@ def test_a_unit_is_neither_dropped_nor_replaced(tiny, train, tmp_path: Path) -> 
         ("pool_tokens", "all", "patch"),
     ):
         with pytest.raises(InputError, match=rf"`model\.{key}` must be {there}, .* got {here}$"):
-            Trainer(tiny("run", *start, f"--model.{key}", here), Recorder())
+            Trainer(tiny("run", *start, f"--model.{key}", here))
     with pytest.raises(InputError, match=r"`model\.attention_kwargs` must be None, .* got \{'reduction': 8\}"):
-        Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"), Recorder())
+        Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"))
     assert train(tiny("run", *start)).step == 6
 
 

@@ -16,14 +16,12 @@ from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data import open_images
 from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError, RunError, Stopped
-from dia_diffusion.training.config import OptimizerConfig
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.task import DrawAhead
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
-from tests.training.run_files import metrics, weights
+from tests.training.run_files import assert_same_run, assert_same_tensors, metrics, weights
 
 
 def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Path) -> None:
@@ -57,18 +55,18 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Pat
 
 
 @pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light", "block-channels"])
-def test_accumulation_changes_nothing_in_float64(attention: str, tiny, train, tmp_path: Path) -> None:
-    torch.set_default_dtype(torch.float64)
-    try:
-        for accumulation in (1, 2, 8):
-            train(tiny(str(accumulation), "--train.accumulation", str(accumulation), "--model.attention", attention))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    expected = weights(tmp_path / "1", 6)
-    assert next(iter(expected.values())).dtype == torch.float64
-    for accumulation in (2, 8):
-        split = weights(tmp_path / str(accumulation), 6)
-        assert max(float((expected[key] - split[key]).abs().max()) for key in expected) < 1e-9
+def test_accumulation_trains_the_same_in_float64(attention: str, in_float64, tiny, train, tmp_path: Path) -> None:
+    for accumulation in ("1", "2", "4", "8"):
+        train(tiny(accumulation, "--train.accumulation", accumulation, "--model.attention", attention))
+    losses = [line["loss"] for line in metrics(tmp_path / "1")]
+    for name in ("model", "ema"):
+        expected = weights(tmp_path / "1", 6, name)
+        assert next(iter(expected.values())).dtype == torch.float64
+        for accumulation in ("2", "4", "8"):
+            split = weights(tmp_path / accumulation, 6, name)
+            assert max(float((expected[key] - split[key]).abs().max()) for key in expected) < 1e-9
+            found = [line["loss"] for line in metrics(tmp_path / accumulation)]
+            assert found == pytest.approx(losses, rel=1e-9)
 
 
 def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
@@ -90,10 +88,7 @@ def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
 def test_a_unit_at_the_common_rate_is_as_without_a_rate(tiny, train, tmp_path: Path) -> None:
     train(tiny("common"))
     train(tiny("own", "--optimizer.unit_learning_rate", "1e-3"))
-    assert metrics(tmp_path / "common") == metrics(tmp_path / "own")
-    for name in ("model", "optimizer"):
-        common, own = weights(tmp_path / "common", 6, name), weights(tmp_path / "own", 6, name)
-        assert common.keys() == own.keys() and all(torch.equal(common[key], own[key]) for key in common)
+    assert_same_run(tmp_path / "common", tmp_path / "own")
 
 
 def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
@@ -112,15 +107,6 @@ def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
         decay = min(0.25, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * tensor
     assert torch.allclose(weights(tmp_path / "run", 6, "ema")["pos_embed"], average, atol=1e-6)
-
-
-def test_learning_rates() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10)
-    assert [learning_rate(config, step, 100) for step in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
-    config = config.model_copy(update={"schedule": "cosine"})
-    assert learning_rate(config, 10, 110) == 1.0
-    assert learning_rate(config, 60, 110) == pytest.approx(0.5)
-    assert learning_rate(config, 110, 110) == pytest.approx(0.0)
 
 
 def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
@@ -188,9 +174,7 @@ def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:
     assert labels_seen(tiny("whole", *options)) == expected
     assert 0.2 < np.mean(np.array(expected) == 10) < 0.3 and set(np.unique(expected)) == set(range(11))
     assert labels_seen(tiny("cut", *options), stop_at=4) + labels_seen(tiny("cut", *options)) == expected
-    for name in ("model", "ema", "optimizer"):
-        whole, cut = weights(tmp_path / "whole", 6, name), weights(tmp_path / "cut", 6, name)
-        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
@@ -247,8 +231,7 @@ def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
     assert [message[:6] for message in said] == ["step 3", "step 6"] and "is not finite" in said[0]
     assert (tmp_path / "run" / "pipelines" / "step-00000006").is_dir()
     assert not list((tmp_path / "run" / "samples").glob("*"))
-    expected, trained = weights(tmp_path / "whole", 6), weights(tmp_path / "run", 6)
-    assert all(torch.equal(expected[key], trained[key]) for key in expected)
+    assert_same_tensors(tmp_path / "whole", tmp_path / "run")
 
 
 def test_batches_that_cannot_be_split_are_refused() -> None:

@@ -1,176 +1,374 @@
-"""SSIA: a loss of training alone. What it leaves behind is a pipeline like any other, and weight 0 is none at all."""
+"""SSIA, a loss of training alone: its formula, what it teaches, and trainings of diffusion models and classifiers."""
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from dia_diffusion import UViT
 from dia_diffusion.errors import InputError
+from dia_diffusion.models.attach import attach
+from dia_diffusion.models.attached import AttachedModel
+from dia_diffusion.models.cifar_resnet import Layers, cifar_resnet
+from dia_diffusion.models.classifiers import load_classifier
+from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import changed_keys
-from dia_diffusion.training.run_folder import read_metrics
-from dia_diffusion.training.ssia import HEADS, Guidance
+from dia_diffusion.training.ssia import HEADS, Guidance, without_heads
 from dia_diffusion.training.trainer import Trainer
-from tests.training.conftest import Recorder
+from tests.attention.networks import gradients, tiny_dit, tiny_unet, tiny_vit
+from tests.training import classify
+from tests.training.run_files import assert_same_tensors, metrics, weights
 from tests.training.test_backbones import KWARGS
+from tests.training.test_classification import connected_metrics
 from tests.training.test_processes import in_float64, launch, losses
 
-SMALL = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 16, "num_layers": 5}
-SIZES = {**SMALL, "num_attention_heads": 2}
+
+def tiny_resnet() -> nn.Module:
+    return ResNet(BasicBlock, [1, 2, 1, 3], num_classes=3)
+
+
+def tiny_cifar_resnet() -> nn.Module:
+    return cifar_resnet(14, 10, Layers("batch", residual=True, branch_norm=False), basic=True)
+
+
+def tiny_uvit(unit: str = "none") -> nn.Module:
+    sizes = {"sample_size": 8, "in_channels": 1, "patch_size": 4, "hidden_size": 16, "num_layers": 5}
+    return UViT(**sizes, num_attention_heads=2, attention=unit)
+
+
+def wrapped(network: Callable[[], Any]) -> Callable[[], nn.Module]:
+    return lambda: AttachedModel.from_backbone(network(), "none")
+
+
+# Network, its stages of two places or more, and whether a place is what its module is given.
+MIDDLE = ["down_blocks.1.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1"]
+UNET = [[*MIDDLE, "up_blocks.0.resnets.0", "up_blocks.0.resnets.1"], ["up_blocks.1.resnets.0", "up_blocks.1.resnets.1"]]
+UNET = [[f"network.{name}" for name in stage] for stage in UNET]
+DIT = [[f"network.transformer_blocks.{index}.ff" for index in range(3)]]
+VIT = [[f"encoder.layers.encoder_layer_{index}.mlp" for index in range(2)]]
+CIFAR = [[f"stages.{stage}.{block}.branch" for block in range(2)] for stage in range(3)]
+RESNET = [["layer2.0.bn2", "layer2.1.bn2"], ["layer4.0.bn2", "layer4.1.bn2", "layer4.2.bn2"]]
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[list[str]], bool]] = {
+    "uvit": (tiny_uvit, [["in_blocks.0", "in_blocks.1", "mid_block"]], False),
+    "unet": (wrapped(tiny_unet), UNET, False),
+    "dit": (wrapped(tiny_dit), DIT, True),
+    "vit": (tiny_vit, VIT, True),
+    "cifar": (tiny_cifar_resnet, CIFAR, False),
+    "resnet": (tiny_resnet, RESNET, False),
+}
+ALL = pytest.mark.parametrize("name", NETWORKS)
+UNIT = pytest.mark.parametrize("unit", ["none", "dia-lstm"])
+
+
+def build(name: str, unit: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "uvit":
+        return tiny_uvit(unit)
+    model = NETWORKS[name][0]()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)  # a DiT begins with blocks that do nothing
+    if unit != "none":
+        attach(model.network if isinstance(model, AttachedModel) else model, unit)
+    return model
+
+
+def given(name: str, number: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(number)
+    if name in ("uvit", "unet", "dit"):
+        image, times = torch.randn(3, 1, 8, 8, generator=generator), torch.tensor([3, 500, 20])
+        return (image, times, torch.tensor([0, 2, 1])) if name == "dit" else (image, times)
+    size = 32 if name == "resnet" else 8
+    return (torch.randn(3, 3, size, size, generator=generator),)
+
+
+def output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    result = model(*inputs)
+    return result if isinstance(result, Tensor) else result.sample
+
+
+def watch(model: nn.Module, name: str) -> dict[str, list[Tensor]]:
+    """Fills in, by hooks of its own, each image's channels, averaged place by place, of the pass that comes."""
+    _, stages, is_input = NETWORKS[name]
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(place: str, features: Any) -> None:
+        x = features[0] if isinstance(features, tuple) else features
+        places = [x[:, :, h, w] for h in range(x.shape[2]) for w in range(x.shape[3])] if x.dim() == 4 else None
+        places = [x[:, token] for token in range(x.shape[1])] if places is None else places
+        seen[place] = list(sum(part.detach() for part in places) / len(places))  # type: ignore[arg-type]
+
+    for place in (place for stage in stages for place in stage):
+        module = model.get_submodule(place)
+        if is_input:
+            module.register_forward_pre_hook(lambda _, args, place=place: note(place, args[0]))
+        else:
+            module.register_forward_hook(lambda _, __, out, place=place: note(place, out))
+    return seen
+
+
+def by_hand(seen: dict[str, list[Tensor]], stages: list[list[str]], heads: nn.ModuleList) -> float:
+    errors, remaining = [], list(heads)
+    for *lower, last in stages:
+        for place in lower:
+            first, _, second = remaining.pop(0)
+            total = 0.0
+            for features, y in zip(seen[place], seen[last], strict=True):
+                target = 1 / (1 + torch.exp(-(y - y.mean()) / (y.var() ** 0.5 + 1e-6)))
+                hidden = (first.weight @ features + first.bias).clamp(min=0)
+                foreseen = 1 / (1 + torch.exp(-(second.weight @ hidden + second.bias)))
+                total += float(((foreseen - target) ** 2).sum().detach())
+            errors.append(total / (len(seen[place]) * len(seen[last][0])))
+    assert not remaining
+    return sum(errors) / len(errors)
+
+
+@ALL
+@UNIT
+def test_loss_is_the_formula_at_the_places(name: str, unit: str) -> None:
+    model = build(name, unit)
+    guidance = Guidance(model, reduction=4, seed=3)
+    model.double().train()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in given(name))
+    seen = watch(model, name)
+    model(*inputs)
+    assert guidance.take().item() == pytest.approx(by_hand(seen, NETWORKS[name][1], model.ssia_heads), rel=1e-12)
+
+
+@ALL
+@UNIT
+def test_outputs_weights_and_later_draws_are_those_without(name: str, unit: str) -> None:
+    plain, guided = build(name, unit), build(name, unit)
+    before = torch.random.get_rng_state()
+    guidance = Guidance(guided, reduction=4, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    own = guided.state_dict()
+    assert list(without_heads(own)) == list(plain.state_dict()) and len(own) > len(plain.state_dict())
+    for training in (True, False):
+        torch.manual_seed(1)
+        expected = output(plain.train(training), given(name))
+        torch.manual_seed(1)
+        assert torch.equal(output(guided.train(training), given(name)), expected)
+        assert (guidance.loss is not None) == training  # in evaluation nothing is computed
+        guidance.loss = None
+    torch.testing.assert_close(without_heads(guided.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+
+
+def test_units_decide_the_places_where_they_are_attached() -> None:
+    model = build("resnet", "none")
+    attach(model, "se", at=["layer1.0.conv1", "layer4.0.bn2", "layer4.1.bn2"])
+    Guidance(model, reduction=4, seed=3)
+    assert [head[0].in_features for head in model.ssia_heads] == [512]
+
+
+@pytest.mark.parametrize(
+    ("name", "taught", "not_taught"),
+    [
+        ("resnet", (HEADS, "layer4.1.conv2"), ("layer4.2.", "fc.")),
+        ("uvit", (HEADS, "in_blocks"), ("mid_block", "out_blocks", "decoder", "norm.")),
+    ],
+)
+def test_the_last_of_a_stage_teaches_and_is_not_taught(
+    name: str, taught: tuple[str, ...], not_taught: tuple[str, ...]
+) -> None:
+    model = build(name, "none")
+    guidance = Guidance(model, reduction=4, seed=3)
+    model.train()(*given(name))
+    guidance.take().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all(any(parameter.startswith(start) for parameter in reached) for start in taught)
+    assert not any(parameter.startswith(not_taught) for parameter in reached)
+
+
+@UNIT
+@pytest.mark.parametrize("name", ["uvit", "unet", "dit"])
+def test_recomputation_counts_the_loss_once(name: str, unit: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build(name, unit)
+        guidance = Guidance(model, reduction=4, seed=3)
+        model.train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        losses = []
+        for number in range(2):  # two passes, then the backward passes that run parts again
+            prediction = output(model, given(name, number))
+            losses.append(prediction.square().mean() + 10 * guidance.take())
+        found.append(gradients(model, *losses))
+        assert guidance.loss is None and guidance.kept is None
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_networks_give_the_same_gradients_as_one_graph() -> None:
+    model = build("resnet", "dia-lstm")
+    guidance = Guidance(model, reduction=4, seed=3)
+    model.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = []
+    for network in (compiled, model):
+        losses = [network(*given("resnet", number)).square().mean() + guidance.take() for number in range(2)]
+        found.append(gradients(model, *losses))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+# Trainings: of each backbone, and of a classifier with two blocks a stage.
+
 # What of the tiny recipe is a UViT's, as it is without being given.
 USUAL = ("--model.patch_size", "2", "--model.hidden_size", "512", "--model.num_layers", "13")
 USUAL = (*USUAL, "--model.num_attention_heads", "8")
-BACKBONES = {
+TRAININGS = {
     "uvit": (),
     "unet2d": (*USUAL, "--model.backbone", "unet2d", "--model.backbone_kwargs", KWARGS["unet2d"]),
     "dit": (*USUAL, "--model.backbone", "dit", "--model.backbone_kwargs", KWARGS["dit"], "--model.attention", "none"),
+    "classifier": ("--model.backbone", "cifar-resnet14-basic", "--train.channels_last", "false"),
+    "classifier without a unit": (
+        *("--model.backbone", "cifar-resnet14-basic", "--train.channels_last", "false"),  # which would round otherwise
+        *("--model.attention", "none"),
+    ),
 }
-EACH = pytest.mark.parametrize("backbone", BACKBONES)
+EACH = pytest.mark.parametrize("kind", TRAININGS)
+Train = Callable[..., Trainer]
 
 
-def by_hand(model: UViT, heads: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """The loss by the docstring's formulas, channel by channel, from the outputs of the blocks."""
-    outputs = []
-    hooks = [
-        block.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
-        for block in (*model.in_blocks, model.mid_block)
-    ]
-    model.eval()(x, 7.0)
-    for hook in hooks:
-        hook.remove()
-    *lower, middle = [output.double().mean(1) for output in outputs]
-    total = 0.0
-    for features, head in zip(lower, heads.double(), strict=True):
-        first, _, second = head
-        for image in range(len(x)):
-            y = middle[image]
-            target = 1 / (1 + torch.exp(-(y - y.mean()) / y.std()))
-            hidden = (first.weight @ features[image] + first.bias).clamp(min=0)
-            foreseen = 1 / (1 + torch.exp(-(second.weight @ hidden + second.bias)))
-            total += float(((foreseen - target) ** 2).sum().detach())
-    return torch.tensor(total / (len(lower) * middle.numel()))
+@pytest.fixture
+def train_kind(tiny: Callable[..., Experiment], train: Train, tmp_path: Path) -> Train:
+    """train_kind("dit", "name", "--seed", "1") trains the small recipe of a kind in tmp_path/name."""
 
+    def run(kind: str, name: str, *options: str) -> Trainer:
+        if kind.startswith("classifier"):
+            return classify.train(classify.tiny(tmp_path, name, *TRAININGS[kind], *options))
+        return train(tiny(name, *TRAININGS[kind], *options))
 
-def test_loss_is_the_formula_and_teaches_lower_blocks_alone() -> None:
-    torch.manual_seed(0)
-    model = UViT(**SIZES)
-    guidance = Guidance(model, reduction=4, seed=3)
-    x = torch.randn(3, 1, 8, 8)
-    model.train()(x, 7.0)
-    loss = guidance.take()
-    loss.backward()
-    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    # The unit and the embeddings act on the in blocks, which are taught; the middle block only teaches.
-    assert reached >= {"in_blocks", HEADS} and not reached & {"mid_block", "out_blocks", "decoder", "norm"}
-    assert torch.allclose(loss.double(), by_hand(model, model.ssia_heads, x).double(), atol=1e-6)
-
-
-def test_gradient_checkpointing_changes_nothing() -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        model = UViT(**SIZES)
-        guidance = Guidance(model, reduction=4, seed=3)
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-        for number in range(2):  # what the first backward recomputes must not reach the second forward
-            torch.manual_seed(number)
-            prediction = model.train()(torch.randn(3, 1, 8, 8), 7.0).sample
-            (prediction.square().mean() + guidance.take()).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    return run
 
 
 @EACH
-def test_heads_stay_out_of_pipelines_and_inference(
-    tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str
-) -> None:
-    guided = train(tiny("guided", "--ssia.weight", "0.5", *BACKBONES[backbone]))
-    plain = train(tiny("plain", *BACKBONES[backbone]))
-    tensors = [load_file(_unet(run.folder.path)) for run in (guided, plain)]
-    assert tensors[0].keys() == tensors[1].keys()
-    configs = [json.loads((_unet(run.folder.path).parent / "config.json").read_text()) for run in (guided, plain)]
+def test_what_is_saved_has_no_heads_and_the_trained_function(kind: str, train_kind: Train, tmp_path: Path) -> None:
+    guided, plain = train_kind(kind, "guided", "--ssia.weight", "0.5"), train_kind(kind, "plain")
+    of_classifier = kind.startswith("classifier")
+    place = "classifiers/step-00000006" if of_classifier else "pipelines/step-00000006/unet"
+    files = [next((tmp_path / run / place).glob("*.safetensors")) for run in ("guided", "plain")]
+    found, expected = map(load_file, files)
+    assert {name: w.shape for name, w in found.items()} == {name: w.shape for name, w in expected.items()}
+    assert any(not torch.equal(found[name], expected[name]) for name in found if "blocks" in name or "stages" in name)
+    heads = sum(name.startswith(HEADS) for name in weights(tmp_path / "guided", 6))
+    assert heads > 0 and (not of_classifier or heads == 3 * 4)  # two linear layers a stage
+    if of_classifier:
+        assert guided.task.num_parameters == plain.task.num_parameters
+        x = torch.randn(2, 3, 8, 8)
+        with torch.no_grad():
+            assert torch.equal(load_classifier(tmp_path / "guided").model(x), guided.model.eval()(x))
+        return
+    configs = [file.with_name("config.json").read_text() for file in files]
     assert configs[0] == configs[1]
-    assert any(name.startswith(HEADS) for name in load_file(_checkpoint(guided.folder.path)))
-    assert any(not torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] if "blocks" in name)
-    # The same function: the trained network in evaluation, heads and all, is the pipeline with its weights.
-    saved = type(guided.model).from_pretrained(_unet(guided.folder.path).parent).eval()
-    saved.load_state_dict({k: v for k, v in guided.model.state_dict().items() if not k.startswith(HEADS)})
+    saved = type(guided.model).from_pretrained(files[0].parent).eval()
+    saved.load_state_dict(without_heads(guided.model.state_dict()))  # the raw weights, not their average
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(saved(x, 5).sample, guided.model.eval()(x, 5).sample)
 
 
-def test_first_step_sees_the_twins_weights_and_a_larger_loss(
-    tiny: Callable[..., Experiment], train: Callable[..., Any]
-) -> None:
-    runs = [train(tiny(name, *options)) for name, options in (("a", ()), ("b", ("--ssia.weight", "0.5")))]
-    first = [read_metrics(run.folder.metrics)[0]["loss"] for run in runs]
-    assert 0 < first[1] - first[0] < 0.5  # a squared error of two numbers in (0, 1)
+@pytest.mark.parametrize("kind", ["uvit", "classifier"])
+def test_the_first_loss_is_the_twins_and_the_weighted_loss(kind: str, train_kind: Train, tmp_path: Path) -> None:
+    first = {}
+    for weight in ("0", "0.5", "1"):
+        train_kind(kind, weight, "--ssia.weight", weight, "--train.max_steps", "1")
+        first[weight] = metrics(tmp_path / weight)[0]["loss"]
+    assert 0 < first["0.5"] - first["0"] < 0.5  # a squared error of two numbers in (0, 1)
+    assert first["1"] - first["0"] == pytest.approx(2 * (first["0.5"] - first["0"]), rel=1e-4)
 
 
 @EACH
-def test_resumes_exactly(tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str) -> None:
-    options = ("--ssia.weight", "0.5", *BACKBONES[backbone])
-    whole = train(tiny("whole", *options))
-    train(tiny("parts", *options, "--train.max_steps", "3"))
-    parts = train(tiny("parts", *options))
-    a, b = whole.model.state_dict(), parts.model.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def test_resumes_exactly(kind: str, train_kind: Train, tmp_path: Path) -> None:
+    train_kind(kind, "whole", "--ssia.weight", "0.5")
+    train_kind(kind, "parts", "--ssia.weight", "0.5", "--train.max_steps", "3")
+    with pytest.raises(InputError, match=r"ssia\.weight: 0\.5 -> 0\.25"):
+        train_kind(kind, "parts", "--ssia.weight", "0.25")
+    train_kind(kind, "parts", "--ssia.weight", "0.5")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "parts")
 
 
 @EACH
-def test_weight_zero_is_the_same_training(
-    tiny: Callable[..., Experiment], train: Callable[..., Any], backbone: str
-) -> None:
-    none = ("--ssia.weight", "0", "--ssia.reduction", "3")  # which no head could have
-    runs = [train(tiny(name, *more, *BACKBONES[backbone])) for name, more in (("a", ()), ("b", none))]
-    states = [run.model.state_dict() for run in runs]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+def test_weight_zero_is_the_same_training(kind: str, train_kind: Train, tmp_path: Path) -> None:
+    train_kind(kind, "a")
+    train_kind(kind, "b", "--ssia.weight", "0", "--ssia.reduction", "3")  # which no head could have
+    assert_same_tensors(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("backbone", ["uvit", "unet2d"])
-def test_two_processes_train_what_one_does(tmp_path: Path, backbone: str) -> None:
-    options = ("--ssia.weight", "0.5", *BACKBONES[backbone])
-    parts = ("--train.accumulation", "2", "--train.gradient_checkpointing", "true")
-    one = launch(tmp_path, "one", 1, *options, prepare=in_float64)
-    two = launch(tmp_path, "two", 2, *options, *parts, prepare=in_float64)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
-    expected, found = load_file(_checkpoint(one)), load_file(_checkpoint(two))
-    assert any(name.startswith(HEADS) for name in expected)
-    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-9
-
-
-def test_changed_keys_are_refused_and_older_runs_had_none(tiny: Callable[..., Experiment]) -> None:
+def test_older_runs_had_none(tiny: Callable[..., Experiment]) -> None:
     old = tiny("run").to_dict()
     assert changed_keys(old, tiny("run", "--ssia.weight", "0.5")) == ["ssia.weight: 0.0 -> 0.5"]
     del old["ssia"]
     assert changed_keys(old, tiny("run")) == []
 
 
+@pytest.mark.parametrize("kind", ["uvit", "unet2d"])
+def test_two_processes_train_what_one_does(kind: str, tmp_path: Path) -> None:
+    options = ("--ssia.weight", "0.5", *TRAININGS[kind])
+    parts = ("--train.accumulation", "2", "--train.gradient_checkpointing", "true")
+    one = launch(tmp_path, "one", 1, *options, prepare=in_float64)
+    two = launch(tmp_path, "two", 2, *options, *parts, prepare=in_float64)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    expected, found = weights(one, 6), weights(two, 6)
+    assert any(name.startswith(HEADS) for name in expected)
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-9
+
+
+def test_two_processes_train_the_classifier_that_one_does(tmp_path: Path) -> None:
+    options = ("--model.backbone", "cifar-resnet14-basic", "--ssia.weight", "0.5")
+    alone, together = (connected_metrics(tmp_path, processes, *options) for processes in (1, 2))
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("network", "reduction", "message"),
     [
-        (("--ssia.weight", "-1"), "`ssia.weight` must be 0 or more, got -1"),
-        (("--ssia.weight", "1", "--ssia.reduction", "3"), "`ssia.reduction` must divide .* got 3"),
-        (("--ssia.weight", "1", "--model.num_layers", "1"), "a UViT without two blocks of one width in a row"),
-        (("--ssia.weight", "1", "--optimizer.unit_learning_rate", "0.1"), "unit_learning_rate"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), 4, "must be 0 for a Sequential, whose"),
+        (lambda: ResNet(Bottleneck, [1, 1, 1, 1]), 4, "a ResNet without two blocks of one width in a row"),
+        (lambda: wrapped(tiny_unet)(), 5, "must divide the blocks' widths, 8, 16, got 5"),
+        (tiny_vit, 0, "got 0"),
     ],
 )
-def test_refusals(tiny: Callable[..., Experiment], options: tuple[str, ...], told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        Trainer(tiny("refused", *options), Recorder())
+def test_networks_that_are_refused(network: Callable[[], nn.Module], reduction: int, message: str) -> None:
+    model = network()
+    with pytest.raises(InputError, match=message):
+        Guidance(model, reduction, seed=0)
+    assert not any(name.startswith(HEADS) for name in model.state_dict())
 
 
-def _unet(run: Path) -> Path:
-    return run / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
-
-
-def _checkpoint(run: Path) -> Path:
-    return run / "checkpoints" / "step-00000006" / "model.safetensors"
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("train", "--ssia.weight -1", "`ssia.weight` must be 0 or more, got -1"),
+        ("train", "--ssia.weight 1 --ssia.reduction 3", "`ssia.reduction` must divide .* got 3"),
+        ("train", "--ssia.weight 1 --model.num_layers 1", "a UViT without two blocks of one width in a row"),
+        ("train", "--ssia.weight 1 --optimizer.unit_learning_rate 0.1", "unit_learning_rate"),
+        ("classify", "--ssia.weight -1", "`ssia.weight` must be 0 or more, got -1"),
+        ("classify", "--ssia.weight .inf", "`ssia.weight` must be a finite number, got inf"),
+        (
+            "classify",
+            "--ssia.weight 1 --model.backbone cifar-resnet14-basic --ssia.reduction 3",
+            "must divide the blocks' widths, 16, 32, 64, got 3",
+        ),
+        ("classify", "--ssia.weight 1", "a CifarResNet without two blocks of one width in a row"),
+        ("classify", "--ssia.wieght 1", "did you mean `ssia.weight`"),
+    ],
+)
+def test_recipes_that_are_refused(
+    kind: str, options: str, message: str, tiny: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    read = tiny if kind == "train" else partial(classify.tiny, tmp_path)
+    with pytest.raises(InputError, match=message):
+        experiment = read("refused", *options.split())
+        Trainer(experiment if kind == "train" else ClassificationTask(experiment))
