@@ -341,7 +341,8 @@ def _measuring(progress: Progress) -> Any:
         except KeyboardInterrupt as interrupt:
             text = "stopped before the first chunk of images was finished; nothing is kept"
             if any(work.glob(CHUNK_FILES)):
-                text = f"stopped; the same command resumes after the last finished chunk of images in {work.parent}"
+                text = "stopped; the same command resumes after the last finished chunk of images, kept in "
+                text += str(work.parent)
             raise Stopped(number_of(interrupt), text) from None
 
     return measuring

@@ -22,6 +22,7 @@ from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import UNREADABLE, load_tensors, save_tensors
 from dia_diffusion.io import native_lock, remove_partial
 from dia_diffusion.progress import Progress
+from dia_diffusion.reading import parse_json
 
 BATCH = 64
 """Images sampled and measured at once."""
@@ -101,7 +102,7 @@ class FeatureStore:
         for array, width in zip(arrays, self.widths.values(), strict=True):
             if array.shape != (len(chunk), width) or array.dtype != torch.float32:
                 raise ValueError(f"{self._path(chunk)} holds other arrays")
-        return dict(zip(self.widths, arrays, strict=True)), float(json.loads(text)["seconds"])
+        return dict(zip(self.widths, arrays, strict=True)), float(parse_json(text)["seconds"])
 
     def _path(self, chunk: range) -> Path:
         return self.folder / CHUNK_FILES.replace("*", f"{chunk.start:08d}")

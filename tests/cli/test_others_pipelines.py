@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: 
         (["sample", pipelines / "latents", "--guidance-scale", "0", *grid], "must be 1, which is none, or more, got 0"),
         (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "without a null label"),
         (["sample", pipelines / "sde", *grid], "`sampler` must be own"),
-        (["fid", pipelines / "wide", "--reference", "digits"], "must draw square images, got 8x16"),
+        (["fid", pipelines / "wide", "--reference", "digits"], "must have square images, got 8x16"),
     ):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation import feature_store
@@ -21,7 +22,7 @@ from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import measure
 from dia_diffusion.evaluation.metrics import METRICS, Metric
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.evaluation.record import Origin
+from dia_diffusion.evaluation.record import Origin, read_records
 from dia_diffusion.evaluation.reference import reference_features, reference_statistics
 from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images
@@ -237,7 +238,7 @@ def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_metric_from_outside_is_one_row(train, run, monkeypatch):
+def test_a_metric_from_outside_is_one_row(train, run, tmp_path, monkeypatch):
     """Its number is recorded in the features' name, with its settings."""
     monkeypatch.setattr(METRICS, "_rows", dict(METRICS))
     row = Metric(
@@ -255,6 +256,9 @@ def test_a_metric_from_outside_is_one_row(train, run, monkeypatch):
     features = build_features("digits")(train)
     assert found.metrics == {"norm(digits)": pytest.approx(2 * float(features.norm(dim=1).mean()), rel=1e-5)}
     assert found.metric_settings == {"norm": {"factor": 2.0}} and found.distance == run(train).distance
+    command = ["fid", "digits", "--reference", "digits", "--num", "100", "--metrics", "norm"]
+    assert main([*command, "--record", str(tmp_path / "r.jsonl")]) == 0
+    assert read_records(tmp_path / "r.jsonl")[0].metrics.keys() == {"norm(digits)"}
 
 
 def test_two_measurements_do_not_share_a_folder(train, run, tmp_path):
