@@ -171,7 +171,7 @@ def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list
         for what in ("test", "train"):
             if len({getattr(result, f"{what}_fingerprint") for result in here} - {None}) > 1:
                 raise InputError(
-                    f"the {what} images of runs that are compared must be the same, not so for {here[0].path}"
+                    f"the {what} images of compared runs must be the same, got other images for {here[0].path}"
                 )
         rows += _rows(name, here, baseline)
     if not any(_is(baseline, row.unit) for row in rows):
