@@ -163,7 +163,9 @@ class Evaluator:
                 append_record(file, record)
                 discard_work(work)
             if source.folder is not None:
-                update_card(source.folder, file)
+                # The card of a known record may be older than it, or in a folder that can't be written to.
+                with suppress(OSError) if record == before else nullcontext():
+                    update_card(source.folder, file)
 
         on_rank_zero(self.accelerator, keep)
         return record, record != before
