@@ -48,11 +48,10 @@ def second_process_in(folder: Path) -> None:
 
 
 def test_records_that_one_process_does_not_see_yet(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on machines whose shared disk is slow: nobody waits for the other, all measure again."""
+    """As on machines whose shared disk is slow: the main process decides, and nothing is measured again."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     fid = ["fid", str(made), "--reference", "digits", "--num", "70", "--steps", "2", "--record", "records.jsonl"]
     assert main(fid) == 0
     launch(*fid, logs=tmp_path, prepare=partial(second_process_in, tmp_path / "elsewhere"))
-    first, second = read_records("records.jsonl")
-    assert second.distance == pytest.approx(first.distance, rel=1e-6)
+    assert len(read_records("records.jsonl")) == 1

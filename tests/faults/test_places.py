@@ -36,7 +36,7 @@ def test_a_read_only_run_is_read_and_not_trained(
         error = error_of(["sample", run, "--seeds", "0-3", "--steps", "1", "--out", run / "images"], capsys, code=1)
         assert f"Read-only file system: {run}/images" in error
         error = error_of(fid(run), capsys)
-        assert f"`--record` must be a file in a writable folder, got {run}/evaluations.jsonl" in error
+        assert f"records must go to a file in a writable folder, got {run}/evaluations.jsonl" in error
         succeeds(fid(run, "--record", tmp_path / "records.jsonl"))
         assert len(read_records(tmp_path / "records.jsonl")) == 1
         error = error_of(["report", run], capsys, code=1)
