@@ -253,6 +253,4 @@ def _within(images: ImageSet, extractor: FeatureExtractor, count: int) -> float:
     every = reference_statistics(images, extractor).statistics
     chosen = reference_statistics(images, extractor, count=count, seed=0).statistics
     assert isinstance(every, FeatureStatistics) and isinstance(chosen, FeatureStatistics)
-    rest = FeatureStatistics(len(every.sum))
-    rest.count, rest.sum, rest.outer = every.count - count, every.sum - chosen.sum, every.outer - chosen.outer
-    return frechet_distance(chosen, rest)
+    return frechet_distance(chosen, every.merge(chosen, sign=-1))

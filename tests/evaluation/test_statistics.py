@@ -40,6 +40,13 @@ def test_union_of_halves_is_the_whole(features):
     np.testing.assert_allclose(halves.covariance, whole.covariance, rtol=1e-11)
 
 
+def test_difference_is_what_is_left(features):
+    rest = statistics_of(features).merge(statistics_of(features[:40]), sign=-1)
+    assert rest.count == 61
+    np.testing.assert_allclose(rest.mean, features[40:].double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(rest.covariance, np.cov(features[40:].double().numpy(), rowvar=False), rtol=1e-10)
+
+
 def test_low_precision_features_are_summed_in_float64():
     ones = torch.ones(300, 2, dtype=torch.bfloat16)
     assert statistics_of(ones).mean.tolist() == [1.0, 1.0]
