@@ -15,13 +15,11 @@ from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from dia_diffusion import distributed
+from dia_diffusion import launch
 from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import (
     all_agree,
     broadcast_from_rank_zero,
-    check_launch,
-    choose_gloo_interface,
     first_on_each_machine,
     lost_a_process,
     on_all_ranks,
@@ -29,6 +27,7 @@ from dia_diffusion.distributed import (
     start_accelerator,
 )
 from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.launch import check_launch, choose_gloo_interface
 from tests.processes import on_two_processes
 from tests.training.conftest import TINY
 
@@ -139,7 +138,7 @@ def test_variables_that_are_set_by_hand(
 
 
 def test_tpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "is_torch_xla_available", lambda: True)
+    monkeypatch.setattr(launch, "is_torch_xla_available", lambda: True)
     with pytest.raises(InputError, match="USE_TORCH_XLA must be 0 where torch_xla is installed"):
         check_launch()
 
@@ -196,8 +195,8 @@ def test_gloo_gets_an_interface_that_other_machines_reach(
     addresses = {name: [SimpleNamespace(family=socket.AF_INET, address=ip)] for name, ip in interfaces.items()}
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: addresses)
     monkeypatch.setattr(psutil, "net_if_stats", lambda: dict.fromkeys(interfaces, SimpleNamespace(isup=True)))
-    monkeypatch.setattr(distributed, "_address", lambda host: name_is)
-    monkeypatch.setattr(distributed, "_local_address", lambda peer: route)
+    monkeypatch.setattr(launch, "_address", lambda host: name_is)
+    monkeypatch.setattr(launch, "_local_address", lambda peer: route)
     if expected is InputError:
         with pytest.raises(InputError, match=r"GLOO_SOCKET_IFNAME must be .*interfaces are eth0, ib0, docker0"):
             choose_gloo_interface()
@@ -207,6 +206,6 @@ def test_gloo_gets_an_interface_that_other_machines_reach(
 
 
 def test_addresses_of_this_machine() -> None:
-    assert distributed._is_loopback(distributed._address("localhost"))
-    assert distributed._address("no-such-host.invalid") is None
-    assert distributed._local_address("127.0.0.1") == "127.0.0.1"
+    assert launch._is_loopback(launch._address("localhost"))
+    assert launch._address("no-such-host.invalid") is None
+    assert launch._local_address("127.0.0.1") == "127.0.0.1"

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from plotly import graph_objects
 
-from dia_diffusion import figures
+from dia_diffusion import plotting
 from dia_diffusion.errors import InputError
 from dia_diffusion.figures import (
     Area,
@@ -24,11 +24,10 @@ from dia_diffusion.figures import (
     Text,
     block_axis,
     images_axis,
-    render,
-    save_figure,
     style_of,
     value_axis,
 )
+from dia_diffusion.plotting import render, save_figure
 from dia_diffusion.report.plots import to_plotly
 
 X, Y = [800, 1600, 2400], [9.0, 5.0, 4.0]
@@ -171,7 +170,7 @@ def test_files_have_the_format_of_their_suffix_and_appear_whole(tmp_path: Path, 
         raise OSError("no space")
 
     before = (tmp_path / "a.png").read_bytes()
-    monkeypatch.setattr(figures.matplotlib.figure.Figure, "savefig", fail)
+    monkeypatch.setattr(plotting.matplotlib.figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space"):
         save_figure(figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 3

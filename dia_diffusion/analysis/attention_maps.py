@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.run import Batch, Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages, maps_during
-from dia_diffusion.figures import COLORS, Axis, Bars, Figure, HeatMap, Item, Level, Panel, Series, block_axis, render
+from dia_diffusion.figures import COLORS, Axis, Bars, Figure, HeatMap, Item, Level, Panel, Series, block_axis
+from dia_diffusion.plotting import render
 
 SOURCES = ("blocks", "channels", "times", "images")
 RANGE = (10, 90)  # percentiles over channels

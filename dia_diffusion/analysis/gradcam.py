@@ -14,8 +14,8 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from dia_diffusion.attention.insertion_points import insertion_points
 from dia_diffusion.errors import InputError
-from dia_diffusion.figures import save_figure
 from dia_diffusion.models.classifiers import SavedClassifier
+from dia_diffusion.plotting import save_figure
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) ->
 
     from dia_diffusion.analysis.analysis import Analysis
     from dia_diffusion.analysis.run import open_runs
-    from dia_diffusion.figures import save_figure
     from dia_diffusion.io import write_json
+    from dia_diffusion.plotting import save_figure
     from dia_diffusion.training.randomness import RANDOMNESS
 
     refuse_file(options.out)

@@ -43,8 +43,8 @@ def run(options: Options) -> None:
 
     from dia_diffusion.analysis.gradcam import draw_heat_maps, heat_maps
     from dia_diffusion.data import open_images
-    from dia_diffusion.figures import check_format
     from dia_diffusion.models.classifiers import load_classifier
+    from dia_diffusion.plotting import check_format
 
     refuse_existing(options.out)
     check_format(options.out)

@@ -6,7 +6,8 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.figures import Figure, Level, Panel, Series, check_format, images_axis, save_figure, value_axis
+from dia_diffusion.figures import Figure, Level, Panel, Series, images_axis, value_axis
+from dia_diffusion.plotting import check_format, save_figure
 
 Run = tuple[str, Sequence[EvaluationRecord]]
 Point = dict[str, Any]

@@ -19,11 +19,11 @@ from dia_diffusion.figures import (
     Text,
     images_axis,
     log_axis,
-    save_figure,
     style_of,
     value_axis,
 )
 from dia_diffusion.io import step_name
+from dia_diffusion.plotting import save_figure
 from dia_diffusion.sweeps.accuracies import Row
 from dia_diffusion.sweeps.collect import Point
 from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dia_diffusion.figures import Figure, Panel, Series, render
+from dia_diffusion.figures import Figure, Panel, Series
+from dia_diffusion.plotting import render
 from dia_diffusion.sweeps.collect import Point
 from dia_diffusion.sweeps.figures import curve_panels, draw_curves_of_study, draw_final_distances, final_panel
 
