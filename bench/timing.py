@@ -99,7 +99,7 @@ def interleave(
 
 
 def block_size(seconds: float, device: torch.device, most: int) -> int:
-    """How many runs of so many seconds to time together: `most` on a GPU, those of a second on a CPU."""
+    """How many runs of this many seconds to time together: `most` on a GPU, those of a second on a CPU."""
     return most if device.type == "cuda" else min(most, max(1, round(CPU_BLOCK_SECONDS / seconds)))
 
 

@@ -47,11 +47,11 @@ def test_blocks_do_not_change_it(monkeypatch):
     assert vars(parts) == pytest.approx(vars(whole), rel=1e-6)
 
 
-def test_the_interval_is_seeded_and_progress_is_told():
-    features, told = draw(np.random.default_rng(3), 100), []
-    first = bootstrap_interval(features, REFERENCE, 1.0, 12, lambda *counts: told.append(counts))
+def test_the_interval_is_seeded_and_reports_its_progress():
+    features, reported = draw(np.random.default_rng(3), 100), []
+    first = bootstrap_interval(features, REFERENCE, 1.0, 12, lambda *counts: reported.append(counts))
     assert first == bootstrap_interval(features, REFERENCE, 1.0, 12)
-    assert told == [(index, 12) for index in range(12)]
+    assert reported == [(index, 12) for index in range(12)]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from tests.training.run_files import assert_same_run
 
 
 def cuts(file: Path) -> Iterator[bytes]:
-    """The file cut short at every kind of place."""
+    """The file truncated at every kind of place."""
     content = file.read_bytes()
     header = int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content) // 2
     for length in (0, 1, 4, 8, 8 + header // 2, 8 + header, (8 + header + len(content)) // 2, len(content) - 1):
@@ -47,7 +47,7 @@ def cuts(file: Path) -> Iterator[bytes]:
 
 
 def flips(content: bytes, count: int | None, seed: int = 0) -> Iterator[bytes]:
-    """The content with one bit flipped: each of them, or so many drawn ones."""
+    """The content with one bit flipped: each of them, or a number of drawn ones."""
     bits: Any = range(8 * len(content))
     for bit in bits if count is None else random.Random(seed).sample(bits, min(count, len(bits))):
         changed = bytearray(content)
@@ -237,7 +237,7 @@ def records(
 
     def lines() -> Any:
         read = read_metrics(metrics)
-        # Without its end the last line is one that a crash has cut short, and is left out.
+        # Without its end the last line is one that a crash truncated, and is left out.
         return read if metrics.read_bytes().endswith(b"\n") else [*read, last]
 
     def moments() -> Any:

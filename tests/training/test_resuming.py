@@ -49,7 +49,7 @@ def test_a_run_killed_after_its_checkpoint_repeats_the_lost_steps(tiny, train, t
     train(tiny("killed"))
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000006")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "lo')  # cut short as by a crash
+        file.write('{"step": 7, "lo')  # truncated as by a crash
     train(tiny("killed"))
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 

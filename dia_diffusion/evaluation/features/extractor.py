@@ -249,7 +249,7 @@ def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
         return built, _hash(built)
     except Exception as error:  # a user's own code can raise anything
         raise InputError(
-            f"features {name} can't be constructed as {class_name}(name, layers) ({_told(error)})"
+            f"features {name} can't be constructed as {class_name}(name, layers) ({_describe(error)})"
         ) from error
 
 
@@ -266,10 +266,10 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise InputError(f"module {name} can't be imported ({_told(error)})") from error
+            raise InputError(f"module {name} can't be imported ({_describe(error)})") from error
         raise InputError(f"no module {name!r} in {here} or installed; features are named MODULE:CLASS") from error
     except (Exception, SystemExit) as error:
-        raise InputError(f"module {name} can't be imported ({_told(error)})") from error
+        raise InputError(f"module {name} can't be imported ({_describe(error)})") from error
 
 
 def _layers(extractor: type[FeatureExtractorBase]) -> list[str]:
@@ -289,5 +289,5 @@ def _extractors(module: ModuleType) -> list[str]:
     ]
 
 
-def _told(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return one_line(f"{type(error).__name__}: {error}")
