@@ -2,23 +2,23 @@
 
 import os
 
+import torch
+
 from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import Options
+from dia_diffusion.environment import device_name
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.io import FolderLock, remove_partial
+from dia_diffusion.io import FolderLock, remove_partial, write_json
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.sweeps.checks import check_images, check_randomness, check_recipes, check_runs
 from dia_diffusion.sweeps.collect import Inventory, in_one_precision, scan
 from dia_diffusion.sweeps.figures import draw_grids_of_study
 from dia_diffusion.sweeps.launcher import run_study, threads_per_job
-from dia_diffusion.sweeps.plan import Plan, compare_with_plan, make_plan, read_plan, write_plan
+from dia_diffusion.sweeps.plan import make_plan
 from dia_diffusion.sweeps.results import Results, results_of, write_results
 from dia_diffusion.sweeps.sweep import Study, read_study, write_study
 from dia_diffusion.sweeps.table import format_time
 from dia_diffusion.tables import Table
-
-BUSY = 0.8
-"""Share of a core below which times say more of other work than of this."""
 
 
 class SweepCounter(Counter):
@@ -97,8 +97,6 @@ def _draw(inventory: Inventory) -> None:
     print_results(results)
     drawn = [*write_results(results), *draw_grids_of_study(study)]
     console.print(f"\nIn {study.folder}: {', '.join(path.name for path in drawn)}")
-    if plan := read_plan(study):
-        _print_taken(inventory, plan)
 
 
 def print_results(results: Results) -> None:
@@ -111,48 +109,36 @@ def print_results(results: Results) -> None:
 
 
 def _plan(inventory: Inventory, jobs: int) -> None:
-    study = inventory.study
+    study, threads = inventory.study, threads_per_job(jobs)
     with console.status("measuring") as status:
-        plan = make_plan(inventory, jobs, lambda what: status.update(f"measuring {what}"))
+        plan = make_plan(inventory, threads, lambda what: status.update(f"measuring {what}"))
     columns = ["batch size", "unit", "runs", "trained", "steps left", "a step", "training left"]
-    rows = [
-        (
-            f"{group.batch_size}",
-            group.unit,
-            f"{group.runs}",
-            f"{group.trained}",
-            f"{group.steps_left:,}",
-            f"{1000 * group.seconds_of_step:.1f} ms",
-            format_time(group.training_seconds_left),
-            f"{group.evaluations_left}",
-            format_time(group.seconds_of_evaluation),
-            format_time(group.seconds_of_final) if study.final_protocol else "-",
-            format_time(group.evaluation_seconds_left),
-        )
-        for group in plan.groups
-    ]
     columns += ["evaluations left", "each", "final", "measuring left"]
+    rows, groups = [], []
+    for group in plan.groups:
+        run, states = group.states[0].run, group.states
+        trained, steps = sum(state.trained for state in states), sum(state.steps_left for state in states)
+        training, measuring = group.training_left(states), group.measuring_left(states)
+        evaluations = sum(len(state.unmeasured) + state.final_unmeasured for state in states)
+        final = format_time(group.seconds_of_final) if study.final_protocol else "-"
+        cells = [f"{run.batch_size}", run.unit, f"{len(states)}", f"{trained}", f"{steps:,}"]
+        cells += [f"{1000 * group.seconds_of_step:.1f} ms", format_time(training)]
+        rows.append([*cells, f"{evaluations}", format_time(group.seconds_of_point), final, format_time(measuring)])
+        label = {"unit": run.unit, "batch_size": run.batch_size, "runs": len(states), "steps_left": steps}
+        groups.append(label | {"training_seconds_left": training, "evaluation_seconds_left": measuring})
     console.print(Table(columns, rows).to_rich())
-    complete = sum(state.complete for state in inventory.states)
-    gpu = "CPU" not in plan.measured_on
-    hours = plan.seconds_left * (1 if gpu else threads_per_job(jobs)) / 3600
+
+    complete, gpu = sum(state.complete for state in inventory.states), torch.cuda.is_available()
+    hours = sum(plan.seconds_left) * (1 if gpu else threads) / 3600
+    wall = max(sum(plan.seconds_left) / jobs, max(plan.seconds_left))
+    path = study.folder / "plan.json"
+    totals = {"measured_on": device_name(), "busy": plan.busy, "bytes": plan.bytes, "wall_seconds_left": wall}
+    write_json(path, totals | {"groups": groups})
     console.print(
         f"\n{len(study.runs)} runs, {complete} complete. Left: {hours:.1f} {'GPU' if gpu else 'core'}-hours, "
-        f"{format_time(plan.wall_seconds_left)} with --jobs {jobs}; of these "
-        f"{format_time(plan.start_seconds_left)} for starting processes, nothing for reading images.\n"
+        f"{format_time(wall)} with --jobs {jobs}, without starting processes and reading images.\n"
         f"Disk: {plan.bytes / 1e9:.2f} GB in all in {study.folder}, where {plan.bytes_free / 1e9:.0f} GB are free.\n"
-        f"Measured on {plan.measured_on}, on random images, one process at a time; kept in {write_plan(study, plan)}"
+        f"Measured on {device_name()}, on random images, one process at a time; kept in {path}"
     )
-    if plan.cpu_share < BUSY and not gpu:
-        console.print(f"Other work left the measuring {100 * plan.cpu_share:.0f} % of a core; alone it will be faster.")
-
-
-def _print_taken(inventory: Inventory, plan: Plan) -> None:
-    """What the study took beside what was planned."""
-    if taken := compare_with_plan(plan, inventory):
-        times = ("planned_training", "training", "planned_evaluation", "evaluation")
-        rows = [(f"{row['batch_size']}", row["unit"], *(format_time(row[name]) for name in times)) for row in taken]
-        rows.append(("all", "", *(format_time(sum(row[name] for row in taken)) for name in times)))
-        console.print()
-        columns = ["batch size", "unit", "training planned", "took", "measuring planned", "took"]
-        console.print(Table(columns, rows, f"Against the plan of {plan.time}").to_rich())
+    if plan.busy and not gpu:
+        console.print("Other work used the CPU meanwhile; alone it will be faster.")

@@ -1,255 +1,134 @@
-"""What a study would take: steps, hours and disk, estimated from a few steps and samples of each unit."""
+"""What a study would take: steps, hours and disk, estimated from a few steps and samples of each group of runs."""
 
-import heapq
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate.state import AcceleratorState
 
 from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.io import write_json
-from dia_diffusion.reading import read_json_object
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import SamplingSettings
-from dia_diffusion.sweeps.collect import Inventory, RunState, records_of, training_cost
-from dia_diffusion.sweeps.launcher import commands, threads_per_job
-from dia_diffusion.sweeps.sweep import Run, Study
+from dia_diffusion.sweeps.collect import Inventory, RunState
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.config import Experiment
-from dia_diffusion.training.diffusion import build_model, build_pipeline
+from dia_diffusion.training.diffusion import build_model, build_pipeline, sampling_settings
 from dia_diffusion.training.recipe import override
 from dia_diffusion.training.trainer import StepResult, Trainer
-from dia_diffusion.validation import Strict
 
-PLAN_FILE = "plan.json"
 STEPS = 10
 """Timed, after as many to warm up."""
 ENOUGH_SECONDS = 20.0
 """After which fewer steps will do."""
-SAMPLER_STEPS = 4
-IMAGES_AT_ONCE = {"cpu": 16, "cuda": 64}
-BYTES_OF_FLOAT = 4
+SAMPLER_STEPS = 8
+"""At most, of the sampler that is timed."""
 TENSORS_OF_CHECKPOINT = 4
-"""Per parameter: itself, its average, and AdamW's two."""
-INCEPTION_FEATURES = 2048
+"""Per parameter, float32: itself, its average, and AdamW's two."""
 
 
-class Group(Strict):
-    """The runs of a unit at a batch size; seconds_of_... are of one step, run or measurement, others of all runs."""
+@dataclass(frozen=True)
+class Group:
+    """The runs of a unit at a batch size, and the seconds that one step, or one measurement, takes."""
 
-    unit: str
-    batch_size: int
-    runs: int
-    trained: int
-    steps_left: int
+    states: Sequence[RunState]
     seconds_of_step: float
     seconds_of_grids: float
-    training_seconds: float
-    training_seconds_left: float
-    evaluations_left: int
-    seconds_of_evaluation: float
+    """The share of each step in the sample grids."""
+    seconds_of_point: float
     seconds_of_final: float
-    evaluation_seconds: float
-    evaluation_seconds_left: float
-
-
-class Plan(Strict):
-    """An estimate."""
-
-    study: str
-    time: str
-    """ISO 8601, UTC."""
-    measured_on: str
-    cpu_share: float
-    """Of a core, while measuring: below 1, other work was running, or a GPU was waited for."""
-    side_by_side: int
-    """Jobs at a time."""
-    groups: list[Group]
-    start_seconds_left: float
-    """Of processes until they begin to work."""
-    wall_seconds_left: float
+    """Of a measurement by the final protocol; 0 if there is none."""
     bytes: int
-    """On disk, of all runs once complete, with the features of measurements under way."""
+    """On disk, once all its runs are complete."""
+
+    def training_left(self, states: Sequence[RunState]) -> float:
+        """Seconds to train what is missing of these runs."""
+        return sum(state.steps_left for state in states) * (self.seconds_of_step + self.seconds_of_grids)
+
+    def measuring_left(self, states: Sequence[RunState]) -> float:
+        """Seconds to measure what is missing of these runs."""
+        finals = sum(state.final_unmeasured for state in states) * self.seconds_of_final
+        return sum(len(state.unmeasured) for state in states) * self.seconds_of_point + finals
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate; seconds of one job at a time."""
+
+    groups: Sequence[Group]
     bytes_free: int
+    busy: bool
+    """Whether other work wanted the same cores meanwhile."""
 
     @property
-    def seconds_left(self) -> float:
-        """Of one core or GPU after the other."""
-        groups = sum(group.training_seconds_left + group.evaluation_seconds_left for group in self.groups)
-        return groups + self.start_seconds_left
+    def seconds_left(self) -> list[float]:
+        """Of each run."""
+        return [g.training_left([state]) + g.measuring_left([state]) for g in self.groups for state in g.states]
+
+    @property
+    def bytes(self) -> int:
+        return sum(group.bytes for group in self.groups)
 
 
-def make_plan(inventory: Inventory, max_parallel: int, progress: Callable[[str], None] = lambda text: None) -> Plan:
-    """Times each group of runs, and adds up.
+def make_plan(inventory: Inventory, threads: int, measuring: Callable[[str], None] = lambda text: None) -> Plan:
+    """Times a step, a sampled image and its features for each unit and batch size, with this many threads.
 
-    progress: called with what is measured next.
+    measuring: called with what is timed next.
     """
-    study, times = inventory.study, dict[str, float]()
+    torch.set_num_threads(threads)
+    study, known = inventory.study, dict[str, float]()
     by_group: dict[tuple[str, int], list[RunState]] = {}
     for state in inventory.states:
         by_group.setdefault((state.run.unit, state.run.batch_size), []).append(state)
-    groups: dict[tuple[str, int], Group] = {}
-    jobs = []
-    with threads(threads_per_job(max_parallel)):
-        progress("the start of a process")
-        start, clock = seconds_of_start(), (time.perf_counter(), time.process_time())
-        for (unit, batch_size), states in by_group.items():
-            progress(f"{unit} at batch size {batch_size}")
-            groups[unit, batch_size] = _group(study, states, times)
-        cpu_share = (time.process_time() - clock[1]) / (time.perf_counter() - clock[0])
-        measured_on = _machine()
-    starts = [start * len(commands(study, state)) for state in inventory.states]
-    for state, starting in zip(inventory.states, starts, strict=True):
-        group = groups[state.run.unit, state.run.batch_size]
-        training = state.steps_left * (group.seconds_of_step + group.seconds_of_grids / state.run.max_steps)
-        measuring = len(state.unmeasured) * group.seconds_of_evaluation
-        jobs.append(training + measuring + state.final_unmeasured * group.seconds_of_final + starting)
-    return Plan(
-        study=study.name,
-        time=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
-        measured_on=measured_on,
-        cpu_share=cpu_share,
-        side_by_side=max_parallel,
-        groups=list(groups.values()),
-        start_seconds_left=float(sum(starts)),
-        wall_seconds_left=wall_seconds(jobs, max_parallel),
-        bytes=sum(_bytes(run) for run in study.runs) + max_parallel * max(map(_bytes_of_features, study.protocols)),
-        bytes_free=shutil.disk_usage(next(p for p in study.folder.absolute().parents if p.is_dir())).free,
-    )
 
+    def once(key: str, timed: Callable[[], float]) -> float:
+        return known[key] if key in known else known.setdefault(key, timed())
 
-def _group(study: Study, states: Sequence[RunState], times: dict[str, float]) -> Group:
-    """Times one of a group's runs, and adds up for all; `times` of samples and features are shared between groups."""
-    run, count = states[0].run, len(states)
-    experiment, samples = run.experiment, run.experiment.samples
+    def image(experiment: Experiment, settings: SamplingSettings, precision: str) -> float:
+        key = f"{experiment.model.model_dump()} {settings} {precision}"
+        return once(key, lambda: seconds_of_image(experiment, settings, precision))
 
-    def seconds_per_image(precision: str, sampler: str, steps: int) -> float:
-        key = str((experiment.model.model_dump(), precision, sampler))
-        if key not in times:
-            times[key] = seconds_of_pass(experiment, precision, sampler)
-        return steps * times[key]
+    def measurement(experiment: Experiment, protocol: EvalProtocol | None) -> float:
+        if protocol is None:
+            return 0.0
+        features = once(protocol.features, lambda: seconds_of_features(protocol, experiment))
+        return protocol.num_samples * (image(experiment, protocol.sampling, protocol.precision) + features)
 
-    def evaluation(protocol: EvalProtocol) -> float:
-        if protocol.features not in times:
-            times[protocol.features] = seconds_of_features(protocol, experiment)
-        sampling = seconds_per_image(protocol.precision, protocol.sampler, protocol.steps)
-        return protocol.num_samples * (sampling + times[protocol.features])
-
-    step = seconds_of_step(experiment)
-    grids = len(run.steps) * samples.count * seconds_per_image("float32", samples.sampler, samples.steps)
-    point = evaluation(study.protocol)
-    final = 0.0 if study.final_protocol is None else evaluation(study.final_protocol)
-    steps_left = sum(state.steps_left for state in states)
-    points_left, finals_left = sum(len(s.unmeasured) for s in states), sum(s.final_unmeasured for s in states)
-    return Group(
-        unit=run.unit,
-        batch_size=run.batch_size,
-        runs=count,
-        trained=sum(state.trained for state in states),
-        steps_left=steps_left,
-        seconds_of_step=step,
-        seconds_of_grids=grids,
-        training_seconds=count * (run.max_steps * step + grids),
-        training_seconds_left=steps_left * (step + grids / run.max_steps),
-        evaluations_left=points_left + finals_left,
-        seconds_of_evaluation=point,
-        seconds_of_final=final,
-        evaluation_seconds=count * (len(run.steps) * point + final),
-        evaluation_seconds_left=points_left * point + finals_left * final,
-    )
-
-
-def wall_seconds(jobs: Iterable[float], max_parallel: int) -> float:
-    """Until the last of jobs that are started in this order, `max_parallel` at a time, has ended."""
-    slots = [0.0] * max_parallel
-    for seconds in jobs:
-        heapq.heapreplace(slots, slots[0] + seconds)
-    return max(slots)
-
-
-def _bytes(run: Run) -> int:
-    """Of a run's checkpoints and pipelines."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_model(run.experiment.model).parameters())
-    copies = run.experiment.train.keep_last * TENSORS_OF_CHECKPOINT + len(run.steps)
-    return copies * parameters * BYTES_OF_FLOAT
-
-
-def _bytes_of_features(protocol: EvalProtocol) -> int:
-    own = protocol.features in PACKAGED
-    width = build_features(protocol.features).num_features if own else INCEPTION_FEATURES
-    return protocol.num_samples * width * BYTES_OF_FLOAT
-
-
-def write_plan(study: Study, plan: Plan) -> Path:
-    """Writes it into the study's folder."""
-    path = study.folder / PLAN_FILE
-    write_json(path, plan.model_dump())
-    return path
-
-
-def read_plan(study: Study) -> Plan | None:
-    """The plan in the study's folder; None if there is none, or none that can be read."""
-    try:
-        return Plan.model_validate(read_json_object(study.folder / PLAN_FILE))
-    except (OSError, ValueError):
-        return None
-
-
-def compare_with_plan(plan: Plan, inventory: Inventory) -> list[dict[str, Any]]:
-    """What the runs of each complete group took, in seconds, beside what was planned."""
-    taken = []
-    for group in plan.groups:
-        states = [s for s in inventory.states if (s.run.unit, s.run.batch_size) == (group.unit, group.batch_size)]
-        costs = [training_cost(state.run) for state in states]
-        if len(states) == group.runs and all(state.complete for state in states):
-            records = [record for state in states for record in records_of(state.run)]
-            measured = [r for r in records if any(protocol.named_in(r) for protocol in inventory.study.protocols)]
-            taken.append(
-                {
-                    "unit": group.unit,
-                    "batch_size": group.batch_size,
-                    "planned_training": group.training_seconds,
-                    "training": sum(cost.seconds for cost in costs if cost),
-                    "planned_evaluation": group.evaluation_seconds,
-                    "evaluation": sum(record.seconds for record in measured),
-                }
+    groups, started, work = [], time.monotonic(), _work_of_others()
+    for (unit, batch_size), states in by_group.items():
+        measuring(f"{unit} at batch size {batch_size}")
+        run, experiment = states[0].run, states[0].run.experiment
+        grids = len(run.steps) * experiment.samples.count * image(experiment, sampling_settings(experiment), "float32")
+        with torch.device("meta"):
+            parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
+        copies = experiment.train.keep_last * TENSORS_OF_CHECKPOINT + len(run.steps)
+        groups.append(
+            Group(
+                states,
+                seconds_of_step(experiment),
+                grids / run.max_steps,
+                measurement(experiment, study.protocol),
+                measurement(experiment, study.final_protocol),
+                len(states) * copies * parameters * torch.float32.itemsize,
             )
-    return taken
+        )
+    others = (_work_of_others() - work) / (time.monotonic() - started)
+    free = shutil.disk_usage(next(p for p in study.folder.absolute().parents if p.is_dir())).free
+    return Plan(groups, free, busy=others + threads > (psutil.cpu_count() or 1) + 0.2)
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Lets torch use this many cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name()}"
-    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''} a run"
-
-
-def seconds_of_start() -> float:
-    """Of a process of this program, before it does anything."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import dia_diffusion.training.trainer"], check=True)
-    return time.perf_counter() - started
+def _work_of_others() -> float:
+    """CPU seconds that other processes of this machine have used so far."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - time.process_time()
 
 
 class _Enough(Exception):
@@ -260,11 +139,11 @@ class _Clock(Callback):
     """Times steps, and ends the run after enough of them."""
 
     def __init__(self) -> None:
-        self.times = [time.perf_counter()]
+        self.times: list[float] = []
 
     def __call__(self, trainer: Trainer, result: StepResult) -> None:
         self.times.append(time.perf_counter())
-        if trainer.step == 2 * STEPS or (trainer.step >= 2 and self.times[-1] - self.times[0] > ENOUGH_SECONDS):
+        if trainer.step == 2 * STEPS or (trainer.step > 2 and self.times[-1] - self.times[0] > ENOUGH_SECONDS):
             raise _Enough
 
 
@@ -275,6 +154,7 @@ def seconds_of_step(experiment: Experiment) -> float:
     arrays: dict[str, Any] = {"images": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
     if model.num_classes is not None:
         arrays["labels"] = np.arange(count) % model.num_classes
+    steps = max(experiment.train.max_steps, 2 * STEPS + 1)  # a long run is compiled, and the clock ends it
     with tempfile.TemporaryDirectory() as folder:
         images, clock = Path(folder) / "images.npz", _Clock()
         np.savez(images, **arrays)
@@ -284,28 +164,30 @@ def seconds_of_step(experiment: Experiment) -> float:
             "trackers": [],
             "data.source": str(images),
             "data.split": "train",
-            "train.max_steps": 2 * STEPS + 1,
+            "train.max_steps": steps,
             # What a line logs is read from the device, so that the clock is that of finished steps.
             "train.log_every": STEPS,
             "train.sample_every": 0,
+            "train.checkpoint_every": steps,
         }
         AcceleratorState._reset_state()  # a study's variants can differ in precision
         torch.compiler.reset()
         with suppress(_Enough):
             Trainer(override(experiment, keys), callbacks=[clock]).run()
         AcceleratorState._reset_state()
-    first = min(STEPS, len(clock.times) // 2)
+    first = min(STEPS, len(clock.times) // 2) - 1
     return (clock.times[-1] - clock.times[first]) / (len(clock.times) - 1 - first)
 
 
-def seconds_of_pass(experiment: Experiment, precision: str, sampler: str) -> float:
-    """Of an image through the network, while sampling many at once."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def seconds_of_image(experiment: Experiment, settings: SamplingSettings, precision: str) -> float:
+    """Of a sampled image, by a few of its steps, many images at once."""
+    device, count = ("cuda", 64) if torch.cuda.is_available() else ("cpu", 16)
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
     pipeline.unet.to(getattr(torch, precision))
-    classes = None if experiment.model.num_classes is None else (0,)
-    adapted, count = adapt_pipeline(pipeline, SamplingSettings(sampler, SAMPLER_STEPS, classes)), IMAGES_AT_ONCE[device]
-    return _second_time(lambda: list(generate(adapted, range(count), batch_size=count))) / (count * SAMPLER_STEPS)
+    few = replace(settings, steps=min(settings.steps, SAMPLER_STEPS))
+    adapted = adapt_pipeline(pipeline, few)
+    seconds = _second_time(lambda: list(generate(adapted, range(count), batch_size=count)))
+    return seconds / count * settings.steps / few.steps
 
 
 def seconds_of_features(protocol: EvalProtocol, experiment: Experiment) -> float:

@@ -19,7 +19,6 @@ from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
 from dia_diffusion.sweeps.collect import Inventory, Measured, Point, training_cost
 from dia_diffusion.sweeps.figures import draw_curves_of_study, draw_final_distances
-from dia_diffusion.sweeps.plan import compare_with_plan, read_plan
 from dia_diffusion.sweeps.stats import LEVEL, Row, summarize
 from dia_diffusion.sweeps.sweep import Study
 from dia_diffusion.sweeps.table import notes as table_notes
@@ -167,7 +166,6 @@ def _to_dict(results: Results) -> dict[str, Any]:
     study, curve, final = results.inventory.study, results.curve, results.final
     training = sum(row.seconds.mean * row.seconds.count for row in results.rows if row.seconds)
     measuring = curve.seconds + (final.seconds if final and final.protocol != curve.protocol else 0.0)
-    plan = read_plan(study)
     return {
         "study": study.name,
         "recipe": study.config.recipe,
@@ -176,7 +174,6 @@ def _to_dict(results: Results) -> dict[str, Any]:
         "runs_planned": len(study.runs),
         "runs_trained": results.trained,
         "level": LEVEL,
-        "plan": plan and plan.model_dump() | {"taken": compare_with_plan(plan, results.inventory)},
         "seconds": {"training": round(training, 1), "measuring": round(measuring, 1)},  # of all runs together
         "protocol": curve.to_dict(),
         "final_protocol": final.to_dict() if final else None,

@@ -223,17 +223,17 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
-    adapt_pipeline(pipeline, settings or _settings(experiment))
+    adapt_pipeline(pipeline, settings or sampling_settings(experiment))
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
     """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
-    adapted, seeds = adapt_pipeline(pipeline, _settings(experiment)), range(experiment.samples.count)
+    adapted, seeds = adapt_pipeline(pipeline, sampling_settings(experiment)), range(experiment.samples.count)
     images = torch.cat([images for _, images in generate(adapted, seeds)])
     save_grid(images, path, adapted.settings.grid_columns(seeds))
 
 
-def _settings(experiment: Experiment) -> SamplingSettings:
+def sampling_settings(experiment: Experiment) -> SamplingSettings:
     samples = experiment.samples
     return SamplingSettings(samples.sampler, samples.steps, guidance_scale=samples.guidance_scale)
 

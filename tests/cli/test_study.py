@@ -4,15 +4,16 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from dia_diffusion.cli.curves import names_study
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import FolderLock, sha256_of_file
-from dia_diffusion.sweeps.plan import threads
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.trainer import Trainer
 from tests.processes import Child, wait_for
@@ -68,10 +69,10 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
     shown = capfd.readouterr().out
     assert "2 of 2 runs to train or to measure, 2 at a time" in shown and "FD(digits)" in shown
     assert "resuming from step 7" in (first / "train.log").read_text()
-    with threads(1):
-        for run in read_study(study, output=str(tmp_path / "unstopped")).runs:
-            Trainer(run.experiment, Recorder()).run()
-            assert sha256_of_file(tmp_path / "out" / run.name / WEIGHTS) == sha256_of_file(run.folder / WEIGHTS)
+    torch.set_num_threads(1)
+    for run in read_study(study, output=str(tmp_path / "unstopped")).runs:
+        Trainer(run.experiment, Recorder()).run()
+        assert sha256_of_file(tmp_path / "out" / run.name / WEIGHTS) == sha256_of_file(run.folder / WEIGHTS)
         records = read_records(tmp_path / "out" / run.name / "evaluations.jsonl")
         assert [(record.step, record.protocol_name) for record in records] == [(50, "quick"), (100, "quick")]
     made = {path.name for path in (tmp_path / "out").iterdir()}
@@ -88,6 +89,14 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
     (tmp_path / "quick.yaml").write_text(PROTOCOL.replace("70", "71"))
     assert main(["curves", study]) == 2
     assert "records of a protocol quick with other settings" in capfd.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Gives back the threads that a test sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_plan_trains_nothing_and_is_kept(study: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

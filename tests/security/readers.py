@@ -28,7 +28,6 @@ from dia_diffusion.sampling.writers import open_folder
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
-from dia_diffusion.sweeps.plan import Group, Plan, read_plan, write_plan
 from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.sweeps.trials import finished, make_trial
@@ -152,15 +151,6 @@ def study(folder: Path) -> Any:
     return read_study(str(folder / "s.yaml"))
 
 
-def plan(folder: Path) -> Reader:
-    read = study(folder)
-    group = Group(**{**dict.fromkeys(Group.model_fields, 1), "unit": "none"})
-    text = dict.fromkeys(("study", "time", "measured_on"), "a text")
-    write_plan(read, Plan(**{**dict.fromkeys(Plan.model_fields, 1), **text, "groups": [group]}))
-    assert read_plan(read) is not None
-    return Reader(read.folder / "plan.json", lambda: read_plan(read))
-
-
 def known_floors(folder: Path) -> Reader:
     read = study(folder)
     floor = {"settings_hash": "a", "floor": {"distance": 1.0, "images": "some"}}
@@ -242,7 +232,6 @@ LENIENT: dict[str, Callable[[Path], Reader]] = {
     "last line of metrics": within(run, "metrics.jsonl", lambda place: logged_step(place / "metrics.jsonl")),
     "environment on a page": within(run_with_environment, "environment.json", run_page),
     "training of a classifier": within(classifier, "training.json", load_classifier),
-    "plan of a study": plan,
     "floors of a study": known_floors,
     "features that are finished": features_finished,
     "images that are kept": kept_images,

@@ -1,26 +1,19 @@
-"""Estimates: the schedule against brute force, and a measured step against the trainer's own log."""
+"""Estimates: sums over the runs, and a measured step against the trainer's own log."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dia_diffusion.sweeps.plan import seconds_of_pass, seconds_of_step, threads, wall_seconds
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.sampling.samplers import SamplingSettings
+from dia_diffusion.sweeps.plan import seconds_of_image, seconds_of_step
+from dia_diffusion.training import trainer
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
-
-
-@pytest.mark.parametrize("side_by_side", [1, 2, 3])
-def test_wall_time_is_that_of_a_queue(side_by_side: int) -> None:
-    jobs = [5, 1, 4, 2, 7, 3]
-    waiting, running, clock = list(jobs), [], 0
-    while waiting or running:  # second by second
-        while waiting and len(running) < side_by_side:
-            running.append(waiting.pop(0))
-        clock += 1
-        running = [left - 1 for left in running if left > 1]
-    assert wall_seconds(jobs, side_by_side) == clock
 
 
 def test_a_step_takes_what_the_log_of_a_run_says(
@@ -41,14 +34,39 @@ def test_a_step_takes_what_the_log_of_a_run_says(
     assert rates == [8 / 0.5] * 6
 
 
-def test_classes_and_precision_are_measured_too(tiny: Callable[..., Experiment]) -> None:
+def test_the_run_that_is_timed_is_compiled_like_the_planned_one_and_saves_nothing(
+    tiny: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, int]] = []
+
+    def compiled(model: torch.nn.Module, setting: Any, max_steps: int, *_: Any, **__: Any) -> torch.nn.Module:
+        asked.append((setting, max_steps))
+        return model
+
+    def save(self: Trainer, *_: Any, **__: Any) -> None:
+        pytest.fail("a checkpoint was written while steps were timed")
+
+    monkeypatch.setattr(trainer, "compiled", compiled)
+    monkeypatch.setattr(Trainer, "save_checkpoint", save)
+    options = ("--train.max_steps", "6000", "--train.compile", "auto", "--train.checkpoint_every", "3")
+    seconds_of_step(tiny("run", *options, "--model.num_classes", "10", "--data.label_dropout", "0.1"))
+    assert asked == [("auto", 6000)]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_images_are_drawn_as_the_settings_say(
+    guidance: float, tiny: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[dict[str, Any]] = []
+    draw = UViTPipeline.__call__
+
+    def call(self: UViTPipeline, **options: Any) -> Any:
+        calls.append(options | {"dtype": self.unet.dtype})
+        return draw(self, **options)
+
+    monkeypatch.setattr(UViTPipeline, "__call__", call)
     experiment = tiny("run", "--model.num_classes", "10", "--data.label_dropout", "0.1")
-    assert seconds_of_step(experiment) > 0
-    assert seconds_of_pass(experiment, "bfloat16", "euler-maruyama") > 0
-
-
-def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
-    with threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
+    seconds_of_image(experiment, SamplingSettings("euler-maruyama", 50, (3,), guidance), "bfloat16")
+    for options in calls:
+        assert (options["dtype"], options["guidance_scale"]) == (torch.bfloat16, guidance)
+        assert options["num_inference_steps"] == 8 and set(options["class_labels"]) == {3}

@@ -12,9 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
-from dia_diffusion.io import step_name
 from dia_diffusion.sweeps.collect import measured, scan, training_seconds
-from dia_diffusion.sweeps.plan import Group, Plan, write_plan
 from dia_diffusion.sweeps.results import floor_of, results_of, write_results
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.run_folder import RunFolder
@@ -67,24 +65,6 @@ def test_writes_figures_points_and_tables(tmp_path):
     assert "for the study's 2 and 2 tests" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in tables[:6]}) == 1
-
-
-def test_a_plan_is_kept_beside_what_it_took(tmp_path):
-    study = make_study(tmp_path, seeds=[0, 1], units=["none"], batch_sizes=[8])
-    add_records(study, distance)
-    add_metrics(study, lambda run: 60)
-    for run in study.runs:
-        for step in run.steps:
-            (RunFolder(run.folder).pipelines / step_name(step)).mkdir(parents=True)
-    group = Group(**{**dict.fromkeys(Group.model_fields, 50), "unit": "none", "batch_size": 8, "runs": 2})
-    text = dict.fromkeys(("study", "time", "measured_on"), "a text")
-    write_plan(study, Plan(**{**dict.fromkeys(Plan.model_fields, 1), **text, "groups": [group]}))
-    write_results(results_of(scan(study)))
-    plan = json.loads((study.folder / "results.json").read_text())["plan"]
-    assert plan["groups"][0]["training_seconds"] == 50
-    (taken,) = plan["taken"]
-    assert (taken["planned_training"], taken["training"]) == (50, pytest.approx(120))
-    assert (taken["planned_evaluation"], taken["evaluation"]) == (50, pytest.approx(6 * 1.25))
 
 
 def test_until_the_final_protocol_is_used_the_curve_tells_the_end(tmp_path):
