@@ -7,7 +7,6 @@ is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %). Elemen
 the last block's time token, are counted, and only mean and deviation include them.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -86,7 +85,7 @@ def gradients_at(modules: Sequence[nn.Module], called: Callable[[int, Tensor], N
 
 def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
     """A record per block in order of execution: its name, its stage's, whether it ends the stage, and its gradients."""
-    model = copy.deepcopy(model).requires_grad_(True).train()  # BatchNorm's statistics move in training mode
+    model.requires_grad_(True).train()
     stages = stages_of(model)
     blocks = [(stage.name, name, name == stage.blocks[-1]) for stage in stages for name in stage.blocks]
     magnitudes = [Magnitudes() for _ in blocks]

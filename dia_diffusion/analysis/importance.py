@@ -25,11 +25,11 @@ from torch import nn
 
 from dia_diffusion.analysis.analysis import Analysis, Record
 from dia_diffusion.analysis.attention_maps import MapMoments, map_stream, measure_maps
-from dia_diffusion.analysis.correlation import CONSTANT
+from dia_diffusion.analysis.correlation import CONSTANT, VARIANTS
 from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import attended_stages
+from dia_diffusion.figures import block_axis
 
-VARIANTS = ("maps", "centred")
 TREES = 100
 MIN_LEAF = 5  # samples: a leaf of fewer learns the noise
 LEAST_R2 = 0.2  # below which an importance is not a finding
@@ -150,8 +150,8 @@ def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, A
         score = "constant" if row["r2"] is None else f"$R^2$ {row['r2']:.2f}"
         axes.text(count - 0.4, index, score, va="center", fontsize="small", color="black" if believed else "0.5")
         for place, value in enumerate(row["importance"] if believed and count <= 8 else []):
-            colour = "black" if value > 0.6 else "white"
-            axes.text(place, index, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour)
+            color = "black" if value > 0.6 else "white"
+            axes.text(place, index, f"{value:.2f}", ha="center", va="center", fontsize="small", color=color)
     _name_blocks(axes.xaxis, blocks[:-1])
     _name_blocks(axes.yaxis, blocks[1:])
     for side in ("top", "right"):
@@ -162,8 +162,8 @@ def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, A
 
 def _name_blocks(axis: XAxis | YAxis, names: Sequence[str]) -> None:
     """Names the blocks at 0, 1, ...; of more than 12 every second, third, ... one."""
-    every = range(0, len(names), -(-len(names) // 12))
-    labels = [names[place] for place in every]
+    ticks = block_axis(names).ticks or {}
+    every, labels = [*ticks], [*ticks.values()]
     turned = axis.axis_name == "x" and len(labels) > 5 and max(map(len, labels)) > 3
     axis.set_ticks(every, labels, rotation=90 if turned else 0)
 

@@ -30,7 +30,7 @@ from dia_diffusion.training.classification import labelled_batch, with_files
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import command_of, read_experiment
 from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.training.ssia import without_heads
 
@@ -347,7 +347,7 @@ def open_run(path: str | Path, device: torch.device | None = None) -> TrainedRun
     if not config.is_file():
         raise InputError(f"a run must be a folder that `dia-diffusion train` or `classify` has written, got {path}")
     recipe = read_yaml(config, "recipe", "data, model, train")
-    return DiffusionRun(path, device) if "noise" in recipe else ClassifierRun(path, device)
+    return DiffusionRun(path, device) if command_of(recipe) == "train" else ClassifierRun(path, device)
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ PARTS is the table of analyses: the options of each, and the module that has its
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -48,8 +49,7 @@ class ImageOptions(RunOptions):
         """What the analysis goes over."""
         from dia_diffusion.analysis.run import Coverage
 
-        samples = self.samples if isinstance(self, ImportanceOptions) else 0
-        return Coverage(self.images, self.times, self.seed, progress=progress, num_samples=samples)
+        return Coverage(self.images, self.times, self.seed, progress=progress)
 
 
 class MapsOptions(ImageOptions):
@@ -65,6 +65,9 @@ class ImportanceOptions(ImageOptions):
 
     samples: int = Field(20_000, ge=100)
     """To fit each forest on, and as many to score it on."""
+
+    def over(self, progress: Callable[[int], None]) -> "Coverage":
+        return replace(super().over(progress), num_samples=self.samples)
 
 
 class AblationsOptions(ImageOptions):

@@ -24,7 +24,7 @@ from dia_diffusion.report.tables import (
     results_table,
     shared_recipe,
 )
-from dia_diffusion.sweeps.collect import scan, training_seconds
+from dia_diffusion.sweeps.collect import last_logged_step, scan, training_seconds
 from dia_diffusion.sweeps.figures import curve_panels, final_panel, twins
 from dia_diffusion.sweeps.results import results_of
 from dia_diffusion.sweeps.sweep import STUDY_FILE, Run, Study, read_study, study_path
@@ -66,8 +66,11 @@ class RunData:
 
     @property
     def step(self) -> int:
-        """0 before the first step that was logged."""
-        return self.metrics[-1]["step"] if self.metrics else 0
+        """The last one of a finished run, else the last one that was logged; 0 before that."""
+        logged = self.metrics[-1]["step"] if self.metrics else 0
+        return (
+            self.experiment.train.max_steps if self.metrics and logged >= last_logged_step(self.experiment) else logged
+        )
 
     @property
     def steps(self) -> str:

@@ -1,7 +1,7 @@
 """Test accuracies of trained classifiers over seeds, with Student's test against a baseline (Tables III to XIII)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list
     if not any(_is(baseline, row.unit) for row in rows):
         raise InputError(f"`--baseline` must be one of {', '.join(_units(results))}, got {baseline!r}")
     adjusted = holm([row.p for row in rows])
-    return [Row(**{**vars(row), "p_holm": p}) for row, p in zip(rows, adjusted, strict=True)]
+    return [replace(row, p_holm=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> list[Row]:

@@ -14,6 +14,7 @@ from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.precision import Precision
 from dia_diffusion.sweeps.sweep import Run, Study, resolve_precision
 from dia_diffusion.training.checkpoint import newest_state
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 
@@ -194,11 +195,16 @@ class Cost:
 def training_cost(run: Run) -> Cost | None:
     """The cost of a run's training by its metrics.jsonl; None while it isn't finished."""
     file = RunFolder(run.folder).metrics
-    lines, log_every = read_metrics(file) if file.is_file() else [], run.experiment.train.log_every
-    if not lines or lines[-1]["step"] < run.max_steps // log_every * log_every:
+    lines = read_metrics(file) if file.is_file() else []
+    if not lines or lines[-1]["step"] < last_logged_step(run.experiment):
         return None
     memory = [line["peak_memory_mib"] for line in lines if line.get("peak_memory_mib") is not None]
     return Cost(training_seconds(lines), max(memory, default=None))
+
+
+def last_logged_step(experiment: Experiment) -> int:
+    """The last step of a finished run that has a line in metrics.jsonl."""
+    return experiment.train.max_steps // experiment.train.log_every * experiment.train.log_every
 
 
 def training_seconds(lines: Iterable[dict[str, Any]]) -> float:

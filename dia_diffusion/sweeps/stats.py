@@ -241,11 +241,11 @@ def summarize(
                 planned_seeds=sorted(run.seed for run in own),
                 seeds=list(final),
                 curve_seeds=list(curve.by_seed),
-                final=_estimate(final.values()),
-                best=_estimate(min(distances) for distances in curve.by_seed.values()),
-                mean_along=_estimate(value for value in along if value is not None),
+                final=estimate_if_any(final.values()),
+                best=estimate_if_any(min(distances) for distances in curve.by_seed.values()),
+                mean_along=estimate_if_any(value for value in along if value is not None),
                 comparison=None if unit == BASELINE else _compare(final, finals[BASELINE]),
-                seconds=_estimate(one.seconds for one in cost.values()),
+                seconds=estimate_if_any(one.seconds for one in cost.values()),
                 time_ratio=None if unit == BASELINE else _time_ratio(cost, paid[BASELINE]),
                 peak_memory_mib=max(memory, default=None),
             )
@@ -269,7 +269,8 @@ def _time_ratio(unit: Mapping[int, Cost], twin: Mapping[int, Cost]) -> float | N
     return sum(unit[seed].seconds for seed in shared) / below if below else None
 
 
-def _estimate(values: Iterable[float]) -> Estimate | None:
+def estimate_if_any(values: Iterable[float]) -> Estimate | None:
+    """`estimate`, or None of no values."""
     values = list(values)
     return estimate(values) if values else None
 

@@ -36,7 +36,7 @@ from dia_diffusion.reading import read_json_object
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sweeps.collect import measured
 from dia_diffusion.sweeps.launcher import Job, Progress, run_jobs
-from dia_diffusion.sweeps.stats import estimate
+from dia_diffusion.sweeps.stats import estimate_if_any
 from dia_diffusion.sweeps.sweep import Run, resolve_precision
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.checkpoint import newest_state
@@ -392,6 +392,7 @@ def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for (variant, unit, rate), group in groups.items():
         losses = [result["held_out_loss"] for result in group if result["outcome"] == TRAINED]
+        found = estimate_if_any(losses)
         rows.append(
             {
                 "variant": variant,
@@ -400,8 +401,8 @@ def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "seeds": len(group),
                 "outcomes": [result["outcome"] for result in group],
                 "not_finite_at": sorted(r["not_finite_at"] for r in group if r["outcome"] == NOT_FINITE),
-                "held_out_loss": estimate(losses).mean if losses else None,
-                "half_width": estimate(losses).half_width if losses else None,
+                "held_out_loss": found.mean if found else None,
+                "half_width": found.half_width if found else None,
             }
         )
     return rows
@@ -420,7 +421,7 @@ def summarize_placement(results: Sequence[Result], num_layers: int) -> list[dict
         for key in ("held_out_loss", "distance"):
             values = [result[key] for result in trained if result.get(key) is not None]
             row[key] = values
-            row[f"{key}_mean"] = estimate(values).mean if values else None
-            row[f"{key}_half_width"] = estimate(values).half_width if values else None
+            found = estimate_if_any(values)
+            row |= {f"{key}_mean": found and found.mean, f"{key}_half_width": found and found.half_width}
         rows.append(row)
     return rows

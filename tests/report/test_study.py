@@ -15,9 +15,11 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.report.page import render
-from dia_diffusion.report.subjects import page_of
+from dia_diffusion.report.subjects import page_of, study_page
 from dia_diffusion.sweeps.sweep import STUDY_FILE, Study, read_study, write_study
+from dia_diffusion.training.run_folder import RunFolder
 from tests.report.conftest import Parsed, parse, write_run_of
+from tests.sweeps.measured_studies import make_study
 from tests.training.conftest import TINY
 
 UNITS, SIZES, SEEDS = ["none", "dia-lstm"], [4, 8], [0, 1, 2]
@@ -145,3 +147,13 @@ def test_a_study_that_has_hardly_begun_has_a_page(study: Study, measure) -> None
     page = page_about(study.folder)
     assert f"1 of {len(study.runs)}" in page.text and "none yet" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
+
+
+def test_a_run_between_two_lines_of_its_log_is_trained(tmp_path: Path) -> None:
+    """Of 620 steps, logged every 50, the last line is of step 600."""
+    study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0], steps=620)
+    (run,) = study.runs
+    assert run.experiment.train.log_every == 50
+    for step, trained in ((550, "0 of 1"), (600, "1")):
+        RunFolder(run.folder).log_metrics({"step": step, "images": 8 * step, "images_per_second": 100.0})
+        assert study_page(study).facts["runs trained"] == trained
