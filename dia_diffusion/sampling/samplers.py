@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.errors import InputError, first_line, one_line
@@ -177,9 +178,12 @@ def prediction_converter(
         return None
     ratios = ((1 - wanted.alphas_cumprod) / wanted.alphas_cumprod).sqrt()  # sigma / alpha at whole timesteps
 
+    @cache  # one copy to the device for all steps
+    def ratios_on(device: "torch.device", dtype: "torch.dtype") -> "Tensor":
+        return ratios.to(device, dtype)
+
     def convert(prediction: "Tensor", sample: "Tensor", timestep: "Tensor") -> "Tensor":
-        below = timestep.long()
-        table = ratios.to(sample)
+        below, table = timestep.long(), ratios_on(sample.device, sample.dtype)
         ratio = torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(sample))
         alpha = (1 + ratio**2).rsqrt()
         return convert_prediction(prediction, sample, alpha, alpha * ratio, theirs, ours)
