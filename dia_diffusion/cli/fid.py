@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
-from rich.table import Table
 
 from dia_diffusion.cli.console import ConsoleProgress, console
 from dia_diffusion.cli.options import Metavar, Positional, flag, refuse_both, spell
@@ -26,6 +25,7 @@ from dia_diffusion.cli.shared_options import (
 from dia_diffusion.errors import InputError, Stopped, number_of
 from dia_diffusion.io import shipped_names
 from dia_diffusion.progress import Progress
+from dia_diffusion.tables import Table
 from dia_diffusion.validation import describe_error
 
 if TYPE_CHECKING:
@@ -353,41 +353,26 @@ def _measuring(progress: Progress) -> Any:
 
 def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> None:
     """A table of distances, and one of the other metrics that were asked for; each record has them."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol"):
-        table.add_column(name, justify="right" if name in ("step", "distance", "images", "seconds") else "left")
+    columns = ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol")
+    rows = []
     for record in records:
         protocol = record.protocol
         sampler = "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps"
         count = None if protocol.reference_count is None else f"{protocol.reference_count:,}"
         reference = ", ".join(filter(None, (protocol.reference, protocol.reference_split, count)))
         interval = "" if record.low is None else f" [{record.low:.3f}, {record.high:.3f}]"
-        table.add_row(
-            *_place(record),
-            record.metric,
-            f"{record.distance:.3f}{interval}",
-            f"{protocol.num_samples:,}",
-            reference,
-            sampler,
-            f"{record.seconds:.1f}",
-            " ".join(filter(None, (record.protocol_name, record.protocol_hash()[:8]))),
-        )
-    console.print(table)
+        cells = [*_place(record), record.metric, f"{record.distance:.3f}{interval}", f"{protocol.num_samples:,}"]
+        named = " ".join(filter(None, (record.protocol_name, record.protocol_hash()[:8])))
+        rows.append([*cells, reference, sampler, f"{record.seconds:.1f}", named])
+    console.print(Table(columns, rows, left=("source", "metric", "reference", "sampler", "protocol")).to_rich())
     if names := asked.metric_labels(records[0].protocol.features):
-        console.print(_metrics_table(records, names))
+        rows = [[*_place(record), *(_number(record, name) for name in names)] for record in records]
+        console.print(Table(("source", "step", *names), rows, left=("source",)).to_rich())
 
 
-def _metrics_table(records: "list[EvaluationRecord]", names: list[str]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("source", "step", *names):
-        table.add_column(name, justify="left" if name == "source" else "right")
-    for record in records:
-        values = []
-        for name in names:
-            deviation = record.metrics.get(f"{name} std")
-            values.append(f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}"))
-        table.add_row(*_place(record), *values)
-    return table
+def _number(record: "EvaluationRecord", name: str) -> str:
+    deviation = record.metrics.get(f"{name} std")
+    return f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def _place(record: "EvaluationRecord") -> tuple[str, str]:

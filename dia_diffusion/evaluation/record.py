@@ -114,7 +114,7 @@ class EvaluationRecord(Origin):
     standard_error: float | None = None
     """The standard deviation of the resampled distances."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Other numbers from the same images, as `KD(digits)`, see `compute_metrics`."""
+    """Other numbers from the same images, as `KD(digits)`, of rows of `METRICS`."""
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
     protocol_name: str | None = None
