@@ -149,7 +149,7 @@ def _seeds(counts: Mapping[str, int]) -> str:
 def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
     """Draws grids (title -> file) in a row."""
     panels = [Panel([Picture(read_image(grid, str(grid)))], title, frame=False) for title, grid in grids.items()]
-    save_figure(Figure([panels], (4 * len(grids), 4.2)), path, dpi=160)
+    save_figure(Figure([panels], (4 * len(grids), 4.4)), path, dpi=160)
 
 
 def twins(study: Study, batch_size: int, has_grids: Callable[[Run], bool]) -> list[Run]:

@@ -10,7 +10,13 @@ from PIL import Image
 from dia_diffusion.figures import Figure, Panel, Series
 from dia_diffusion.plotting import render
 from dia_diffusion.sweeps.collect import Point
-from dia_diffusion.sweeps.figures import curve_panels, draw_curves_of_study, draw_final_distances, final_panel
+from dia_diffusion.sweeps.figures import (
+    curve_panels,
+    draw_curves_of_study,
+    draw_final_distances,
+    draw_grids,
+    final_panel,
+)
 
 UNITS = ["none", "dia-lstm"]
 BETTER = {"none": 0.0, "dia-lstm": 1.0}
@@ -92,3 +98,12 @@ def test_any_number_of_batch_sizes_is_drawn(tmp_path: Path, sizes: list[int], in
     draw_final_distances(points(sizes, steps=[200]), UNITS, tmp_path / "final.png", **how)
     assert Image.open(tmp_path / "curves.png").width == round(200 * inches)
     assert Image.open(tmp_path / "final.png").width == 1280
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_nothing_of_grids_is_cut_off_at_the_edges(count: int, tmp_path: Path) -> None:
+    Image.new("RGB", (578, 578)).save(tmp_path / "grid.png")
+    draw_grids({f"UViT {index}, jÉ": tmp_path / "grid.png" for index in range(count)}, tmp_path / "drawn.png")
+    drawn = np.asarray(Image.open(tmp_path / "drawn.png").convert("L"))
+    for edge in (drawn[:3], drawn[-3:], drawn[:, :3], drawn[:, -3:]):
+        assert edge.min() == 255
