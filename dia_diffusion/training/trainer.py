@@ -166,7 +166,7 @@ class Trainer:
         if checkpoint is not None:
             if self.ema is not None:
                 self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)
-            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
+            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.model)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["grad_scaler"])
 
@@ -344,7 +344,7 @@ class Trainer:
             tensors={
                 "model": self.model.state_dict(),
                 **({} if average is None else {"ema": average}),
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.model),
             },
             state={
                 **self.origin(),
