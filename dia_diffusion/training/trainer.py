@@ -45,8 +45,9 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.ema import EMA
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
-from dia_diffusion.training.optimizer import EMA, learning_rate
+from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
 from dia_diffusion.training.run_folder import RunFolder, check_new_run, check_resumed_run, check_shared
 from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
