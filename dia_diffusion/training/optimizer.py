@@ -47,6 +47,8 @@ def learning_rate(
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return peak * (1 - progress)
+    if config.schedule == "warmup-stable-decay":
+        return peak * min(1.0, (max_steps - step) / (config.decay_fraction * max_steps))
     if config.schedule == "steps":
         return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)
     return peak
@@ -60,9 +62,16 @@ def reference_steps(config: TrainConfig) -> float:
 def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
     """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
 
-    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 likewise where the recipe says so.
+    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 and Muon's momentum likewise where the
+    recipe says so.
     """
     steps = reference_steps(train)
     beta1, beta2 = config.betas
-    betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
-    return config.model_copy(update={"betas": list(betas), "warmup_steps": round(config.warmup_steps / steps)})
+    momentum_steps = steps if config.beta1_in_images else 1.0
+    return config.model_copy(
+        update={
+            "betas": [beta1**momentum_steps, beta2**steps],
+            "muon_momentum": config.muon_momentum**momentum_steps,
+            "warmup_steps": round(config.warmup_steps / steps),
+        }
+    )

@@ -177,7 +177,7 @@ class Trainer:
             for kept, average in self.averages.items():
                 tensors = checkpoint.tensors["averages"]
                 average.load([tensors[f"{kept}/{name}"] for name in self.names], self.step)
-            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
+            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.model)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["grad_scaler"])
 
@@ -364,7 +364,7 @@ class Trainer:
                 "model": self.model.state_dict(),
                 **({} if average is None else {"ema": average}),
                 **({"averages": further} if further else {}),
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.model),
             },
             state={
                 **self.origin(),
