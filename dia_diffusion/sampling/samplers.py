@@ -160,6 +160,30 @@ def build_scheduler(
         raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
 
 
+def noise_ratio(scheduler: "SchedulerMixin") -> "Callable[[Tensor], Tensor]":
+    """sigma / alpha by timestep: a function of the scheduler's timesteps, of any shape, float32 on their device.
+
+    Raises InputError: a scheduler that doesn't say its process.
+    """
+    import torch
+
+    from dia_diffusion.noise import NUM_TIMESTEPS, vp_log_alpha_bar
+    from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
+
+    if isinstance(scheduler, EulerMaruyamaScheduler):
+        return lambda timestep: torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(f"the scheduler must give alphas_cumprod, got a {type(scheduler).__name__}")
+    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # at whole timesteps
+    ratios_on = cache(ratios.to)  # one copy to the device for all steps
+
+    def ratio(timestep: "Tensor") -> "Tensor":
+        below, table = timestep.long(), ratios_on(timestep.device)
+        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(table))
+
+    return ratio
+
+
 def prediction_converter(
     given: "SchedulerMixin", wanted: "SchedulerMixin"
 ) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
@@ -169,22 +193,15 @@ def prediction_converter(
         given: the pipeline's scheduler, whose config says what the network predicts.
         wanted: the sampler's, of the same process.
     """
-    import torch
-
     from dia_diffusion.noise import convert_prediction
 
     theirs, ours = (scheduler.config.get("prediction_type") for scheduler in (given, wanted))
     if theirs is None or ours is None or theirs == ours:
         return None
-    ratios = ((1 - wanted.alphas_cumprod) / wanted.alphas_cumprod).sqrt()  # sigma / alpha at whole timesteps
-
-    @cache  # one copy to the device for all steps
-    def ratios_on(device: "torch.device", dtype: "torch.dtype") -> "Tensor":
-        return ratios.to(device, dtype)
+    ratio_at = noise_ratio(wanted)
 
     def convert(prediction: "Tensor", sample: "Tensor", timestep: "Tensor") -> "Tensor":
-        below, table = timestep.long(), ratios_on(sample.device, sample.dtype)
-        ratio = torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(sample))
+        ratio = ratio_at(timestep)
         alpha = (1 + ratio**2).rsqrt()
         return convert_prediction(prediction, sample, alpha, alpha * ratio, theirs, ours)
 

@@ -16,6 +16,7 @@ from dia_diffusion.sampling.samplers import (
     SamplingSettings,
     build_scheduler,
     check_steps,
+    noise_ratio,
 )
 from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
 
@@ -91,6 +92,15 @@ def test_predictions_that_a_scheduler_does_not_take_are_converted(given, taken, 
     with pytest.raises(InputError, match=f"`prediction_type` must be one of {taken} for one-type, got '{given}'"):
         build_scheduler("one-type", vp_scheduler(given))  # no one converts for a scheduler alone
     torch.testing.assert_close(typed_images(given, "one-type"), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_ratio_is_sigma_over_alpha(name):
+    scheduler = build_scheduler(name, vp_scheduler())
+    check_steps(scheduler, 50)
+    timesteps = scheduler.timesteps[scheduler.timesteps > 5]  # below, betas differ from the process in closed form
+    alpha, sigma = NoiseProcess().process.alpha_sigma(timesteps)
+    torch.testing.assert_close(noise_ratio(scheduler)(timesteps).double(), sigma / alpha, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
