@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.sampling.samplers import noise_ratio, prediction_converter
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -62,6 +63,8 @@ class UViTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guide: "UViTPipeline | None" = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
@@ -70,7 +73,8 @@ class UViTPipeline(DiffusionPipeline):
             generator: one, or a list with one per image: then image k depends on generator k alone.
             num_inference_steps: steps of the scheduler.
             class_labels: one class for all images, or one per image; None draws from the model's null label.
-            guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none.
+            guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none. With a
+                `guide`, guide + scale (own - guide).
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float32 (B, C, H, W) in [0, 1]) or
                 "latent" (the last sample, (B, C, H, W), neither decoded nor clipped).
             return_dict: False returns a tuple.
@@ -78,11 +82,16 @@ class UViTPipeline(DiffusionPipeline):
                 returned "latents" replaces it.
             callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
             latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
+            guidance_interval: (low, high) guides only where low < sigma / alpha <= high (Kynkaanniemi et al. 2024,
+                arXiv 2404.07724); elsewhere a step costs what it does without guidance. None guides everywhere.
+            guide: a pipeline for autoguidance (Karras et al. 2024, arXiv 2406.02507), such as one of an earlier step or
+                of a smaller network. It gets the same labels, and takes the place of the null label. It has the same
+                noise process, shape and classes, and may predict something else.
 
         Raises:
             InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels,
-                guidance or steps out of range, an unknown output type, latents of another shape, or arguments for
-                different numbers of images.
+                guidance or steps out of range, an unknown output type, latents of another shape, arguments for
+                different numbers of images, or a guide that doesn't fit.
         """
         labels = _as_labels(class_labels, self.unet.num_classes)
         batch_size = _batch_size(batch_size, labels, generator, latents)
@@ -93,12 +102,14 @@ class UViTPipeline(DiffusionPipeline):
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             given = list(callback_on_step_end_tensor_inputs)
             raise InputError(f"`callback_on_step_end_tensor_inputs` must be latents or none, got {given}")
+        check_guidance(guidance_scale, guidance_interval, guide is not None)
+        if guide is not None:
+            check_guide(self, guide)
         self._guidance_scale, self._interrupt = guidance_scale, False
         if labels is not None:
             labels = labels.expand(batch_size).to(self._execution_device)
-        self._check_guidance(labels)
-        size = self.unet.sample_size
-        shape = (batch_size, self.unet.in_channels, *((size, size) if isinstance(size, int) else size))
+        self._check_guidance(labels, guide)
+        shape = (batch_size, *_sample_shape(self.unet))
         device, dtype = self._execution_device, self.unet.dtype
         # The sampler's own arithmetic stays float32; only the network runs in the pipeline's dtype.
         sample_dtype = torch.promote_types(dtype, torch.float32)
@@ -114,21 +125,30 @@ class UViTPipeline(DiffusionPipeline):
         sample = latents.to(device, sample_dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
+        guided = self._guided_timesteps(guidance_interval)
+        convert_guide = None if guide is None else prediction_converter(guide.scheduler, self.scheduler)
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
             x_t = scale_model_input(sample, timestep)
-            prediction = self._predict(x_t.to(dtype), timestep, labels, self.guidance_scale).to(sample_dtype)
+            scale = self.guidance_scale if guided[index] else 1.0
+            null_scale = scale if guide is None else 1.0
+            prediction = self._predict(x_t.to(dtype), timestep, labels, null_scale).to(sample_dtype)
             if self.convert_prediction is not None:
                 prediction = self.convert_prediction(prediction, x_t, timestep)
+            if guide is not None and scale != 1:
+                theirs = guide._predict(x_t.to(guide.unet.dtype), timestep, labels, 1.0).to(sample_dtype)
+                if convert_guide is not None:
+                    theirs = convert_guide(theirs, x_t, timestep)
+                prediction = _guide(prediction, theirs, scale, self.unet.in_channels)
             noise = _step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, index, timestep, tensors)
                 sample = (returned or {}).get("latents", sample)
-                self._check_guidance(labels)
+                self._check_guidance(labels, guide)
 
         output: Any = sample if output_type == "latent" else self._to_images(sample)
         if output_type in ("np", "pil"):
@@ -136,6 +156,8 @@ class UViTPipeline(DiffusionPipeline):
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         self.maybe_free_model_hooks()
+        if guide is not None:
+            guide.maybe_free_model_hooks()
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     def _to_images(self, sample: Tensor) -> Tensor:
@@ -150,9 +172,7 @@ class UViTPipeline(DiffusionPipeline):
             null = torch.full_like(labels, self.unet.num_classes)
             both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
             unconditional, conditional = both.chunk(2)
-            guided = (unconditional + guidance_scale * (conditional - unconditional))[:, :channels]
-            # What a network predicts beyond the image's channels, as a variance, is not guided.
-            prediction = torch.cat([guided, conditional[:, channels:]], dim=1)
+            prediction = _guide(conditional, unconditional, guidance_scale, channels)
         # Of all schedulers, only DDPM's uses a predicted variance.
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
@@ -160,20 +180,78 @@ class UViTPipeline(DiffusionPipeline):
         )
         return prediction if takes_variance else prediction[:, :channels]
 
-    def _check_guidance(self, labels: Tensor | None) -> None:
+    def _guided_timesteps(self, interval: tuple[float, float] | None) -> list[bool]:
+        """For each of the scheduler's timesteps whether guidance applies; known before the loop, so that no step waits
+        for the device."""
+        timesteps = self.scheduler.timesteps.cpu()
+        if interval is None:
+            return [True] * len(timesteps)
+        ratios = noise_ratio(self.scheduler)(timesteps)
+        return ((interval[0] < ratios) & (ratios <= interval[1])).tolist()
+
+    def _check_guidance(self, labels: Tensor | None, guide: "UViTPipeline | None") -> None:
+        check_guidance(self.guidance_scale)
+        if guide is not None:
+            return
         # A class-conditional UViT has a null label; others say if they have none.
-        check_guidance(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
+        check_null_label(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
         if self.guidance_scale != 1 and labels is None:
             raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
 
 
-def check_guidance(scale: Any, num_classes: int | None, has_null_label: bool) -> None:
-    """Raises InputError for a scale of classifier-free guidance that is out of range or that a model can't have."""
+def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
+    """Raises InputError for settings of guidance that are out of range or have no effect."""
     if not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
         raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
+    if has_guide and scale == 1:
+        raise InputError(f"`guidance_scale` must be above 1 with a guide, got {scale}")
+    if interval is None:
+        return
+    numbers = [each for each in interval if isinstance(each, int | float)] if isinstance(interval, list | tuple) else []
+    if not (len(numbers) == len(interval) == 2 and 0 <= numbers[0] < numbers[1] < float("inf")):
+        raise InputError(f"`guidance_interval` must be two noise levels low < high, 0 or more, got {interval}")
+    if scale == 1:
+        raise InputError(f"`guidance_interval` must be left out for guidance_scale 1, which is none, got {interval}")
+
+
+def check_null_label(scale: float, num_classes: int | None, has_null_label: bool) -> None:
+    """Raises InputError for classifier-free guidance of a model that can't have it."""
     if scale != 1 and (num_classes is None or not has_null_label):
         kind = "an unconditional model" if num_classes is None else "a model without a null label"
         raise InputError(f"`guidance_scale` must be 1 for {kind}, got {scale}")
+
+
+def check_guide(pipeline: UViTPipeline, guide: Any) -> None:
+    """Raises InputError unless a guide's predictions can be combined with a pipeline's."""
+    if not isinstance(guide, UViTPipeline):
+        raise InputError(f"`guide` must be a UViTPipeline, got a {type(guide).__name__}")
+    for what, of in (("shape", _sample_shape), ("num_classes", lambda network: network.num_classes)):
+        ours, theirs = of(pipeline.unet), of(guide.unet)
+        if ours != theirs:
+            raise InputError(f"`guide` must have {what} {ours}, as the pipeline it guides, got {theirs}")
+    counts = [each.scheduler.config.get("num_train_timesteps") for each in (pipeline, guide)]
+    if counts[0] == counts[1] and counts[0] is not None:
+        ratios = [noise_ratio(each.scheduler)(torch.arange(1, counts[0])) for each in (pipeline, guide)]
+        # Tables of betas are float32 and start at other times than closed forms; processes differ by more than that.
+        if torch.allclose(*ratios, rtol=1e-2):
+            return
+    raise InputError("`guide` must have the noise process of the pipeline it guides, got another process")
+
+
+def _guide(prediction: Tensor, worse: Tensor, scale: float, channels: int) -> Tensor:
+    """A prediction pushed away from a worse one.
+
+    What a network predicts beyond the image's channels, as a variance, is not guided.
+    """
+    ours, theirs = prediction[:, :channels], worse[:, :channels]
+    return torch.cat([theirs + scale * (ours - theirs), prediction[:, channels:]], dim=1)
+
+
+def _sample_shape(network: Any) -> tuple[int, int, int]:
+    """(C, H, W) of what a network denoises."""
+    size = network.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.in_channels, height, width
 
 
 def _as_labels(class_labels: Any, num_classes: int | None) -> Tensor | None:

@@ -265,7 +265,9 @@ class SamplingSettings:
     classes: tuple[int, ...] | None = None
     """Of class-conditional models: the image of seed s has class classes[s mod their number]; None is all in turn."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is none."""
+    """Of classifier-free guidance, or of a guide's; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guidance applies where low < sigma / alpha <= high; None is everywhere."""
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The class of each seed's image."""
@@ -289,7 +291,9 @@ class SamplingSettings:
 
     def to_dict(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
         """Plain values for JSON, with the settings of the scheduler."""
-        return {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
+        values = {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
+        interval = values.pop("guidance_interval")  # folders of images from before there was one are completed
+        return values if interval is None else {**values, "guidance_interval": list(interval)}
 
 
 MAX_SEEDS = 10_000_000
