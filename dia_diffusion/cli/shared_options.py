@@ -68,8 +68,10 @@ def load_for_sampling(
 
     precision = chosen_precision(options.precision, device)
     dtype = getattr(torch, precision)
-    classes, interval = (None if each is None else tuple(each) for each in (options.classes, options.guidance_interval))
-    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale, interval)
+    classes = None if options.classes is None else tuple(options.classes)
+    settings = SamplingSettings(
+        options.sampler, options.steps, classes, options.guidance_scale, options.guidance_interval
+    )
     guide = None if options.guide is None else load_guide(options.guide, device, dtype)
     pipeline = adapt_pipeline(load_pipeline(folder, device, dtype), settings, guide)
     training = read_training(folder)

@@ -4,14 +4,27 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sampling.samplers import noise_ratio, prediction_converter
+from dia_diffusion.noise import (
+    NUM_TIMESTEPS,
+    is_flow,
+    noise_ratio,
+    prediction_converter,
+    scheduler_prediction_type,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -23,17 +36,19 @@ class UViTPipeline(DiffusionPipeline):
         unet: the backbone, a UViT or one with its signature, in_channels, sample_size and num_classes;
             diffusers' image pipelines call it so whatever its architecture.
         scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
+        prediction_type: what the network predicts, if the scheduler doesn't say, as those of the flow, or takes another
+            type; None is what the scheduler takes.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, prediction_type: str | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if prediction_type is not None:
+            self.register_to_config(prediction_type=prediction_type)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
-        # (prediction, x_t, timestep) -> the prediction type that the scheduler takes, if the network's is another.
-        self.convert_prediction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -63,7 +78,7 @@ class UViTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
-        guidance_interval: tuple[float, float] | None = None,
+        guidance_interval: Sequence[float] | None = None,
         guide: "UViTPipeline | None" = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
@@ -117,7 +132,7 @@ class UViTPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
         elif tuple(latents.shape) != shape:
             raise InputError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        set_timesteps(self.scheduler, num_inference_steps, device)
         if hasattr(self.scheduler, "set_begin_index"):
             # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
             self.scheduler.set_begin_index(0)
@@ -126,7 +141,10 @@ class UViTPipeline(DiffusionPipeline):
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
         guided = self._guided_timesteps(guidance_interval)
-        convert_guide = None if guide is None else prediction_converter(guide.scheduler, self.scheduler)
+        convert, convert_guide = (
+            None if each is None else prediction_converter(network_prediction_type(each), self.scheduler)
+            for each in (self, guide)
+        )
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
@@ -135,8 +153,8 @@ class UViTPipeline(DiffusionPipeline):
             scale = self.guidance_scale if guided[index] else 1.0
             null_scale = scale if guide is None else 1.0
             prediction = self._predict(x_t.to(dtype), timestep, labels, null_scale).to(sample_dtype)
-            if self.convert_prediction is not None:
-                prediction = self.convert_prediction(prediction, x_t, timestep)
+            if convert is not None:
+                prediction = convert(prediction, x_t, timestep)
             if guide is not None and scale != 1:
                 theirs = guide._predict(x_t.to(guide.unet.dtype), timestep, labels, 1.0).to(sample_dtype)
                 if convert_guide is not None:
@@ -180,7 +198,7 @@ class UViTPipeline(DiffusionPipeline):
         )
         return prediction if takes_variance else prediction[:, :channels]
 
-    def _guided_timesteps(self, interval: tuple[float, float] | None) -> list[bool]:
+    def _guided_timesteps(self, interval: Sequence[float] | None) -> list[bool]:
         """For each of the scheduler's timesteps whether guidance applies; known before the loop, so that no step waits
         for the device."""
         timesteps = self.scheduler.timesteps.cpu()
@@ -197,6 +215,26 @@ class UViTPipeline(DiffusionPipeline):
         check_null_label(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
         if self.guidance_scale != 1 and labels is None:
             raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
+
+
+def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
+    """What a pipeline's network predicts, by its name in PREDICTION_TYPES; None where its parts don't say."""
+    return pipeline.config.get("prediction_type") or scheduler_prediction_type(pipeline.scheduler)
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
+    """Sets a scheduler's timesteps, at which the network is called; those of the flow are 1000 sigma."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Even steps from 1 to 0, as diffusers' pipelines give them. Its own end with one from 1/1000.
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    if is_flow(scheduler):
+        # Some keep sigmas on a GPU, and wait for it in each step.
+        scheduler.sigmas = scheduler.sigmas.cpu()
+        if scheduler.config.get("use_flow_sigmas"):  # whose timesteps are rounded to whole numbers
+            scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
 
 
 def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
@@ -229,11 +267,11 @@ def check_guide(pipeline: UViTPipeline, guide: Any) -> None:
         ours, theirs = of(pipeline.unet), of(guide.unet)
         if ours != theirs:
             raise InputError(f"`guide` must have {what} {ours}, as the pipeline it guides, got {theirs}")
-    counts = [each.scheduler.config.get("num_train_timesteps") for each in (pipeline, guide)]
-    if counts[0] == counts[1] and counts[0] is not None:
-        ratios = [noise_ratio(each.scheduler)(torch.arange(1, counts[0])) for each in (pipeline, guide)]
-        # Tables of betas are float32 and start at other times than closed forms; processes differ by more than that.
-        if torch.allclose(*ratios, rtol=1e-2):
+    count = pipeline.scheduler.config.get("num_train_timesteps")
+    if count is not None and count == guide.scheduler.config.get("num_train_timesteps"):
+        own, theirs = (noise_ratio(each.scheduler)(torch.arange(1, count)) for each in (pipeline, guide))
+        # Closed forms and tables of betas in float32 agree to less than that; processes differ by more.
+        if torch.allclose(own, theirs, rtol=1e-2):
             return
     raise InputError("`guide` must have the noise process of the pipeline it guides, got another process")
 

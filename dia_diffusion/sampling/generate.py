@@ -20,7 +20,13 @@ from torch import Tensor
 from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, check_guidance, check_guide, check_null_label
+from dia_diffusion.pipelines.pipeline_uvit import (
+    UViTPipeline,
+    check_guidance,
+    check_guide,
+    check_null_label,
+    network_prediction_type,
+)
 from dia_diffusion.sampling.load import Guide
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
@@ -29,7 +35,6 @@ from dia_diffusion.sampling.samplers import (
     build_scheduler,
     check_sampler_name,
     check_steps,
-    prediction_converter,
     scheduler_settings,
 )
 
@@ -181,8 +186,11 @@ class SharedLoop(ImagePipeline):
         network, decoder = _network_and_decoder(pipeline)
         latent = decoder is not None
         scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent, convert=True)
-        self.runner = LatentPipeline(network, scheduler, decoder) if latent else UViTPipeline(network, scheduler)
-        self.runner.convert_prediction = prediction_converter(pipeline.scheduler, scheduler)
+        prediction_type = network_prediction_type(pipeline)
+        if latent:
+            self.runner = LatentPipeline(network, scheduler, decoder, prediction_type)
+        else:
+            self.runner = UViTPipeline(network, scheduler, prediction_type)
         self.runner.set_progress_bar_config(disable=True)
         super().__init__(
             name,
@@ -198,7 +206,9 @@ class SharedLoop(ImagePipeline):
             if type(guide.pipeline).__name__ not in SHARED_LOOPS:
                 accepted, got = ", ".join(SHARED_LOOPS), type(guide.pipeline).__name__
                 raise InputError(f"`guide` must be one of {accepted}, got a {got}")
-            self.guide_runner = UViTPipeline(_network_and_decoder(guide.pipeline)[0], guide.pipeline.scheduler)
+            network, _ = _network_and_decoder(guide.pipeline)
+            theirs = guide.pipeline.scheduler
+            self.guide_runner = UViTPipeline(network, theirs, network_prediction_type(guide.pipeline))
             check_guide(self.runner, self.guide_runner)
         self.scheduler_settings = scheduler_settings(settings.sampler, pipeline.scheduler, latent)
 
@@ -247,8 +257,8 @@ def _network_and_decoder(pipeline: DiffusionPipeline) -> tuple[Any, Any]:
 class LatentPipeline(UViTPipeline):
     """UViTPipeline's loop around a network of latents, with their decoder."""
 
-    def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any):
-        super().__init__(unet=unet, scheduler=scheduler)
+    def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any, prediction_type: str | None = None):
+        super().__init__(unet, scheduler, prediction_type)
         self.register_modules(vae=vae)
 
     def _to_images(self, sample: Tensor) -> Tensor:

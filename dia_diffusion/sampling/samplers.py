@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.errors import InputError, first_line, one_line
@@ -25,7 +24,6 @@ from dia_diffusion.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-    from torch import Tensor
 
 # The settings of a scheduler that define a process given by betas; all others belong to the sampler.
 BETA_SETTINGS = (
@@ -45,7 +43,8 @@ def has_betas(scheduler: "SchedulerMixin") -> bool:
     """Whether a scheduler's config gives its process by betas, unchanged, and says what the network predicts."""
     config = scheduler.config
     by_betas = "trained_betas" in config or "beta_start" in config
-    return by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
+    known = by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
+    return known and not config.get("use_flow_sigmas")
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,16 @@ class Sampler:
     """The settings that it takes over from the pipeline's scheduler."""
     follows: "Callable[[SchedulerMixin], bool]" = has_betas
     """Whether it can run the process of a pipeline's scheduler."""
+    flow: "Sampler | None" = None
+    """Its scheduler and settings for the flow; None can't run it."""
+
+    def for_process(self, scheduler: "SchedulerMixin") -> "Sampler | None":
+        """What runs the process of a pipeline's scheduler: this, its `flow`, or None."""
+        from dia_diffusion.noise import is_flow
+
+        if self.flow is not None and is_flow(scheduler):
+            return self.flow
+        return self if self.follows(scheduler) else None
 
     def scheduler_class(self) -> "type[SchedulerMixin]":
         """The class, of diffusers or another."""
@@ -82,6 +91,7 @@ class Sampler:
 
 EVEN_TIME = {"timestep_spacing": "trailing"}
 EVEN_LOG_SNR = {"use_lu_lambdas": True}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}  # even steps in t
 
 DEFAULT_SAMPLER = "dpmsolver++"
 OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
@@ -92,18 +102,43 @@ SAMPLERS.register("ddpm", Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": 
 # DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
 # steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
 SAMPLERS.register("ddim", Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}))
-SAMPLERS.register("dpmsolver++", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2}))
+SAMPLERS.register(
+    "dpmsolver++",
+    Sampler(
+        "DPMSolverMultistepScheduler",
+        {**EVEN_LOG_SNR, "solver_order": 2},
+        flow=Sampler("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 2}),
+    ),
+)
 SAMPLERS.register("dpmsolver++3m", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 3}))
 SAMPLERS.register(
     "dpmsolver++sde",
-    Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+    Sampler(
+        "DPMSolverMultistepScheduler",
+        {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+        flow=Sampler("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+    ),
 )
 # Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
-SAMPLERS.register("unipc", Sampler("UniPCMultistepScheduler", {"use_exponential_sigmas": True}))
-SAMPLERS.register("euler", Sampler("EulerDiscreteScheduler", EVEN_TIME))
+SAMPLERS.register(
+    "unipc",
+    Sampler(
+        "UniPCMultistepScheduler",
+        {"use_exponential_sigmas": True},
+        flow=Sampler("UniPCMultistepScheduler", FLOW),
+    ),
+)
+SAMPLERS.register(
+    "euler", Sampler("EulerDiscreteScheduler", EVEN_TIME, flow=Sampler("FlowMatchEulerDiscreteScheduler"))
+)
 SAMPLERS.register("euler-ancestral", Sampler("EulerAncestralDiscreteScheduler", EVEN_TIME, ("epsilon", "v_prediction")))
 SAMPLERS.register(
-    "heun", Sampler("HeunDiscreteScheduler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True})
+    "heun",
+    Sampler(
+        "HeunDiscreteScheduler",
+        {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
+        flow=Sampler("FlowMatchHeunDiscreteScheduler"),
+    ),
 )
 SAMPLERS.register("euler-maruyama", Sampler("EulerMaruyamaScheduler"))
 
@@ -116,7 +151,7 @@ def check_sampler_name(name: str) -> None:
 
 def samplers_of(scheduler: "SchedulerMixin") -> list[str]:
     """The samplers that can run the process of a pipeline's scheduler."""
-    return [*(name for name, sampler in SAMPLERS.items() if sampler.follows(scheduler)), OWN_SAMPLER]
+    return [*(name for name, sampler in SAMPLERS.items() if sampler.for_process(scheduler)), OWN_SAMPLER]
 
 
 def build_scheduler(
@@ -128,7 +163,7 @@ def build_scheduler(
         name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
         latent: whether it samples latents, which have no range to be clipped to.
-        convert: whether the caller converts predictions that the sampler doesn't take, by `prediction_converter`.
+        convert: whether the caller converts predictions that the sampler doesn't take, by `noise.prediction_converter`.
 
     Raises:
         InputError: an unknown name, a scheduler whose process the sampler can't follow, or without `convert` a
@@ -137,12 +172,16 @@ def build_scheduler(
     check_sampler_name(name)
     if name == OWN_SAMPLER:
         return copy.deepcopy(scheduler)
-    sampler, config, theirs = SAMPLERS[name], scheduler.config, type(scheduler).__name__
-    if not sampler.follows(scheduler):
+    sampler, config, theirs = SAMPLERS[name].for_process(scheduler), scheduler.config, type(scheduler).__name__
+    if sampler is None:
         accepted = ", ".join(samplers_of(scheduler))
         raise InputError(f"`sampler` must be one of {accepted} for the process of a {theirs}, got {name!r}")
-    prediction_type = config.get("prediction_type")
     kind = sampler.scheduler_class()
+    if sampler is SAMPLERS[name].flow:  # takes velocities, which UViTPipeline's loop converts others to
+        key = "flow_shift" if "flow_shift" in inspect.signature(kind.__init__).parameters else "shift"
+        shift = {key: config.get("flow_shift", config.get("shift", 1.0))}
+        return kind(num_train_timesteps=config.num_train_timesteps, **shift, **sampler.settings_for(latent))
+    prediction_type = config.get("prediction_type")
     process = {key: config[key] for key in sampler.process_settings if key in config}
     if prediction_type is not None and prediction_type not in sampler.prediction_types:
         if not convert:  # the scheduler would take the prediction for another
@@ -160,61 +199,13 @@ def build_scheduler(
         raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
 
 
-def noise_ratio(scheduler: "SchedulerMixin") -> "Callable[[Tensor], Tensor]":
-    """sigma / alpha by timestep: a function of the scheduler's timesteps, of any shape, float32 on their device.
-
-    Raises InputError: a scheduler that doesn't say its process.
-    """
-    import torch
-
-    from dia_diffusion.noise import NUM_TIMESTEPS, vp_log_alpha_bar
-    from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-
-    if isinstance(scheduler, EulerMaruyamaScheduler):
-        return lambda timestep: torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise InputError(f"the scheduler must give alphas_cumprod, got a {type(scheduler).__name__}")
-    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # at whole timesteps
-    ratios_on = cache(ratios.to)  # one copy to the device for all steps
-
-    def ratio(timestep: "Tensor") -> "Tensor":
-        below, table = timestep.long(), ratios_on(timestep.device)
-        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(table))
-
-    return ratio
-
-
-def prediction_converter(
-    given: "SchedulerMixin", wanted: "SchedulerMixin"
-) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
-    """(prediction, x_t, timestep) -> the prediction as a sampler's scheduler takes it; None if that is how it comes.
-
-    Args:
-        given: the pipeline's scheduler, whose config says what the network predicts.
-        wanted: the sampler's, of the same process.
-    """
-    from dia_diffusion.noise import convert_prediction
-
-    theirs, ours = (scheduler.config.get("prediction_type") for scheduler in (given, wanted))
-    if theirs is None or ours is None or theirs == ours:
-        return None
-    ratio_at = noise_ratio(wanted)
-
-    def convert(prediction: "Tensor", sample: "Tensor", timestep: "Tensor") -> "Tensor":
-        ratio = ratio_at(timestep)
-        alpha = (1 + ratio**2).rsqrt()
-        return convert_prediction(prediction, sample, alpha, alpha * ratio, theirs, ours)
-
-    return convert
-
-
 def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:
     """The settings behind a sampler, as plain values: those of the table, or all of the pipeline's own scheduler.
 
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
     """
-    if name != OWN_SAMPLER:
-        return SAMPLERS[name].settings_for(latent)
+    if name != OWN_SAMPLER and (sampler := SAMPLERS[name].for_process(scheduler)) is not None:
+        return sampler.settings_for(latent)
     settings = {
         key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
         for key, value in dict(scheduler.config).items()
@@ -266,7 +257,7 @@ class SamplingSettings:
     """Of class-conditional models: the image of seed s has class classes[s mod their number]; None is all in turn."""
     guidance_scale: float = 1.0
     """Of classifier-free guidance, or of a guide's; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: Sequence[float] | None = None
     """Guidance applies where low < sigma / alpha <= high; None is everywhere."""
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:

@@ -140,11 +140,19 @@ class NoiseConfig(Strict):
     """The noise process and what the network predicts."""
 
     schedule: str = "vp-continuous"
-    """vp-continuous (the VP-SDE in continuous time), or ddpm-linear or cosine (1,000 discrete steps)."""
+    """vp-continuous (the VP-SDE in continuous time), ddpm-linear or cosine (1,000 discrete steps), or flow (rectified
+    flow)."""
     prediction_type: str = "epsilon"
-    """What the network predicts: epsilon, sample or v_prediction."""
+    """What the network predicts: epsilon, sample or v_prediction; of the flow, velocity or sample."""
     loss_weighting: str = "uniform"
-    """Weight of the squared error over time: uniform or min-snr."""
+    """Weight of the squared error over time: uniform or min-snr. Of the flow, it is the velocity's error."""
+    times: str = "uniform"
+    """Distribution of the times that are trained on: uniform, logit-normal, or log-normal (EDM's, of sigma / alpha)."""
+    times_kwargs: Arguments | None = None
+    """Of logit-normal and log-normal: mean and deviation of the normal distribution, such as {mean: -0.4}."""
+    shift: PositiveFloat = 1.0
+    """Multiplies sigma / alpha at the times that are drawn: above 1 for larger images. Samplers of the flow step by
+    it too."""
 
 
 class TrainConfig(LoopConfig):
