@@ -1,18 +1,21 @@
 """Metrics: rows of `METRICS`, each computed from the features of images and of a reference.
 
-`fid`, the distance, is computed in any case. The others are torch-fidelity's.
+`fid`, the distance, is computed in any case. `kid`, `isc` and `prc` are torch-fidelity's; `dc` is density and coverage
+(Naeem et al. 2020, arXiv 2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, device
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.features.extractor import exact_float32
 from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
 from dia_diffusion.registry import Registry
 
@@ -103,7 +106,51 @@ def _prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     return {name: values[name] for name in PRC_NAMES}
 
 
-# Settings are torch-fidelity's defaults, written out because they are recorded with each number.
+ROWS = 1000  # rows of pairwise distances held at once
+DIRECTIONS = 50  # projections held at once
+
+
+def _density_coverage(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    """An image is within a real image if it is nearer to it than its k-th nearest real image.
+
+    density: how many real images an image is within, on average, divided by k. coverage: the fraction of real images
+    with an image within.
+    """
+    assert inputs.features is not None and inputs.reference_features is not None
+    features, reference = inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device)
+    k, inside, covered = settings["neighbors"], 0, 0
+    for rows in reference.split(ROWS):
+        radii = torch.cdist(rows, reference).topk(k + 1, largest=False).values[:, -1]  # the nearest is the image itself
+        within = torch.cdist(rows, features) < radii[:, None]  # (ROWS, N)
+        inside += int(within.sum())
+        covered += int(within.any(1).sum())
+    return {"density": inside / (k * len(features)), "coverage": covered / len(reference)}
+
+
+def _mind(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    """3 D times the mean over random directions of the squared 2-Wasserstein distance of the projected features.
+
+    The random numbers are drawn in torch-fidelity's order: a choice of the larger set's images, then the directions.
+    """
+    assert inputs.features is not None and inputs.reference_features is not None
+    generator = torch.Generator().manual_seed(settings["rng_seed"])
+    sets = [inputs.features, inputs.reference_features]
+    count, width = min(map(len, sets)), sets[0].shape[1]
+    sets = [
+        each if len(each) == count else each[torch.randperm(len(each), generator=generator)[:count]] for each in sets
+    ]
+    directions = torch.randn(settings["projections"], width, generator=generator)
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    samples, real = (each.to(inputs.device) for each in sets)
+    total = 0.0
+    with exact_float32():
+        for block in directions.to(inputs.device).split(DIRECTIONS):
+            first, second = ((block @ each.T).sort(dim=1).values for each in (samples, real))  # (DIRECTIONS, count)
+            total += float((first - second).square().mean(1).sum())
+    return {"MIND": 3 * width * total / len(directions)}
+
+
+# The settings of torch-fidelity's metrics are its defaults, written out because they are recorded with each number.
 METRICS.register(DISTANCE, Metric(("FD",), _distance, inception_names=("FID",)))
 METRICS.register(
     "kid",
@@ -142,5 +189,25 @@ METRICS.register(
         needs=("features", "reference features"),
         settings={"prc_neighborhood": 3},
         min_images=lambda settings: int(settings["prc_neighborhood"]) + 1,
+    ),
+)
+METRICS.register(
+    "dc",
+    Metric(
+        ("density", "coverage"),
+        _density_coverage,
+        needs=("features", "reference features"),
+        settings={"neighbors": 5},
+        min_images=lambda settings: int(settings["neighbors"]) + 1,
+    ),
+)
+METRICS.register(
+    "mind",
+    Metric(
+        ("MIND",),
+        _mind,
+        needs=("features", "reference features"),
+        settings={"projections": 1000, "rng_seed": 2020},
+        inception_names=("MIND",),
     ),
 )

@@ -126,7 +126,11 @@ class EvalProtocol(Strict):
 
     def needs(self, what: Needs) -> bool:
         """Whether one of the metrics needs it."""
-        return any(what in METRICS[name].needs for name in self.metrics)
+        return bool(self.needing(what))
+
+    def needing(self, what: Needs) -> list[str]:
+        """The metrics that need it."""
+        return [name for name in self.metrics if what in METRICS[name].needs]
 
     def metric_settings(self) -> dict[str, dict[str, Any]]:
         """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
@@ -153,8 +157,8 @@ class EvalProtocol(Strict):
 
     def check_logits(self, extractor: FeatureExtractor) -> None:
         """Raises InputError if a metric needs logits and the features have none."""
-        for name in self.metrics:
-            if "logits" in METRICS[name].needs and extractor.num_classes is None:
+        for name in self.needing("logits"):
+            if extractor.num_classes is None:
                 raise InputError(f"features must have logits for metric {name}, got {extractor.name}, which have none")
 
     # The name in records.

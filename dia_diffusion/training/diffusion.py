@@ -32,6 +32,7 @@ from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.callbacks import Callback, checkpoint_due, log_image
 from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.muon import Muon, muon_groups
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import resolve
@@ -134,14 +135,13 @@ class DiffusionTask(Task):
 
     def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.optimizer_config
-        groups = parameter_groups(model, config.learning_rate, config.unit_learning_rate)
-        return torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        rate, betas, decay = config.learning_rate, (config.betas[0], config.betas[1]), config.weight_decay
+        groups = parameter_groups(model, rate, config.unit_learning_rate)
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
+        groups = muon_groups(model, groups, config.muon_learning_rate or rate)
+        dtype = torch.bfloat16 if self.experiment.train.mixed_precision == "bf16" else None
+        return Muon(groups, rate, betas, decay, config.muon_momentum, dtype)
 
     def init_weights(self, model: Any) -> dict[str, Any] | None:
         source = self.experiment.init_from

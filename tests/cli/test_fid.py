@@ -133,4 +133,4 @@ def test_statistics_are_no_reference_for_kid(run: Path, tmp_path: Path, capsys: 
     (tmp_path / "s.npz").write_bytes(b"")
     statistics = ["--reference", str(tmp_path / "s.npz")]
     assert main(["fid", str(run), "--features", "digits", *statistics, "--metrics", "prc"]) == 2
-    assert "`--reference` must be images for kid and prc" in capsys.readouterr().err
+    assert "`--reference` must be images for prc, got" in capsys.readouterr().err
