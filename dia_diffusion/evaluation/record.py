@@ -58,14 +58,22 @@ class ResolvedProtocol:
     """`ema` or `raw`."""
     dtype: str | None = None
     """Of the model while sampling, as `float32`."""
+    guidance_interval: list[float] | None = added_field(None)
+    """Low and high, in sigma / alpha; None: guidance everywhere."""
+    guide: dict[str, str] | None = added_field(None)
+    """weights_hash and model_hash of the pipeline of autoguidance."""
 
-    def hash(self) -> str:
-        """sha256 over its fields, without added ones that have their default."""
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain values, without added ones that have their default."""
         values = dataclasses.asdict(self)
         for each in dataclasses.fields(self):
             if each.metadata.get("added") and values[each.name] == each.default:
                 del values[each.name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values
+
+    def hash(self) -> str:
+        """sha256 over `to_dict`."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
         """The fields that differ, each with this protocol's value and the other's.
@@ -140,7 +148,7 @@ class EvaluationRecord(Origin):
     def to_dict(self) -> dict[str, Any]:
         """The line of a file as plain values: the fields, the protocol's hash, and the version."""
         added = {"protocol_hash": self.protocol_hash(), "record_version": RECORD_VERSION}
-        return dataclasses.asdict(self) | added
+        return dataclasses.asdict(self) | {"protocol": self.protocol.to_dict()} | added
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> "EvaluationRecord":

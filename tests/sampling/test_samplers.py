@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.noise import NoiseProcess, noise_ratio
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.samplers import (
     SAMPLERS,
@@ -16,7 +16,6 @@ from dia_diffusion.sampling.samplers import (
     SamplingSettings,
     build_scheduler,
     check_steps,
-    noise_ratio,
 )
 from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
 
