@@ -165,6 +165,18 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
             "",
             "`optimizer.unit_learning_rate` must be null with `model.attention` none, got 0.001",
         ),
+        ("optimizer: {name: sgd}", "", "`optimizer.name` must be one of adamw, muon, got 'sgd'"),
+        (
+            "optimizer: {muon_learning_rate: 1e-3}",
+            "",
+            "`optimizer.muon_learning_rate` must be null without `optimizer.name` muon, got 0.001",
+        ),
+        ("optimizer: {decay_fraction: 0}", "", "`optimizer.decay_fraction` must be above 0, got 0"),
+        (
+            "optimizer: {schedule: warmup-stable-decay}",
+            "--train.max_steps 3000",
+            "`optimizer.warmup_steps` must be at most 2,400, where `optimizer.decay_fraction` begins, got 2,500",
+        ),
         ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
         ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
         ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
