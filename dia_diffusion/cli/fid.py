@@ -194,8 +194,8 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
     """Raises InputError for Inception's features of other weights than a named protocol means."""
     if protocol.name and features != protocol.features:
         raise InputError(
-            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
-            f"{options.inception_weights}, which give {features}"
+            f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.weights_file}, which give {features}"
         )
 
 
