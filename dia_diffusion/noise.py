@@ -4,7 +4,8 @@
 
 Training mixes images with noise here, and pipelines get the scheduler that runs the same process backwards. Time is
 what the network sees, called network time: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the
-discrete ones. Recipes choose from four tables: PROCESSES, PREDICTION_TYPES, LOSS_WEIGHTINGS and TIMES.
+discrete ones, 1000 t for the flow. Recipes choose from four tables: PROCESSES, PREDICTION_TYPES, LOSS_WEIGHTINGS, and
+TIMES in dia_diffusion/times.py.
 
 What depends on time alone is computed in float64 on the CPU and copied to the device in the sample's dtype: some
 devices, such as Apple's MPS, have no float64, and a CUDA GPU is not waited for.
@@ -19,18 +20,26 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.registry import Registry
+from dia_diffusion.times import TIMES, check_arguments, quantiles
 
 NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
 MIN_SNR_GAMMA = 5.0  # of Hang et al. 2023
 # At t = 0 the signal-to-noise ratio is infinite, which no table of betas can hold.
 SMALLEST_TABLE_TIME = 1e-4
+# Where a flow's network predicts the image, its error of the velocity is that of the image over t: t counts as this at
+# least, as in JiT (Li and He 2025, arXiv 2511.13720).
+SMALLEST_LOSS_TIME = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,11 +49,13 @@ class PredictionType:
     target: (x_0, noise, alpha, sigma) -> what the network should predict.
     noise: (prediction, x_t, alpha, sigma) -> the noise in x_t according to the network.
     error_scale: signal-to-noise ratio -> squared error of the prediction over that of the x_0 it implies.
+    image: (prediction, x_t, alpha, sigma) -> the x_0 it implies; None computes it from the noise, by dividing by alpha.
     """
 
     target: Callable[[Tensor, Tensor, Any, Any], Tensor]
     noise: Callable[[Tensor, Tensor, Any, Any], Tensor]
     error_scale: Callable[[Tensor], Tensor]
+    image: Callable[[Tensor, Tensor, Any, Any], Tensor] | None = None
 
 
 PREDICTION_TYPES: Registry[PredictionType] = Registry("prediction type")
@@ -62,6 +73,7 @@ PREDICTION_TYPES.register(
         target=lambda image, noise, alpha, sigma: image,
         noise=lambda prediction, sample, alpha, sigma: (sample - alpha * prediction) / sigma,
         error_scale=torch.ones_like,
+        image=lambda prediction, sample, alpha, sigma: prediction,
     ),
 )
 PREDICTION_TYPES.register(  # Salimans and Ho 2022; inverted with alpha^2 + sigma^2 = 1
@@ -72,12 +84,23 @@ PREDICTION_TYPES.register(  # Salimans and Ho 2022; inverted with alpha^2 + sigm
         error_scale=lambda snr: snr + 1,
     ),
 )
+PREDICTION_TYPES.register(  # dx_t / dt of the flow
+    "velocity",
+    PredictionType(
+        target=lambda image, noise, alpha, sigma: noise - image,
+        noise=lambda prediction, sample, alpha, sigma: (sample + alpha * prediction) / (alpha + sigma),
+        error_scale=lambda snr: (snr.sqrt() + 1) ** 2,
+        image=lambda prediction, sample, alpha, sigma: (sample - sigma * prediction) / (alpha + sigma),
+    ),
+)
 
 
 def convert_prediction(prediction: Tensor, sample: Tensor, alpha: Any, sigma: Any, given: str, wanted: str) -> Tensor:
     """A prediction of the type `given` for x_t = sample, as the type `wanted`; both names are in PREDICTION_TYPES."""
-    noise = PREDICTION_TYPES[given].noise(prediction, sample, alpha, sigma)
-    return PREDICTION_TYPES[wanted].target((sample - sigma * noise) / alpha, noise, alpha, sigma)
+    kind = PREDICTION_TYPES[given]
+    noise = kind.noise(prediction, sample, alpha, sigma)
+    image = (sample - sigma * noise) / alpha if kind.image is None else kind.image(prediction, sample, alpha, sigma)
+    return PREDICTION_TYPES[wanted].target(image, noise, alpha, sigma)
 
 
 LOSS_WEIGHTINGS: Registry[Callable[[Tensor, PredictionType], Tensor]] = Registry("loss weighting")
@@ -86,20 +109,18 @@ LOSS_WEIGHTINGS.register("uniform", lambda snr, prediction: torch.ones_like(snr)
 # min(snr, gamma) weights the errors of x_0. At t = 0 the ratio is infinite, which makes an epsilon's weight 0.
 LOSS_WEIGHTINGS.register("min-snr", lambda snr, prediction: snr.clamp(max=MIN_SNR_GAMMA) / prediction.error_scale(snr))
 
-TIMES: Registry[Callable[[Tensor], Tensor]] = Registry("time distribution")
-"""Quantile functions: numbers (B,) drawn uniformly from [0, 1) -> t (B,) in [0, 1)."""
-TIMES.register("uniform", lambda uniform: uniform)
-
 
 class Process(ABC):
     """How images turn into noise; PROCESSES holds one object of each subclass.
 
     prediction_types: the names in PREDICTION_TYPES of what its networks may predict.
+    loss_type: the prediction type in which errors are weighted whatever the network predicts; None is the network's.
     scheduler_class: of the scheduler that its pipelines are saved with, diffusers' or another SchedulerMixin.
     scheduler_settings: that scheduler's settings that say how it steps.
     """
 
     prediction_types: tuple[str, ...]
+    loss_type: str | None = None
     scheduler_class: type[SchedulerMixin]
     scheduler_settings: Mapping[str, Any] = MappingProxyType({})
 
@@ -115,6 +136,20 @@ class Process(ABC):
         """Signal-to-noise ratios alpha^2 / sigma^2 (B,), float64 on the CPU, at network times (B,)."""
         alpha, sigma = self.alpha_sigma(timestep)
         return (alpha / sigma) ** 2
+
+    def log_ratio(self, timestep: Tensor) -> Tensor:
+        """log(sigma / alpha) (B,), float64 on the CPU, at network times (B,)."""
+        alpha, sigma = self.alpha_sigma(timestep)
+        return sigma.log() - alpha.log()
+
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        """t (B,) in [0, 1), float32, by log(sigma / alpha) (B,): to 2^-24, or the end of the process that is nearer."""
+        low, high = torch.zeros_like(log_ratio), torch.ones_like(log_ratio)
+        for _ in range(24):
+            middle = (low + high) / 2
+            above = self.log_ratio(self.network_time(middle)) > log_ratio
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return low.float()
 
     def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
         """The scheduler's settings that define the process."""
@@ -165,6 +200,8 @@ class VPProcess(Process):
     def is_run_by(self, scheduler: SchedulerMixin) -> bool:
         betas = getattr(scheduler, "betas", scheduler.config.get("trained_betas"))
         if betas is None or len(betas) != NUM_TIMESTEPS or scheduler.config.get("snr_shift_scale", 1) != 1:
+            return False
+        if is_flow(scheduler):
             return False
         # The tolerance is that of betas that went through float32.
         return torch.allclose(torch.as_tensor(betas, dtype=torch.float64), self.betas, rtol=1e-4, atol=1e-7)
@@ -220,10 +257,45 @@ def cosine_betas() -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler runs the flow, x_t = (1 - t) x_0 + t noise at timestep 1000 t."""
+    config, kinds = scheduler.config, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+    straight = isinstance(scheduler, kinds) or bool(config.get("use_flow_sigmas"))
+    return straight and config.get("num_train_timesteps") == NUM_TIMESTEPS and not config.get("invert_sigmas")
+
+
+def flow_prediction_type(scheduler: SchedulerMixin) -> str:
+    """What a scheduler of the flow takes, by its name in PREDICTION_TYPES."""
+    name = scheduler.config.get("prediction_type", "flow_prediction")
+    return "velocity" if name == "flow_prediction" else str(name)
+
+
+class Flow(Process):
+    """Rectified flow (Liu et al. 2023, Lipman et al. 2023): the straight line from image to noise."""
+
+    prediction_types = ("velocity", "sample")
+    loss_type = "velocity"
+    scheduler_class = FlowMatchEulerDiscreteScheduler
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t * NUM_TIMESTEPS
+
+    def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        t = timestep.cpu().double() / NUM_TIMESTEPS
+        return 1 - t, t
+
+    def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
+        return {"num_train_timesteps": NUM_TIMESTEPS}
+
+    def is_run_by(self, scheduler: SchedulerMixin) -> bool:
+        return is_flow(scheduler)
+
+
 PROCESSES: Registry[Process] = Registry("noise process")
 PROCESSES.register("vp-continuous", ContinuousVP())
 PROCESSES.register("ddpm-linear", DiscreteVP(linear_betas))
 PROCESSES.register("cosine", DiscreteVP(cosine_betas))
+PROCESSES.register("flow", Flow())
 
 
 @dataclass(frozen=True)
@@ -235,23 +307,32 @@ class NoiseProcess:
         prediction_type: a name in PREDICTION_TYPES that the process has.
         loss_weighting: a name in LOSS_WEIGHTINGS.
         times: a name in TIMES.
+        times_kwargs: arguments of that distribution.
+        shift: multiplies sigma / alpha at the times that are drawn, above 0. On the flow it maps t to
+            s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23), and samplers step evenly in that.
 
     Raises:
-        InputError: an unknown name, or a prediction type that the process doesn't have.
+        InputError: an unknown name or argument, or a prediction type that the process doesn't have.
     """
 
     schedule: str = "vp-continuous"
     prediction_type: str = "epsilon"
     loss_weighting: str = "uniform"
     times: str = "uniform"
+    times_kwargs: Mapping[str, Any] | None = None
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         process = PROCESSES.choose(self.schedule, "noise.schedule")
         if self.prediction_type not in process.prediction_types:
             accepted = ", ".join(process.prediction_types)
-            raise InputError(f"`noise.prediction_type` must be one of {accepted}, got {self.prediction_type!r}")
+            raise InputError(
+                f"`noise.prediction_type` must be one of {accepted} for noise.schedule {self.schedule}, got "
+                f"{self.prediction_type!r}"
+            )
         LOSS_WEIGHTINGS.choose(self.loss_weighting, "noise.loss_weighting")
         TIMES.choose(self.times, "noise.times")
+        check_arguments(self.times, self.times_kwargs or {})
 
     @property
     def process(self) -> Process:
@@ -259,7 +340,10 @@ class NoiseProcess:
 
     def timestep(self, uniform: Tensor) -> Tensor:
         """Network times (B,) from numbers drawn uniformly from [0, 1)."""
-        return self.process.network_time(TIMES[self.times](uniform))
+        t = quantiles(self.times, uniform, self.process, self.times_kwargs or {})
+        if self.shift != 1:
+            t = self.process.time_at(self.process.log_ratio(self.process.network_time(t)) + math.log(self.shift))
+        return self.process.network_time(t)
 
     def mix(self, sample: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample x_t and the network's target, both like sample (B, C, H, W).
@@ -275,8 +359,13 @@ class NoiseProcess:
 
     def loss_weight(self, timestep: Tensor) -> Tensor:
         """Weights (B,), float32 on the CPU, of the squared errors at network times (B,)."""
-        weights = LOSS_WEIGHTINGS[self.loss_weighting]
-        return weights(self.process.snr(timestep), PREDICTION_TYPES[self.prediction_type]).float()
+        weights, snr = LOSS_WEIGHTINGS[self.loss_weighting], self.process.snr(timestep)
+        kind, loss_type = PREDICTION_TYPES[self.prediction_type], self.process.loss_type
+        if loss_type in (None, self.prediction_type):
+            return weights(snr, kind).float()
+        snr = snr.clamp(max=(1 / SMALLEST_LOSS_TIME - 1) ** 2)
+        weighted = PREDICTION_TYPES[loss_type]
+        return (weights(snr, weighted) * weighted.error_scale(snr) / kind.error_scale(snr)).float()
 
     def scheduler_config(self) -> dict[str, Any]:
         """The settings of any scheduler for this process that define it."""
@@ -284,4 +373,7 @@ class NoiseProcess:
 
     def build_scheduler(self) -> SchedulerMixin:
         """The scheduler that pipelines of this process and prediction type are saved with."""
-        return self.process.build_scheduler(self.prediction_type)
+        scheduler = self.process.build_scheduler(self.prediction_type)
+        if self.shift != 1 and is_flow(scheduler):
+            return type(scheduler).from_config(scheduler.config, shift=self.shift)
+        return scheduler

@@ -15,7 +15,7 @@ from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data import open_images
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.training.config import EmaConfig
-from dia_diffusion.training.optimizer import EMA
+from dia_diffusion.training.ema import EMA
 
 BATCH_SIZE = 32
 

@@ -137,7 +137,8 @@ def weights_hash(folder: str | Path) -> str:
 def model_hash(folder: str | Path) -> str:
     """One value for what a pipeline does with its weights: sha256 over its class and the configs of its parts.
 
-    Its scheduler's is among them: it defines the noise process, also for samplers that take its place.
+    Its scheduler's is among them: it defines the noise process, also for samplers that take its place. So does the
+    prediction type of a flow.
 
     Raises:
         InputError: a config that can't be read.
@@ -150,7 +151,8 @@ def model_hash(folder: str | Path) -> str:
         )
         for name, (_, kind) in components(index).items()
     }
-    described = json.dumps([class_name(index), configs], sort_keys=True)
+    own = [index["prediction_type"]] if index.get("prediction_type") else []
+    described = json.dumps([class_name(index), configs, *own], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 
 

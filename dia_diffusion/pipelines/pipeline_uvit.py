@@ -4,13 +4,21 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    ModelMixin,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.noise import NUM_TIMESTEPS, convert_prediction, flow_prediction_type, is_flow
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -22,14 +30,18 @@ class UViTPipeline(DiffusionPipeline):
         unet: the backbone, a UViT or one with its signature, in_channels, sample_size and num_classes;
             diffusers' image pipelines call it so whatever its architecture.
         scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
+        prediction_type: what the network predicts, velocity or sample, where the process is the flow, whose schedulers
+            don't say; None is what the scheduler takes.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, prediction_type: str | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        if prediction_type is not None:
+            self.register_to_config(prediction_type=prediction_type)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
         # (prediction, x_t, timestep) -> the prediction type that the scheduler takes, if the network's is another.
         self.convert_prediction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -106,7 +118,7 @@ class UViTPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=sample_dtype)
         elif tuple(latents.shape) != shape:
             raise InputError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        set_timesteps(self.scheduler, num_inference_steps, device)
         if hasattr(self.scheduler, "set_begin_index"):
             # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
             self.scheduler.set_begin_index(0)
@@ -114,13 +126,17 @@ class UViTPipeline(DiffusionPipeline):
         sample = latents.to(device, sample_dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
+        flow = self._flow_conversion()
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
             x_t = scale_model_input(sample, timestep)
             prediction = self._predict(x_t.to(dtype), timestep, labels, self.guidance_scale).to(sample_dtype)
-            if self.convert_prediction is not None:
+            if flow:
+                t = timestep / NUM_TIMESTEPS
+                prediction = convert_prediction(prediction, x_t, 1 - t, t, *flow)
+            elif self.convert_prediction is not None:
                 prediction = self.convert_prediction(prediction, x_t, timestep)
             noise = _step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
@@ -137,6 +153,13 @@ class UViTPipeline(DiffusionPipeline):
             output = self.numpy_to_pil(output)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    def _flow_conversion(self) -> tuple[str, str] | None:
+        """On the flow: the prediction types of the network and of the scheduler, if they differ."""
+        if not is_flow(self.scheduler):
+            return None
+        given, taken = str(network_prediction_type(self)), flow_prediction_type(self.scheduler)
+        return None if given == taken else (given, taken)
 
     def _to_images(self, sample: Tensor) -> Tensor:
         """What the sampler ends with, as images in [0, 1]."""
@@ -165,6 +188,29 @@ class UViTPipeline(DiffusionPipeline):
         check_guidance(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
         if self.guidance_scale != 1 and labels is None:
             raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
+
+
+def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
+    """What a pipeline's network predicts, by its name in PREDICTION_TYPES; None where its parts don't say."""
+    scheduler = pipeline.scheduler
+    if (given := pipeline.config.get("prediction_type")) is not None:
+        return str(given)
+    return flow_prediction_type(scheduler) if is_flow(scheduler) else scheduler.config.get("prediction_type")
+
+
+def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
+    """Sets a scheduler's timesteps, at which the network is called; those of the flow are 1000 sigma."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # Even steps from 1 to 0, as diffusers' pipelines give them. Its own end with one from 1/1000.
+        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, device=device)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    if is_flow(scheduler):
+        # Some keep sigmas on a GPU, and wait for it in each step.
+        scheduler.sigmas = scheduler.sigmas.cpu()
+        if scheduler.config.get("use_flow_sigmas"):  # whose timesteps are rounded to whole numbers
+            scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
 
 
 def check_guidance(scale: Any, num_classes: int | None, has_null_label: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, check_guidance
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, check_guidance, network_prediction_type
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
     OWN_SAMPLER,
@@ -183,7 +183,11 @@ class SharedLoop(ImagePipeline):
             )
         latent = decoder is not None
         scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent, convert=True)
-        self.runner = LatentPipeline(network, scheduler, decoder) if latent else UViTPipeline(network, scheduler)
+        prediction_type = network_prediction_type(pipeline)
+        if latent:
+            self.runner = LatentPipeline(network, scheduler, prediction_type, decoder)
+        else:
+            self.runner = UViTPipeline(network, scheduler, prediction_type)
         self.runner.convert_prediction = prediction_converter(pipeline.scheduler, scheduler)
         self.runner.set_progress_bar_config(disable=True)
         super().__init__(
@@ -221,8 +225,8 @@ class SharedLoop(ImagePipeline):
 class LatentPipeline(UViTPipeline):
     """UViTPipeline's loop around a network of latents, with their decoder."""
 
-    def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any):
-        super().__init__(unet=unet, scheduler=scheduler)
+    def __init__(self, unet: Any, scheduler: SchedulerMixin, prediction_type: str | None, vae: Any):
+        super().__init__(unet, scheduler, prediction_type)
         self.register_modules(vae=vae)
 
     def _to_images(self, sample: Tensor) -> Tensor:

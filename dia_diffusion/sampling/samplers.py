@@ -45,7 +45,8 @@ def has_betas(scheduler: "SchedulerMixin") -> bool:
     """Whether a scheduler's config gives its process by betas, unchanged, and says what the network predicts."""
     config = scheduler.config
     by_betas = "trained_betas" in config or "beta_start" in config
-    return by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
+    known = by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
+    return known and not config.get("use_flow_sigmas")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class Sampler:
     """The settings that it takes over from the pipeline's scheduler."""
     follows: "Callable[[SchedulerMixin], bool]" = has_betas
     """Whether it can run the process of a pipeline's scheduler."""
+    flow: "Sampler | None" = None
+    """Its scheduler and settings for the flow; None can't run it."""
+
+    def for_process(self, scheduler: "SchedulerMixin") -> "Sampler | None":
+        """What runs the process of a pipeline's scheduler: this, its `flow`, or None."""
+        from dia_diffusion.noise import is_flow
+
+        if self.flow is not None and is_flow(scheduler):
+            return self.flow
+        return self if self.follows(scheduler) else None
 
     def scheduler_class(self) -> "type[SchedulerMixin]":
         """The class, of diffusers or another."""
@@ -82,6 +93,7 @@ class Sampler:
 
 EVEN_TIME = {"timestep_spacing": "trailing"}
 EVEN_LOG_SNR = {"use_lu_lambdas": True}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}  # even steps in t
 
 DEFAULT_SAMPLER = "dpmsolver++"
 OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
@@ -92,18 +104,43 @@ SAMPLERS.register("ddpm", Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": 
 # DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
 # steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
 SAMPLERS.register("ddim", Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}))
-SAMPLERS.register("dpmsolver++", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2}))
+SAMPLERS.register(
+    "dpmsolver++",
+    Sampler(
+        "DPMSolverMultistepScheduler",
+        {**EVEN_LOG_SNR, "solver_order": 2},
+        flow=Sampler("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 2}),
+    ),
+)
 SAMPLERS.register("dpmsolver++3m", Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 3}))
 SAMPLERS.register(
     "dpmsolver++sde",
-    Sampler("DPMSolverMultistepScheduler", {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+    Sampler(
+        "DPMSolverMultistepScheduler",
+        {**EVEN_LOG_SNR, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+        flow=Sampler("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
+    ),
 )
 # Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
-SAMPLERS.register("unipc", Sampler("UniPCMultistepScheduler", {"use_exponential_sigmas": True}))
-SAMPLERS.register("euler", Sampler("EulerDiscreteScheduler", EVEN_TIME))
+SAMPLERS.register(
+    "unipc",
+    Sampler(
+        "UniPCMultistepScheduler",
+        {"use_exponential_sigmas": True},
+        flow=Sampler("UniPCMultistepScheduler", FLOW),
+    ),
+)
+SAMPLERS.register(
+    "euler", Sampler("EulerDiscreteScheduler", EVEN_TIME, flow=Sampler("FlowMatchEulerDiscreteScheduler"))
+)
 SAMPLERS.register("euler-ancestral", Sampler("EulerAncestralDiscreteScheduler", EVEN_TIME, ("epsilon", "v_prediction")))
 SAMPLERS.register(
-    "heun", Sampler("HeunDiscreteScheduler", {"timestep_spacing": "linspace", "use_exponential_sigmas": True})
+    "heun",
+    Sampler(
+        "HeunDiscreteScheduler",
+        {"timestep_spacing": "linspace", "use_exponential_sigmas": True},
+        flow=Sampler("FlowMatchHeunDiscreteScheduler"),
+    ),
 )
 SAMPLERS.register("euler-maruyama", Sampler("EulerMaruyamaScheduler"))
 
@@ -116,7 +153,7 @@ def check_sampler_name(name: str) -> None:
 
 def samplers_of(scheduler: "SchedulerMixin") -> list[str]:
     """The samplers that can run the process of a pipeline's scheduler."""
-    return [*(name for name, sampler in SAMPLERS.items() if sampler.follows(scheduler)), OWN_SAMPLER]
+    return [*(name for name, sampler in SAMPLERS.items() if sampler.for_process(scheduler)), OWN_SAMPLER]
 
 
 def build_scheduler(
@@ -137,12 +174,16 @@ def build_scheduler(
     check_sampler_name(name)
     if name == OWN_SAMPLER:
         return copy.deepcopy(scheduler)
-    sampler, config, theirs = SAMPLERS[name], scheduler.config, type(scheduler).__name__
-    if not sampler.follows(scheduler):
+    sampler, config, theirs = SAMPLERS[name].for_process(scheduler), scheduler.config, type(scheduler).__name__
+    if sampler is None:
         accepted = ", ".join(samplers_of(scheduler))
         raise InputError(f"`sampler` must be one of {accepted} for the process of a {theirs}, got {name!r}")
-    prediction_type = config.get("prediction_type")
     kind = sampler.scheduler_class()
+    if sampler is SAMPLERS[name].flow:  # takes velocities, which UViTPipeline's loop converts others to
+        key = "flow_shift" if "flow_shift" in inspect.signature(kind.__init__).parameters else "shift"
+        shift = {key: config.get("flow_shift", config.get("shift", 1.0))}
+        return kind(num_train_timesteps=config.num_train_timesteps, **shift, **sampler.settings_for(latent))
+    prediction_type = config.get("prediction_type")
     process = {key: config[key] for key in sampler.process_settings if key in config}
     if prediction_type is not None and prediction_type not in sampler.prediction_types:
         if not convert:  # the scheduler would take the prediction for another
@@ -161,15 +202,17 @@ def build_scheduler(
 
 
 def noise_ratio(scheduler: "SchedulerMixin") -> "Callable[[Tensor], Tensor]":
-    """sigma / alpha by timestep: a function of the scheduler's timesteps, of any shape, float32 on their device.
+    """sigma / alpha by timestep: a function of the loop's timesteps, of any shape, float32 on their device.
 
     Raises InputError: a scheduler that doesn't say its process.
     """
     import torch
 
-    from dia_diffusion.noise import NUM_TIMESTEPS, vp_log_alpha_bar
+    from dia_diffusion.noise import NUM_TIMESTEPS, is_flow, vp_log_alpha_bar
     from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 
+    if is_flow(scheduler):
+        return lambda timestep: timestep / (NUM_TIMESTEPS - timestep)
     if isinstance(scheduler, EulerMaruyamaScheduler):
         return lambda timestep: torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
     if not hasattr(scheduler, "alphas_cumprod"):
@@ -213,8 +256,8 @@ def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = Fa
 
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
     """
-    if name != OWN_SAMPLER:
-        return SAMPLERS[name].settings_for(latent)
+    if name != OWN_SAMPLER and (sampler := SAMPLERS[name].for_process(scheduler)) is not None:
+        return sampler.settings_for(latent)
     settings = {
         key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
         for key, value in dict(scheduler.config).items()

@@ -176,26 +176,26 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> 
     module.load_state_dict(tensors)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's state as "PARAMETER/QUANTITY" -> tensor; names in the order of the optimizer's parameters."""
-    state = optimizer.state_dict()["state"]
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state of the optimizer of a model's parameters as "PARAMETER/QUANTITY" -> tensor."""
     return {
-        f"{names[i]}/{key}": value
-        for i, values in state.items()
-        for key, value in values.items()
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None  # as the momentum of an SGD without momentum
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], names: list[str]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], model: nn.Module) -> None:
     """Puts back what optimizer_tensors gave."""
     state: dict[int, dict[str, Tensor]] = {}
-    place = {name: index for index, name in enumerate(names)}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(model.named_parameters())
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    index = {parameter: index for index, parameter in enumerate(in_order)}
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
-        parameter = parameters[place[name]]
+        parameter = parameters[name]
         if tensor.shape == parameter.shape:  # in its memory format, which fused kernels count on
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(place[name], {})[quantity] = tensor
+        state.setdefault(index[parameter], {})[quantity] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -2,6 +2,7 @@
 
 `dia_diffusion.training.recipe` reads, changes and compares recipes. A field's docstring is its help."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -140,11 +141,19 @@ class NoiseConfig(Strict):
     """The noise process and what the network predicts."""
 
     schedule: str = "vp-continuous"
-    """vp-continuous (the VP-SDE in continuous time), or ddpm-linear or cosine (1,000 discrete steps)."""
+    """vp-continuous (the VP-SDE in continuous time), ddpm-linear or cosine (1,000 discrete steps), or flow (rectified
+    flow)."""
     prediction_type: str = "epsilon"
-    """What the network predicts: epsilon, sample or v_prediction."""
+    """What the network predicts: epsilon, sample or v_prediction; of the flow, velocity or sample."""
     loss_weighting: str = "uniform"
-    """Weight of the squared error over time: uniform or min-snr."""
+    """Weight of the squared error over time: uniform or min-snr. Of the flow, it is the velocity's error."""
+    times: str = "uniform"
+    """Distribution of the times that are trained on: uniform, logit-normal, or log-normal (EDM's, of sigma / alpha)."""
+    times_kwargs: Arguments | None = None
+    """Of logit-normal and log-normal: mean and deviation of the normal distribution, such as {mean: -0.4}."""
+    shift: PositiveFloat = 1.0
+    """Multiplies sigma / alpha at the times that are drawn: above 1 for larger images. Samplers of the flow step by
+    it too."""
 
 
 class TrainConfig(LoopConfig):
@@ -166,22 +175,31 @@ class TrainConfig(LoopConfig):
 
 
 class OptimizerConfig(Strict):
-    """AdamW on every parameter."""
+    """AdamW on every parameter, or Muon on the hidden matrices."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """The optimizer; "muon" is Muon for the linear maps in the blocks, AdamW for all other parameters."""
     learning_rate: PositiveFloat = 2.0e-4
     """Rate after the warm-up."""
+    muon_learning_rate: PositiveFloat | None = None
+    """Muon's own rate after the warm-up, on the same schedule; null is learning_rate."""
     unit_learning_rate: PositiveFloat | None = None
     """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
     betas: Betas = Field(default=[0.99, 0.999])
     """AdamW's decay rates."""
+    muon_momentum: Fraction = 0.95
+    """Muon's decay rate."""
     beta1_in_images: bool = False
-    """Keep the half-life of the first beta in images too, where train.reference_batch_size is set."""
+    """Keep the half-life of the first beta and of Muon's momentum in images too, where train.reference_batch_size is
+    set."""
     weight_decay: NonNegativeFloat = 0.03
-    """AdamW's weight decay."""
+    """AdamW's and Muon's weight decay."""
     warmup_steps: NonNegative = 2500
     """Steps over which the rate rises linearly from zero."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; "cosine" falls to zero at max_steps."""
+    schedule: Literal["constant", "cosine", "warmup-stable-decay"] = "constant"
+    """After the warm-up; "cosine" falls to zero at max_steps, "warmup-stable-decay" is constant before it does."""
+    decay_fraction: Annotated[Fraction, Field(gt=0)] = 0.2
+    """The last part of max_steps, in which "warmup-stable-decay" falls linearly to zero."""
 
 
 class EmaConfig(Strict):
@@ -240,6 +258,16 @@ class Experiment(Recipe):
         optimizer, scale = self.optimizer, self.samples.guidance_scale
         if optimizer.beta1_in_images and self.train.reference_batch_size is None:
             raise InputError("`optimizer.beta1_in_images` must be false without `train.reference_batch_size`, got true")
+        if optimizer.name != "muon" and (rate := optimizer.muon_learning_rate) is not None:
+            raise InputError(f"`optimizer.muon_learning_rate` must be null without `optimizer.name` muon, got {rate}")
+        if optimizer.schedule == "warmup-stable-decay":
+            in_reference_steps = self.train.batch_size / (self.train.reference_batch_size or self.train.batch_size)
+            most = math.floor((1 - optimizer.decay_fraction) * self.train.max_steps * in_reference_steps)
+            if optimizer.warmup_steps > most:
+                raise InputError(
+                    f"`optimizer.warmup_steps` must be at most {most:,}, where `optimizer.decay_fraction` begins, "
+                    f"got {optimizer.warmup_steps:,}"
+                )
         if (rate := optimizer.unit_learning_rate) is not None:
             if self.model.attention == "none":
                 raise InputError(f"`optimizer.unit_learning_rate` must be null with `model.attention` none, got {rate}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from dia_diffusion.models.registry import wrapped_networks
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.noise import PROCESSES, NoiseProcess
 from dia_diffusion.pipelines.folder import TRAINING_FILE, find_pipeline, weights_hash
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
+from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, network_prediction_type
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_pipeline
@@ -32,6 +32,7 @@ from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.training.callbacks import Callback, checkpoint_due, log_image
 from dia_diffusion.training.config import Experiment, ModelConfig
+from dia_diffusion.training.muon import Muon, muon_groups
 from dia_diffusion.training.optimizer import optimizer_at_batch_size, parameter_groups, reference_steps
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.recipe import resolve
@@ -134,14 +135,13 @@ class DiffusionTask(Task):
 
     def build_optimizer(self, model: Any) -> torch.optim.Optimizer:
         config = self.optimizer_config
-        groups = parameter_groups(model, config.learning_rate, config.unit_learning_rate)
-        return torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        rate, betas, decay = config.learning_rate, (config.betas[0], config.betas[1]), config.weight_decay
+        groups = parameter_groups(model, rate, config.unit_learning_rate)
+        if config.name == "adamw":
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, weight_decay=decay, fused=True)
+        groups = muon_groups(model, groups, config.muon_learning_rate or rate)
+        dtype = torch.bfloat16 if self.experiment.train.mixed_precision == "bf16" else None
+        return Muon(groups, rate, betas, decay, config.muon_momentum, dtype)
 
     def init_weights(self, model: Any) -> dict[str, Any] | None:
         source = self.experiment.init_from
@@ -209,9 +209,15 @@ def build_pipeline(experiment: Experiment, weights: dict[str, Tensor], device: t
     """A pipeline of the recipe's model with these weights."""
     model = build_model(experiment.model).eval().requires_grad_(False)
     model.load_state_dict(weights)
-    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
+    pipeline = _pipeline(model, experiment.noise_process())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _pipeline(model: nn.Module, process: NoiseProcess) -> UViTPipeline:
+    scheduler = process.build_scheduler()
+    prediction_type = None if "prediction_type" in scheduler.config else process.prediction_type
+    return UViTPipeline(model, scheduler, prediction_type)
 
 
 def check_samples(experiment: Experiment, settings: SamplingSettings | None = None) -> None:
@@ -222,7 +228,7 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
     check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
-    pipeline = UViTPipeline(model, experiment.noise_process().build_scheduler())
+    pipeline = _pipeline(model, experiment.noise_process())
     adapt_pipeline(pipeline, settings or sampling_settings(experiment))
 
 
@@ -272,7 +278,7 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
     if not isinstance(theirs, Model):
         kinds = "UViT, AttachedModel or UNet2DModel"
         raise InputError(f"`init_from` must be a pipeline of a {kinds}, got {source}, a {type(pipeline).__name__}")
-    _check_noise(source, pipeline.scheduler, experiment.noise_process())
+    _check_noise(source, pipeline, experiment.noise_process())
     _check_unit(source, theirs, experiment)
     _check_backbone(source, theirs, model)
     model.load_state_dict({**model.state_dict(), **theirs.state_dict()})
@@ -298,16 +304,17 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
     )
 
 
-def _check_noise(source: str, scheduler: SchedulerMixin, process: NoiseProcess) -> None:
-    prediction_type = scheduler.config.get("prediction_type", process.prediction_type)
+def _check_noise(source: str, pipeline: DiffusionPipeline, process: NoiseProcess) -> None:
+    names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
+    schedule = next(names, "of no known name")
+    if schedule != process.schedule:
+        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
+    prediction_type = network_prediction_type(pipeline) or process.prediction_type
     if prediction_type != process.prediction_type:
         raise InputError(
             f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "
             f"{process.prediction_type!r}"
         )
-    schedule = next((name for name, kind in PROCESSES.items() if kind.is_run_by(scheduler)), "of no known name")
-    if schedule != process.schedule:
-        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
 
 
 def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:

@@ -1,13 +1,12 @@
-"""Parameter groups, learning rates, settings at another batch size, and the moving average of the weights."""
+"""Parameter groups, learning rates, and settings at another batch size."""
 
 import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.training.config import ClassifyOptimizerConfig, EmaConfig, OptimizerConfig, TrainConfig
+from dia_diffusion.training.config import ClassifyOptimizerConfig, OptimizerConfig, TrainConfig
 
 
 def parameter_groups(model: Any, rate: float, unit_rate: float | None = None) -> list[dict[str, Any]]:
@@ -48,6 +47,8 @@ def learning_rate(
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     if config.schedule == "linear":
         return peak * (1 - progress)
+    if config.schedule == "warmup-stable-decay":
+        return peak * min(1.0, (max_steps - step) / (config.decay_fraction * max_steps))
     if config.schedule == "steps":
         return peak * config.gamma ** sum(step >= milestone for milestone in config.milestones)
     return peak
@@ -61,49 +62,16 @@ def reference_steps(config: TrainConfig) -> float:
 def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
     """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
 
-    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 likewise where the recipe says so.
+    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 and Muon's momentum likewise where the
+    recipe says so.
     """
     steps = reference_steps(train)
     beta1, beta2 = config.betas
-    betas = (beta1**steps if config.beta1_in_images else beta1, beta2**steps)
-    return config.model_copy(update={"betas": list(betas), "warmup_steps": round(config.warmup_steps / steps)})
-
-
-class EMA:
-    """The average of a model's parameters over the steps; a skipped step leaves it as it was.
-
-    Args:
-        parameters: the model's.
-        config: its decay, and the decay's warm-up.
-        reference_steps: how many steps of the average one step counts as.
-    """
-
-    def __init__(self, parameters: list[Tensor], config: EmaConfig, reference_steps: float = 1.0):
-        self.config = config
-        self.reference_steps = reference_steps
-        self.parameters = [parameter.detach().clone() for parameter in parameters]
-        """In the order of the model's."""
-        self.steps = 0
-
-    def load(self, averaged: list[Tensor], steps: int) -> None:
-        """Restores the averages of an earlier run after `steps` steps."""
-        for own, kept in zip(self.parameters, averaged, strict=True):
-            own.copy_(kept)
-        self.steps = steps
-
-    @torch.no_grad()
-    def update(self, parameters: list[Tensor], skip: Tensor) -> None:
-        """Moves toward the model's parameters, unless `skip`, a bool () on their device, is true."""
-        self.steps += 1
-        decay = self.config.decay
-        if self.config.warmup:
-            step = self.steps * self.reference_steps
-            decay = min(decay, (1 + step) / (10 + step))
-        weight = (1 - decay**self.reference_steps) * (~skip).to(self.parameters[0].dtype)
-        if skip.device.type == "cpu":
-            for own, parameter in zip(self.parameters, parameters, strict=True):
-                own.lerp_(parameter, weight)
-        else:  # the same in few launches; lists of tensors have no lerp by a number on the device
-            difference = torch._foreach_sub(parameters, self.parameters)
-            torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(self.parameters, difference)
+    momentum_steps = steps if config.beta1_in_images else 1.0
+    return config.model_copy(
+        update={
+            "betas": [beta1**momentum_steps, beta2**steps],
+            "muon_momentum": config.muon_momentum**momentum_steps,
+            "warmup_steps": round(config.warmup_steps / steps),
+        }
+    )

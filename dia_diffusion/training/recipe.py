@@ -172,7 +172,7 @@ def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] |
     """
     if may_change is None:
         may_change = recipe.MAY_CHANGE
-        if flatten(old).get("optimizer.schedule") in ("cosine", "linear"):
+        if flatten(old).get("optimizer.schedule") in ("cosine", "linear", "warmup-stable-decay"):
             may_change -= {"train.max_steps"}  # every step's rate depends on it
     recipe = resolve(recipe)
     defaults = type(recipe)().to_dict()

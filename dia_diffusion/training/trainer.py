@@ -45,8 +45,9 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
+from dia_diffusion.training.ema import EMA
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
-from dia_diffusion.training.optimizer import EMA, learning_rate
+from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
 from dia_diffusion.training.run_folder import RunFolder, check_new_run, check_resumed_run, check_shared
 from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
@@ -166,7 +167,7 @@ class Trainer:
         if checkpoint is not None:
             if self.ema is not None:
                 self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)
-            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.names)
+            load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.model)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["grad_scaler"])
 
@@ -344,7 +345,7 @@ class Trainer:
             tensors={
                 "model": self.model.state_dict(),
                 **({} if average is None else {"ema": average}),
-                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.names),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.model),
             },
             state={
                 **self.origin(),

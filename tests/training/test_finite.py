@@ -42,7 +42,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[
 def states(trainer: Trainer) -> dict[str, Tensor]:
     """All that a step may change, as it is now."""
     kept = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    kept |= {f"optimizer/{n}": t for n, t in optimizer_tensors(trainer.optimizer.optimizer, trainer.names).items()}
+    kept |= {f"optimizer/{n}": t for n, t in optimizer_tensors(trainer.optimizer.optimizer, trainer.model).items()}
     if trainer.ema is not None:
         kept |= {f"ema/{n}": t for n, t in zip(trainer.names, trainer.ema.parameters, strict=True)}
     return {name: tensor.detach().clone() for name, tensor in kept.items()}

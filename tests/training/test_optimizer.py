@@ -15,7 +15,8 @@ from dia_diffusion.training.config import (
     TrainConfig,
 )
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.optimizer import EMA, learning_rate
+from dia_diffusion.training.ema import EMA
+from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.trainer import Trainer
 from tests.training.run_files import assert_same_tensors
 

@@ -1,0 +1,177 @@
+"""Muon for the hidden matrices and AdamW for all other parameters, in one optimizer."""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from dia_diffusion.errors import InputError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of x, x^3 and x^5 in an iteration."""
+ITERATIONS = 5
+ADAMW_RMS = 0.2
+"""Root mean square of AdamW's updates at learning rate 1 (arXiv 2502.16982), which Muon's are scaled to."""
+CONDITIONING = re.compile("norm|emb")
+"""In the names of diffusers' linear maps that act on embedded times and classes."""
+
+
+def hidden_matrices(model: Any) -> dict[str, Tensor]:
+    """Name -> weight of the linear maps in a model's blocks, except the unit's and those of embedded times and classes.
+
+    In a UViT: qkv, proj, fc1, fc2 and skip_linear.
+    """
+    unit = set() if model.unit is None else set(model.unit.modules())
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "block" in name and not CONDITIONING.search(name) and module not in unit
+    }
+
+
+def muon_groups(model: Any, groups: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
+    """AdamW's groups without the hidden matrices, which follow in groups of their own with "peak_rate" `rate`.
+
+    Raises:
+        InputError: the model has no hidden matrices.
+    """
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise InputError("`optimizer.name` must be adamw for a network without linear maps in its blocks, got muon")
+    hidden = set(matrices.values())
+    groups = [{**group, "params": [p for p in group["params"] if p not in hidden]} for group in groups]
+    for stacked in (1, 3):
+        weights = [weight for name, weight in matrices.items() if name.endswith("qkv.weight") == (stacked == 3)]
+        if weights:
+            groups.append({"params": weights, "peak_rate": rate, "stacked": stacked})
+    return groups
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon) for groups with "stacked", AdamW for the others.
+
+    Muon replaces all singular values of a matrix's Nesterov momentum by about 1. The update of an (m, n) matrix is
+    scaled by 0.2 sqrt(max(m, n)): its root mean square is then that of AdamW's updates, so that learning rates and
+    weight decay can be shared. Weight decay is decoupled in both. Every process computes the same update.
+
+    As in fused AdamW, a step with the attribute `found_inf` above 0 changes neither weights nor state, and the device
+    isn't waited for. Gradients must be unscaled.
+
+    Args:
+        groups: of parameters; "stacked" is how many matrices each weight consists of, one below the other, such as 3
+            for queries, keys and values, which are orthogonalized separately.
+        lr: learning rate.
+        betas: AdamW's decay rates.
+        weight_decay: times the learning rate, the share of a weight that is subtracted in a step.
+        momentum: Muon's decay rate.
+        dtype: that Muon orthogonalizes in; None is the weights'.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets found_inf, instead of waiting for it
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
+    ):
+        self.dtype = dtype
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum}
+        # By "fused", torch knows that load_state_dict must put AdamW's step counts on the device.
+        super().__init__(groups, {**defaults, "eps": 1e-8, "stacked": 0, "fused": True})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step with the parameters' gradients; parameters without one are left alone."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["stacked"]:
+                by_shape: dict[torch.Size, list[Tensor]] = {}
+                for parameter in parameters:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+                for same_shape in by_shape.values():
+                    self._muon(group, same_shape)
+            elif parameters:
+                self._adamw(group, parameters)
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """A step of weights of one shape, as one batch so that it takes few launches."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        weight, old = torch.stack(parameters), torch.stack(buffers)  # (B, rows, columns)
+        gradient = torch.stack(_gradients(parameters))
+
+        momentum = old.lerp(gradient, 1 - group["momentum"])
+        nesterov = gradient.lerp(momentum, group["momentum"])
+        matrices = nesterov.view(-1, weight.shape[1] // group["stacked"], weight.shape[2])
+        update = orthogonalize(matrices, self.dtype).view_as(weight)
+        scale = ADAMW_RMS * math.sqrt(max(matrices.shape[1:]))
+        new = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * update
+
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            skip = found_inf > 0
+            new, momentum = torch.where(skip, weight, new), torch.where(skip, old, momentum)
+        torch._foreach_copy_(parameters, new.unbind())
+        torch._foreach_copy_(buffers, momentum.unbind())
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """torch's fused step, with the state that torch.optim.AdamW has."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            _gradients(parameters),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            found_inf=getattr(self, "found_inf", None),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """U V^T of the matrices U S V^T, (B, m, n), roughly: with singular values between 0.6 and 1.3 instead of 1.
+
+    Singular values below about 1/300 of a matrix's Frobenius norm come out smaller than that.
+
+    Args:
+        matrices: (B, m, n).
+        dtype: that Newton-Schulz iterations are computed in; None is the matrices'.
+    """
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    x = (matrices / norms.clamp(min=1e-7)).to(dtype or matrices.dtype)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the smaller Gram matrix
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
