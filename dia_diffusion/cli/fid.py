@@ -67,9 +67,11 @@ class Options(SamplingOptions, FeatureOptions):
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, sfid, kid, isc, prc, dc, mind; the distance is always measured."""
+    """Of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
+    held_out: Annotated[str | None, Metavar("DATA")] = None
+    """Real images outside the reference, for fdr; if not given, the reference's other split."""
     bootstrap: int = 0
     """Resamples for the distance's 95 % interval; 0 for none."""
     step: int | None = None
@@ -86,10 +88,27 @@ class Options(SamplingOptions, FeatureOptions):
 
 
 def run(options: Options) -> None:
-    """Measures what the options ask for, and records and prints it."""
-    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
-    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+    """Measures what the options ask for in each of the features, and records and prints it."""
+    from dia_diffusion.distributed import start_accelerator
 
+    names = (options.features or "").split(",")
+    if len(names) > 1 and options.weights_file is not None:
+        raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
+    each = [options.model_copy(update={"features": name}) if name else options for name in names]
+    plans = [_plan(one) for one in each]
+    accelerator = start_accelerator()
+    records = [_measure(one, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
+    if accelerator.is_main_process and len(names) > 1 and "fdr" in options.metrics:
+        print_mean_fdr(list(zip(*records, strict=True)))
+    accelerator.end_training()
+
+
+Plan = tuple["EvalProtocol", str, list[Path], "dict[Path | None, Path]"]
+"""Protocol, reference, pipelines, and the file for records of each."""
+
+
+def _plan(options: Options) -> Plan:
+    """What the options ask for. Raises InputError for what can't be."""
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
@@ -99,8 +118,22 @@ def run(options: Options) -> None:
     folders: list[Path | None] = [*pipelines] or [None]
     files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
     _check_records(options, protocol, files)
+    return protocol, reference_data, pipelines, files
 
-    accelerator = start_accelerator()
+
+def _measure(
+    options: Options,
+    protocol: "EvalProtocol",
+    reference_data: str,
+    pipelines: list[Path],
+    files: "dict[Path | None, Path]",
+    accelerator: "Accelerator",
+) -> "list[EvaluationRecord]":
+    """The records of all sources, printed."""
+    from dia_diffusion.distributed import first_on_each_machine
+    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+    from dia_diffusion.evaluation.reference import measure_held_out
+
     feature_options = options.model_copy(update={"features": protocol.features})
     extractor = first_on_each_machine(
         accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
@@ -114,7 +147,9 @@ def run(options: Options) -> None:
         for source, shape in _sources(options, protocol, pipelines, accelerator, progress):
             if evaluator is None:
                 reference = _reference(options, protocol, reference_data, shape, extractor, accelerator, progress)
-                evaluator = Evaluator(protocol, extractor, reference, accelerator)
+                arguments = (reference_data, shape, extractor, protocol, accelerator, progress)
+                held_out = measure_held_out(reference, *arguments)
+                evaluator = Evaluator(protocol, extractor, reference, accelerator, held_out)
             record, added = evaluator.record(source, files[source.folder], _measuring(progress))
             records.append(record)
             if added and source.folder is None and accelerator.is_main_process:
@@ -124,7 +159,7 @@ def run(options: Options) -> None:
         warn_unreleased(options, extractor)
         for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
-    accelerator.end_training()
+    return records
 
 
 # The protocol.
@@ -136,7 +171,7 @@ DECIDED = (
     *("guidance_scale", "guidance_interval", "guide", "reference_split"),
 )
 """What a named protocol decides."""
-EXTRA = ("metrics", "kid_subset_size", "bootstrap")
+EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
 
 def resolve_protocol(options: Options, is_model: bool, reference: str) -> "EvalProtocol":
@@ -358,6 +393,8 @@ def _measuring(progress: Progress) -> Any:
 
 def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> None:
     """A table of distances, and one of the other metrics that were asked for; each record has them."""
+    from dia_diffusion.evaluation.record import describe_number
+
     columns = ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol")
     rows = []
     for record in records:
@@ -371,13 +408,27 @@ def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> N
         rows.append([*cells, reference, sampler, f"{record.seconds:.1f}", named])
     console.print(Table(columns, rows, left=("source", "metric", "reference", "sampler", "protocol")).to_rich())
     if names := asked.metric_labels(records[0].protocol.features):
-        rows = [[*_place(record), *(_number(record, name) for name in names)] for record in records]
+        rows = [[*_place(record), *(describe_number(record, name) for name in names)] for record in records]
         console.print(Table(("source", "step", *names), rows, left=("source",)).to_rich())
 
 
-def _number(record: "EvaluationRecord", name: str) -> str:
-    deviation = record.metrics.get(f"{name} std")
-    return f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
+    """FDr averaged over features, as in arXiv 2604.28190; one sequence of records per source, one record per features.
+
+    The ends of the intervals are averaged too: right if the ratios of all features err together, else too wide.
+    """
+    rows = []
+    for group in records:
+        names = [f"FDr({record.protocol.features})" for record in group]
+        parts = ("", " low", " high")
+        mean, low, high = (
+            sum(record.metrics[name + part] for record, name in zip(group, names, strict=True)) / len(group)
+            for part in parts
+        )
+        rows.append([*_place(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
+    console.print(
+        Table(("source", "step", "mean of", f"FDr^{len(records[0])}"), rows, left=("source", "mean of")).to_rich()
+    )
 
 
 def _place(record: "EvaluationRecord") -> tuple[str, str]:
