@@ -131,7 +131,10 @@ def run(options: Options) -> None:
 
 OPTION_OF = {"num_samples": "num"}
 """Field of EvalProtocol -> the option, where they are called differently."""
-DECIDED = ("features", "num_samples", "sampler", "steps", "precision", "classes", "guidance_scale", "reference_split")
+DECIDED = (
+    *("features", "num_samples", "sampler", "steps", "precision", "classes"),
+    *("guidance_scale", "guidance_interval", "guide", "reference_split"),
+)
 """What a named protocol decides."""
 EXTRA = ("metrics", "kid_subset_size", "bootstrap")
 
@@ -179,7 +182,9 @@ def _refuse_decided(options: Options, protocol: "EvalProtocol", is_model: bool) 
         applies = is_model or option not in SamplingOptions.model_fields
         is_open = field == "reference_split" and value is None
         if option in options.model_fields_set and applies and not is_open:
-            says = "all" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
+            says = ",".join(map(str, value)) if isinstance(value, list) else value
+            if value is None:
+                says = "all" if field == "classes" else "none"
             raise InputError(
                 f"{spell(options, option)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
             )
@@ -189,8 +194,8 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
     """Raises InputError for Inception's features of other weights than a named protocol means."""
     if protocol.name and features != protocol.features:
         raise InputError(
-            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
-            f"{options.inception_weights}, which give {features}"
+            f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.weights_file}, which give {features}"
         )
 
 

@@ -71,6 +71,8 @@ def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_siz
         "guidance_scale": settings.guidance_scale,
         "weights": (read_training(folder) or {}).get("weights"),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "guide": None if pipeline.guide is None else pipeline.guide.hashes,
     }
     return ImageSource(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
 

@@ -242,6 +242,8 @@ class SamplesConfig(Strict):
     """Sampler steps."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
     """Of classifier-free guidance, for class-conditional models; 1 is none."""
+    guidance_interval: list[Float] | None = None
+    """Two noise levels: guidance applies where low < sigma / alpha <= high; null is everywhere."""
 
 
 class Experiment(Recipe):
