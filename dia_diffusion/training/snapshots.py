@@ -143,10 +143,14 @@ class Snapshots:
             "weights": by_average,
         }
 
-    def save(self, width: float, place: Path) -> None:
-        """Writes the pipeline of a relative width, unless it is there. Raises InputError if something else is."""
-        state = self.states[self.folder / step_name(self.step)]
-        _save(self.run, state, self.describe(width), partial(self.average, width), place)
+    def save(self, width: float, place: Path) -> float:
+        """Writes the pipeline of a relative width, unless it is there, and returns the residual of its profile.
+
+        Raises InputError if something else is there.
+        """
+        state, described = self.states[self.folder / step_name(self.step)], self.describe(width)
+        _save(self.run, state, described, partial(self.average, width), place)
+        return float(described["residual"])
 
 
 def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
