@@ -67,7 +67,7 @@ class Options(SamplingOptions, FeatureOptions):
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, kid, isc, prc, dc, mind; the distance is always measured."""
+    """Of fid, sfid, kid, isc, prc, dc, mind; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
     bootstrap: int = 0
@@ -106,7 +106,7 @@ def run(options: Options) -> None:
         accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
     )
     check_features(options, protocol, extractor.name)
-    protocol.check_logits(extractor)
+    protocol.check_layers(extractor)
     records = []
     with ConsoleProgress() as shown:
         progress = shown if accelerator.is_main_process else Progress()
@@ -194,8 +194,8 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
     """Raises InputError for Inception's features of other weights than a named protocol means."""
     if protocol.name and features != protocol.features:
         raise InputError(
-            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
-            f"{options.inception_weights}, which give {features}"
+            f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.weights_file}, which give {features}"
         )
 
 
@@ -322,7 +322,7 @@ def _reference(
         opening = {"split": split or "train", "size": shape[1], "channels": shape[0]}
         images = open_images_on_ranks(data, accelerator, progress, **opening)
         return references.measure_reference(images, extractor, protocol, accelerator, progress)
-    if names := protocol.needing("reference features"):
+    if names := protocol.needing("reference features") + protocol.needing("spatial"):
         raise InputError(f"`--reference` must be images for {' and '.join(names)}, got {data}, which holds statistics")
     reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
     # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.

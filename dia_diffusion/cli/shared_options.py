@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from dia_diffusion.cli.console import ConsoleProgress, console
-from dia_diffusion.cli.options import Metavar
+from dia_diffusion.cli.options import Metavar, refuse_both
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
@@ -85,11 +85,18 @@ def load_for_sampling(
 
 class FeatureOptions(Strict):
     features: str | None = None
-    """digits, cifar10, inception, or MODULE:CLASS, a torch-fidelity extractor of your own; if not given, those of a
-    file of statistics, digits for the digits, and cifar10 for other images."""
-    inception_weights: Annotated[Path | None, Metavar("FILE")] = None
-    """Weights of torch-fidelity's Inception, .pth or .safetensors; if not given, from torch's hub folder, or a
+    """digits, cifar10, inception, dinov2-vit-s-14 (b, l or g for s), clip-vit-b-32, clip-vit-l-14, vgg16, or
+    MODULE:CLASS, a torch-fidelity extractor of your own; if not given, those of a file of statistics, digits for the
+    digits, and cifar10 for other images."""
+    weights: Annotated[Path | None, Metavar("FILE")] = None
+    """Weights of the features, .pth or .safetensors; if not given, from the package, torch's hub folder, or a checked
     download."""
+    inception_weights: Annotated[Path | None, Metavar("FILE")] = None
+    """The same as --weights, for Inception."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        return self.weights or self.inception_weights
 
 
 def load_features(options: FeatureOptions, data: str, device: "str | torch.device") -> "FeatureExtractor":
@@ -99,15 +106,19 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
     name = options.features or features_for(data)
     if options.inception_weights is not None and name != "inception":
         raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
+    if options.weights is not None and ":" in name:
+        raise InputError(f"`--weights` must be left out with --features {name}, which loads its own")
+    refuse_both(options, "weights", "inception_weights")
     progress = ConsoleProgress().reading("bytes")
-    return build_features(name, device, options.inception_weights, progress)
+    return build_features(name, device, options.weights_file, progress)
 
 
 def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> None:
     """Prints a warning where the weights given aren't the released Inception."""
-    from dia_diffusion.evaluation.features.inception import unreleased
+    from dia_diffusion.evaluation.features.inception import NAME, unreleased
 
-    if options.inception_weights is not None and (text := unreleased(extractor.name, options.inception_weights)):
+    file = options.weights_file
+    if file is not None and extractor.name.startswith(NAME) and (text := unreleased(extractor.name, file)):
         console.print(f"warning: {text}")
 
 

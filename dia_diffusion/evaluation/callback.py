@@ -68,7 +68,7 @@ class EvaluatePipelines(Callback):
         build = partial(build_features, self.protocol.features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
         self.protocol.check_count(self.protocol.num_samples)
-        self.protocol.check_logits(extractor)
+        self.protocol.check_layers(extractor)
         reference = self._reference(trainer, extractor)
         self.evaluator = Evaluator(self.protocol, extractor, reference, trainer.accelerator)
         if missing:

@@ -13,7 +13,7 @@ from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor, check_features_name
 from dia_diffusion.evaluation.frechet import LEVEL, MIN_RESAMPLES, SEED
-from dia_diffusion.evaluation.metrics import DISTANCE, METRICS, Needs
+from dia_diffusion.evaluation.metrics import DISTANCE, LAYERS, METRICS, Needs
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.pipelines.pipeline_uvit import check_guidance
@@ -132,6 +132,11 @@ class EvalProtocol(Strict):
         """The metrics that need it."""
         return [name for name in self.metrics if what in METRICS[name].needs]
 
+    @property
+    def layers(self) -> list[Needs]:
+        """The extractor's layers that the metrics need beside the features."""
+        return [layer for layer in LAYERS if self.needs(layer)]
+
     def metric_settings(self) -> dict[str, dict[str, Any]]:
         """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
         settings = {name: self.settings_of(name) for name in self.metrics if name != DISTANCE}
@@ -155,11 +160,13 @@ class EvalProtocol(Strict):
             if not reference or "reference features" in metric.needs:
                 metric.check_count(name, count, self.settings_of(name), what)
 
-    def check_logits(self, extractor: FeatureExtractor) -> None:
-        """Raises InputError if a metric needs logits and the features have none."""
-        for name in self.needing("logits"):
-            if extractor.num_classes is None:
-                raise InputError(f"features must have logits for metric {name}, got {extractor.name}, which have none")
+    def check_layers(self, extractor: FeatureExtractor) -> None:
+        """Raises InputError if a metric needs logits or spatial features and the extractor has none."""
+        for layer in self.layers:
+            if layer not in extractor.widths:
+                what = "logits" if layer == "logits" else "a spatial layer, as inception has,"
+                asked = f"features must have {what} for metric {self.needing(layer)[0]}"
+                raise InputError(f"{asked}, got {extractor.name}, which have none")
 
     # The name in records.
 

@@ -49,7 +49,8 @@ class ResolvedProtocol:
     """Of the sampled images, as `0-999`."""
     sampler: str | None = None
     scheduler: dict[str, Any] | None = None
-    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample."""
+    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample; `process` where it isn't
+    VP."""
     num_inference_steps: int | None = None
     class_labels: str | None = None
     guidance_scale: float | None = None
@@ -75,8 +76,14 @@ class ResolvedProtocol:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
-        """The fields that differ, each with this protocol's value and the other's."""
+        """The fields that differ, each with this protocol's value and the other's.
+
+        A sampler has settings of its own for each noise process, so they are compared within a process.
+        """
         pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        processes = [(each.scheduler or {}).get("process") for each in (self, other)]
+        if processes[0] != processes[1]:
+            del pairs["scheduler"]
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

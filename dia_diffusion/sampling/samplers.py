@@ -205,7 +205,8 @@ def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = Fa
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
     """
     if name != OWN_SAMPLER and (sampler := SAMPLERS[name].for_process(scheduler)) is not None:
-        return sampler.settings_for(latent)
+        process = {"process": "flow"} if sampler is SAMPLERS[name].flow else {}
+        return {**sampler.settings_for(latent), **process}
     settings = {
         key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
         for key, value in dict(scheduler.config).items()

@@ -59,7 +59,8 @@ def image_losses(
     """Each image's part (B,) of the diffusion loss."""
     timestep = process.timestep(draws.uniform)  # (B,)
     noisy, target = process.mix(images, sent(draws.noise.to(images.dtype), images.device), timestep)
-    (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False)
+    depth = {} if draws.depth is None else {"depth_draws": sent(draws.depth, images.device)}
+    (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False, **depth)
     error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
@@ -121,6 +122,9 @@ class DiffusionTask(Task):
         self.reference_steps = reference_steps(experiment.train)
         self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.process = experiment.noise_process()
+        model = experiment.model.model_dump()
+        drops = model["backbone"] == "uvit" and model["drop_path"] > 0
+        self.dropping_blocks: int = model["num_layers"] if drops else 0
         self.images: ImageSet
         self.guidance: Guidance | None = None
 
@@ -156,7 +160,7 @@ class DiffusionTask(Task):
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:
         seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.shape
-        return draw_step(seed, step, batch_size, len(self.images), shape, start, stop)
+        return draw_step(seed, step, batch_size, len(self.images), shape, start, stop, self.dropping_blocks)
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         images, labels = training_batch(self.images, self.experiment, draws, device, dtype)
@@ -263,7 +267,7 @@ def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any],
 
 # What decides a unit, and what decides a network without showing in its tensors.
 UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens", "attention_at")
-HIDDEN_KEYS = ("num_attention_heads", "residual_skips")
+HIDDEN_KEYS = ("num_attention_heads", "residual_skips", "skip_scaling", "skip_kappa")
 UNITS = ("unit.", f"network.{UNITS_NAME}.")  # how its tensors' names begin in the models
 
 Model = UViT | AttachedModel
