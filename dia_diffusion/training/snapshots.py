@@ -175,7 +175,7 @@ def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: 
     """The step asked for, or the newest. Raises InputError if the run has no snapshot or checkpoint of it."""
     places = step_folders(getattr(RunFolder(run), f"{what}s"))
     if not places:
-        raise InputError(f"{run} must be a run with {what}s, which has none")
+        raise InputError(f"{run} has no {what}s")
     if step is not None and step not in places:
         steps = ", ".join(map(str, places))
         raise InputError(f"`--step` must be that of a {what} of {run}, {steps}, got {step}")
