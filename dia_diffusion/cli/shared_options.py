@@ -33,7 +33,12 @@ class SamplingOptions(Strict):
     classes: list[int] | None = None
     """Such as 3 or 0,1,2: the class of each seed in turn; all classes of the model if not given."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance, or by --guide; 1 is none."""
+    guidance_interval: Annotated[list[float] | None, Metavar("LOW,HIGH")] = None
+    """Such as 0.3,5: guides only at noise levels sigma/alpha above LOW up to HIGH."""
+    guide: Annotated[str | None, Metavar("RUN[:STEP]")] = None
+    """Autoguidance by another run or pipeline folder, such as an earlier step or a smaller network, in place of the
+    null label."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
 
@@ -58,15 +63,19 @@ def load_for_sampling(
 
     from dia_diffusion.pipelines.folder import read_training
     from dia_diffusion.sampling.generate import adapt_pipeline
-    from dia_diffusion.sampling.load import load_pipeline
+    from dia_diffusion.sampling.load import load_guide, load_pipeline
     from dia_diffusion.sampling.samplers import SamplingSettings
 
     precision = chosen_precision(options.precision, device)
+    dtype = getattr(torch, precision)
     classes = None if options.classes is None else tuple(options.classes)
-    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
-    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)), settings)
+    settings = SamplingSettings(
+        options.sampler, options.steps, classes, options.guidance_scale, options.guidance_interval
+    )
+    guide = None if options.guide is None else load_guide(options.guide, device, dtype)
+    pipeline = adapt_pipeline(load_pipeline(folder, device, dtype), settings, guide)
     training = read_training(folder)
-    if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
+    if guide is None and settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
         raise InputError(
             f"`--guidance-scale` must be 1 for {folder}, which was trained with data.label_dropout 0 and so without a "
             f"null label, got {settings.guidance_scale}"

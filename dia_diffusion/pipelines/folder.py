@@ -64,6 +64,14 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     return steps[chosen]
 
 
+def find_guide(name: str) -> Path:
+    """The pipeline folder of a guide: that folder, a run, or RUN:STEP. Raises InputError as `find_pipeline`."""
+    run, _, step = name.rpartition(":")
+    if run and step.isdecimal() and not Path(name).exists():
+        return find_pipeline(run, int(step))
+    return find_pipeline(name)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline folder. Raises InputError: a file that is none."""
     file = folder / INDEX

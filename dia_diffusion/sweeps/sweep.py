@@ -68,7 +68,8 @@ class StudyConfig(Strict):
     points: Positive = 6
     """Points of a curve, evenly spaced and ending with the last step."""
     variants: dict[str, dict[str, Any]] = Field(default={})
-    """Names for units with other settings: name -> recipe keys, as {wide: {model.attention: dia-lstm, ...}}."""
+    """Names for other settings: name -> recipe keys, as {slow: {model.attention: dia-lstm, ...}}; one without
+    model.attention has the recipe's unit."""
     overrides: dict[str, Any] = Field(default={})
     """Recipe keys that differ from the recipe in every run."""
     name: str | None = None
@@ -260,7 +261,8 @@ def _runs(config: StudyConfig) -> list[Run]:
 
 def _recipe(config: StudyConfig, unit: str) -> Experiment:
     """A unit's recipe, with the recipe's own batch size, steps and seed."""
-    keys = {**config.overrides, "model.attention": unit, **flatten(config.variants.get(unit, {}))}
+    own = flatten(config.variants[unit]) if unit in config.variants else {"model.attention": unit}
+    keys = {**config.overrides, **own}
     try:
         return read_experiment(config.recipe, keys=keys)
     except InputError as error:

@@ -2,6 +2,7 @@
 
     checkpoints/step-00010000/model.safetensors       weights
                               ema.safetensors         their moving average, of trainings that keep one
+                              averages.safetensors    further averages, if the recipe has any: NAME/PARAMETER
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
@@ -38,13 +39,21 @@ from dia_diffusion.reading import read_json_object
 class Checkpoint:
     """A checkpoint's content."""
 
-    tensors: dict[str, dict[str, Tensor]]  # "model", "ema" where one is kept, "optimizer" -> name -> tensor
+    tensors: dict[str, dict[str, Tensor]]  # "model", "optimizer", and "ema", "averages" if kept -> name -> tensor
     state: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
     """Writes folder/step-N, then removes those before it but for the keep_last newest, itself among them."""
     place = folder / step_name(step)
+    write_checkpoint(place, step, checkpoint)
+    for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
+        shutil.rmtree(old)
+    return place
+
+
+def write_checkpoint(place: Path, step: int, checkpoint: Checkpoint) -> None:
+    """Writes a folder of safetensors and state.json, in place of an earlier one."""
     size = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
     with atomic_dir(place, needed=size) as temporary:
         hashes = {}
@@ -53,9 +62,6 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, file)
             hashes[file.name] = sha256_of_file(file)
         write_json(temporary / "state.json", with_checksum({**checkpoint.state, "step": step, "sha256": hashes}))
-    for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
-        shutil.rmtree(old)
-    return place
 
 
 def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -127,7 +133,7 @@ def read_state(place: Path) -> dict[str, Any]:
     try:
         state = verify_checksum(read_json_object(place / "state.json"))
         files = {"model.safetensors", "optimizer.safetensors"}
-        has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
+        has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors", "averages.safetensors"}
         described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)
         if has_files and described and step_name(state["step"]) == place.name:
             return state

@@ -1,23 +1,37 @@
-"""The moving average of the weights."""
+"""Moving averages of the weights: exponential, and power-function averages (Karras et al. 2024, arXiv 2312.02696)."""
 
+from abc import ABC, abstractmethod
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from dia_diffusion.training.config import EmaConfig
 
 
-class EMA:
-    """The average of a model's parameters over the steps; a skipped step leaves it as it was.
+def width_of(gamma: float) -> float:
+    """The width sigma_rel of a power-function average: the standard deviation of its profile tau^gamma on 0..1.
 
-    Args:
-        parameters: the model's.
-        config: its decay, and the decay's warm-up.
-        reference_steps: how many steps of the average one step counts as.
+    Equation 126 of EDM2 with t = 1.
+    """
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
+
+
+def gamma_of(width: float) -> float:
+    """The exponent gamma >= 0 of the average of relative width 0 < width < 1/sqrt(12), which is gamma 0.
+
+    The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
+    """
+    return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+class Average(ABC):
+    """An average of a model's parameters over the steps.
+
+    parameters: the model's, from which it starts.
     """
 
-    def __init__(self, parameters: list[Tensor], config: EmaConfig, reference_steps: float = 1.0):
-        self.config = config
-        self.reference_steps = reference_steps
+    def __init__(self, parameters: list[Tensor]):
         self.parameters = [parameter.detach().clone() for parameter in parameters]
         """In the order of the model's."""
         self.steps = 0
@@ -27,6 +41,25 @@ class EMA:
         for own, kept in zip(self.parameters, averaged, strict=True):
             own.copy_(kept)
         self.steps = steps
+
+    @abstractmethod
+    def update(self, parameters: list[Tensor], skip: Tensor) -> None:
+        """Moves toward the model's parameters after a step; `skip`, a bool () on their device: they didn't change."""
+
+
+class EMA(Average):
+    """The exponential moving average; a skipped step leaves it as it was.
+
+    Args:
+        parameters: the model's.
+        config: its decay, and the decay's warm-up.
+        reference_steps: how many steps of the average one step counts as.
+    """
+
+    def __init__(self, parameters: list[Tensor], config: EmaConfig, reference_steps: float = 1.0):
+        super().__init__(parameters)
+        self.config = config
+        self.reference_steps = reference_steps
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor], skip: Tensor) -> None:
@@ -44,3 +77,36 @@ class EMA:
             difference = torch._foreach_sub(parameters, self.parameters)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(self.parameters, difference)
+
+
+class PowerEMA(Average):
+    """The power-function average: theta'_t = beta_t theta'_(t-1) + (1 - beta_t) theta_t, beta_t = (1 - 1/t)^(gamma+1).
+
+    The weights after step k count with (k^(gamma+1) - (k-1)^(gamma+1)) / t^(gamma+1): exactly the average, by the
+    profile (gamma+1) tau^gamma / t^(gamma+1) on 0..t, of weights that are constant within each step. A skipped step
+    counts as one in which the weights stayed, so the profile holds whatever was skipped.
+
+    Args:
+        parameters: the model's. They don't count: beta_1 is 0.
+        width: sigma_rel.
+    """
+
+    def __init__(self, parameters: list[Tensor], width: float):
+        super().__init__(parameters)
+        self.gamma = gamma_of(width)
+
+    @torch.no_grad()
+    def update(self, parameters: list[Tensor], skip: Tensor) -> None:
+        """Moves toward the model's parameters, whether they changed or not."""
+        self.steps += 1
+        beta = (1 - 1 / self.steps) ** (self.gamma + 1)
+        torch._foreach_lerp_(self.parameters, parameters, 1 - beta)
+
+
+def further_averages(parameters: list[Tensor], config: EmaConfig, reference_steps: float) -> dict[str, Average]:
+    """Those that a run keeps beside the EMA, by name: "decay-0.999" and "width-0.05"."""
+    decays = {f"decay-{decay}": config.model_copy(update={"decay": decay}) for decay in config.further_decays}
+    return {
+        **{name: EMA(parameters, of_decay, reference_steps) for name, of_decay in decays.items()},
+        **{f"width-{width}": PowerEMA(parameters, width) for width in config.power_widths},
+    }

@@ -55,6 +55,15 @@ def test_a_run_has_the_recipe_that_the_command_line_would_give(tmp_path: Path) -
     assert run.experiment.to_dict() == read_experiment(f"{tmp_path}/tiny.yaml", overrides).to_dict()
 
 
+def test_a_variant_without_a_unit_has_the_recipes(tmp_path: Path) -> None:
+    study = read_study(
+        written(tmp_path, ("model.attention: dia-lstm, optimizer.unit_learning_rate", "optimizer.learning_rate"))
+    )
+    run = next(run for run in study.runs if run.name == "slow-b4-s1")
+    attention = read_experiment(f"{tmp_path}/tiny.yaml").model.attention
+    assert (run.experiment.model.attention, run.experiment.optimizer.learning_rate) == (attention, 1e-5)
+
+
 def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path: Path) -> None:
     keys = ("slow: {model.attention: dia-lstm,", "slow: {model.attention: dia-lstm, train.reference_batch_size: 32,")
     runs = {run.name: run.experiment.train for run in read_study(written(tmp_path, keys)).runs}
@@ -119,7 +128,11 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
     ("changes", "more", "said"),
     [
         ([("dia-lstm-light", "dia")], "", "unit dia: attention unit must be none or one of"),
-        ([("model.attention: dia-lstm, ", "")], "", "unit slow"),
+        (
+            [("model.attention: dia-lstm,", "model.attention: dia,")],
+            "",
+            "unit slow: attention unit must be none or one of",
+        ),
         ([], "overrides: {train.accumulation: 8}", "`train.batch_size` must be a multiple of 8"),
         ([], "overrides: {model.num_layers: 4}", "`num_layers` must be odd"),
         ([], "final_protocol: fd-letters", "got 'fd-letters'"),

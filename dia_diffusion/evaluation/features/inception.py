@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dia_diffusion.download import Download
@@ -23,7 +25,11 @@ RELEASED = Download(
     95_628_359,
 )
 """torch-fidelity's port of the TensorFlow network of 2015 (Apache-2.0); pytorch-fid ships the same bytes."""
-LAYERS = ["2048", "logits_unbiased"]
+SPATIAL = "spatial"
+"""Of sFID: `mixed_6/conv` of the TensorFlow graph, after its ReLU, 17x17, as ADM's evaluator flattens its channels."""
+SPATIAL_CHANNELS = 7
+"""Of 192, so that there are about as many features as in FID, 2,023."""
+LAYERS = ["2048", "logits_unbiased", SPATIAL]
 NAME = "inception"
 CPU_BATCH = 16
 """Images that a CPU takes at once: their maps of 147x147 are 90 MB; with 64 an image takes a seventh more time."""
@@ -35,23 +41,37 @@ Tensors = dict[str, torch.Tensor]
 class InceptionExtractor(FeatureExtractorInceptionV3):
     """torch-fidelity's extractor, given its weights: on its own it would unpickle a file or download one.
 
-    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits".
+    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits", and last, after "2048" or a later one,
+        "spatial".
     Raises RuntimeError for tensors of another network.
     """
+
+    layer_names = ("features", "logits", SPATIAL)
 
     def __init__(self, features_list: list[str], weights: Mapping[str, torch.Tensor]) -> None:
         nothing = io.BytesIO()
         torch.save({}, nothing)
         nothing.seek(0)
-        super().__init__("inception", features_list, nothing)
+        super().__init__("inception", [name for name in features_list if name != SPATIAL], nothing)
         self.load_state_dict(weights)
         self.to(memory_format=torch.channels_last)  # nearly half the time of convolutions on a CPU
+        self._spatial: torch.Tensor | None = None
+        if SPATIAL in features_list:
+            self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._spatial = rearrange(output[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)").float()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if images.device.type != "cpu":
-            return super().forward(images)
-        parts = map(super().forward, images.split(CPU_BATCH))
+            return self._forward(images)
+        parts = map(self._forward, images.split(CPU_BATCH))
         return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+    def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layers, spatial = super().forward(images), self._spatial
+        self._spatial = None
+        return layers if spatial is None else (*layers, spatial)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict(state_dict, strict=strict and bool(state_dict), assign=assign)
