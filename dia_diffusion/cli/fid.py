@@ -88,44 +88,49 @@ class Options(SamplingOptions, FeatureOptions):
 
 
 def run(options: Options) -> None:
-    """Measures what the options ask for in each of the features, and records and prints it."""
+    """Measures what the options ask for, and records and prints it."""
+    folder = Path(options.source)
+    is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
+    _refuse_ignored(options, is_model)
+    measure(options, _pipelines(options) if is_model else [])
+
+
+def measure(options: Options, pipelines: list[Path]) -> "list[EvaluationRecord]":
+    """Measures pipelines, or the source's images if there are none, records and prints it, and returns the records.
+
+    Of several features one after the other; a metric relative to real images is averaged over them.
+    """
     from dia_diffusion.distributed import start_accelerator
 
     names = (options.features or "").split(",")
     if len(names) > 1 and options.weights_file is not None:
         raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
     each = [options.model_copy(update={"features": name}) if name else options for name in names]
-    plans = [_plan(one) for one in each]
+    plans = [_plan(one, pipelines) for one in each]
     accelerator = start_accelerator()
-    records = [_measure(one, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
+    records = [_measure(one, pipelines, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
     if accelerator.is_main_process and len(names) > 1 and "fdr" in options.metrics:
         print_mean_fdr(list(zip(*records, strict=True)))
     accelerator.end_training()
+    return [record for group in records for record in group]
 
 
-Plan = tuple["EvalProtocol", str, list[Path], "dict[Path | None, Path]"]
-"""Protocol, reference, pipelines, and the file for records of each."""
-
-
-def _plan(options: Options) -> Plan:
-    """What the options ask for. Raises InputError for what can't be."""
-    folder = Path(options.source)
-    is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
-    _refuse_ignored(options, is_model)
-    pipelines = _pipelines(options) if is_model else []
+def _plan(options: Options, pipelines: list[Path]) -> "tuple[EvalProtocol, str, dict[Path | None, Path]]":
+    """The protocol, the reference, and the file for each pipeline's records. Raises InputError for what can't be."""
+    is_model = bool(pipelines)
     reference_data = options.reference or _training_images(options, pipelines)
     protocol = resolve_protocol(options, is_model, reference_data)
     folders: list[Path | None] = [*pipelines] or [None]
     files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
     _check_records(options, protocol, files)
-    return protocol, reference_data, pipelines, files
+    return protocol, reference_data, files
 
 
 def _measure(
     options: Options,
+    pipelines: list[Path],
     protocol: "EvalProtocol",
     reference_data: str,
-    pipelines: list[Path],
     files: "dict[Path | None, Path]",
     accelerator: "Accelerator",
 ) -> "list[EvaluationRecord]":
@@ -426,9 +431,8 @@ def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
             for part in parts
         )
         rows.append([*_place(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
-    console.print(
-        Table(("source", "step", "mean of", f"FDr^{len(records[0])}"), rows, left=("source", "mean of")).to_rich()
-    )
+    columns = ("source", "step", "mean of", f"FDr^{len(records[0])}")
+    console.print(Table(columns, rows, left=("source", "mean of")).to_rich())
 
 
 def _place(record: "EvaluationRecord") -> tuple[str, str]:
