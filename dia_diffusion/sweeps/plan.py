@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.load import load_guide
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sweeps.collect import Inventory, RunState
 from dia_diffusion.training.callbacks import Callback
@@ -92,15 +93,16 @@ def make_plan(inventory: Inventory, threads: int, measuring: Callable[[str], Non
     def once(key: str, timed: Callable[[], float]) -> float:
         return known[key] if key in known else known.setdefault(key, timed())
 
-    def image(experiment: Experiment, settings: SamplingSettings, precision: str) -> float:
-        key = f"{experiment.model.model_dump()} {settings} {precision}"
-        return once(key, lambda: seconds_of_image(experiment, settings, precision))
+    def image(experiment: Experiment, settings: SamplingSettings, precision: str, guide: str | None = None) -> float:
+        key = f"{experiment.model.model_dump()} {settings} {precision} {guide}"
+        return once(key, lambda: seconds_of_image(experiment, settings, precision, guide))
 
     def measurement(experiment: Experiment, protocol: EvalProtocol | None) -> float:
         if protocol is None:
             return 0.0
         features = once(protocol.features, lambda: seconds_of_features(protocol, experiment))
-        return protocol.num_samples * (image(experiment, protocol.sampling, protocol.precision) + features)
+        seconds = image(experiment, protocol.sampling, protocol.precision, protocol.guide)
+        return protocol.num_samples * (seconds + features)
 
     groups, started, work = [], time.monotonic(), _work_of_others()
     for (unit, batch_size), states in by_group.items():
@@ -179,13 +181,16 @@ def seconds_of_step(experiment: Experiment) -> float:
     return (clock.times[-1] - clock.times[first]) / (len(clock.times) - 1 - first)
 
 
-def seconds_of_image(experiment: Experiment, settings: SamplingSettings, precision: str) -> float:
+def seconds_of_image(
+    experiment: Experiment, settings: SamplingSettings, precision: str, guide: str | None = None
+) -> float:
     """Of a sampled image, by a few of its steps, many images at once."""
     device, count = ("cuda", 64) if torch.cuda.is_available() else ("cpu", 16)
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
-    pipeline.unet.to(getattr(torch, precision))
+    dtype = getattr(torch, precision)
+    pipeline.unet.to(dtype)
     few = replace(settings, steps=min(settings.steps, SAMPLER_STEPS))
-    adapted = adapt_pipeline(pipeline, few)
+    adapted = adapt_pipeline(pipeline, few, None if guide is None else load_guide(guide, device, dtype))
     seconds = _second_time(lambda: list(generate(adapted, range(count), batch_size=count)))
     return seconds / count * settings.steps / few.steps
 
