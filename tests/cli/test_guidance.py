@@ -119,7 +119,7 @@ def test_training_is_measured_with_a_guide(run: Path, tmp_path: Path, sampled: l
     assert len(sampled) == 70
     for refused in (
         ["--model.in_channels", "3", "--evaluate", str(protocol)],  # another shape than the guide's
-        ["--samples.guidance_interval", "0.3,5"],  # without guidance
+        ["--samples.guidance_interval", "[0.3, 5]"],  # without guidance
     ):
         assert main([*train[:3], "--output", str(tmp_path / "refused"), *refused]) == 2
     assert not (tmp_path / "refused" / "pipelines").exists()

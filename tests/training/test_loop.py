@@ -181,7 +181,7 @@ def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
     """Each column is a class, with guidance: what the pipeline's own call gives for that seed and that class."""
     by_class = ("--model.num_classes", "10", "--data.label_dropout", "0.1", "--optimizer.learning_rate", "0.01")
     grids = ("--train.sample_every", "6", "--samples.count", "20", "--samples.steps", "3")
-    guidance = ["--samples.guidance_scale", "4", "--samples.guidance_interval", "0.3,50"]
+    guidance = ["--samples.guidance_scale", "4", "--samples.guidance_interval", "[0.3, 50]"]
     train(tiny("run", *by_class, *grids, *guidance))
     pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "step-00000006")
     pipeline.set_progress_bar_config(disable=True)
