@@ -67,7 +67,7 @@ class Options(SamplingOptions, FeatureOptions):
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, kid, isc, prc, dc, mind; the distance is always measured."""
+    """Of fid, sfid, kid, isc, prc, dc, mind; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
     bootstrap: int = 0
@@ -87,13 +87,18 @@ class Options(SamplingOptions, FeatureOptions):
 
 def run(options: Options) -> None:
     """Measures what the options ask for, and records and prints it."""
-    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
-    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
-
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
-    pipelines = _pipelines(options) if is_model else []
+    measure(options, _pipelines(options) if is_model else [])
+
+
+def measure(options: Options, pipelines: list[Path]) -> "list[EvaluationRecord]":
+    """Measures pipelines, or the source's images if there are none, records and prints it, and returns the records."""
+    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
+    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+
+    is_model = bool(pipelines)
     reference_data = options.reference or _training_images(options, pipelines)
     protocol = resolve_protocol(options, is_model, reference_data)
     folders: list[Path | None] = [*pipelines] or [None]
@@ -106,7 +111,7 @@ def run(options: Options) -> None:
         accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
     )
     check_features(options, protocol, extractor.name)
-    protocol.check_logits(extractor)
+    protocol.check_layers(extractor)
     records = []
     with ConsoleProgress() as shown:
         progress = shown if accelerator.is_main_process else Progress()
@@ -125,13 +130,17 @@ def run(options: Options) -> None:
         for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
     accelerator.end_training()
+    return records
 
 
 # The protocol.
 
 OPTION_OF = {"num_samples": "num"}
 """Field of EvalProtocol -> the option, where they are called differently."""
-DECIDED = ("features", "num_samples", "sampler", "steps", "precision", "classes", "guidance_scale", "reference_split")
+DECIDED = (
+    *("features", "num_samples", "sampler", "steps", "precision", "classes"),
+    *("guidance_scale", "guidance_interval", "guide", "reference_split"),
+)
 """What a named protocol decides."""
 EXTRA = ("metrics", "kid_subset_size", "bootstrap")
 
@@ -179,7 +188,9 @@ def _refuse_decided(options: Options, protocol: "EvalProtocol", is_model: bool) 
         applies = is_model or option not in SamplingOptions.model_fields
         is_open = field == "reference_split" and value is None
         if option in options.model_fields_set and applies and not is_open:
-            says = "all" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
+            says = ",".join(map(str, value)) if isinstance(value, list) else value
+            if value is None:
+                says = "all" if field == "classes" else "none"
             raise InputError(
                 f"{spell(options, option)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
             )
@@ -189,8 +200,8 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
     """Raises InputError for Inception's features of other weights than a named protocol means."""
     if protocol.name and features != protocol.features:
         raise InputError(
-            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
-            f"{options.inception_weights}, which give {features}"
+            f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.weights_file}, which give {features}"
         )
 
 
@@ -317,7 +328,7 @@ def _reference(
         opening = {"split": split or "train", "size": shape[1], "channels": shape[0]}
         images = open_images_on_ranks(data, accelerator, progress, **opening)
         return references.measure_reference(images, extractor, protocol, accelerator, progress)
-    if names := protocol.needing("reference features"):
+    if names := protocol.needing("reference features") + protocol.needing("spatial"):
         raise InputError(f"`--reference` must be images for {' and '.join(names)}, got {data}, which holds statistics")
     reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
     # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.

@@ -33,7 +33,14 @@ from dia_diffusion.evaluation.record import (
     read_records,
 )
 from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
+from dia_diffusion.pipelines.folder import (
+    TRAINING_FILE,
+    average_of,
+    model_hash,
+    read_training,
+    records_file,
+    weights_hash,
+)
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import ImagePipeline, generate
 from dia_diffusion.sharing.card import evaluation_rows, write_card
@@ -71,6 +78,8 @@ def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_siz
         "guidance_scale": settings.guidance_scale,
         "weights": (read_training(folder) or {}).get("weights"),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "guide": None if pipeline.guide is None else pipeline.guide.hashes,
     }
     return ImageSource(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
 
@@ -89,7 +98,7 @@ def pipeline_origin(folder: Path) -> Origin:
         return Origin(source=folder.name, **hashes)
     recipe = training["recipe"]
     return Origin(
-        source=training["run"],
+        source=f"{training['run']}, {name}" if (name := average_of(training)) else training["run"],
         run=training["run"],
         step=training["step"],
         images_seen=training["images"],
@@ -191,12 +200,12 @@ class Evaluator:
             work: the folder of finished chunks, see `work_folder`: the same call resumes after them. None: temporary.
 
         Raises:
-            InputError: too few images, or no logits, for the metrics.
+            InputError: too few images, or no layer, for the metrics.
             RunError: another process is writing to `work`.
         """
         start, progress = time.monotonic(), progress or Progress()
         self.protocol.check_count(source.count)
-        self.protocol.check_logits(self.extractor)
+        self.protocol.check_layers(self.extractor)
         store = filled_store(
             source.images,
             source.count,
@@ -204,7 +213,7 @@ class Evaluator:
             self.accelerator,
             source.name,
             folder=work,
-            logits=self.protocol.needs("logits"),
+            layers=self.protocol.layers,
             progress=progress,
         )
         with store as features:
@@ -220,6 +229,9 @@ class Evaluator:
         """Seconds that resumed chunks took, and the fields of a record that are measured."""
         assert store is not None
         protocol, reference = self.protocol, self.reference.statistics
+        spatial = None
+        if protocol.needs("spatial"):
+            spatial = sums(store.blocks("spatial", SUM_BLOCK), self.extractor.widths["spatial"])
         whole = protocol.bootstrap or protocol.needs("features")
         inputs = MetricInputs(
             sums(store.blocks("features", SUM_BLOCK), self.extractor.num_features),
@@ -228,6 +240,8 @@ class Evaluator:
             store.read("features") if whole else None,
             store.read("logits") if protocol.needs("logits") else None,
             self.reference.features,
+            spatial,
+            self.reference.spatial,
         )
         metrics: dict[str, float] = {}
         for index, name in enumerate(protocol.metrics):
@@ -249,8 +263,8 @@ class Evaluator:
 
         Named for a hash of all that the features depend on, so that no other evaluation resumes with them.
         """
-        origin, logits = source.origin, self.protocol.needs("logits")
-        depends = [resolved.hash(), origin.weights_hash, origin.model_hash, logits, installed_versions()]
+        origin, layers = source.origin, self.protocol.layers
+        depends = [resolved.hash(), origin.weights_hash, origin.model_hash, layers, installed_versions()]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         return records.parent / f"{records.stem}.unfinished" / key[:16]
 

@@ -1,7 +1,8 @@
 """Metrics: rows of `METRICS`, each computed from the features of images and of a reference.
 
-`fid`, the distance, is computed in any case. `kid`, `isc` and `prc` are torch-fidelity's; `dc` is density and coverage
-(Naeem et al. 2020, arXiv 2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797).
+`fid`, the distance, is computed in any case; `sfid` is the distance in Inception's spatial features (Nash et al. 2021,
+arXiv 2103.03841). `kid`, `isc` and `prc` are torch-fidelity's. `dc` is density and coverage (Naeem et al. 2020, arXiv
+2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,9 @@ from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet
 from dia_diffusion.registry import Registry
 
 DISTANCE = "fid"
-Needs = Literal["features", "logits", "reference features"]
+Needs = Literal["features", "logits", "spatial", "reference features"]
+LAYERS: tuple[Needs, ...] = ("logits", "spatial")
+"""Of the extractor, beside the features."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class MetricInputs:
     """(N, K)"""
     reference_features: Tensor | None = None
     """(M, D)"""
+    spatial: FeatureStatistics | None = None
+    """Of the images' spatial features."""
+    reference_spatial: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,11 @@ def labelled(metric: Metric, numbers: Mapping[str, float], features: str) -> dic
 
 def _distance(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     return {"FD": frechet_distance(inputs.statistics, inputs.reference)}
+
+
+def _spatial_distance(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.spatial is not None and inputs.reference_spatial is not None
+    return {"sFD": frechet_distance(inputs.spatial, inputs.reference_spatial)}
 
 
 def _kid(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -152,6 +163,7 @@ def _mind(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]
 
 # The settings of torch-fidelity's metrics are its defaults, written out because they are recorded with each number.
 METRICS.register(DISTANCE, Metric(("FD",), _distance, inception_names=("FID",)))
+METRICS.register("sfid", Metric(("sFD",), _spatial_distance, needs=("spatial",), inception_names=("sFID",)))
 METRICS.register(
     "kid",
     Metric(

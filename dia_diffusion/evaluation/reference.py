@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,7 +27,6 @@ from dia_diffusion.evaluation.frechet import (
     GivenMoments,
     check_moments,
     frechet_distance,
-    measure,
     sums,
 )
 from dia_diffusion.evaluation.protocol import EvalProtocol
@@ -52,6 +51,8 @@ class Reference:
     statistics: FeatureStatistics | GivenMoments
     features: torch.Tensor | None = None
     """(M, D), on rank 0 and only if a metric needs them."""
+    spatial: FeatureStatistics | GivenMoments | None = None
+    """The statistics of the extractor's spatial features, only if a metric needs them."""
 
 
 def measure_reference(
@@ -71,7 +72,8 @@ def measure_reference(
     features = None
     if protocol.needs("reference features"):
         features = reference_features(images, extractor, accelerator, progress)
-    compute = partial(reference_statistics, images, extractor, features=features)
+    spatial = protocol.needs("spatial")
+    compute = partial(reference_statistics, images, extractor, features=features, spatial=spatial)
     return replace(first_on_each_machine(accelerator, compute), features=features)
 
 
@@ -93,12 +95,14 @@ def reference_statistics(
     seed: int | None = None,
     progress: Progress | None = None,
     features: torch.Tensor | None = None,
+    spatial: bool = False,
 ) -> Reference:
     """The statistics of all of `images`, of the first `count`, or of `count` chosen by `seed`; cached on disk.
 
     Args:
         progress: shows the images that are measured.
         features: of the very images (N, D), if they are known.
+        spatial: also those of the spatial features, which the extractor must have; from the same pass.
 
     Raises:
         InputError: fewer than `count` images, or fewer than 2.
@@ -116,17 +120,38 @@ def reference_statistics(
         "features_hash": extractor.weights_hash,
         "statistics_version": STATISTICS_VERSION,
     }
-    path = cache_folder() / "statistics" / f"{_hash(provenance)}.safetensors"
-    try:
-        statistics, _ = FeatureStatistics.load(path)
-    except InputError:  # not there yet, or truncated
-        if features is None:
-            statistics = measure(_batches(images, indices, progress), extractor)
-        else:
-            statistics = sums(features.split(SUM_BLOCK), extractor.num_features)
+    described = {"features": provenance}
+    if spatial:
+        described["spatial"] = provenance | {"layer": "spatial"}
+    paths = {layer: cache_folder() / "statistics" / f"{_hash(text)}.safetensors" for layer, text in described.items()}
+    known: dict[str, FeatureStatistics] = {}
+    for layer, path in paths.items():
+        with suppress(InputError):  # not there yet, or truncated
+            known[layer], _ = FeatureStatistics.load(path)
+    made: dict[str, FeatureStatistics] = {}
+    if features is not None and "features" not in known:
+        made["features"] = sums(features.split(SUM_BLOCK), extractor.num_features)
+    if missing := paths.keys() - known.keys() - made.keys():
+        made |= _measure_layers(_batches(images, indices, progress), extractor, missing)
+    for layer, statistics in made.items():
         with suppress(OSError):  # a cache that can't be written is done without
-            statistics.save(path, provenance)
-    return Reference(images.name, images.split, images.shape, image_hash, statistics)
+            statistics.save(paths[layer], described[layer])
+    known |= made
+    return Reference(
+        images.name, images.split, images.shape, image_hash, known["features"], spatial=known.get("spatial")
+    )
+
+
+def _measure_layers(
+    batches: Iterator[torch.Tensor], extractor: FeatureExtractor, names: Collection[str]
+) -> dict[str, FeatureStatistics]:
+    """The statistics of some layers of the images, from one pass."""
+    statistics = {name: FeatureStatistics(extractor.widths[name]) for name in names}
+    for batch in batches:
+        layers = extractor.layers(batch)
+        for name in names:
+            statistics[name].update(layers[name])
+    return statistics
 
 
 def _batches(images: ImageSet, indices: np.ndarray, progress: Progress | None) -> Iterator[torch.Tensor]:

@@ -26,7 +26,7 @@ from dia_diffusion.pipelines.folder import TRAINING_FILE, find_pipeline, weights
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, network_prediction_type
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
-from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.load import Guide, load_pipeline
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
@@ -224,16 +224,18 @@ def _pipeline(model: nn.Module, process: NoiseProcess) -> UViTPipeline:
     return UViTPipeline(model, scheduler, prediction_type)
 
 
-def check_samples(experiment: Experiment, settings: SamplingSettings | None = None) -> None:
+def check_samples(
+    experiment: Experiment, settings: SamplingSettings | None = None, guide: Guide | None = None
+) -> None:
     """Raises InputError if no images could be drawn of the recipe's model, by default its grids, or if it is too large.
 
-    settings: other ones than those of the grids.
+    settings, guide: other ones than those of the grids, which have no guide.
     """
     check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     pipeline = _pipeline(model, experiment.noise_process())
-    adapt_pipeline(pipeline, settings or sampling_settings(experiment))
+    adapt_pipeline(pipeline, settings or sampling_settings(experiment), guide)
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
@@ -245,7 +247,12 @@ def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
     samples = experiment.samples
-    return SamplingSettings(samples.sampler, samples.steps, guidance_scale=samples.guidance_scale)
+    return SamplingSettings(
+        samples.sampler,
+        samples.steps,
+        guidance_scale=samples.guidance_scale,
+        guidance_interval=samples.guidance_interval,
+    )
 
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
@@ -309,9 +316,9 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
 
 
 def _check_noise(source: str, pipeline: DiffusionPipeline, process: NoiseProcess) -> None:
-    names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
-    schedule = next(names, "of no known name")
-    if schedule != process.schedule:
+    if not process.process.is_run_by(pipeline.scheduler):
+        names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
+        schedule = next(names, "of no known name")
         raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
     prediction_type = network_prediction_type(pipeline) or process.prediction_type
     if prediction_type != process.prediction_type:

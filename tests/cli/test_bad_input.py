@@ -119,7 +119,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "record in a folder": (["fid", run, *reference, "--record", empty], "empty, which can't be written"),
         "record under a file": (["fid", run, *reference, "--record", stored / "a" / "b"], "b, which can't be written"),
         "num": (["fid", run, *reference, "--num", "1"], "`--num` must be 2 or more, got 1"),
-        "unknown metric": (["fid", run, *reference, "--metrics", "fid,lpips"], "must be one of fid, kid, "),
+        "unknown metric": (["fid", run, *reference, "--metrics", "fid,lpips"], "must be one of fid, sfid, "),
         "few resamples": (["fid", run, *reference, "--bootstrap", "5"], "must be 10 or more"),
         "few for KID": (["fid", run, *reference, "--num", "999", "--metrics", "kid"], "must be 1000 or more, got 999"),
         "few references": (["fid", run, *reference, "--reference-split", "test", "--metrics", "kid"], "got 596"),

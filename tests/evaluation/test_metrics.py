@@ -35,7 +35,7 @@ def test_chunks_cover_all_images_in_order(count):
 def test_what_can_not_be_asked_for(options, said):
     with pytest.raises(ValidationError, match=said):
         asking(**options)
-    with pytest.raises(ValidationError, match="must be one of fid, kid, .*, got 'lpips'"):
+    with pytest.raises(ValidationError, match=r"must be one of fid, sfid, .*, got 'lpips'"):
         asking("fid", "lpips")
 
 
