@@ -87,13 +87,18 @@ class Options(SamplingOptions, FeatureOptions):
 
 def run(options: Options) -> None:
     """Measures what the options ask for, and records and prints it."""
-    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
-    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
-
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
-    pipelines = _pipelines(options) if is_model else []
+    measure(options, _pipelines(options) if is_model else [])
+
+
+def measure(options: Options, pipelines: list[Path]) -> "list[EvaluationRecord]":
+    """Measures pipelines, or the source's images if there are none, records and prints it, and returns the records."""
+    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
+    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+
+    is_model = bool(pipelines)
     reference_data = options.reference or _training_images(options, pipelines)
     protocol = resolve_protocol(options, is_model, reference_data)
     folders: list[Path | None] = [*pipelines] or [None]
@@ -125,6 +130,7 @@ def run(options: Options) -> None:
         for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
     accelerator.end_training()
+    return records
 
 
 # The protocol.

@@ -1,6 +1,7 @@
 """`dia-diffusion curves STUDY`: trains and measures what a study is missing, and draws its results."""
 
 import os
+import shutil
 
 import torch
 
@@ -8,7 +9,7 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import Options
 from dia_diffusion.environment import device_name
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.io import FolderLock, remove_partial, write_json
+from dia_diffusion.io import FolderLock, remove_partial
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.sweeps.checks import check_images, check_randomness, check_recipes, check_runs
 from dia_diffusion.sweeps.collect import Inventory, in_one_precision, scan
@@ -109,36 +110,28 @@ def print_results(results: Results) -> None:
 
 
 def _plan(inventory: Inventory, jobs: int) -> None:
-    study, threads = inventory.study, threads_per_job(jobs)
-    with console.status("measuring") as status:
-        plan = make_plan(inventory, threads, lambda what: status.update(f"measuring {what}"))
+    study, threads, seconds = inventory.study, threads_per_job(jobs), list[float]()
+    with console.status("timing each unit and batch size"):
+        groups = make_plan(inventory, threads)
     columns = ["batch size", "unit", "runs", "trained", "steps left", "a step", "training left"]
-    columns += ["evaluations left", "each", "final", "measuring left"]
-    rows, groups = [], []
-    for group in plan.groups:
+    columns += ["evaluations left", "measuring left"]
+    rows = []
+    for group in groups:
         run, states = group.states[0].run, group.states
-        trained, steps = sum(state.trained for state in states), sum(state.steps_left for state in states)
-        training, measuring = group.training_left(states), group.measuring_left(states)
+        training, measuring = zip(*((group.training_left(s), group.measuring_left(s)) for s in states), strict=True)
+        seconds += map(sum, zip(training, measuring, strict=True))
         evaluations = sum(len(state.unmeasured) + state.final_unmeasured for state in states)
-        final = format_time(group.seconds_of_final) if study.final_protocol else "-"
-        cells = [f"{run.batch_size}", run.unit, f"{len(states)}", f"{trained}", f"{steps:,}"]
-        cells += [f"{1000 * group.seconds_of_step:.1f} ms", format_time(training)]
-        rows.append([*cells, f"{evaluations}", format_time(group.seconds_of_point), final, format_time(measuring)])
-        label = {"unit": run.unit, "batch_size": run.batch_size, "runs": len(states), "steps_left": steps}
-        groups.append(label | {"training_seconds_left": training, "evaluation_seconds_left": measuring})
+        cells = [f"{run.batch_size}", run.unit, f"{len(states)}", f"{sum(state.trained for state in states)}"]
+        cells += [f"{sum(state.steps_left for state in states):,}", f"{1000 * group.seconds_of_step:.1f} ms"]
+        rows.append([*cells, format_time(sum(training)), f"{evaluations}", format_time(sum(measuring))])
     console.print(Table(columns, rows).to_rich())
 
-    complete, gpu = sum(state.complete for state in inventory.states), torch.cuda.is_available()
-    hours = sum(plan.seconds_left) * (1 if gpu else threads) / 3600
-    wall = max(sum(plan.seconds_left) / jobs, max(plan.seconds_left))
-    path = study.folder / "plan.json"
-    totals = {"measured_on": device_name(), "busy": plan.busy, "bytes": plan.bytes, "wall_seconds_left": wall}
-    write_json(path, totals | {"groups": groups})
+    complete = sum(state.complete for state in inventory.states)
+    gpu, disk = torch.cuda.is_available(), sum(group.bytes for group in groups)
+    free = shutil.disk_usage(next(path for path in study.folder.absolute().parents if path.is_dir())).free
     console.print(
-        f"\n{len(study.runs)} runs, {complete} complete. Left: {hours:.1f} {'GPU' if gpu else 'core'}-hours, "
-        f"{format_time(wall)} with --jobs {jobs}, without starting processes and reading images.\n"
-        f"Disk: {plan.bytes / 1e9:.2f} GB in all in {study.folder}, where {plan.bytes_free / 1e9:.0f} GB are free.\n"
-        f"Measured on {device_name()}, on random images, one process at a time; kept in {path}"
+        f"\n{len(study.runs)} runs, {complete} complete. Left: {sum(seconds) * (1 if gpu else threads) / 3600:.1f} "
+        f"{'GPU' if gpu else 'core'}-hours, {format_time(max(sum(seconds) / jobs, max(seconds)))} with --jobs {jobs}.\n"
+        f"Disk: {disk / 1e9:.2f} GB in all in {study.folder}, where {free / 1e9:.0f} GB are free.\n"
+        f"Measured on {device_name()}, one process at a time, without starting processes, reading images and features."
     )
-    if plan.busy and not gpu:
-        console.print("Other work used the CPU meanwhile; alone it will be faster.")

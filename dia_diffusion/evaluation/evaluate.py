@@ -33,7 +33,14 @@ from dia_diffusion.evaluation.record import (
     read_records,
 )
 from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
+from dia_diffusion.pipelines.folder import (
+    TRAINING_FILE,
+    average_of,
+    model_hash,
+    read_training,
+    records_file,
+    weights_hash,
+)
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import ImagePipeline, generate
 from dia_diffusion.sharing.card import evaluation_rows, write_card
@@ -91,7 +98,7 @@ def pipeline_origin(folder: Path) -> Origin:
         return Origin(source=folder.name, **hashes)
     recipe = training["recipe"]
     return Origin(
-        source=training["run"],
+        source=f"{training['run']}, {name}" if (name := average_of(training)) else training["run"],
         run=training["run"],
         step=training["step"],
         images_seen=training["images"],

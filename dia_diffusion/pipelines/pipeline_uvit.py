@@ -245,8 +245,9 @@ def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) ->
         raise InputError(f"`guidance_scale` must be above 1 with a guide, got {scale}")
     if interval is None:
         return
-    numbers = [each for each in interval if isinstance(each, int | float)] if isinstance(interval, list | tuple) else []
-    if not (len(numbers) == len(interval) == 2 and 0 <= numbers[0] < numbers[1] < float("inf")):
+    is_pair = isinstance(interval, list | tuple) and len(interval) == 2
+    is_pair = is_pair and all(isinstance(each, int | float) for each in interval)
+    if not (is_pair and 0 <= interval[0] < interval[1] < float("inf")):
         raise InputError(f"`guidance_interval` must be two noise levels low < high, 0 or more, got {interval}")
     if scale == 1:
         raise InputError(f"`guidance_interval` must be left out for guidance_scale 1, which is none, got {interval}")

@@ -1,6 +1,7 @@
 """Tables of what was measured, how, and where, and what recipes have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -21,12 +22,21 @@ def protocol_label(record: EvaluationRecord) -> str:
     return _join([record.protocol_hash()[:8], record.protocol_name], " ")
 
 
+def guidance_text(scale: float | None, interval: Sequence[float] | None, guide: Mapping[str, Any] | None = None) -> str:
+    """Guidance in words, such as "guidance 2 in (0.3, 5] by 1a2b3c4d"; empty for none."""
+    if scale in (None, 1):
+        return ""
+    within = "" if interval is None else f" in ({interval[0]:g}, {interval[1]:g}]"
+    return f"guidance {scale:g}{within}" + ("" if guide is None else f" by {guide['weights_hash'][:8]}")
+
+
 def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
     """One row per protocol, in order of first use."""
     columns = ["protocol", "metric", "samples", "reference", "sampler", "weights", "seeds", "labels"]
     rows = {}
     for record in records:
-        protocol, guidance = record.protocol, record.protocol.guidance_scale
+        protocol = record.protocol
+        guidance = guidance_text(protocol.guidance_scale, protocol.guidance_interval, protocol.guide)
         shape = "x".join(map(str, (protocol.reference_shape or ())[1:]))
         rows[record.protocol_hash()] = [
             protocol_label(record),
@@ -36,7 +46,7 @@ def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
             "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps",
             _join([protocol.weights, protocol.dtype]),
             protocol.seeds or "",
-            _join([protocol.class_labels, "" if guidance in (None, 1) else f"guidance {guidance:g}"]),
+            _join([protocol.class_labels, guidance]),
         ]
     title = "Protocols. Distances of different protocols can't be compared."
     left = [name for name in columns if name != "samples"]

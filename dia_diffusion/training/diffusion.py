@@ -316,9 +316,9 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
 
 
 def _check_noise(source: str, pipeline: DiffusionPipeline, process: NoiseProcess) -> None:
-    names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
-    schedule = next(names, "of no known name")
-    if schedule != process.schedule:
+    if not process.process.is_run_by(pipeline.scheduler):
+        names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
+        schedule = next(names, "of no known name")
         raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
     prediction_type = network_prediction_type(pipeline) or process.prediction_type
     if prediction_type != process.prediction_type:

@@ -3,10 +3,13 @@
 from abc import ABC, abstractmethod
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dia_diffusion.training.config import EmaConfig
+
+Array = npt.NDArray[np.float64]
 
 
 def width_of(gamma: float) -> float:
@@ -23,6 +26,42 @@ def gamma_of(width: float) -> float:
     The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
     """
     return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
+
+
+def inner_products(steps: Array, gammas: Array, other_steps: Array, other_gammas: Array) -> Array:
+    """Integrals of the products of two profiles over training, broadcast; all steps above 0.
+
+    Of p(tau) = (gamma+1) tau^gamma / t^(gamma+1) on 0..t and of the later q, ending at u, the integral over 0..t is
+    (gamma+1) (gamma'+1) / (gamma+gamma'+1) (t/u)^gamma' / u.
+    """
+    later_gammas = np.where(steps <= other_steps, other_gammas, gammas)
+    earlier, later = np.minimum(steps, other_steps), np.maximum(steps, other_steps)
+    factor = (gammas + 1) * (other_gammas + 1) / (gammas + other_gammas + 1)
+    return np.asarray(factor * (earlier / later) ** later_gammas / later)
+
+
+def reconstruction(steps: Array, gammas: Array, step: float, wanted: Array) -> tuple[Array, Array]:
+    """Weights of averages whose sum is nearest to other averages, by least squares over the profiles (EDM2, C.1).
+
+    The weights sum to 1, which EDM2 doesn't ask for: weights that don't move come out as they are.
+
+    Args:
+        steps: (N,), after which step each average was kept.
+        gammas: (N,), their exponents.
+        step: of the averages wanted.
+        wanted: (M,), their exponents.
+
+    Returns:
+        The weights (N, M), and the residuals (M,): the norm of the difference of profiles, as a part of the wanted one.
+    """
+    steps, ones = steps / step, np.ones(len(steps))
+    gram = inner_products(steps[:, None], gammas[:, None], steps, gammas)  # (N, N)
+    right = inner_products(steps[:, None], gammas[:, None], np.ones(1), wanted)  # (N, M)
+    squares = inner_products(np.ones(1), wanted, np.ones(1), wanted)  # (M,)
+    system = np.block([[gram, ones[:, None]], [ones, np.zeros(1)]])  # with a Lagrange multiplier
+    weights = np.linalg.solve(system, np.vstack([right, np.ones(len(wanted))]))[:-1]
+    errors = (weights * (gram @ weights - 2 * right)).sum(axis=0) + squares
+    return weights, np.sqrt(np.maximum(errors, 0) / squares)
 
 
 class Average(ABC):
@@ -103,10 +142,17 @@ class PowerEMA(Average):
         torch._foreach_lerp_(self.parameters, parameters, 1 - beta)
 
 
+def average_name(*, decay: float | None = None, width: float | None = None) -> str:
+    """As "decay-0.999" or "width-0.05", in checkpoints, snapshots and folders."""
+    return f"width-{width}" if decay is None else f"decay-{decay}"
+
+
 def further_averages(parameters: list[Tensor], config: EmaConfig, reference_steps: float) -> dict[str, Average]:
-    """Those that a run keeps beside the EMA, by name: "decay-0.999" and "width-0.05"."""
-    decays = {f"decay-{decay}": config.model_copy(update={"decay": decay}) for decay in config.further_decays}
-    return {
-        **{name: EMA(parameters, of_decay, reference_steps) for name, of_decay in decays.items()},
-        **{f"width-{width}": PowerEMA(parameters, width) for width in config.power_widths},
-    }
+    """Those that a run keeps beside the EMA, by name."""
+    averages: dict[str, Average] = {}
+    for decay in config.further_decays:
+        of_decay = config.model_copy(update={"decay": decay})
+        averages[average_name(decay=decay)] = EMA(parameters, of_decay, reference_steps)
+    for width in config.power_widths:
+        averages[average_name(width=width)] = PowerEMA(parameters, width)
+    return averages

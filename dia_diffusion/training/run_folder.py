@@ -33,6 +33,7 @@ class RunFolder:
         self.classifiers = self.path / "classifiers"
         self.samples = self.path / "samples"
         self.snapshots = self.path / "snapshots"
+        self.averages = self.path / "averages"
         self.evaluations = self.path / EVALUATIONS
         self._lock = FolderLock(self.path)
 

@@ -62,7 +62,8 @@ KINDS = {
     "srm": ({"attention": "srm"}, {}),
     "cbam": ({"attention": "cbam", "attention_kwargs": {"sharing": "individual"}}, {}),
     "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
-    "euler-maruyama": ({"scheduler": EulerMaruyamaScheduler}, {}),
+    "euler-maruyama": ({"scheduler": lambda: EulerMaruyamaScheduler(**NoiseProcess().scheduler_config())}, {}),
+    "flow": ({"scheduler": NoiseProcess("flow", "sample").build_scheduler, "prediction_type": "sample"}, {}),
 }
 
 
@@ -86,7 +87,7 @@ def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tm
     jobs, expected = [], []
     for number, (config, arguments) in enumerate(KINDS.values()):
         if "scheduler" in config:
-            config = {"scheduler": config["scheduler"](**NoiseProcess().scheduler_config())}
+            config = {**config, "scheduler": config["scheduler"]()}
         source, out = save(f"source{number}", **config), tmp_path / f"out{number}"
         export_pipeline(source, out)
         arguments = {"num_inference_steps": 4, **arguments}
