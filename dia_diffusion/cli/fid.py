@@ -430,9 +430,8 @@ def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
             for part in parts
         )
         rows.append([*_place(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
-    console.print(
-        Table(("source", "step", "mean of", f"FDr^{len(records[0])}"), rows, left=("source", "mean of")).to_rich()
-    )
+    columns = ("source", "step", "mean of", f"FDr^{len(records[0])}")
+    console.print(Table(columns, rows, left=("source", "mean of")).to_rich())
 
 
 def _place(record: "EvaluationRecord") -> tuple[str, str]:

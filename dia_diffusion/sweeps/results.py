@@ -239,9 +239,8 @@ def floor_of(study: Study, record: EvaluationRecord) -> Floor:
     if split is None:
         return Floor(_within(images, extractor, count), f"{count:,} of the reference's against its others")
     others = open_images(source, size=size, channels=channels, split=OTHER_SPLIT[split])
-    return Floor(
-        floor_distance(reference, others, extractor, count=count), f"{count:,} of the {OTHER_SPLIT[split]} split"
-    )
+    distance = floor_distance(reference, others, extractor, count=count)
+    return Floor(distance, f"{count:,} of the {OTHER_SPLIT[split]} split")
 
 
 def _within(images: ImageSet, extractor: FeatureExtractor, count: int) -> float:
