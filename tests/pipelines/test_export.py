@@ -59,6 +59,7 @@ KINDS = {
     "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
     "dia-lstm-light": ({"attention": "dia-lstm-light", "pool_tokens": "patch"}, {}),
     "block-channels": ({"attention": "block-channels"}, {}),
+    "blocks": ({"attention": "dia-lstm", "skip_scaling": "learned", "qk_norm": True, "drop_path": 0.5}, {}),
     "srm": ({"attention": "srm"}, {}),
     "cbam": ({"attention": "cbam", "attention_kwargs": {"sharing": "individual"}}, {}),
     "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
