@@ -53,7 +53,7 @@ for folder, arguments, out in json.loads(sys.argv[1]):
     save_file({"images": images}, out)
 assert not any(name.partition(".")[0] == "dia_diffusion" for name in sys.modules)
 """
-GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0}
+GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0, "guidance_interval": [0.3, 5.0]}
 KINDS = {
     "none": ({"attention": None}, {}),
     "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
