@@ -17,7 +17,7 @@ from dia_diffusion.evaluation.evaluate import Evaluator, few_images, pipeline_so
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name, read_records
-from dia_diffusion.evaluation.reference import Reference, measure_reference
+from dia_diffusion.evaluation.reference import Reference, measure_held_out, measure_reference
 from dia_diffusion.io import step_name
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import ImagePipeline, adapt_pipeline
@@ -70,7 +70,11 @@ class EvaluatePipelines(Callback):
         self.protocol.check_count(self.protocol.num_samples)
         self.protocol.check_layers(extractor)
         reference = self._reference(trainer, extractor)
-        self.evaluator = Evaluator(self.protocol, extractor, reference, trainer.accelerator)
+        accelerator, model = trainer.accelerator, trainer.experiment.model
+        shape = (model.in_channels, model.sample_size, model.sample_size)
+        data = trainer.experiment.data.source
+        held_out = measure_held_out(reference, data, shape, extractor, self.protocol, accelerator, Progress())
+        self.evaluator = Evaluator(self.protocol, extractor, reference, accelerator, held_out)
         if missing:
             self._evaluate(trainer)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dia_diffusion.data import ImageSet
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_rank_zero
 from dia_diffusion.environment import installed_versions
+from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_store import BATCH, Advance, FeatureStore, ImagesOf, batches_of, filled_store
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import SUM_BLOCK, bootstrap_interval, sums
@@ -32,7 +33,7 @@ from dia_diffusion.evaluation.record import (
     make_record,
     read_records,
 )
-from dia_diffusion.evaluation.reference import Reference
+from dia_diffusion.evaluation.reference import HeldOut, Reference, choose
 from dia_diffusion.pipelines.folder import (
     TRAINING_FILE,
     average_of,
@@ -122,6 +123,8 @@ class Evaluator:
     extractor: FeatureExtractor
     reference: Reference
     accelerator: Accelerator
+    held_out: HeldOut | None = None
+    """If a metric needs it."""
 
     def resolve(self, source: ImageSource) -> ResolvedProtocol:
         """The protocol of the source's distance, as its record keeps it."""
@@ -136,6 +139,15 @@ class Evaluator:
             num_samples=source.count,
             **source.sampled_by,
         )
+
+    def metric_settings(self) -> dict[str, dict[str, Any]]:
+        """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
+        settings = self.protocol.metric_settings()
+        for name in self.protocol.needing("held-out features"):
+            assert self.held_out is not None
+            source = ", ".join(filter(None, (self.held_out.name, self.held_out.split)))
+            settings[name] |= {"held_out": source, "held_out_hash": self.held_out.hash}
+        return settings
 
     def record(
         self, source: ImageSource, file: Path, measuring: Measuring = lambda work: nullcontext(Progress())
@@ -181,7 +193,7 @@ class Evaluator:
 
     def _known(self, source: ImageSource, resolved: ResolvedProtocol, file: Path) -> EvaluationRecord | None:
         """The newest record of these images and this protocol that has all the metrics; under its name, if there is."""
-        origin, settings = source.origin, self.protocol.metric_settings()
+        origin, settings = source.origin, self.metric_settings()
         known = [
             record
             for record in (read_records(file) if file.is_file() else [])
@@ -204,7 +216,10 @@ class Evaluator:
             RunError: another process is writing to `work`.
         """
         start, progress = time.monotonic(), progress or Progress()
-        self.protocol.check_count(source.count)
+        self.protocol.check_count(source.count, num_features=self.extractor.num_features)
+        if self.held_out is not None and self.held_out.count < source.count:
+            most = f"{self.held_out.count} or less for metric fdr, the held-out images of {self.held_out.name}"
+            raise InputError(f"the number of images must be {most}, got {source.count}")
         self.protocol.check_layers(self.extractor)
         store = filled_store(
             source.images,
@@ -220,7 +235,7 @@ class Evaluator:
             compute = partial(self._numbers, features, progress)
             earlier, numbers = broadcast_from_rank_zero(self.accelerator, compute)
         seconds = time.monotonic() - start + earlier
-        settings = self.protocol.metric_settings()
+        settings = self.metric_settings()
         return make_record(
             protocol=self.resolve(source), origin=source.origin, seconds=seconds, metric_settings=settings, **numbers
         )
@@ -232,6 +247,9 @@ class Evaluator:
         spatial = None
         if protocol.needs("spatial"):
             spatial = sums(store.blocks("spatial", SUM_BLOCK), self.extractor.widths["spatial"])
+        held_out = None
+        if self.held_out is not None and self.held_out.features is not None:
+            held_out = self.held_out.features[choose(self.held_out.count, store.count, seed=0)]
         whole = protocol.bootstrap or protocol.needs("features")
         inputs = MetricInputs(
             sums(store.blocks("features", SUM_BLOCK), self.extractor.num_features),
@@ -242,6 +260,7 @@ class Evaluator:
             self.reference.features,
             spatial,
             self.reference.spatial,
+            held_out,
         )
         metrics: dict[str, float] = {}
         for index, name in enumerate(protocol.metrics):

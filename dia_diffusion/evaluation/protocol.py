@@ -21,7 +21,7 @@ from dia_diffusion.reading import read_yaml
 from dia_diffusion.sampling.samplers import PRECISIONS, SamplingSettings, check_sampler_name
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
 
-UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap")
+UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap", "held_out")
 """What the distance doesn't depend on."""
 
 
@@ -60,6 +60,9 @@ class EvalProtocol(Strict):
     """Images per subset of KID."""
     bootstrap: NonNegative = 0
     """Resamples for the distance's interval; 0 is no interval."""
+
+    held_out: str | None = None
+    """Real images outside the reference, for metric fdr; None is the other split of the reference."""
 
     @field_validator("features")
     @classmethod
@@ -153,12 +156,15 @@ class EvalProtocol(Strict):
         """What records call the metrics beside the distance in these features, standard deviations left out."""
         return [label for name in self.metrics if name != DISTANCE for label in METRICS[name].labels(features).values()]
 
-    def check_count(self, count: int, *, reference: bool = False) -> None:
-        """Raises InputError if these images, or those of the reference, are too few for a metric."""
+    def check_count(self, count: int, *, reference: bool = False, num_features: int = 0) -> None:
+        """Raises InputError if these images, or those of the reference, are too few for a metric.
+
+        num_features: of the extractor; 0 checks only what doesn't depend on it.
+        """
         for name in self.metrics:
             metric, what = METRICS[name], "reference images" if reference else "images"
             if not reference or "reference features" in metric.needs:
-                metric.check_count(name, count, self.settings_of(name), what)
+                metric.check_count(name, count, self.settings_of(name), what, num_features)
 
     def check_layers(self, extractor: FeatureExtractor) -> None:
         """Raises InputError if a metric needs logits or spatial features and the extractor has none."""

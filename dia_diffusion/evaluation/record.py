@@ -162,6 +162,23 @@ class EvaluationRecord(Origin):
         return record
 
 
+NUMBER_PARTS = ("std", "low", "high")
+"""What a record's `metrics` may have of a number beside itself, as in "KD(digits) std"."""
+
+
+def numbers_of(record: EvaluationRecord) -> list[str]:
+    """The names of the record's metrics, without their standard deviations and intervals."""
+    return [name for name in record.metrics if name.rpartition(" ")[2] not in NUMBER_PARTS]
+
+
+def describe_number(record: EvaluationRecord, name: str) -> str:
+    """One of the record's metrics, with its standard deviation or interval; empty if it isn't there."""
+    std, low, high = (record.metrics.get(f"{name} {part}") for part in NUMBER_PARTS)
+    spread = "" if std is None else f" ± {std:.4f}"
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return f"{record.metrics[name]:.4f}{spread}{interval}" if name in record.metrics else ""
+
+
 def make_record(
     distance: float, protocol: ResolvedProtocol, origin: Origin, seconds: float, **optional: Any
 ) -> EvaluationRecord:

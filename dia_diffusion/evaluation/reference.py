@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion.data import ImageSet
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
@@ -34,6 +35,7 @@ from dia_diffusion.io import cache_folder, sha256_of_file
 from dia_diffusion.progress import Progress
 from dia_diffusion.reading import refuse_bomb
 
+OTHER_SPLIT = {"train": "test", "test": "train"}
 STATISTICS_VERSION = 1
 """To be raised when a change of code gives the same images and weights other statistics; older caches are ignored."""
 
@@ -53,6 +55,50 @@ class Reference:
     """(M, D), on rank 0 and only if a metric needs them."""
     spatial: FeatureStatistics | GivenMoments | None = None
     """The statistics of the extractor's spatial features, only if a metric needs them."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Real images outside the reference, which metric fdr compares with."""
+
+    name: str
+    split: str | None
+    hash: str
+    count: int
+    features: torch.Tensor | None
+    """(count, D), on rank 0."""
+
+
+def measure_held_out(
+    reference: Reference,
+    data: str,
+    shape: tuple[int, int, int],
+    extractor: FeatureExtractor,
+    protocol: EvalProtocol,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> HeldOut | None:
+    """The protocol's held-out images, else the other split of the reference's `data`; None if no metric needs them.
+
+    shape: (C, H, W) that they are reduced to, as the reference is.
+
+    Raises InputError if there is no other split, or the held-out images are the reference.
+    """
+    if not protocol.needs("held-out features"):
+        return None
+    source, split = protocol.held_out or data, "train"
+    if protocol.held_out is None:
+        if reference.split is None or is_statistics_file(data):
+            why = "holds statistics" if is_statistics_file(data) else "has no other split"
+            raise InputError(f"`--held-out` must be given for metric fdr: the reference {data} {why}")
+        split = OTHER_SPLIT[reference.split]
+    options = {"split": split, "size": shape[1], "channels": shape[0]}
+    images = open_images_on_ranks(source, accelerator, progress, **options)
+    image_hash = hash_of_images(images, np.arange(len(images)))
+    if image_hash == reference.hash:
+        raise InputError(f"`--held-out` must be other images than the reference, got {source}")
+    features = reference_features(images, extractor, accelerator, progress)
+    return HeldOut(images.name, images.split, image_hash, len(images), features)
 
 
 def measure_reference(

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from dia_diffusion.environment import environment
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.record import EvaluationRecord, describe_number, numbers_of
 from dia_diffusion.reading import Unreadable, read_json_object
 from dia_diffusion.tables import Table
 from dia_diffusion.training.config import Experiment
@@ -55,12 +55,13 @@ def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
 
 def results_table(records: Sequence[EvaluationRecord]) -> Table:
     """One row per record, in order of step; further metrics have columns of their own."""
-    names = list(dict.fromkeys(name for record in records for name in record.metrics if not name.endswith(" std")))
+    names = list(dict.fromkeys(name for record in records for name in numbers_of(record)))
     columns = ["step", "images seen", "metric", "distance", "95 % interval", *names, "seconds", "protocol"]
     rows = []
     for record in sorted(records, key=lambda record: (record.step or 0, record.time)):
         interval = "" if record.low is None or record.high is None else f"[{record.low:.3f}, {record.high:.3f}]"
-        place, metrics = [_count(record.step), _count(record.images_seen)], [_metric(record, name) for name in names]
+        place = [_count(record.step), _count(record.images_seen)]
+        metrics = [describe_number(record, name) for name in names]
         distance = [record.metric, f"{record.distance:.3f}", interval]
         rows.append([*place, *distance, *metrics, f"{record.seconds:,.0f}", protocol_label(record)])
     return Table(columns, rows, "Every evaluation on record.", left=("metric", "protocol"))
@@ -112,13 +113,6 @@ def _environment_of(folder: RunFolder) -> dict[str, str]:
 
 def _distinct(groups: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return list({tuple(one.items()): one for one in groups}.values())
-
-
-def _metric(record: EvaluationRecord, name: str) -> str:
-    if name not in record.metrics:
-        return ""
-    deviation = record.metrics.get(f"{name} std")
-    return f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def _count(number: int | None) -> str:
