@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -264,10 +264,10 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return straight and config.get("num_train_timesteps") == NUM_TIMESTEPS and not config.get("invert_sigmas")
 
 
-def flow_prediction_type(scheduler: SchedulerMixin) -> str:
-    """What a scheduler of the flow takes, by its name in PREDICTION_TYPES."""
-    name = scheduler.config.get("prediction_type", "flow_prediction")
-    return "velocity" if name == "flow_prediction" else str(name)
+def scheduler_prediction_type(scheduler: SchedulerMixin) -> str | None:
+    """What a scheduler takes, by its name in PREDICTION_TYPES; None where it doesn't say."""
+    name = scheduler.config.get("prediction_type")
+    return "velocity" if is_flow(scheduler) and name in (None, "flow_prediction") else name
 
 
 class Flow(Process):
@@ -296,6 +296,56 @@ PROCESSES.register("vp-continuous", ContinuousVP())
 PROCESSES.register("ddpm-linear", DiscreteVP(linear_betas))
 PROCESSES.register("cosine", DiscreteVP(cosine_betas))
 PROCESSES.register("flow", Flow())
+
+
+def noise_ratio(scheduler: SchedulerMixin) -> Callable[[Tensor], Tensor]:
+    """sigma / alpha by timestep: a function of the loop's timesteps, of any shape, float32 on their device.
+
+    A scheduler without a table of betas may have it as a method.
+
+    Raises InputError: a scheduler that doesn't say its process.
+    """
+    if is_flow(scheduler):
+        return lambda timestep: timestep / (NUM_TIMESTEPS - timestep)
+    if hasattr(scheduler, "noise_ratio"):
+        return scheduler.noise_ratio
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise InputError(f"the scheduler must give alphas_cumprod, got a {type(scheduler).__name__}")
+    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # at whole timesteps
+    ratios_on = cache(ratios.to)  # one copy to the device for all steps
+
+    def ratio(timestep: Tensor) -> Tensor:
+        below, table = timestep.long(), ratios_on(timestep.device)
+        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(table))
+
+    return ratio
+
+
+def prediction_converter(
+    given: str | None, scheduler: SchedulerMixin
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """(prediction, x_t, timestep) -> the prediction as a scheduler takes it; None if that is how it comes.
+
+    given: the prediction type of the network, of the scheduler's process.
+    """
+    taken = scheduler_prediction_type(scheduler)
+    if given is None or taken is None or given == taken:
+        return None
+    if is_flow(scheduler):
+
+        def convert_on_flow(prediction: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
+            t = timestep / NUM_TIMESTEPS
+            return convert_prediction(prediction, sample, 1 - t, t, given, taken)
+
+        return convert_on_flow
+    ratio_at = noise_ratio(scheduler)
+
+    def convert(prediction: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
+        ratio = ratio_at(timestep)
+        alpha = (1 + ratio**2).rsqrt()
+        return convert_prediction(prediction, sample, alpha, alpha * ratio, given, taken)
+
+    return convert
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, Predi
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, Sampler, SamplingSettings, build_scheduler
+from dia_diffusion.times import TIMES
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
@@ -41,7 +42,7 @@ class StraightScheduler(SchedulerMixin, ConfigMixin):
 class StraightPaths(Process):
     """x_t = (1 - t) x_0 + t noise."""
 
-    prediction_types = ("velocity",)
+    prediction_types = ("slope",)
     scheduler_class = StraightScheduler
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class StraightPaths(Process):
         return 1 - t, t
 
 
-VELOCITY = PredictionType(
+SLOPE = PredictionType(
     target=lambda image, noise, alpha, sigma: noise - image,
     noise=lambda prediction, sample, alpha, sigma: (sample + alpha * prediction) / (alpha + sigma),
     error_scale=lambda snr: (snr.sqrt() + 1) ** 2,
@@ -62,13 +63,13 @@ VELOCITY = PredictionType(
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forgets after the test what it registers."""
-    for registry in (PROCESSES, PREDICTION_TYPES, SAMPLERS):
+    for registry in (PROCESSES, PREDICTION_TYPES, SAMPLERS, TIMES):
         monkeypatch.setattr(registry, "_rows", dict(registry))
 
 
 @pytest.fixture
 def straight(registries: None) -> None:
-    PREDICTION_TYPES.register("velocity", VELOCITY)
+    PREDICTION_TYPES.register("slope", SLOPE)
     PROCESSES.register("straight", StraightPaths())
 
 
@@ -79,7 +80,7 @@ TINY = [
     *("--model.hidden_size", "32", "--model.num_layers", "3", "--model.num_attention_heads", "2"),
     *("--optimizer.warmup_steps", "0", "--optimizer.learning_rate", "2e-3", "--ema.warmup", "true"),
 ]
-FLOW = ["--noise.schedule", "straight", "--noise.prediction_type", "velocity", "--samples.sampler", OWN_SAMPLER]
+FLOW = ["--noise.schedule", "straight", "--noise.prediction_type", "slope", "--samples.sampler", OWN_SAMPLER]
 
 
 def train(run: Path, *options: str) -> list[float]:
@@ -121,10 +122,17 @@ def test_a_new_run_starts_only_from_weights_of_the_same_process(straight: None, 
 
 def test_min_snr_weights_the_errors_of_the_image(straight: None) -> None:
     """A velocity wrong by e has an image wrong by t e: x_0 = x_t - t velocity."""
-    process = NoiseProcess("straight", "velocity", "min-snr")
+    process = NoiseProcess("straight", "slope", "min-snr")
     t = torch.tensor([0.05, 0.5, 0.9])
     expected = ((1 - t) / t).square().clamp(max=5) * t.square()
     torch.testing.assert_close(process.loss_weight(process.timestep(t)), expected)
+
+
+def test_times_of_ones_own(registries: None) -> None:
+    TIMES.register("late", lambda uniform, power=2: uniform ** (1 / power))
+    uniform = torch.tensor([0.0, 0.25])
+    assert NoiseProcess("vp-continuous", times="late").timestep(uniform).tolist() == [0, 999 / 2]
+    assert NoiseProcess("vp-continuous", times="late", times_kwargs={"power": 1}).timestep(uniform)[1] == 999 / 4
 
 
 def test_a_sampler_of_ones_own(registries: None) -> None:

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess
+from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, convert_prediction
 
 
 def test_vp_is_the_integral_of_beta() -> None:
@@ -78,10 +83,20 @@ def test_weights_at_the_ends() -> None:
 
 def test_unknown_names_are_refused() -> None:
     for wrong, key in (
-        (("linear",), "schedule` must be one of vp-continuous, ddpm-linear, cosine, got 'linear'"),
-        (("cosine", "noise"), "prediction_type` must be one of epsilon, sample, v_prediction, got 'noise'"),
+        (("linear",), "schedule` must be one of vp-continuous, ddpm-linear, cosine, flow, got 'linear'"),
+        (
+            ("cosine", "velocity"),
+            "prediction_type` must be one of epsilon, sample, v_prediction for noise.schedule cosine, got 'velocity'",
+        ),
+        (
+            ("flow", "epsilon"),
+            "prediction_type` must be one of velocity, sample for noise.schedule flow, got 'epsilon'",
+        ),
         (("cosine", "epsilon", "snr"), "loss_weighting` must be one of uniform, min-snr, got 'snr'"),
-        (("cosine", "epsilon", "uniform", "late"), "times` must be one of uniform, got 'late'"),
+        (
+            ("cosine", "epsilon", "uniform", "late"),
+            "times` must be one of uniform, logit-normal, log-normal, got 'late'",
+        ),
     ):
         with pytest.raises(InputError, match=f"`noise.{key}"):
             NoiseProcess(*wrong)
@@ -95,9 +110,60 @@ def test_predictions_and_the_noise_in_a_sample_follow_from_each_other(name: str)
     torch.testing.assert_close(back, noise)
 
 
+@pytest.mark.parametrize("given", PREDICTION_TYPES)
+@pytest.mark.parametrize("wanted", PREDICTION_TYPES)
+def test_predictions_are_converted(given: str, wanted: str) -> None:
+    image, noise = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 3, 4, 4).double()
+    prediction, expected = (PREDICTION_TYPES[name].target(image, noise, 0.6, 0.8) for name in (given, wanted))
+    converted = convert_prediction(prediction, 0.6 * image + 0.8 * noise, 0.6, 0.8, given, wanted)
+    torch.testing.assert_close(converted, expected)
+
+
+def test_an_image_and_a_velocity_follow_from_each_other_where_alpha_is_zero() -> None:
+    image, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(convert_prediction(image, noise, 0.0, 1.0, "sample", "velocity"), noise - image)
+    torch.testing.assert_close(convert_prediction(noise - image, noise, 0.0, 1.0, "velocity", "sample"), image)
+
+
+def test_the_flow_is_diffusers() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    x, noise = torch.randn(1000, 1, 2, 2), torch.randn(1000, 1, 2, 2)
+    mixed, velocity = NoiseProcess("flow", "velocity").mix(x, noise, scheduler.timesteps)
+    torch.testing.assert_close(mixed, scheduler.scale_noise(x, scheduler.timesteps, noise))
+    assert torch.equal(velocity, noise - x)
+
+
+@pytest.mark.parametrize("loss_weighting", ["uniform", "min-snr"])
+def test_a_flow_that_predicts_images_has_the_loss_of_the_velocity(loss_weighting: str) -> None:
+    """From t = 0.05; x_t = x_0 + t velocity."""
+    x, noise, wrong_x = (torch.randn(4, 1, 4, 4) for _ in range(3))
+    timestep = torch.tensor([50.0, 200.0, 700.0, 1000.0])
+    t = (timestep / 1000)[:, None, None, None]
+    losses = []
+    for name, prediction in (("sample", wrong_x), ("velocity", ((1 - t) * x + t * noise - wrong_x) / t)):
+        process = NoiseProcess("flow", name, loss_weighting)
+        _, target = process.mix(x, noise, timestep)
+        losses.append((prediction - target).square().mean((1, 2, 3)) * process.loss_weight(timestep))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_ends_of_the_flow() -> None:
+    ends = torch.tensor([0.0, 20.0, 1000.0])
+    assert NoiseProcess("flow", "velocity").loss_weight(ends).tolist() == [1, 1, 1]
+    assert NoiseProcess("flow", "sample").loss_weight(ends).tolist() == pytest.approx([400, 400, 1])
+    for prediction_type in ("velocity", "sample"):
+        assert NoiseProcess("flow", prediction_type, "min-snr").loss_weight(ends).isfinite().all()
+
+
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_scheduler_is_known_by_its_process(name: str) -> None:
-    saved = NoiseProcess(name, "v_prediction").build_scheduler()
-    others = [DDPMScheduler(beta_schedule="scaled_linear"), FlowMatchEulerDiscreteScheduler()]
+    saved = NoiseProcess(name, PROCESSES[name].prediction_types[-1]).build_scheduler()
+    others = [
+        DDPMScheduler(beta_schedule="scaled_linear"),
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+    ]
+    flows = [FlowMatchHeunDiscreteScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True)]
     assert [other for other, process in PROCESSES.items() if process.is_run_by(saved)] == [name]
     assert not any(process.is_run_by(other) for other in others for process in PROCESSES.values())
+    assert all(PROCESSES[name].is_run_by(flow) == (name == "flow") for flow in flows)

@@ -67,9 +67,11 @@ class Options(SamplingOptions, FeatureOptions):
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, kid, isc, prc, dc, mind; the distance is always measured."""
+    """Of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
+    held_out: Annotated[str | None, Metavar("DATA")] = None
+    """Real images outside the reference, for fdr; if not given, the reference's other split."""
     bootstrap: int = 0
     """Resamples for the distance's 95 % interval; 0 for none."""
     step: int | None = None
@@ -87,26 +89,61 @@ class Options(SamplingOptions, FeatureOptions):
 
 def run(options: Options) -> None:
     """Measures what the options ask for, and records and prints it."""
-    from dia_diffusion.distributed import first_on_each_machine, start_accelerator
-    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
-
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
-    pipelines = _pipelines(options) if is_model else []
+    measure(options, _pipelines(options) if is_model else [])
+
+
+def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
+    """Measures pipelines, or the source's images if there are none, in each of the features; records and prints it.
+
+    Returns the records in each of the features.
+    """
+    from dia_diffusion.distributed import start_accelerator
+
+    names = (options.features or "").split(",")
+    if len(names) > 1 and options.weights_file is not None:
+        raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
+    each = [options.model_copy(update={"features": name}) if name else options for name in names]
+    plans = [_plan(one, pipelines) for one in each]  # what can't be asked for is refused before anything is measured
+    accelerator = start_accelerator()
+    records = [_measure(one, pipelines, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
+    if accelerator.is_main_process and len(names) > 1 and "fdr" in options.metrics:
+        print_mean_fdr(list(zip(*records, strict=True)))
+    accelerator.end_training()
+    return records
+
+
+def _plan(options: Options, pipelines: list[Path]) -> "tuple[EvalProtocol, str, dict[Path | None, Path]]":
+    """The protocol, the reference, and the file for the records of each pipeline, or of the images."""
     reference_data = options.reference or _training_images(options, pipelines)
-    protocol = resolve_protocol(options, is_model, reference_data)
+    protocol = resolve_protocol(options, bool(pipelines), reference_data)
     folders: list[Path | None] = [*pipelines] or [None]
     files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
     _check_records(options, protocol, files)
+    return protocol, reference_data, files
 
-    accelerator = start_accelerator()
+
+def _measure(
+    options: Options,
+    pipelines: list[Path],
+    protocol: "EvalProtocol",
+    reference_data: str,
+    files: "dict[Path | None, Path]",
+    accelerator: "Accelerator",
+) -> "list[EvaluationRecord]":
+    """The records in one of the features, printed."""
+    from dia_diffusion.distributed import first_on_each_machine
+    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+    from dia_diffusion.evaluation.reference import measure_held_out
+
     feature_options = options.model_copy(update={"features": protocol.features})
     extractor = first_on_each_machine(
         accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
     )
     check_features(options, protocol, extractor.name)
-    protocol.check_logits(extractor)
+    protocol.check_layers(extractor)
     records = []
     with ConsoleProgress() as shown:
         progress = shown if accelerator.is_main_process else Progress()
@@ -114,7 +151,9 @@ def run(options: Options) -> None:
         for source, shape in _sources(options, protocol, pipelines, accelerator, progress):
             if evaluator is None:
                 reference = _reference(options, protocol, reference_data, shape, extractor, accelerator, progress)
-                evaluator = Evaluator(protocol, extractor, reference, accelerator)
+                arguments = (reference_data, shape, extractor, protocol, accelerator, progress)
+                held_out = measure_held_out(reference, *arguments)
+                evaluator = Evaluator(protocol, extractor, reference, accelerator, held_out)
             record, added = evaluator.record(source, files[source.folder], _measuring(progress))
             records.append(record)
             if added and source.folder is None and accelerator.is_main_process:
@@ -124,16 +163,19 @@ def run(options: Options) -> None:
         warn_unreleased(options, extractor)
         for text in few_images(records[0].protocol, extractor.num_features):
             console.print(f"warning: {text}")
-    accelerator.end_training()
+    return records
 
 
 # The protocol.
 
 OPTION_OF = {"num_samples": "num"}
 """Field of EvalProtocol -> the option, where they are called differently."""
-DECIDED = ("features", "num_samples", "sampler", "steps", "precision", "classes", "guidance_scale", "reference_split")
+DECIDED = (
+    *("features", "num_samples", "sampler", "steps", "precision", "classes"),
+    *("guidance_scale", "guidance_interval", "guide", "reference_split"),
+)
 """What a named protocol decides."""
-EXTRA = ("metrics", "kid_subset_size", "bootstrap")
+EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
 
 def resolve_protocol(options: Options, is_model: bool, reference: str) -> "EvalProtocol":
@@ -179,7 +221,9 @@ def _refuse_decided(options: Options, protocol: "EvalProtocol", is_model: bool) 
         applies = is_model or option not in SamplingOptions.model_fields
         is_open = field == "reference_split" and value is None
         if option in options.model_fields_set and applies and not is_open:
-            says = "all" if value is None else ",".join(map(str, value)) if isinstance(value, list) else value
+            says = ",".join(map(str, value)) if isinstance(value, list) else value
+            if value is None:
+                says = "all" if field == "classes" else "none"
             raise InputError(
                 f"{spell(options, option)}: protocol {protocol.name} says {says}; leave it out, or leave out --protocol"
             )
@@ -189,8 +233,8 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
     """Raises InputError for Inception's features of other weights than a named protocol means."""
     if protocol.name and features != protocol.features:
         raise InputError(
-            f"`--inception-weights` must give features {protocol.features} for protocol {protocol.name}, got "
-            f"{options.inception_weights}, which give {features}"
+            f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
+            f"{options.weights_file}, which give {features}"
         )
 
 
@@ -317,7 +361,7 @@ def _reference(
         opening = {"split": split or "train", "size": shape[1], "channels": shape[0]}
         images = open_images_on_ranks(data, accelerator, progress, **opening)
         return references.measure_reference(images, extractor, protocol, accelerator, progress)
-    if names := protocol.needing("reference features"):
+    if names := protocol.needing("reference features") + protocol.needing("spatial"):
         raise InputError(f"`--reference` must be images for {' and '.join(names)}, got {data}, which holds statistics")
     reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
     # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
@@ -353,6 +397,8 @@ def _measuring(progress: Progress) -> Any:
 
 def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> None:
     """A table of distances, and one of the other metrics that were asked for; each record has them."""
+    from dia_diffusion.evaluation.record import describe_number
+
     columns = ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol")
     rows = []
     for record in records:
@@ -366,13 +412,26 @@ def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> N
         rows.append([*cells, reference, sampler, f"{record.seconds:.1f}", named])
     console.print(Table(columns, rows, left=("source", "metric", "reference", "sampler", "protocol")).to_rich())
     if names := asked.metric_labels(records[0].protocol.features):
-        rows = [[*_place(record), *(_number(record, name) for name in names)] for record in records]
+        rows = [[*_place(record), *(describe_number(record, name) for name in names)] for record in records]
         console.print(Table(("source", "step", *names), rows, left=("source",)).to_rich())
 
 
-def _number(record: "EvaluationRecord", name: str) -> str:
-    deviation = record.metrics.get(f"{name} std")
-    return f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
+    """FDr averaged over features, as in arXiv 2604.28190; one sequence of records per source, one record per features.
+
+    The ends of the intervals are averaged too: right if the ratios of all features err together, else too wide.
+    """
+    rows = []
+    for group in records:
+        names = [f"FDr({record.protocol.features})" for record in group]
+        parts = ("", " low", " high")
+        mean, low, high = (
+            sum(record.metrics[name + part] for record, name in zip(group, names, strict=True)) / len(group)
+            for part in parts
+        )
+        rows.append([*_place(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
+    columns = ("source", "step", "mean of", f"FDr^{len(records[0])}")
+    console.print(Table(columns, rows, left=("source", "mean of")).to_rich())
 
 
 def _place(record: "EvaluationRecord") -> tuple[str, str]:

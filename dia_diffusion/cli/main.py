@@ -23,6 +23,7 @@ COMMANDS = {
     "classify": "train a classifier, or resume its run",
     "sample": "draw images from a pipeline or run",
     "fid": "measure the Frechet distance of a pipeline, run or image folder to reference images",
+    "ema": "make pipelines of other averages of a run's weights, of any width, and measure them",
     "stats": "make, show and compare files of the mean and covariance of images' features",
     "analyze": "measure what the attention unit of trained runs does: its maps, the noise of gradients",
     "accuracies": "compare the test accuracies of trained classifiers, over seeds",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from dia_diffusion.cli.console import ConsoleProgress, console
-from dia_diffusion.cli.options import Metavar
+from dia_diffusion.cli.options import Metavar, refuse_both
 from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
@@ -33,7 +33,12 @@ class SamplingOptions(Strict):
     classes: list[int] | None = None
     """Such as 3 or 0,1,2: the class of each seed in turn; all classes of the model if not given."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance, or by --guide; 1 is none."""
+    guidance_interval: Annotated[list[float] | None, Metavar("LOW,HIGH")] = None
+    """Such as 0.3,5: guides only at noise levels sigma/alpha above LOW up to HIGH."""
+    guide: Annotated[str | None, Metavar("RUN[:STEP]")] = None
+    """Autoguidance by another run or pipeline folder, such as an earlier step or a smaller network, in place of the
+    null label."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
 
@@ -58,15 +63,19 @@ def load_for_sampling(
 
     from dia_diffusion.pipelines.folder import read_training
     from dia_diffusion.sampling.generate import adapt_pipeline
-    from dia_diffusion.sampling.load import load_pipeline
+    from dia_diffusion.sampling.load import load_guide, load_pipeline
     from dia_diffusion.sampling.samplers import SamplingSettings
 
     precision = chosen_precision(options.precision, device)
+    dtype = getattr(torch, precision)
     classes = None if options.classes is None else tuple(options.classes)
-    settings = SamplingSettings(options.sampler, options.steps, classes, options.guidance_scale)
-    pipeline = adapt_pipeline(load_pipeline(folder, device, getattr(torch, precision)), settings)
+    settings = SamplingSettings(
+        options.sampler, options.steps, classes, options.guidance_scale, options.guidance_interval
+    )
+    guide = None if options.guide is None else load_guide(options.guide, device, dtype)
+    pipeline = adapt_pipeline(load_pipeline(folder, device, dtype), settings, guide)
     training = read_training(folder)
-    if settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
+    if guide is None and settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
         raise InputError(
             f"`--guidance-scale` must be 1 for {folder}, which was trained with data.label_dropout 0 and so without a "
             f"null label, got {settings.guidance_scale}"
@@ -76,11 +85,18 @@ def load_for_sampling(
 
 class FeatureOptions(Strict):
     features: str | None = None
-    """digits, cifar10, inception, or MODULE:CLASS, a torch-fidelity extractor of your own; if not given, those of a
-    file of statistics, digits for the digits, and cifar10 for other images."""
-    inception_weights: Annotated[Path | None, Metavar("FILE")] = None
-    """Weights of torch-fidelity's Inception, .pth or .safetensors; if not given, from torch's hub folder, or a
+    """digits, cifar10, inception, dinov2-vit-s-14 (b, l or g for s), clip-vit-b-32, clip-vit-l-14, vgg16, or
+    MODULE:CLASS, a torch-fidelity extractor of your own; if not given, those of a file of statistics, digits for the
+    digits, and cifar10 for other images."""
+    weights: Annotated[Path | None, Metavar("FILE")] = None
+    """Weights of the features, .pth or .safetensors; if not given, from the package, torch's hub folder, or a checked
     download."""
+    inception_weights: Annotated[Path | None, Metavar("FILE")] = None
+    """The same as --weights, for Inception."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        return self.weights or self.inception_weights
 
 
 def load_features(options: FeatureOptions, data: str, device: "str | torch.device") -> "FeatureExtractor":
@@ -90,15 +106,19 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
     name = options.features or features_for(data)
     if options.inception_weights is not None and name != "inception":
         raise InputError(f"`--inception-weights` must be given with --features inception, got --features {name}")
+    if options.weights is not None and ":" in name:
+        raise InputError(f"`--weights` must be left out with --features {name}, which loads its own")
+    refuse_both(options, "weights", "inception_weights")
     progress = ConsoleProgress().reading("bytes")
-    return build_features(name, device, options.inception_weights, progress)
+    return build_features(name, device, options.weights_file, progress)
 
 
 def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> None:
     """Prints a warning where the weights given aren't the released Inception."""
-    from dia_diffusion.evaluation.features.inception import unreleased
+    from dia_diffusion.evaluation.features.inception import NAME, unreleased
 
-    if options.inception_weights is not None and (text := unreleased(extractor.name, options.inception_weights)):
+    file = options.weights_file
+    if file is not None and extractor.name.startswith(NAME) and (text := unreleased(extractor.name, file)):
         console.print(f"warning: {text}")
 
 

@@ -17,11 +17,11 @@ from dia_diffusion.evaluation.evaluate import Evaluator, few_images, pipeline_so
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name, read_records
-from dia_diffusion.evaluation.reference import Reference, measure_reference
+from dia_diffusion.evaluation.reference import Reference, measure_held_out, measure_reference
 from dia_diffusion.io import step_name
 from dia_diffusion.progress import Progress
-from dia_diffusion.sampling.generate import adapt_pipeline
-from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.generate import ImagePipeline, adapt_pipeline
+from dia_diffusion.sampling.load import load_guide, load_pipeline
 from dia_diffusion.training.callbacks import Callback, checkpoint_due
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
@@ -59,17 +59,22 @@ class EvaluatePipelines(Callback):
         missing = broadcast_from_rank_zero(trainer.accelerator, lambda: self._is_missing(trainer))
         if trainer.step == self.config.max_steps and not missing:
             return
-        if self.protocol.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
+        name = self.protocol.guide
+        if name is None and self.protocol.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
             raise InputError(f"protocol {self.protocol.name} needs data.label_dropout above 0, for guidance, got 0")
-        check_samples(trainer.experiment, self.protocol.sampling)
+        check_samples(trainer.experiment, self.protocol.sampling, None if name is None else load_guide(name))
         on_rank_zero(trainer.accelerator, self._check_records)
         device, progress = trainer.accelerator.device, trainer.progress.reading("bytes")
         build = partial(build_features, self.protocol.features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
         self.protocol.check_count(self.protocol.num_samples)
-        self.protocol.check_logits(extractor)
+        self.protocol.check_layers(extractor)
         reference = self._reference(trainer, extractor)
-        self.evaluator = Evaluator(self.protocol, extractor, reference, trainer.accelerator)
+        accelerator, model = trainer.accelerator, trainer.experiment.model
+        shape = (model.in_channels, model.sample_size, model.sample_size)
+        data = trainer.experiment.data.source
+        held_out = measure_held_out(reference, data, shape, extractor, self.protocol, accelerator, Progress())
+        self.evaluator = Evaluator(self.protocol, extractor, reference, accelerator, held_out)
         if missing:
             self._evaluate(trainer)
 
@@ -105,9 +110,13 @@ class EvaluatePipelines(Callback):
 
     def _evaluate(self, trainer: Trainer) -> None:
         folder = trainer.folder.pipelines / step_name(trainer.step)
-        dtype = getattr(torch, self.protocol.precision)
-        load = partial(load_pipeline, folder, trainer.accelerator.device, dtype)
-        pipeline = adapt_pipeline(on_all_ranks(trainer.accelerator, load), self.protocol.sampling)
+        device, dtype = trainer.accelerator.device, getattr(torch, self.protocol.precision)
+
+        def load() -> ImagePipeline:
+            guide = None if self.protocol.guide is None else load_guide(self.protocol.guide, device, dtype)
+            return adapt_pipeline(load_pipeline(folder, device, dtype), self.protocol.sampling, guide)
+
+        pipeline = on_all_ranks(trainer.accelerator, load)
         source = pipeline_source(pipeline, folder, self.protocol.num_samples)
         try:
             record, added = self.evaluator.record(source, self.records)

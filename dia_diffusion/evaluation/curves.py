@@ -39,6 +39,20 @@ def draw_curves(
     return [point for line in lines for point in line]
 
 
+def draw_widths(widths: Sequence[float], records: Sequence[EvaluationRecord], path: str | Path) -> list[Point]:
+    """Draws distance against the relative width of an average, and returns the points in order of width."""
+    by_width = dict(sorted(zip(widths, records, strict=True), key=lambda pair: pair[0]))
+    points = [
+        {"width": w, **{key: getattr(r, key) for key in ("distance", "low", "high")}} for w, r in by_width.items()
+    ]
+    y, low, high = ([point[key] for point in points] for key in ("distance", "low", "high"))
+    x_axis = value_axis("relative width of the average", by_width)
+    y_axis = value_axis(distance_label(records[0]), y, [*low, *high])
+    panel = Panel([Series(list(by_width), y, low=low, high=high)], x=x_axis, y=y_axis)
+    save_figure(Figure([[panel]], legend="none"), path)
+    return points
+
+
 def curve_panel(lines: Sequence[Sequence[Point]], metric: str, *, floor: float | None = None, title: str = "") -> Panel:
     """One line per list of points, with their intervals; an axis of steps if batch sizes agree."""
     series, points = [], [point for line in lines for point in line]

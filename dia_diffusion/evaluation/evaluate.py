@@ -17,6 +17,7 @@ from torch import Tensor
 from dia_diffusion.data import ImageSet
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_rank_zero
 from dia_diffusion.environment import installed_versions
+from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_store import BATCH, Advance, FeatureStore, ImagesOf, batches_of, filled_store
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import SUM_BLOCK, bootstrap_interval, sums
@@ -32,8 +33,15 @@ from dia_diffusion.evaluation.record import (
     make_record,
     read_records,
 )
-from dia_diffusion.evaluation.reference import Reference
-from dia_diffusion.pipelines.folder import TRAINING_FILE, model_hash, read_training, records_file, weights_hash
+from dia_diffusion.evaluation.reference import HeldOut, Reference, choose
+from dia_diffusion.pipelines.folder import (
+    TRAINING_FILE,
+    average_of,
+    model_hash,
+    read_training,
+    records_file,
+    weights_hash,
+)
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import ImagePipeline, generate
 from dia_diffusion.sharing.card import evaluation_rows, write_card
@@ -71,6 +79,8 @@ def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_siz
         "guidance_scale": settings.guidance_scale,
         "weights": (read_training(folder) or {}).get("weights"),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
+        "guide": None if pipeline.guide is None else pipeline.guide.hashes,
     }
     return ImageSource(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
 
@@ -89,7 +99,7 @@ def pipeline_origin(folder: Path) -> Origin:
         return Origin(source=folder.name, **hashes)
     recipe = training["recipe"]
     return Origin(
-        source=training["run"],
+        source=f"{training['run']}, {name}" if (name := average_of(training)) else training["run"],
         run=training["run"],
         step=training["step"],
         images_seen=training["images"],
@@ -113,6 +123,8 @@ class Evaluator:
     extractor: FeatureExtractor
     reference: Reference
     accelerator: Accelerator
+    held_out: HeldOut | None = None
+    """If a metric needs it."""
 
     def resolve(self, source: ImageSource) -> ResolvedProtocol:
         """The protocol of the source's distance, as its record keeps it."""
@@ -127,6 +139,15 @@ class Evaluator:
             num_samples=source.count,
             **source.sampled_by,
         )
+
+    def metric_settings(self) -> dict[str, dict[str, Any]]:
+        """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
+        settings = self.protocol.metric_settings()
+        for name in self.protocol.needing("held-out features"):
+            assert self.held_out is not None
+            source = ", ".join(filter(None, (self.held_out.name, self.held_out.split)))
+            settings[name] |= {"held_out": source, "held_out_hash": self.held_out.hash}
+        return settings
 
     def record(
         self, source: ImageSource, file: Path, measuring: Measuring = lambda work: nullcontext(Progress())
@@ -172,7 +193,7 @@ class Evaluator:
 
     def _known(self, source: ImageSource, resolved: ResolvedProtocol, file: Path) -> EvaluationRecord | None:
         """The newest record of these images and this protocol that has all the metrics; under its name, if there is."""
-        origin, settings = source.origin, self.protocol.metric_settings()
+        origin, settings = source.origin, self.metric_settings()
         known = [
             record
             for record in (read_records(file) if file.is_file() else [])
@@ -191,12 +212,15 @@ class Evaluator:
             work: the folder of finished chunks, see `work_folder`: the same call resumes after them. None: temporary.
 
         Raises:
-            InputError: too few images, or no logits, for the metrics.
+            InputError: too few images, or no layer, for the metrics.
             RunError: another process is writing to `work`.
         """
         start, progress = time.monotonic(), progress or Progress()
-        self.protocol.check_count(source.count)
-        self.protocol.check_logits(self.extractor)
+        self.protocol.check_count(source.count, num_features=self.extractor.num_features)
+        if self.held_out is not None and self.held_out.count < source.count:
+            most = f"{self.held_out.count} or less for metric fdr, the held-out images of {self.held_out.name}"
+            raise InputError(f"the number of images must be {most}, got {source.count}")
+        self.protocol.check_layers(self.extractor)
         store = filled_store(
             source.images,
             source.count,
@@ -204,14 +228,14 @@ class Evaluator:
             self.accelerator,
             source.name,
             folder=work,
-            logits=self.protocol.needs("logits"),
+            layers=self.protocol.layers,
             progress=progress,
         )
         with store as features:
             compute = partial(self._numbers, features, progress)
             earlier, numbers = broadcast_from_rank_zero(self.accelerator, compute)
         seconds = time.monotonic() - start + earlier
-        settings = self.protocol.metric_settings()
+        settings = self.metric_settings()
         return make_record(
             protocol=self.resolve(source), origin=source.origin, seconds=seconds, metric_settings=settings, **numbers
         )
@@ -220,6 +244,12 @@ class Evaluator:
         """Seconds that resumed chunks took, and the fields of a record that are measured."""
         assert store is not None
         protocol, reference = self.protocol, self.reference.statistics
+        spatial = None
+        if protocol.needs("spatial"):
+            spatial = sums(store.blocks("spatial", SUM_BLOCK), self.extractor.widths["spatial"])
+        held_out = None
+        if self.held_out is not None and self.held_out.features is not None:
+            held_out = self.held_out.features[choose(self.held_out.count, store.count, seed=0)]
         whole = protocol.bootstrap or protocol.needs("features")
         inputs = MetricInputs(
             sums(store.blocks("features", SUM_BLOCK), self.extractor.num_features),
@@ -228,6 +258,9 @@ class Evaluator:
             store.read("features") if whole else None,
             store.read("logits") if protocol.needs("logits") else None,
             self.reference.features,
+            spatial,
+            self.reference.spatial,
+            held_out,
         )
         metrics: dict[str, float] = {}
         for index, name in enumerate(protocol.metrics):
@@ -249,8 +282,8 @@ class Evaluator:
 
         Named for a hash of all that the features depend on, so that no other evaluation resumes with them.
         """
-        origin, logits = source.origin, self.protocol.needs("logits")
-        depends = [resolved.hash(), origin.weights_hash, origin.model_hash, logits, installed_versions()]
+        origin, layers = source.origin, self.protocol.layers
+        depends = [resolved.hash(), origin.weights_hash, origin.model_hash, layers, installed_versions()]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         return records.parent / f"{records.stem}.unfinished" / key[:16]
 

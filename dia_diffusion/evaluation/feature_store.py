@@ -59,7 +59,7 @@ def batches_of(images: ImageSet) -> ImagesOf:
 
 
 class FeatureStore:
-    """A folder with the features, and maybe logits, of images 0 to count - 1; row k is image k's.
+    """A folder with the features, and maybe more layers, of images 0 to count - 1; row k is image k's.
 
     A chunk whose file is missing, truncated or altered is made again.
     """
@@ -138,7 +138,7 @@ def filled_store(
     name: str,
     *,
     folder: Path | None = None,
-    logits: bool = False,
+    layers: Sequence[str] = (),
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[FeatureStore | None]:
@@ -150,16 +150,14 @@ def filled_store(
     Args:
         name: of the images, for messages and progress.
         folder: None is a temporary one.
-        logits: keep the logits too, which the extractor must have.
+        layers: of `extractor.layers`, to keep beside the features.
         cache: other commands use the folder: wait for one that fills it; use a temporary one if it can't be written.
 
     Raises:
         InputError: `images` gives too few.
         RunError: another process is writing to the folder.
     """
-    widths = {"features": extractor.num_features}
-    if logits:
-        widths["logits"] = extractor.num_classes or 0
+    widths = {name: extractor.widths[name] for name in ("features", *layers)}
     with ExitStack() as stack:
         opened: list[FeatureStore] = []
 
@@ -225,9 +223,9 @@ def _measure(
     """The rows of these images, on the extractor's device."""
     parts = {array: [torch.zeros(0, width, device=extractor.device)] for array, width in widths.items()}
     for batch in images(indices, advance):
-        layers = extractor.with_logits(batch) if "logits" in widths else (extractor(batch),)
-        for array, rows in zip(("features", "logits"), layers, strict=False):
-            parts[array].append(rows)
+        layers = extractor.layers(batch)
+        for array, rows in parts.items():
+            rows.append(layers[array])
     measured = {array: torch.cat(rows) for array, rows in parts.items()}
     if len(measured["features"]) != len(indices):
         raise InputError(f"{name} must give {len(indices)} images, got {len(measured['features'])}")

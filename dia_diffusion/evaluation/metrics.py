@@ -1,7 +1,9 @@
 """Metrics: rows of `METRICS`, each computed from the features of images and of a reference.
 
-`fid`, the distance, is computed in any case. `kid`, `isc` and `prc` are torch-fidelity's; `dc` is density and coverage
-(Naeem et al. 2020, arXiv 2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797).
+`fid`, the distance, is computed in any case; `sfid` is the distance in Inception's spatial features (Nash et al. 2021,
+arXiv 2103.03841). `kid`, `isc` and `prc` are torch-fidelity's. `dc` is density and coverage (Naeem et al. 2020, arXiv
+2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797); for `fd-inf` and `fdr` see
+`evaluation.jackknife`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +19,14 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import exact_float32
 from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
+from dia_diffusion.evaluation.jackknife import extrapolated_distance, relative_distance
+from dia_diffusion.evaluation.record import NUMBER_PARTS
 from dia_diffusion.registry import Registry
 
 DISTANCE = "fid"
-Needs = Literal["features", "logits", "reference features"]
+Needs = Literal["features", "logits", "spatial", "reference features", "held-out features"]
+LAYERS: tuple[Needs, ...] = ("logits", "spatial")
+"""Of the extractor, beside the features."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,11 @@ class MetricInputs:
     """(N, K)"""
     reference_features: Tensor | None = None
     """(M, D)"""
+    spatial: FeatureStatistics | None = None
+    """Of the images' spatial features."""
+    reference_spatial: Moments | None = None
+    held_out_features: Tensor | None = None
+    """(N, D), of as many real images outside the reference."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Metric:
     names: tuple[str, ...]
     """Of its numbers, without the features: a record calls "KD" in the features digits "KD(digits)"."""
     compute: Callable[[MetricInputs, Mapping[str, Any]], Mapping[str, float]]
-    """Inputs and settings -> its numbers by name; "KD std" is the standard deviation of "KD"."""
+    """Inputs and settings -> its numbers by name; "KD std" is the standard deviation of "KD", "X low" and "X high" are
+    the ends of an interval of "X"."""
     needs: tuple[Needs, ...] = ()
     """Besides the statistics."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +67,8 @@ class Metric:
     """Fields of EvalProtocol that are settings too."""
     min_images: Callable[[Mapping[str, Any]], int] = lambda settings: 2
     """Settings -> the least number of images, and of reference images if it needs their features."""
+    min_images_per_feature: int = 0
+    """The number of images must be more than this times the number of features."""
     inception_names: tuple[str, ...] = ()
     """As papers call the numbers in Inception's features, and nothing else."""
 
@@ -64,8 +78,13 @@ class Metric:
             return dict(zip(self.names, self.inception_names, strict=True))
         return {name: f"{name}({features})" for name in self.names}
 
-    def check_count(self, name: str, count: int, settings: Mapping[str, Any], what: str = "images") -> None:
+    def check_count(
+        self, name: str, count: int, settings: Mapping[str, Any], what: str = "images", num_features: int = 0
+    ) -> None:
         """Raises InputError if these are too few images."""
+        if count <= (most := self.min_images_per_feature * num_features):
+            where = f"metric {name} in {num_features} features"
+            raise InputError(f"{what} for {where} must be {most + 1} or more, got {count}")
         if count < (least := self.min_images(settings)):
             options = f", or change {', '.join(f'`{option}`' for option in self.options)}" if self.options else ""
             raise InputError(f"{what} for metric {name} must be {least} or more, got {count}{options}")
@@ -77,12 +96,29 @@ METRICS: Registry[Metric] = Registry("metric")
 def labelled(metric: Metric, numbers: Mapping[str, float], features: str) -> dict[str, float]:
     """A metric's numbers as a record calls them."""
     labels = metric.labels(features)
-    labels |= {f"{name} std": f"{label} std" for name, label in labels.items()}
+    labels |= {f"{name} {part}": f"{label} {part}" for name, label in labels.items() for part in NUMBER_PARTS}
     return {labels[name]: value for name, value in numbers.items()}
 
 
 def _distance(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     return {"FD": frechet_distance(inputs.statistics, inputs.reference)}
+
+
+def _fd_inf(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.features is not None
+    value, low, high = extrapolated_distance(inputs.features, inputs.reference, **settings)
+    return {"FD-inf": value, "FD-inf low": low, "FD-inf high": high}
+
+
+def _fdr(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.features is not None and inputs.held_out_features is not None
+    value, low, high = relative_distance(inputs.features, inputs.held_out_features, inputs.reference, **settings)
+    return {"FDr": value, "FDr low": low, "FDr high": high}
+
+
+def _spatial_distance(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.spatial is not None and inputs.reference_spatial is not None
+    return {"sFD": frechet_distance(inputs.spatial, inputs.reference_spatial)}
 
 
 def _kid(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -152,6 +188,7 @@ def _mind(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]
 
 # The settings of torch-fidelity's metrics are its defaults, written out because they are recorded with each number.
 METRICS.register(DISTANCE, Metric(("FD",), _distance, inception_names=("FID",)))
+METRICS.register("sfid", Metric(("sFD",), _spatial_distance, needs=("spatial",), inception_names=("sFID",)))
 METRICS.register(
     "kid",
     Metric(
@@ -209,5 +246,27 @@ METRICS.register(
         needs=("features", "reference features"),
         settings={"projections": 1000, "rng_seed": 2020},
         inception_names=("MIND",),
+    ),
+)
+METRICS.register(
+    "fd-inf",
+    Metric(
+        ("FD-inf",),
+        _fd_inf,
+        needs=("features",),
+        settings={"parts": [1, 2, 4], "groups": 20, "seed": 0},
+        min_images=lambda settings: 2 * int(settings["groups"]),
+        min_images_per_feature=4,  # so that no part's covariance is singular
+        inception_names=("FID-inf",),
+    ),
+)
+METRICS.register(
+    "fdr",
+    Metric(
+        ("FDr",),
+        _fdr,
+        needs=("features", "held-out features"),
+        settings={"groups": 20, "seed": 0},
+        min_images=lambda settings: 2 * int(settings["groups"]),
     ),
 )

@@ -7,20 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor, check_features_name
 from dia_diffusion.evaluation.frechet import LEVEL, MIN_RESAMPLES, SEED
-from dia_diffusion.evaluation.metrics import DISTANCE, METRICS, Needs
+from dia_diffusion.evaluation.metrics import DISTANCE, LAYERS, METRICS, Needs
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import shipped_folder, shipped_names
+from dia_diffusion.pipelines.pipeline_uvit import check_guidance
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.sampling.samplers import PRECISIONS, SamplingSettings, check_sampler_name
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
 
-UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap")
+UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap", "held_out")
 """What the distance doesn't depend on."""
 
 
@@ -48,13 +49,20 @@ class EvalProtocol(Strict):
     classes: Annotated[list[NonNegative], Field(min_length=1)] | None = None
     """Of class-conditional models, in turn by seed; None is all of a model's."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
-    """Of classifier-free guidance; 1 is none."""
+    """Of classifier-free guidance, or of the guide's; 1 is none."""
+    guidance_interval: list[Float] | None = None
+    """Two noise levels: guidance applies where low < sigma / alpha <= high; None is everywhere."""
+    guide: str | None = None
+    """RUN, RUN:STEP or a pipeline folder, for autoguidance in place of the null label."""
     metrics: list[str] = Field(default_factory=lambda: [DISTANCE])
     """Rows of METRICS; the distance is measured in any case."""
     kid_subset_size: Annotated[int, Field(ge=2)] = 1000
     """Images per subset of KID."""
     bootstrap: NonNegative = 0
     """Resamples for the distance's interval; 0 is no interval."""
+
+    held_out: str | None = None
+    """Real images outside the reference, for metric fdr; None is the other split of the reference."""
 
     @field_validator("features")
     @classmethod
@@ -89,6 +97,11 @@ class EvalProtocol(Strict):
             raise ValueError(f"{MIN_RESAMPLES} or more, or 0 for none")
         return resamples
 
+    @model_validator(mode="after")
+    def _check_guidance(self) -> "EvalProtocol":
+        check_guidance(self.guidance_scale, self.guidance_interval, self.guide is not None)
+        return self
+
     @classmethod
     def read(cls, name: str) -> "EvalProtocol":
         """A protocol from its file, by path or by the name of a shipped one.
@@ -112,7 +125,7 @@ class EvalProtocol(Strict):
     def sampling(self) -> SamplingSettings:
         """The settings that a pipeline is sampled by."""
         classes = None if self.classes is None else tuple(self.classes)
-        return SamplingSettings(self.sampler, self.steps, classes, self.guidance_scale)
+        return SamplingSettings(self.sampler, self.steps, classes, self.guidance_scale, self.guidance_interval)
 
     def needs(self, what: Needs) -> bool:
         """Whether one of the metrics needs it."""
@@ -121,6 +134,11 @@ class EvalProtocol(Strict):
     def needing(self, what: Needs) -> list[str]:
         """The metrics that need it."""
         return [name for name in self.metrics if what in METRICS[name].needs]
+
+    @property
+    def layers(self) -> list[Needs]:
+        """The extractor's layers that the metrics need beside the features."""
+        return [layer for layer in LAYERS if self.needs(layer)]
 
     def metric_settings(self) -> dict[str, dict[str, Any]]:
         """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
@@ -138,18 +156,23 @@ class EvalProtocol(Strict):
         """What records call the metrics beside the distance in these features, standard deviations left out."""
         return [label for name in self.metrics if name != DISTANCE for label in METRICS[name].labels(features).values()]
 
-    def check_count(self, count: int, *, reference: bool = False) -> None:
-        """Raises InputError if these images, or those of the reference, are too few for a metric."""
+    def check_count(self, count: int, *, reference: bool = False, num_features: int = 0) -> None:
+        """Raises InputError if these images, or those of the reference, are too few for a metric.
+
+        num_features: of the extractor; 0 checks only what doesn't depend on it.
+        """
         for name in self.metrics:
             metric, what = METRICS[name], "reference images" if reference else "images"
             if not reference or "reference features" in metric.needs:
-                metric.check_count(name, count, self.settings_of(name), what)
+                metric.check_count(name, count, self.settings_of(name), what, num_features)
 
-    def check_logits(self, extractor: FeatureExtractor) -> None:
-        """Raises InputError if a metric needs logits and the features have none."""
-        for name in self.needing("logits"):
-            if extractor.num_classes is None:
-                raise InputError(f"features must have logits for metric {name}, got {extractor.name}, which have none")
+    def check_layers(self, extractor: FeatureExtractor) -> None:
+        """Raises InputError if a metric needs logits or spatial features and the extractor has none."""
+        for layer in self.layers:
+            if layer not in extractor.widths:
+                what = "logits" if layer == "logits" else "a spatial layer, as inception has,"
+                asked = f"features must have {what} for metric {self.needing(layer)[0]}"
+                raise InputError(f"{asked}, got {extractor.name}, which have none")
 
     # The name in records.
 

@@ -49,7 +49,8 @@ class ResolvedProtocol:
     """Of the sampled images, as `0-999`."""
     sampler: str | None = None
     scheduler: dict[str, Any] | None = None
-    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample."""
+    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample; `process` where it isn't
+    VP."""
     num_inference_steps: int | None = None
     class_labels: str | None = None
     guidance_scale: float | None = None
@@ -57,18 +58,32 @@ class ResolvedProtocol:
     """`ema` or `raw`."""
     dtype: str | None = None
     """Of the model while sampling, as `float32`."""
+    guidance_interval: list[float] | None = added_field(None)
+    """Low and high, in sigma / alpha; None: guidance everywhere."""
+    guide: dict[str, str] | None = added_field(None)
+    """weights_hash and model_hash of the pipeline of autoguidance."""
 
-    def hash(self) -> str:
-        """sha256 over its fields, without added ones that have their default."""
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain values, without added ones that have their default."""
         values = dataclasses.asdict(self)
         for each in dataclasses.fields(self):
             if each.metadata.get("added") and values[each.name] == each.default:
                 del values[each.name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values
+
+    def hash(self) -> str:
+        """sha256 over `to_dict`."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
-        """The fields that differ, each with this protocol's value and the other's."""
+        """The fields that differ, each with this protocol's value and the other's.
+
+        A sampler has settings of its own for each noise process, so they are compared within a process.
+        """
         pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
+        processes = [(each.scheduler or {}).get("process") for each in (self, other)]
+        if processes[0] != processes[1]:
+            del pairs["scheduler"]
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -133,7 +148,7 @@ class EvaluationRecord(Origin):
     def to_dict(self) -> dict[str, Any]:
         """The line of a file as plain values: the fields, the protocol's hash, and the version."""
         added = {"protocol_hash": self.protocol_hash(), "record_version": RECORD_VERSION}
-        return dataclasses.asdict(self) | added
+        return dataclasses.asdict(self) | {"protocol": self.protocol.to_dict()} | added
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> "EvaluationRecord":
@@ -145,6 +160,23 @@ class EvaluationRecord(Origin):
         if not all(map(math.isfinite, filter(None, (record.distance, record.low, record.high, record.seconds)))):
             raise ValueError("a distance or time that is not finite")
         return record
+
+
+NUMBER_PARTS = ("std", "low", "high")
+"""What a record's `metrics` may have of a number beside itself, as in "KD(digits) std"."""
+
+
+def numbers_of(record: EvaluationRecord) -> list[str]:
+    """The names of the record's metrics, without their standard deviations and intervals."""
+    return [name for name in record.metrics if name.rpartition(" ")[2] not in NUMBER_PARTS]
+
+
+def describe_number(record: EvaluationRecord, name: str) -> str:
+    """One of the record's metrics, with its standard deviation or interval; empty if it isn't there."""
+    std, low, high = (record.metrics.get(f"{name} {part}") for part in NUMBER_PARTS)
+    spread = "" if std is None else f" ± {std:.4f}"
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return f"{record.metrics[name]:.4f}{spread}{interval}" if name in record.metrics else ""
 
 
 def make_record(

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion.data import ImageSet
+from dia_diffusion.data.sources import open_images_on_ranks
 from dia_diffusion.distributed import first_on_each_machine
 from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
@@ -27,7 +28,6 @@ from dia_diffusion.evaluation.frechet import (
     GivenMoments,
     check_moments,
     frechet_distance,
-    measure,
     sums,
 )
 from dia_diffusion.evaluation.protocol import EvalProtocol
@@ -35,6 +35,7 @@ from dia_diffusion.io import cache_folder, sha256_of_file
 from dia_diffusion.progress import Progress
 from dia_diffusion.reading import refuse_bomb
 
+OTHER_SPLIT = {"train": "test", "test": "train"}
 STATISTICS_VERSION = 1
 """To be raised when a change of code gives the same images and weights other statistics; older caches are ignored."""
 
@@ -52,6 +53,52 @@ class Reference:
     statistics: FeatureStatistics | GivenMoments
     features: torch.Tensor | None = None
     """(M, D), on rank 0 and only if a metric needs them."""
+    spatial: FeatureStatistics | GivenMoments | None = None
+    """The statistics of the extractor's spatial features, only if a metric needs them."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Real images outside the reference, which metric fdr compares with."""
+
+    name: str
+    split: str | None
+    hash: str
+    count: int
+    features: torch.Tensor | None
+    """(count, D), on rank 0."""
+
+
+def measure_held_out(
+    reference: Reference,
+    data: str,
+    shape: tuple[int, int, int],
+    extractor: FeatureExtractor,
+    protocol: EvalProtocol,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> HeldOut | None:
+    """The protocol's held-out images, else the other split of the reference's `data`; None if no metric needs them.
+
+    shape: (C, H, W) that they are reduced to, as the reference is.
+
+    Raises InputError if there is no other split, or the held-out images are the reference.
+    """
+    if not protocol.needs("held-out features"):
+        return None
+    source, split = protocol.held_out or data, "train"
+    if protocol.held_out is None:
+        if reference.split is None or is_statistics_file(data):
+            why = "holds statistics" if is_statistics_file(data) else "has no other split"
+            raise InputError(f"`--held-out` must be given for metric fdr: the reference {data} {why}")
+        split = OTHER_SPLIT[reference.split]
+    options = {"split": split, "size": shape[1], "channels": shape[0]}
+    images = open_images_on_ranks(source, accelerator, progress, **options)
+    image_hash = hash_of_images(images, np.arange(len(images)))
+    if image_hash == reference.hash:
+        raise InputError(f"`--held-out` must be other images than the reference, got {source}")
+    features = reference_features(images, extractor, accelerator, progress)
+    return HeldOut(images.name, images.split, image_hash, len(images), features)
 
 
 def measure_reference(
@@ -71,7 +118,8 @@ def measure_reference(
     features = None
     if protocol.needs("reference features"):
         features = reference_features(images, extractor, accelerator, progress)
-    compute = partial(reference_statistics, images, extractor, features=features)
+    spatial = protocol.needs("spatial")
+    compute = partial(reference_statistics, images, extractor, features=features, spatial=spatial)
     return replace(first_on_each_machine(accelerator, compute), features=features)
 
 
@@ -93,12 +141,14 @@ def reference_statistics(
     seed: int | None = None,
     progress: Progress | None = None,
     features: torch.Tensor | None = None,
+    spatial: bool = False,
 ) -> Reference:
     """The statistics of all of `images`, of the first `count`, or of `count` chosen by `seed`; cached on disk.
 
     Args:
         progress: shows the images that are measured.
         features: of the very images (N, D), if they are known.
+        spatial: also those of the spatial features, which the extractor must have; from the same pass.
 
     Raises:
         InputError: fewer than `count` images, or fewer than 2.
@@ -116,17 +166,38 @@ def reference_statistics(
         "features_hash": extractor.weights_hash,
         "statistics_version": STATISTICS_VERSION,
     }
-    path = cache_folder() / "statistics" / f"{_hash(provenance)}.safetensors"
-    try:
-        statistics, _ = FeatureStatistics.load(path)
-    except InputError:  # not there yet, or truncated
-        if features is None:
-            statistics = measure(_batches(images, indices, progress), extractor)
-        else:
-            statistics = sums(features.split(SUM_BLOCK), extractor.num_features)
+    described = {"features": provenance}
+    if spatial:
+        described["spatial"] = provenance | {"layer": "spatial"}
+    paths = {layer: cache_folder() / "statistics" / f"{_hash(text)}.safetensors" for layer, text in described.items()}
+    known: dict[str, FeatureStatistics] = {}
+    for layer, path in paths.items():
+        with suppress(InputError):  # not there yet, or truncated
+            known[layer], _ = FeatureStatistics.load(path)
+    made: dict[str, FeatureStatistics] = {}
+    if features is not None and "features" not in known:
+        made["features"] = sums(features.split(SUM_BLOCK), extractor.num_features)
+    if missing := paths.keys() - known.keys() - made.keys():
+        made |= _measure_layers(_batches(images, indices, progress), extractor, missing)
+    for layer, statistics in made.items():
         with suppress(OSError):  # a cache that can't be written is done without
-            statistics.save(path, provenance)
-    return Reference(images.name, images.split, images.shape, image_hash, statistics)
+            statistics.save(paths[layer], described[layer])
+    known |= made
+    return Reference(
+        images.name, images.split, images.shape, image_hash, known["features"], spatial=known.get("spatial")
+    )
+
+
+def _measure_layers(
+    batches: Iterator[torch.Tensor], extractor: FeatureExtractor, names: Collection[str]
+) -> dict[str, FeatureStatistics]:
+    """The statistics of some layers of the images, from one pass."""
+    statistics = {name: FeatureStatistics(extractor.widths[name]) for name in names}
+    for batch in batches:
+        layers = extractor.layers(batch)
+        for name in names:
+            statistics[name].update(layers[name])
+    return statistics
 
 
 def _batches(images: ImageSet, indices: np.ndarray, progress: Progress | None) -> Iterator[torch.Tensor]:

@@ -33,6 +33,7 @@ UVIT_SIZES: dict[str, dict[str, int]] = {
 }
 INITIALIZATIONS = ("uvit", "xavier")
 POOLINGS = ("all", "patch")
+SKIP_SCALINGS = ("none", "constant", "power", "learned")
 SET_BY_MODEL = {"name", "channels", "num_blocks"}  # arguments of build_attention
 
 
@@ -93,6 +94,13 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pool_tokens: the tokens that the unit pools over, "all" or "patch".
         initialization: "uvit" (everything normal with deviation 0.02), or "xavier" (Xavier-uniform linear maps,
             positions of unit variance), with which narrow networks find the positions of their patches early.
+        skip_scaling: what the long skips are multiplied by (ScaleLong, arXiv 2310.13545): "none", "constant"
+            (1/sqrt(2)), "power" (kappa^(i-1) of the i-th long skip, counted from the outermost, which stays as it is),
+            or "learned" (see SkipCalibration).
+        skip_kappa: kappa of skip_scaling "power", above 0 and at most 1; ScaleLong suggests 0.5 to 0.95.
+        qk_norm: RMSNorm with learned scales on the queries and keys of each head.
+        drop_path: stochastic depth (Huang et al. 2016): the probability that training drops a residual branch of the
+            last block for an image. It rises linearly from 0 in the first block.
 
     Raises:
         InputError: sizes that don't fit each other, or an unknown unit.
@@ -123,6 +131,10 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         attention_blocks: list[int] | None = None,
         pool_tokens: str = "all",
         initialization: str = "uvit",
+        skip_scaling: str = "none",
+        skip_kappa: float | None = None,
+        qk_norm: bool = False,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         if min(hidden_size, in_channels) < 1 or mlp_ratio <= 0 or (num_classes is not None and num_classes < 1):
@@ -140,6 +152,18 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise InputError(f"`pool_tokens` must be one of {', '.join(POOLINGS)}, got {pool_tokens!r}")
         if initialization not in INITIALIZATIONS:
             raise InputError(f"`initialization` must be one of {', '.join(INITIALIZATIONS)}, got {initialization!r}")
+        if skip_scaling not in SKIP_SCALINGS:
+            raise InputError(f"`skip_scaling` must be one of {', '.join(SKIP_SCALINGS)}, got {skip_scaling!r}")
+        if skip_scaling != "none" and not (long_skips and num_layers > 1):
+            raise InputError(f"`skip_scaling` must be none for a network without long skips, got {skip_scaling!r}")
+        if skip_scaling != "power" and skip_kappa is not None:
+            raise InputError(f"`skip_kappa` must be null unless skip_scaling is power, got {skip_kappa}")
+        if skip_scaling == "power" and (skip_kappa is None or not 0 < skip_kappa <= 1):
+            raise InputError(f"`skip_kappa` must be above 0 and at most 1 for skip_scaling power, got {skip_kappa}")
+        if not 0 <= drop_path < 1:
+            raise InputError(f"`drop_path` must be 0 or more and below 1, got {drop_path}")
+        if drop_path and not residual_skips:
+            raise InputError(f"`drop_path` must be 0 without residual_skips, got {drop_path}")
         if decided := SET_BY_MODEL & (attention_kwargs or {}).keys():
             raise InputError(f"`attention_kwargs` must not have {min(decided)}, which the model sets")
 
@@ -152,6 +176,10 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.num_unpooled_tokens = self.num_prefix_tokens if pool_tokens == "patch" else 0
         num_patches = (sample_size // patch_size) ** 2
         half = num_layers // 2
+        # Of the long skips, from the outermost to the innermost.
+        factors = {"constant": [2**-0.5] * half, "power": [(skip_kappa or 1.0) ** index for index in range(half)]}
+        self.skip_factors: list[float] | None = factors.get(skip_scaling)
+        self.drop_path = drop_path
 
         def block(index: int) -> Block:
             return Block(
@@ -163,6 +191,8 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 residual=residual_skips,
                 layer_norm=layer_norm,
                 carries_unit=index in self.attention_blocks,
+                qk_norm=qk_norm,
+                drop_path=drop_path * index / max(1, num_layers - 1),
             )
 
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -187,7 +217,12 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # Last and from a generator of its own, so that the backbone starts the same with and without it.
         with forked_rng():
             num_blocks = len(self.attention_blocks)
-            self.unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
+            unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
+        self.skip_calibration = None
+        if skip_scaling == "learned":
+            with forked_rng():  # after the unit, so that it starts the same with and without it
+                self.skip_calibration = SkipCalibration(self.num_prefix_tokens + num_patches)
+        self.unit = unit
         self.unit_needs_time = attention is not None and attention in UNITS and UNITS[attention].needs_time
 
     @classmethod
@@ -219,6 +254,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         timestep: Tensor | float | int,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        depth_draws: Tensor | None = None,
     ) -> UViTOutput | tuple[Tensor]:
         """Predicts from a noisy sample.
 
@@ -228,6 +264,9 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None is the null label
                 for every image. Only for class-conditional models.
             return_dict: False returns a tuple.
+            depth_draws: (B, num_layers, 2), uniform in [0, 1), for stochastic depth: the attention and the MLP branch
+                of a block are dropped where their number is below the block's rate. None draws them from torch's
+                generator. Only training with `drop_path` uses them.
         """
         channels, size = self.in_channels, self.sample_size
         if tuple(sample.shape[1:]) != (channels, size, size):
@@ -243,13 +282,20 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         unit: Any = self.unit
         state: Any = unit.first_state(embedding) if self.unit_needs_time else None
-        skips = []
-        for block in self.in_blocks:
-            x, state = self._run(block, x, state)
+        draws: list[Tensor | None] = [None] * (2 * len(self.in_blocks) + 1)
+        if self.training and self.drop_path:
+            if depth_draws is None:
+                depth_draws = torch.rand(len(x), len(draws), 2, device=x.device)
+            draws = list(depth_draws.unbind(dim=1))
+
+        half, skips = len(self.in_blocks), []
+        for index, block in enumerate(self.in_blocks):
+            x, state = self._run(block, x, state, draws[index])
             skips.append(x)
-        x, state = self._run(self.mid_block, x, state)
-        for block in self.out_blocks:
-            x, state = self._run(block, x, state, skips.pop())
+        x, state = self._run(self.mid_block, x, state, draws[half])
+        for index, block in enumerate(self.out_blocks, start=half + 1):
+            skip = skips.pop()
+            x, state = self._run(block, x, state, draws[index], skip, self._skip_scale(skip, len(skips)))
 
         patches = self.decoder(self.norm(x[:, self.num_prefix_tokens :]))  # (B, L, p p C)
         p, h = self.patch_size, self.sample_size // self.patch_size
@@ -257,11 +303,26 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction = self.output_conv(image)
         return UViTOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _run(self, block: nn.Module, x: Tensor, state: Any, skip: Tensor | None = None) -> tuple[Tensor, Any]:
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        state: Any,
+        draws: Tensor | None,
+        skip: Tensor | None = None,
+        skip_scale: Tensor | float | None = None,
+    ) -> tuple[Tensor, Any]:
         unit = None if self.unit is None else self._recalibrate
+        arguments = (x, unit, state, skip, skip_scale, draws)
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, unit, state, skip)
-        return block(x, unit, state, skip)
+            return self._gradient_checkpointing_func(block, *arguments)
+        return block(*arguments)
+
+    def _skip_scale(self, skip: Tensor, index: int) -> Tensor | float | None:
+        """What the long skip from in block `index` is multiplied by; None leaves it as it is."""
+        if self.skip_calibration is not None:
+            return self.skip_calibration(skip)
+        return None if self.skip_factors is None else self.skip_factors[index]
 
     def _recalibrate(self, features: Tensor, state: Any) -> tuple[Tensor, Any]:
         assert self.unit is not None
@@ -299,17 +360,51 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+class SkipCalibration(nn.Module):
+    """ScaleLong's learned scaling (arXiv 2310.13545), one network for all long skips: a factor in (0, 1) per token.
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+    Tokens (B, L, N) are averaged over N; the factors are sigmoid(W2 relu(W1 mean + b1) + b2), with L/16 hidden units.
+    It starts from torch's default initialization of linear layers, as the official code does, with factors near 1/2.
+
+    Args:
+        num_tokens: L.
+    """
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        hidden = max(1, num_tokens // 16)
+        self.fc1 = nn.Linear(num_tokens, hidden)
+        self.fc2 = nn.Linear(hidden, num_tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Factors (B, L, 1) of tokens (B, L, N)."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            pooled = tokens.to(self.fc1.weight.dtype).mean(dim=-1)  # (B, L)
+            return self.fc2(F.relu(self.fc1(pooled))).sigmoid()[..., None]
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the last axis that computes in float32 whatever the precision of its input, and returns that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; qk_norm normalizes the queries and keys of each head."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "B L (K H D) -> K B H L D", K=3, H=self.num_heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(rearrange(softmax_attention(q, k, v), "B H L D -> B L (H D)"))
 
 
@@ -337,6 +432,8 @@ class Block(nn.Module):
         residual: residual connections around attention and MLP.
         layer_norm: LayerNorms before attention and MLP.
         carries_unit: whether it calls the unit.
+        qk_norm: RMSNorm on the queries and keys of each head.
+        drop_path: probability that a residual branch is dropped.
     """
 
     def __init__(
@@ -350,12 +447,14 @@ class Block(nn.Module):
         residual: bool = True,
         layer_norm: bool = True,
         carries_unit: bool = True,
+        qk_norm: bool = False,
+        drop_path: float = 0.0,
     ):
         super().__init__()
-        self.residual, self.carries_unit = residual, carries_unit
+        self.residual, self.carries_unit, self.drop_path = residual, carries_unit, drop_path
         self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
         self.norm1 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, qk_norm)
         self.norm2 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -365,6 +464,8 @@ class Block(nn.Module):
         unit: Callable[[Tensor, Any], tuple[Tensor, Any]] | None,
         state: Any,
         skip: Tensor | None = None,
+        skip_scale: Tensor | float | None = None,
+        draws: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """Runs the block.
 
@@ -374,17 +475,28 @@ class Block(nn.Module):
                 device would move a module too.
             state: the state that the unit returned in the previous block.
             skip: (B, L, N), the output of the in block that the long skip starts from.
+            skip_scale: multiplies `skip`, as a number or (B, L, 1).
+            draws: (B, 2), uniform in [0, 1): the attention and the MLP branch are dropped where theirs is below
+                drop_path; None drops nothing. The unit's state continues through a dropped branch.
         """
         if self.skip_linear is not None and skip is not None:
+            skip = skip if skip_scale is None else skip * skip_scale
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        attended = self.attn(self.norm1(x))
+        attended = self._dropped(self.attn(self.norm1(x)), draws, 0)
         x = x + attended if self.residual else attended
         # In the precision that the MLP will take anyway, so that the unit moves half as many bytes.
         features = in_autocast_dtype(self.norm2(x))  # (B, L, N)
         if unit is not None and self.carries_unit:
             features, state = unit(features, state)
-        out = self.mlp(features)
+        out = self._dropped(self.mlp(features), draws, 1)
         return x + out if self.residual else out, state
+
+    def _dropped(self, branch: Tensor, draws: Tensor | None, column: int) -> Tensor:
+        """The branch without the images that drop it, divided by the probability of keeping it."""
+        if draws is None or self.drop_path == 0:
+            return branch
+        dropped = draws[:, column, None, None] < self.drop_path  # (B, 1, 1)
+        return (branch / (1 - self.drop_path)).masked_fill(dropped, 0.0)
 
 
 BACKBONES.register("uvit", Backbone(UViT, units_at="before every MLP"))

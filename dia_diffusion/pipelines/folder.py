@@ -64,6 +64,14 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     return steps[chosen]
 
 
+def find_guide(name: str) -> Path:
+    """The pipeline folder of a guide: that folder, a run, or RUN:STEP. Raises InputError as `find_pipeline`."""
+    run, _, step = name.rpartition(":")
+    if run and step.isdecimal() and not Path(name).exists():
+        return find_pipeline(run, int(step))
+    return find_pipeline(name)
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline folder. Raises InputError: a file that is none."""
     file = folder / INDEX
@@ -205,9 +213,17 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
         read_record(path, STARTED_FROM)
     if "randomness" in training:
         read_record(path, {"randomness": int})
+    if "average" in training:
+        read_record(path, {"average": dict})
     if training["data"].get("class_names"):
         read_record(path, {"data.class_names": list})
     return training
+
+
+def average_of(training: dict[str, Any]) -> str | None:
+    """Which average a training.json says the weights are, as "width 0.05"; None for the run's own."""
+    average = training.get("average", {})
+    return next((f"{key} {average[key]}" for key in ("width", "decay") if key in average), None)
 
 
 def read_record(path: Path, needed: dict[str, Any]) -> dict[str, Any]:

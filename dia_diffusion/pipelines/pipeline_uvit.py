@@ -18,7 +18,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import NUM_TIMESTEPS, convert_prediction, flow_prediction_type, is_flow
+from dia_diffusion.noise import (
+    NUM_TIMESTEPS,
+    is_flow,
+    noise_ratio,
+    prediction_converter,
+    scheduler_prediction_type,
+)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -30,8 +36,8 @@ class UViTPipeline(DiffusionPipeline):
         unet: the backbone, a UViT or one with its signature, in_channels, sample_size and num_classes;
             diffusers' image pipelines call it so whatever its architecture.
         scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
-        prediction_type: what the network predicts, velocity or sample, where the process is the flow, whose schedulers
-            don't say; None is what the scheduler takes.
+        prediction_type: what the network predicts, if the scheduler doesn't say, as those of the flow, or takes another
+            type; None is what the scheduler takes.
     """
 
     model_cpu_offload_seq = "unet"
@@ -43,8 +49,6 @@ class UViTPipeline(DiffusionPipeline):
         if prediction_type is not None:
             self.register_to_config(prediction_type=prediction_type)
         self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
-        # (prediction, x_t, timestep) -> the prediction type that the scheduler takes, if the network's is another.
-        self.convert_prediction: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     @property
     def guidance_scale(self) -> float:
@@ -74,6 +78,8 @@ class UViTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guide: "UViTPipeline | None" = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generates images.
 
@@ -82,7 +88,8 @@ class UViTPipeline(DiffusionPipeline):
             generator: one, or a list with one per image: then image k depends on generator k alone.
             num_inference_steps: steps of the scheduler.
             class_labels: one class for all images, or one per image; None draws from the model's null label.
-            guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none.
+            guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none. With a
+                `guide`, guide + scale (own - guide).
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float32 (B, C, H, W) in [0, 1]) or
                 "latent" (the last sample, (B, C, H, W), neither decoded nor clipped).
             return_dict: False returns a tuple.
@@ -90,11 +97,16 @@ class UViTPipeline(DiffusionPipeline):
                 returned "latents" replaces it.
             callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
             latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
+            guidance_interval: (low, high) guides only where low < sigma / alpha <= high (Kynkaanniemi et al. 2024,
+                arXiv 2404.07724); elsewhere a step costs what it does without guidance. None guides everywhere.
+            guide: a pipeline for autoguidance (Karras et al. 2024, arXiv 2406.02507), such as one of an earlier step or
+                of a smaller network. It gets the same labels, and takes the place of the null label. It has the same
+                noise process, shape and classes, and may predict something else.
 
         Raises:
             InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels,
-                guidance or steps out of range, an unknown output type, latents of another shape, or arguments for
-                different numbers of images.
+                guidance or steps out of range, an unknown output type, latents of another shape, arguments for
+                different numbers of images, or a guide that doesn't fit.
         """
         labels = _as_labels(class_labels, self.unet.num_classes)
         batch_size = _batch_size(batch_size, labels, generator, latents)
@@ -105,12 +117,14 @@ class UViTPipeline(DiffusionPipeline):
         if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
             given = list(callback_on_step_end_tensor_inputs)
             raise InputError(f"`callback_on_step_end_tensor_inputs` must be latents or none, got {given}")
+        check_guidance(guidance_scale, guidance_interval, guide is not None)
+        if guide is not None:
+            check_guide(self, guide)
         self._guidance_scale, self._interrupt = guidance_scale, False
         if labels is not None:
             labels = labels.expand(batch_size).to(self._execution_device)
-        self._check_guidance(labels)
-        size = self.unet.sample_size
-        shape = (batch_size, self.unet.in_channels, *((size, size) if isinstance(size, int) else size))
+        self._check_guidance(labels, guide)
+        shape = (batch_size, *_sample_shape(self.unet))
         device, dtype = self._execution_device, self.unet.dtype
         # The sampler's own arithmetic stays float32; only the network runs in the pipeline's dtype.
         sample_dtype = torch.promote_types(dtype, torch.float32)
@@ -126,25 +140,33 @@ class UViTPipeline(DiffusionPipeline):
         sample = latents.to(device, sample_dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
-        flow = self._flow_conversion()
+        guided = self._guided_timesteps(guidance_interval)
+        convert, convert_guide = (
+            None if each is None else prediction_converter(network_prediction_type(each), self.scheduler)
+            for each in (self, guide)
+        )
 
         for index, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
             if self.interrupt:
                 break
             x_t = scale_model_input(sample, timestep)
-            prediction = self._predict(x_t.to(dtype), timestep, labels, self.guidance_scale).to(sample_dtype)
-            if flow:
-                t = timestep / NUM_TIMESTEPS
-                prediction = convert_prediction(prediction, x_t, 1 - t, t, *flow)
-            elif self.convert_prediction is not None:
-                prediction = self.convert_prediction(prediction, x_t, timestep)
+            scale = self.guidance_scale if guided[index] else 1.0
+            null_scale = scale if guide is None else 1.0
+            prediction = self._predict(x_t.to(dtype), timestep, labels, null_scale).to(sample_dtype)
+            if convert is not None:
+                prediction = convert(prediction, x_t, timestep)
+            if guide is not None and scale != 1:
+                theirs = guide._predict(x_t.to(guide.unet.dtype), timestep, labels, 1.0).to(sample_dtype)
+                if convert_guide is not None:
+                    theirs = convert_guide(theirs, x_t, timestep)
+                prediction = _guide(prediction, theirs, scale, self.unet.in_channels)
             noise = _step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
                 returned = callback_on_step_end(self, index, timestep, tensors)
                 sample = (returned or {}).get("latents", sample)
-                self._check_guidance(labels)
+                self._check_guidance(labels, guide)
 
         output: Any = sample if output_type == "latent" else self._to_images(sample)
         if output_type in ("np", "pil"):
@@ -152,14 +174,9 @@ class UViTPipeline(DiffusionPipeline):
         if output_type == "pil":
             output = self.numpy_to_pil(output)
         self.maybe_free_model_hooks()
+        if guide is not None:
+            guide.maybe_free_model_hooks()
         return ImagePipelineOutput(images=output) if return_dict else (output,)
-
-    def _flow_conversion(self) -> tuple[str, str] | None:
-        """On the flow: the prediction types of the network and of the scheduler, if they differ."""
-        if not is_flow(self.scheduler):
-            return None
-        given, taken = str(network_prediction_type(self)), flow_prediction_type(self.scheduler)
-        return None if given == taken else (given, taken)
 
     def _to_images(self, sample: Tensor) -> Tensor:
         """What the sampler ends with, as images in [0, 1]."""
@@ -173,9 +190,7 @@ class UViTPipeline(DiffusionPipeline):
             null = torch.full_like(labels, self.unet.num_classes)
             both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
             unconditional, conditional = both.chunk(2)
-            guided = (unconditional + guidance_scale * (conditional - unconditional))[:, :channels]
-            # What a network predicts beyond the image's channels, as a variance, is not guided.
-            prediction = torch.cat([guided, conditional[:, channels:]], dim=1)
+            prediction = _guide(conditional, unconditional, guidance_scale, channels)
         # Of all schedulers, only DDPM's uses a predicted variance.
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
@@ -183,19 +198,28 @@ class UViTPipeline(DiffusionPipeline):
         )
         return prediction if takes_variance else prediction[:, :channels]
 
-    def _check_guidance(self, labels: Tensor | None) -> None:
+    def _guided_timesteps(self, interval: Sequence[float] | None) -> list[bool]:
+        """For each of the scheduler's timesteps whether guidance applies; known before the loop, so that no step waits
+        for the device."""
+        timesteps = self.scheduler.timesteps.cpu()
+        if interval is None:
+            return [True] * len(timesteps)
+        ratios = noise_ratio(self.scheduler)(timesteps)
+        return ((interval[0] < ratios) & (ratios <= interval[1])).tolist()
+
+    def _check_guidance(self, labels: Tensor | None, guide: "UViTPipeline | None") -> None:
+        check_guidance(self.guidance_scale)
+        if guide is not None:
+            return
         # A class-conditional UViT has a null label; others say if they have none.
-        check_guidance(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
+        check_null_label(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
         if self.guidance_scale != 1 and labels is None:
             raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
 
 
 def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
     """What a pipeline's network predicts, by its name in PREDICTION_TYPES; None where its parts don't say."""
-    scheduler = pipeline.scheduler
-    if (given := pipeline.config.get("prediction_type")) is not None:
-        return str(given)
-    return flow_prediction_type(scheduler) if is_flow(scheduler) else scheduler.config.get("prediction_type")
+    return pipeline.config.get("prediction_type") or scheduler_prediction_type(pipeline.scheduler)
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
@@ -213,13 +237,60 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: t
             scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
 
 
-def check_guidance(scale: Any, num_classes: int | None, has_null_label: bool) -> None:
-    """Raises InputError for a scale of classifier-free guidance that is out of range or that a model can't have."""
+def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
+    """Raises InputError for settings of guidance that are out of range or have no effect."""
     if not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
         raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
+    if has_guide and scale == 1:
+        raise InputError(f"`guidance_scale` must be above 1 with a guide, got {scale}")
+    if interval is None:
+        return
+    is_pair = isinstance(interval, list | tuple) and len(interval) == 2
+    is_pair = is_pair and all(isinstance(each, int | float) for each in interval)
+    if not (is_pair and 0 <= interval[0] < interval[1] < float("inf")):
+        raise InputError(f"`guidance_interval` must be two noise levels low < high, 0 or more, got {interval}")
+    if scale == 1:
+        raise InputError(f"`guidance_interval` must be left out for guidance_scale 1, which is none, got {interval}")
+
+
+def check_null_label(scale: float, num_classes: int | None, has_null_label: bool) -> None:
+    """Raises InputError for classifier-free guidance of a model that can't have it."""
     if scale != 1 and (num_classes is None or not has_null_label):
         kind = "an unconditional model" if num_classes is None else "a model without a null label"
         raise InputError(f"`guidance_scale` must be 1 for {kind}, got {scale}")
+
+
+def check_guide(pipeline: UViTPipeline, guide: Any) -> None:
+    """Raises InputError unless a guide's predictions can be combined with a pipeline's."""
+    if not isinstance(guide, UViTPipeline):
+        raise InputError(f"`guide` must be a UViTPipeline, got a {type(guide).__name__}")
+    for what, of in (("shape", _sample_shape), ("num_classes", lambda network: network.num_classes)):
+        ours, theirs = of(pipeline.unet), of(guide.unet)
+        if ours != theirs:
+            raise InputError(f"`guide` must have {what} {ours}, as the pipeline it guides, got {theirs}")
+    count = pipeline.scheduler.config.get("num_train_timesteps")
+    if count is not None and count == guide.scheduler.config.get("num_train_timesteps"):
+        own, theirs = (noise_ratio(each.scheduler)(torch.arange(1, count)) for each in (pipeline, guide))
+        # Closed forms and tables of betas in float32 agree to less than that; processes differ by more.
+        if torch.allclose(own, theirs, rtol=1e-2):
+            return
+    raise InputError("`guide` must have the noise process of the pipeline it guides, got another process")
+
+
+def _guide(prediction: Tensor, worse: Tensor, scale: float, channels: int) -> Tensor:
+    """A prediction pushed away from a worse one.
+
+    What a network predicts beyond the image's channels, as a variance, is not guided.
+    """
+    ours, theirs = prediction[:, :channels], worse[:, :channels]
+    return torch.cat([theirs + scale * (ours - theirs), prediction[:, channels:]], dim=1)
+
+
+def _sample_shape(network: Any) -> tuple[int, int, int]:
+    """(C, H, W) of what a network denoises."""
+    size = network.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return network.in_channels, height, width
 
 
 def _as_labels(class_labels: Any, num_classes: int | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from dia_diffusion.report.page import Block, Code, Frames, Page, Picture, Plot, 
 from dia_diffusion.report.tables import (
     differences_table,
     environment_table,
+    guidance_text,
     protocol_label,
     protocols_table,
     results_table,
@@ -213,9 +214,9 @@ def _frames(title: str, runs: Mapping[str, RunData], most: int) -> list[Block]:
         if (shown := [picture for picture in pictures[step] if picture])
     }
     samples = first.experiment.samples
-    guidance = f", guidance {samples.guidance_scale:g}" if samples.guidance_scale != 1 else ""
+    guidance = guidance_text(samples.guidance_scale, samples.guidance_interval)
     caption = f"Images of the seeds 0 to {samples.count - 1}, not picked; averaged weights, {samples.sampler}, "
-    caption += f"{samples.steps} steps{guidance}."
+    caption += f"{samples.steps} steps{f', {guidance}' if guidance else ''}."
     if len(chosen) < len(steps):
         caption += f" {len(chosen)} of {len(steps)} grids."
     blocks: list[Block] = [Frames(title, moments, caption)] if moments else []

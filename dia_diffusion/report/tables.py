@@ -1,11 +1,12 @@
 """Tables of what was measured, how, and where, and what recipes have in common."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import yaml
 
 from dia_diffusion.environment import environment
-from dia_diffusion.evaluation.record import EvaluationRecord
+from dia_diffusion.evaluation.record import EvaluationRecord, describe_number, numbers_of
 from dia_diffusion.reading import Unreadable, read_json_object
 from dia_diffusion.tables import Table
 from dia_diffusion.training.config import Experiment
@@ -21,12 +22,21 @@ def protocol_label(record: EvaluationRecord) -> str:
     return _join([record.protocol_hash()[:8], record.protocol_name], " ")
 
 
+def guidance_text(scale: float | None, interval: Sequence[float] | None, guide: Mapping[str, Any] | None = None) -> str:
+    """Guidance in words, such as "guidance 2 in (0.3, 5] by 1a2b3c4d"; empty for none."""
+    if scale in (None, 1):
+        return ""
+    within = "" if interval is None else f" in ({interval[0]:g}, {interval[1]:g}]"
+    return f"guidance {scale:g}{within}" + ("" if guide is None else f" by {guide['weights_hash'][:8]}")
+
+
 def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
     """One row per protocol, in order of first use."""
     columns = ["protocol", "metric", "samples", "reference", "sampler", "weights", "seeds", "labels"]
     rows = {}
     for record in records:
-        protocol, guidance = record.protocol, record.protocol.guidance_scale
+        protocol = record.protocol
+        guidance = guidance_text(protocol.guidance_scale, protocol.guidance_interval, protocol.guide)
         shape = "x".join(map(str, (protocol.reference_shape or ())[1:]))
         rows[record.protocol_hash()] = [
             protocol_label(record),
@@ -36,7 +46,7 @@ def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
             "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps",
             _join([protocol.weights, protocol.dtype]),
             protocol.seeds or "",
-            _join([protocol.class_labels, "" if guidance in (None, 1) else f"guidance {guidance:g}"]),
+            _join([protocol.class_labels, guidance]),
         ]
     title = "Protocols. Distances of different protocols can't be compared."
     left = [name for name in columns if name != "samples"]
@@ -45,12 +55,13 @@ def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
 
 def results_table(records: Sequence[EvaluationRecord]) -> Table:
     """One row per record, in order of step; further metrics have columns of their own."""
-    names = list(dict.fromkeys(name for record in records for name in record.metrics if not name.endswith(" std")))
+    names = list(dict.fromkeys(name for record in records for name in numbers_of(record)))
     columns = ["step", "images seen", "metric", "distance", "95 % interval", *names, "seconds", "protocol"]
     rows = []
     for record in sorted(records, key=lambda record: (record.step or 0, record.time)):
         interval = "" if record.low is None or record.high is None else f"[{record.low:.3f}, {record.high:.3f}]"
-        place, metrics = [_count(record.step), _count(record.images_seen)], [_metric(record, name) for name in names]
+        place = [_count(record.step), _count(record.images_seen)]
+        metrics = [describe_number(record, name) for name in names]
         distance = [record.metric, f"{record.distance:.3f}", interval]
         rows.append([*place, *distance, *metrics, f"{record.seconds:,.0f}", protocol_label(record)])
     return Table(columns, rows, "Every evaluation on record.", left=("metric", "protocol"))
@@ -102,13 +113,6 @@ def _environment_of(folder: RunFolder) -> dict[str, str]:
 
 def _distinct(groups: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return list({tuple(one.items()): one for one in groups}.values())
-
-
-def _metric(record: EvaluationRecord, name: str) -> str:
-    if name not in record.metrics:
-        return ""
-    deviation = record.metrics.get(f"{name} std")
-    return f"{record.metrics[name]:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
 def _count(number: int | None) -> str:

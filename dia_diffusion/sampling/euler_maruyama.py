@@ -80,6 +80,10 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         """Counts steps from here on, instead of looking each one's timestep up, which waits for a GPU."""
         self.step_index = begin_index
 
+    def noise_ratio(self, timestep: Tensor) -> Tensor:
+        """sigma / alpha at timesteps, for `dia_diffusion.noise.noise_ratio`."""
+        return torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is: the network's input is x_t."""
         return sample

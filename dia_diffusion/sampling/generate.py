@@ -20,7 +20,14 @@ from torch import Tensor
 from dia_diffusion.errors import InputError, RunError, Stopped, first_line
 from dia_diffusion.models.attached import AttachedModel
 from dia_diffusion.models.registry import wrapped_networks
-from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, check_guidance, network_prediction_type
+from dia_diffusion.pipelines.pipeline_uvit import (
+    UViTPipeline,
+    check_guidance,
+    check_guide,
+    check_null_label,
+    network_prediction_type,
+)
+from dia_diffusion.sampling.load import Guide
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
     OWN_SAMPLER,
@@ -28,7 +35,6 @@ from dia_diffusion.sampling.samplers import (
     build_scheduler,
     check_sampler_name,
     check_steps,
-    prediction_converter,
     scheduler_settings,
 )
 
@@ -83,15 +89,18 @@ def _to_uint8(images: Tensor, seeds: list[int]) -> Tensor:
     return (images * 255).round().to("cpu", torch.uint8)
 
 
-def adapt_pipeline(pipeline: DiffusionPipeline, settings: SamplingSettings) -> "ImagePipeline":
+def adapt_pipeline(
+    pipeline: DiffusionPipeline, settings: SamplingSettings, guide: Guide | None = None
+) -> "ImagePipeline":
     """Makes a pipeline ready to draw by the settings. The pipeline keeps its own scheduler.
 
     Args:
         pipeline: this project's, or an unconditional or class-conditional one of diffusers.
-        settings: sampler, steps and classes.
+        settings: sampler, steps, classes and guidance.
+        guide: for autoguidance, with the settings' scale and interval.
 
     Raises:
-        InputError: a pipeline that can't be sampled, or a sampler, a number of steps, classes or a guidance scale that
+        InputError: a pipeline that can't be sampled, or a sampler, a number of steps, classes, guidance or a guide that
             don't fit it.
     """
     name = type(pipeline).__name__
@@ -102,8 +111,10 @@ def adapt_pipeline(pipeline: DiffusionPipeline, settings: SamplingSettings) -> "
             f"the pipeline must be a UViTPipeline itself, got its subclass {name}, whose changes would be lost"
         )
     if name in SHARED_LOOPS:
-        return SharedLoop(pipeline, settings)
+        return SharedLoop(pipeline, settings, guide)
     if getattr(pipeline, "unet", None) is not None:
+        if guide is not None:
+            raise InputError(f"`guide` must be left out for a {name}, which has its own loop")
         return OwnLoop(pipeline, settings)
     raise InputError(f"the pipeline must have a unet or be one of {', '.join(SHARED_LOOPS)}, got a {name}")
 
@@ -118,6 +129,7 @@ class ImagePipeline(ABC):
     num_classes: the classes it takes, 0..num_classes - 1; None is unconditional.
     has_null_label: whether it can draw without a class too, which guidance needs.
     dtype: of the network.
+    guide: of autoguidance, which then takes the place of the null label.
     """
 
     def __init__(
@@ -128,8 +140,9 @@ class ImagePipeline(ABC):
         image_shape: tuple[int, int, int],
         num_classes: int | None,
         has_null_label: bool,
+        guide: Guide | None = None,
     ):
-        self.name, self.image_shape = name, image_shape
+        self.name, self.image_shape, self.guide = name, image_shape, guide
         self.num_classes, self.has_null_label = num_classes, has_null_label
         if image_shape[0] not in (1, 3):
             raise InputError(f"the images of a {name} must have 1 or 3 channels, got {image_shape[0]}")
@@ -150,11 +163,14 @@ class ImagePipeline(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON, those of the scheduler included."""
-        return self.settings.to_dict(self.scheduler_settings)
+        values = self.settings.to_dict(self.scheduler_settings)
+        return values if self.guide is None else {**values, "guide": self.guide.hashes}
 
     def _check_labels(self) -> None:
-        classes = self.settings.classes
-        check_guidance(self.settings.guidance_scale, self.num_classes, self.has_null_label)
+        classes, scale = self.settings.classes, self.settings.guidance_scale
+        check_guidance(scale, self.settings.guidance_interval, self.guide is not None)
+        if self.guide is None:
+            check_null_label(scale, self.num_classes, self.has_null_label)
         if self.num_classes is None:
             if classes is not None:
                 raise InputError(f"`classes` must be left out for an unconditional model, got {list(classes)}")
@@ -165,30 +181,16 @@ class ImagePipeline(ABC):
 class SharedLoop(ImagePipeline):
     """One that UViTPipeline's loop samples, with a generator per image and every sampler of its noise process."""
 
-    def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
+    def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings, guide: Guide | None = None):
         name = type(pipeline).__name__
-        network_name, decoder_name = SHARED_LOOPS[name]
-        network = getattr(pipeline, network_name)
-        wrapped = tuple(row.network for row in wrapped_networks().values())
-        if isinstance(network, wrapped):
-            network = AttachedModel.from_backbone(network, "none")
-        elif not hasattr(network, "num_classes"):  # neither a UViT nor called like one
-            accepted = f"a UViT or {' or '.join(kind.__name__ for kind in wrapped)}"
-            raise InputError(f"the {network_name} of a {name} must be {accepted}, got a {type(network).__name__}")
-        decoder = None if decoder_name is None else getattr(pipeline, decoder_name)
-        if decoder_name is not None and not isinstance(decoder, DECODERS):
-            accepted = ", ".join(kind.__name__ for kind in DECODERS)
-            raise InputError(
-                f"the {decoder_name} of a {name} must be one of {accepted}, got a {type(decoder).__name__}"
-            )
+        network, decoder = _network_and_decoder(pipeline)
         latent = decoder is not None
         scheduler = build_scheduler(settings.sampler, pipeline.scheduler, latent, convert=True)
         prediction_type = network_prediction_type(pipeline)
         if latent:
-            self.runner = LatentPipeline(network, scheduler, prediction_type, decoder)
+            self.runner = LatentPipeline(network, scheduler, decoder, prediction_type)
         else:
             self.runner = UViTPipeline(network, scheduler, prediction_type)
-        self.runner.convert_prediction = prediction_converter(pipeline.scheduler, scheduler)
         self.runner.set_progress_bar_config(disable=True)
         super().__init__(
             name,
@@ -197,7 +199,17 @@ class SharedLoop(ImagePipeline):
             image_shape(name, network.in_channels, network.sample_size, decoder),
             network.num_classes,
             getattr(network, "has_null_label", True),  # a class-conditional UViT always has one
+            guide,
         )
+        self.guide_runner = None
+        if guide is not None:
+            if type(guide.pipeline).__name__ not in SHARED_LOOPS:
+                accepted, got = ", ".join(SHARED_LOOPS), type(guide.pipeline).__name__
+                raise InputError(f"`guide` must be one of {accepted}, got a {got}")
+            network, _ = _network_and_decoder(guide.pipeline)
+            theirs = guide.pipeline.scheduler
+            self.guide_runner = UViTPipeline(network, theirs, network_prediction_type(guide.pipeline))
+            check_guide(self.runner, self.guide_runner)
         self.scheduler_settings = scheduler_settings(settings.sampler, pipeline.scheduler, latent)
 
     @property
@@ -219,13 +231,33 @@ class SharedLoop(ImagePipeline):
                 guidance_scale=self.settings.guidance_scale,
                 output_type="pt",
                 callback_on_step_end=on_step_end,
+                guidance_interval=self.settings.guidance_interval,
+                guide=self.guide_runner,
             )[0]
+
+
+def _network_and_decoder(pipeline: DiffusionPipeline) -> tuple[Any, Any]:
+    """The network of a pipeline of SHARED_LOOPS, called as a UViT is, and the decoder of its latents, if it has one."""
+    name = type(pipeline).__name__
+    network_name, decoder_name = SHARED_LOOPS[name]
+    network = getattr(pipeline, network_name)
+    wrapped = tuple(row.network for row in wrapped_networks().values())
+    if isinstance(network, wrapped):
+        network = AttachedModel.from_backbone(network, "none")
+    elif not hasattr(network, "num_classes"):  # neither a UViT nor called like one
+        accepted = f"a UViT or {' or '.join(kind.__name__ for kind in wrapped)}"
+        raise InputError(f"the {network_name} of a {name} must be {accepted}, got a {type(network).__name__}")
+    decoder = None if decoder_name is None else getattr(pipeline, decoder_name)
+    if decoder_name is not None and not isinstance(decoder, DECODERS):
+        accepted = ", ".join(kind.__name__ for kind in DECODERS)
+        raise InputError(f"the {decoder_name} of a {name} must be one of {accepted}, got a {type(decoder).__name__}")
+    return network, decoder
 
 
 class LatentPipeline(UViTPipeline):
     """UViTPipeline's loop around a network of latents, with their decoder."""
 
-    def __init__(self, unet: Any, scheduler: SchedulerMixin, prediction_type: str | None, vae: Any):
+    def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any, prediction_type: str | None = None):
         super().__init__(unet, scheduler, prediction_type)
         self.register_modules(vae=vae)
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from dia_diffusion.noise import PROCESSES
 from dia_diffusion.pipelines.folder import (
     check_weights,
     components,
+    find_guide,
     find_pipeline,
     model_files,
+    model_hash,
     part_folder,
     read_config,
     read_index,
+    weights_hash,
 )
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import read_header
@@ -76,6 +80,22 @@ def load_pipeline(
             if dtype is not None and getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(dtype)
     return pipeline
+
+
+@dataclass(frozen=True)
+class Guide:
+    """The pipeline of autoguidance."""
+
+    pipeline: DiffusionPipeline
+    hashes: dict[str, str]
+    """weights_hash and model_hash of its folder, for records."""
+
+
+def load_guide(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Guide:
+    """The guide of a name such as RUN, RUN:STEP or a pipeline folder; arguments and errors as `load_pipeline`."""
+    folder = find_guide(name)
+    hashes = {"weights_hash": weights_hash(folder), "model_hash": model_hash(folder)}
+    return Guide(load_pipeline(folder, device, dtype), hashes)
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[DiffusionPipeline]:

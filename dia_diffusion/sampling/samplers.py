@@ -17,7 +17,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.errors import InputError, first_line, one_line
@@ -25,7 +24,6 @@ from dia_diffusion.registry import Registry
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-    from torch import Tensor
 
 # The settings of a scheduler that define a process given by betas; all others belong to the sampler.
 BETA_SETTINGS = (
@@ -165,7 +163,7 @@ def build_scheduler(
         name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
         latent: whether it samples latents, which have no range to be clipped to.
-        convert: whether the caller converts predictions that the sampler doesn't take, by `prediction_converter`.
+        convert: whether the caller converts predictions that the sampler doesn't take, by `noise.prediction_converter`.
 
     Raises:
         InputError: an unknown name, a scheduler whose process the sampler can't follow, or without `convert` a
@@ -201,63 +199,14 @@ def build_scheduler(
         raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
 
 
-def noise_ratio(scheduler: "SchedulerMixin") -> "Callable[[Tensor], Tensor]":
-    """sigma / alpha by timestep: a function of the loop's timesteps, of any shape, float32 on their device.
-
-    Raises InputError: a scheduler that doesn't say its process.
-    """
-    import torch
-
-    from dia_diffusion.noise import NUM_TIMESTEPS, is_flow, vp_log_alpha_bar
-    from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
-
-    if is_flow(scheduler):
-        return lambda timestep: timestep / (NUM_TIMESTEPS - timestep)
-    if isinstance(scheduler, EulerMaruyamaScheduler):
-        return lambda timestep: torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise InputError(f"the scheduler must give alphas_cumprod, got a {type(scheduler).__name__}")
-    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # at whole timesteps
-    ratios_on = cache(ratios.to)  # one copy to the device for all steps
-
-    def ratio(timestep: "Tensor") -> "Tensor":
-        below, table = timestep.long(), ratios_on(timestep.device)
-        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(table))
-
-    return ratio
-
-
-def prediction_converter(
-    given: "SchedulerMixin", wanted: "SchedulerMixin"
-) -> "Callable[[Tensor, Tensor, Tensor], Tensor] | None":
-    """(prediction, x_t, timestep) -> the prediction as a sampler's scheduler takes it; None if that is how it comes.
-
-    Args:
-        given: the pipeline's scheduler, whose config says what the network predicts.
-        wanted: the sampler's, of the same process.
-    """
-    from dia_diffusion.noise import convert_prediction
-
-    theirs, ours = (scheduler.config.get("prediction_type") for scheduler in (given, wanted))
-    if theirs is None or ours is None or theirs == ours:
-        return None
-    ratio_at = noise_ratio(wanted)
-
-    def convert(prediction: "Tensor", sample: "Tensor", timestep: "Tensor") -> "Tensor":
-        ratio = ratio_at(timestep)
-        alpha = (1 + ratio**2).rsqrt()
-        return convert_prediction(prediction, sample, alpha, alpha * ratio, theirs, ours)
-
-    return convert
-
-
 def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:
     """The settings behind a sampler, as plain values: those of the table, or all of the pipeline's own scheduler.
 
     Arguments are those of `build_scheduler`. A list of betas is given by its hash.
     """
     if name != OWN_SAMPLER and (sampler := SAMPLERS[name].for_process(scheduler)) is not None:
-        return sampler.settings_for(latent)
+        process = {"process": "flow"} if sampler is SAMPLERS[name].flow else {}
+        return {**sampler.settings_for(latent), **process}
     settings = {
         key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
         for key, value in dict(scheduler.config).items()
@@ -308,7 +257,9 @@ class SamplingSettings:
     classes: tuple[int, ...] | None = None
     """Of class-conditional models: the image of seed s has class classes[s mod their number]; None is all in turn."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance; 1 is none."""
+    """Of classifier-free guidance, or of a guide's; 1 is none."""
+    guidance_interval: Sequence[float] | None = None
+    """Guidance applies where low < sigma / alpha <= high; None is everywhere."""
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The class of each seed's image."""
@@ -332,7 +283,9 @@ class SamplingSettings:
 
     def to_dict(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
         """Plain values for JSON, with the settings of the scheduler."""
-        return {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
+        values = {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
+        interval = values.pop("guidance_interval")  # folders of images from before there was one are completed
+        return values if interval is None else {**values, "guidance_interval": list(interval)}
 
 
 MAX_SEEDS = 10_000_000

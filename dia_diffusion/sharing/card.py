@@ -127,8 +127,16 @@ def _training(training: dict[str, Any] | None) -> str:
         f", trained with [dia-diffusion]({PAPER}) on {training['data']['count']:,} images of "
         f"{_code(training['data']['name'])} for {training['step']:,} steps at batch size "
         f"{training['recipe']['train']['batch_size']} ({training['images']:,} images seen). The weights are the "
-        "exponential moving average."
+        f"{_average(training)}."
     )
+
+
+def _average(training: dict[str, Any]) -> str:
+    average = training.get("average", {})
+    if "width" in average:
+        paper = "[EDM2](https://arxiv.org/abs/2312.02696)"
+        return f"power-function average of relative width {_text(average['width'])}, made of snapshots as in {paper}"
+    return "exponential moving average" + (f" of decay {_text(average['decay'])}" if "decay" in average else "")
 
 
 def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:

@@ -14,6 +14,7 @@ from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.evaluation.reference import hash_of_images, is_statistics_file, read_statistics
 from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.folder import read_training
+from dia_diffusion.sampling.load import load_guide
 from dia_diffusion.sweeps.collect import Inventory, RunState, records_of
 from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.training.config import Experiment
@@ -47,7 +48,9 @@ def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
     known = experiment.model.num_classes or 0
     if protocol.classes is not None and max(protocol.classes) >= known:
         raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
-    if protocol.guidance_scale != 1 and not experiment.data.label_dropout:
+    if protocol.guide is not None:
+        check_samples(experiment, protocol.sampling, load_guide(protocol.guide))
+    elif protocol.guidance_scale != 1 and not experiment.data.label_dropout:
         raise InputError(f"protocol {protocol.name} has guidance, which needs data.label_dropout; the recipe has none")
 
 

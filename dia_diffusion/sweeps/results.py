@@ -13,7 +13,7 @@ from dia_diffusion.evaluation.features import PACKAGED, FeatureExtractor, build_
 from dia_diffusion.evaluation.frechet import FeatureStatistics, frechet_distance
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, recorded_floor
-from dia_diffusion.evaluation.reference import floor_distance, reference_statistics
+from dia_diffusion.evaluation.reference import OTHER_SPLIT, floor_distance, reference_statistics
 from dia_diffusion.io import write_json, write_text
 from dia_diffusion.reading import read_json_object
 from dia_diffusion.reading.typed import from_json
@@ -29,7 +29,6 @@ RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 FLOOR_FILE = "floor.jsonl"
 """In the study's folder, for real images that were recorded by `fid --record`."""
-OTHER = {"train": "test", "test": "train"}
 
 
 @dataclass(frozen=True)
@@ -239,8 +238,9 @@ def floor_of(study: Study, record: EvaluationRecord) -> Floor:
         raise InputError(f"{source} isn't the reference {protocol.reference} that the runs were measured against")
     if split is None:
         return Floor(_within(images, extractor, count), f"{count:,} of the reference's against its others")
-    others = open_images(source, size=size, channels=channels, split=OTHER[split])
-    return Floor(floor_distance(reference, others, extractor, count=count), f"{count:,} of the {OTHER[split]} split")
+    others = open_images(source, size=size, channels=channels, split=OTHER_SPLIT[split])
+    distance = floor_distance(reference, others, extractor, count=count)
+    return Floor(distance, f"{count:,} of the {OTHER_SPLIT[split]} split")
 
 
 def _within(images: ImageSet, extractor: FeatureExtractor, count: int) -> float:

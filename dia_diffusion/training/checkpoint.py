@@ -2,6 +2,7 @@
 
     checkpoints/step-00010000/model.safetensors       weights
                               ema.safetensors         their moving average, of trainings that keep one
+                              averages.safetensors    further averages, if the recipe has any: NAME/PARAMETER
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
@@ -12,6 +13,7 @@ Nothing random is in it: a step's randomness is a function of the seed and the s
 """
 
 import shutil
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,21 @@ from dia_diffusion.reading import read_json_object
 class Checkpoint:
     """A checkpoint's content."""
 
-    tensors: dict[str, dict[str, Tensor]]  # "model", "ema" where one is kept, "optimizer" -> name -> tensor
+    tensors: dict[str, dict[str, Tensor]]  # "model", "optimizer", and "ema", "averages" if kept -> name -> tensor
     state: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
     """Writes folder/step-N, then removes those before it but for the keep_last newest, itself among them."""
     place = folder / step_name(step)
+    write_checkpoint(place, step, checkpoint)
+    for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
+        shutil.rmtree(old)
+    return place
+
+
+def write_checkpoint(place: Path, step: int, checkpoint: Checkpoint) -> None:
+    """Writes a folder of safetensors and state.json, in place of an earlier one."""
     size = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
     with atomic_dir(place, needed=size) as temporary:
         hashes = {}
@@ -53,9 +63,6 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, file)
             hashes[file.name] = sha256_of_file(file)
         write_json(temporary / "state.json", with_checksum({**checkpoint.state, "step": step, "sha256": hashes}))
-    for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
-        shutil.rmtree(old)
-    return place
 
 
 def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -94,13 +101,18 @@ def check_checkpoint(place: Path) -> dict[str, Any]:
         InputError: a file is missing, truncated or corrupted.
     """
     state = read_state(place)
+    check_files(place, state, "checkpoint")
+    return state
+
+
+def check_files(place: Path, state: dict[str, Any], what: str) -> None:
+    """Raises InputError if a file is not as the state says; `what` the folder is."""
     for name, sha256 in state["sha256"].items():
         file = place / name
         if not file.is_file():
-            raise InputError(f"checkpoint file {file} is missing")
+            raise InputError(f"{what} file {file} is missing")
         if sha256_of_file(file) != sha256:
-            raise InputError(f"checkpoint file {file} is truncated or corrupted (its sha256 differs)")
-    return state
+            raise InputError(f"{what} file {file} is truncated or corrupted (its sha256 differs)")
 
 
 def load_checkpoint(place: Path, checked: bool = False) -> Checkpoint:
@@ -111,11 +123,16 @@ def load_checkpoint(place: Path, checked: bool = False) -> Checkpoint:
     """
     state, tensors = read_state(place) if checked else check_checkpoint(place), {}
     for file in (place / name for name in state["sha256"]):
-        try:
-            tensors[file.stem] = load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"checkpoint file {file} is not safetensors ({error})") from None
+        tensors[file.stem] = read_tensors(file, "checkpoint")
     return Checkpoint(tensors, state)
+
+
+def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a file. Raises InputError where it is no safetensors."""
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{what} file {file} is not safetensors ({error})") from None
 
 
 def read_state(place: Path) -> dict[str, Any]:
@@ -124,17 +141,26 @@ def read_state(place: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, truncated or corrupted.
     """
+    needed = {"model.safetensors", "optimizer.safetensors"}
+    allowed = needed | {"ema.safetensors", "averages.safetensors"}
+    return read_folder_state(place, "checkpoint", lambda files: needed <= files <= allowed)
+
+
+def read_folder_state(place: Path, what: str, has_files: Callable[[Set[str]], bool]) -> dict[str, Any]:
+    """The state.json that `write_checkpoint` wrote; has_files: whether its names of files are those of such a folder.
+
+    Raises:
+        InputError: it is missing, truncated or corrupted.
+    """
     try:
         state = verify_checksum(read_json_object(place / "state.json"))
-        files = {"model.safetensors", "optimizer.safetensors"}
-        has_files = files <= dict(state["sha256"]).keys() <= files | {"ema.safetensors"}
         described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)
-        if has_files and described and step_name(state["step"]) == place.name:
+        if has_files(dict(state["sha256"]).keys()) and described and step_name(state["step"]) == place.name:
             return state
     # Other errors of the disk may pass, and then it is as good as before.
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise InputError(f"checkpoint file {place / 'state.json'} is missing, truncated or corrupted")
+    raise InputError(f"{what} file {place / 'state.json'} is missing, truncated or corrupted")
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:

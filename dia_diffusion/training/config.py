@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dia_diffusion.noise import NoiseProcess
 
 
+MAX_POWER_WIDTH = 0.288  # 1/sqrt(12) is the average that counts all steps alike
 MAX_REFERENCE = 1_000_000  # so that a beta below 1 stays below 1 at batch size 1
 
 
@@ -203,12 +204,31 @@ class OptimizerConfig(Strict):
 
 
 class EmaConfig(Strict):
-    """The exponential moving average of the weights, which samples and pipelines use."""
+    """The exponential moving average of the weights, which samples and pipelines use, and further averages."""
 
     decay: Fraction = 0.9999
     """Share of the old average kept at a step."""
     warmup: bool = False
     """Use min(decay, (1 + n) / (10 + n)) at step n: short runs forget their first weights sooner."""
+    further_decays: list[Fraction] = Field(default=[])
+    """Decays of further such averages, kept in checkpoints; `dia-diffusion ema --decay` makes pipelines of them."""
+    power_widths: list[Annotated[Float, Field(gt=0, le=MAX_POWER_WIDTH)]] = Field(default=[])
+    """Relative widths of power-function averages (EDM2), such as [0.05, 0.1]; from their snapshots `dia-diffusion ema
+    --width` makes an average of any other width."""
+    snapshot_every: NonNegative = 0
+    """Steps between snapshots of the power-function averages, which all stay."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "EmaConfig":
+        for key in ("further_decays", "power_widths"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise InputError(f"`ema.{key}` must be different numbers, got {values}")
+        if self.power_widths and not self.snapshot_every:
+            raise InputError("`ema.snapshot_every` must be 1 or more with `ema.power_widths`, got 0")
+        if self.snapshot_every and not self.power_widths:
+            raise InputError(f"`ema.snapshot_every` must be 0 without `ema.power_widths`, got {self.snapshot_every}")
+        return self
 
 
 class SamplesConfig(Strict):
@@ -222,6 +242,8 @@ class SamplesConfig(Strict):
     """Sampler steps."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
     """Of classifier-free guidance, for class-conditional models; 1 is none."""
+    guidance_interval: list[Float] | None = None
+    """Two noise levels: guidance applies where low < sigma / alpha <= high; null is everywhere."""
 
 
 class Experiment(Recipe):

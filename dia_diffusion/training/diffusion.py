@@ -26,7 +26,7 @@ from dia_diffusion.pipelines.folder import TRAINING_FILE, find_pipeline, weights
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline, network_prediction_type
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
-from dia_diffusion.sampling.load import load_pipeline
+from dia_diffusion.sampling.load import Guide, load_pipeline
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sampling.writers import save_grid
 from dia_diffusion.sharing.card import write_card
@@ -59,7 +59,8 @@ def image_losses(
     """Each image's part (B,) of the diffusion loss."""
     timestep = process.timestep(draws.uniform)  # (B,)
     noisy, target = process.mix(images, sent(draws.noise.to(images.dtype), images.device), timestep)
-    (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False)
+    depth = {} if draws.depth is None else {"depth_draws": sent(draws.depth, images.device)}
+    (prediction,) = model(noisy, sent(timestep, images.device), labels, return_dict=False, **depth)
     error = (prediction.to(images.dtype) - target).square().mean(dim=(1, 2, 3))  # (B,)
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
@@ -121,6 +122,9 @@ class DiffusionTask(Task):
         self.reference_steps = reference_steps(experiment.train)
         self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.process = experiment.noise_process()
+        model = experiment.model.model_dump()
+        drops = model["backbone"] == "uvit" and model["drop_path"] > 0
+        self.dropping_blocks: int = model["num_layers"] if drops else 0
         self.images: ImageSet
         self.guidance: Guidance | None = None
 
@@ -156,7 +160,7 @@ class DiffusionTask(Task):
 
     def draw(self, step: int, start: int, stop: int) -> StepDraws:
         seed, batch_size, shape = self.experiment.seed, self.experiment.train.batch_size, self.images.shape
-        return draw_step(seed, step, batch_size, len(self.images), shape, start, stop)
+        return draw_step(seed, step, batch_size, len(self.images), shape, start, stop, self.dropping_blocks)
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         images, labels = training_batch(self.images, self.experiment, draws, device, dtype)
@@ -220,16 +224,16 @@ def _pipeline(model: nn.Module, process: NoiseProcess) -> UViTPipeline:
     return UViTPipeline(model, scheduler, prediction_type)
 
 
-def check_samples(experiment: Experiment, settings: SamplingSettings | None = None) -> None:
+def check_samples(experiment: Experiment, settings: SamplingSettings | None = None, guide: Guide | None = None) -> None:
     """Raises InputError if no images could be drawn of the recipe's model, by default its grids, or if it is too large.
 
-    settings: other ones than those of the grids.
+    settings, guide: other ones than those of the grids, which have no guide.
     """
     check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     pipeline = _pipeline(model, experiment.noise_process())
-    adapt_pipeline(pipeline, settings or sampling_settings(experiment))
+    adapt_pipeline(pipeline, settings or sampling_settings(experiment), guide)
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
@@ -241,7 +245,12 @@ def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
     samples = experiment.samples
-    return SamplingSettings(samples.sampler, samples.steps, guidance_scale=samples.guidance_scale)
+    return SamplingSettings(
+        samples.sampler,
+        samples.steps,
+        guidance_scale=samples.guidance_scale,
+        guidance_interval=samples.guidance_interval,
+    )
 
 
 def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any], grid: Path | None) -> None:
@@ -256,7 +265,7 @@ def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any],
 
 # What decides a unit, and what decides a network without showing in its tensors.
 UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens", "attention_at")
-HIDDEN_KEYS = ("num_attention_heads", "residual_skips")
+HIDDEN_KEYS = ("num_attention_heads", "residual_skips", "skip_scaling", "skip_kappa")
 UNITS = ("unit.", f"network.{UNITS_NAME}.")  # how its tensors' names begin in the models
 
 Model = UViT | AttachedModel
@@ -305,9 +314,9 @@ def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any
 
 
 def _check_noise(source: str, pipeline: DiffusionPipeline, process: NoiseProcess) -> None:
-    names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
-    schedule = next(names, "of no known name")
-    if schedule != process.schedule:
+    if not process.process.is_run_by(pipeline.scheduler):
+        names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
+        schedule = next(names, "of no known name")
         raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
     prediction_type = network_prediction_type(pipeline) or process.prediction_type
     if prediction_type != process.prediction_type:

@@ -21,7 +21,7 @@ RANDOMNESS = 2
 with 32 bits for each step."""
 
 # Independent streams of one seed. A stream's number is part of what a seed means: never renumber.
-WEIGHTS, ORDER, STEP, MODEL, AUGMENT, NOISE = range(6)
+WEIGHTS, ORDER, STEP, MODEL, AUGMENT, NOISE, DEPTH = range(7)
 
 WORDS_AT_ONCE = 1 << 14  # Box-Muller's float64 intermediates then stay in the L2 cache
 
@@ -82,12 +82,18 @@ class StepDraws:
     uniform: Tensor  # (B,) float32 in [0, 1), for the times
     drop_label: Tensor  # (B,) float32 in [0, 1), dropped below the rate
     noise: Tensor  # (B, C, H, W) float32
+    depth: Tensor | None = None  # (B, blocks, 2) float32 in [0, 1), for stochastic depth; see UViT.forward
 
     def slice(self, start: int, stop: int) -> "StepDraws":
         """The draws of images start..stop of these."""
         part = slice(start, stop)
         return StepDraws(
-            self.indices[part], self.flips[part], self.uniform[part], self.drop_label[part], self.noise[part]
+            self.indices[part],
+            self.flips[part],
+            self.uniform[part],
+            self.drop_label[part],
+            self.noise[part],
+            None if self.depth is None else self.depth[part],
         )
 
 
@@ -99,15 +105,18 @@ def draw_step(
     shape: tuple[int, ...],
     start: int = 0,
     stop: int | None = None,
+    num_blocks: int = 0,
 ) -> StepDraws:
     """The draws of images start..stop (None: to the end) of the global batch of a step, counted from 0.
 
     batch_size: of the global batch, images of this shape (C, H, W).
+    num_blocks: blocks of a network with stochastic depth; 0 draws nothing for it.
     """
     first, count = step * batch_size + start, (batch_size if stop is None else stop) - start
     flip, uniform, drop_label = uniforms(seed, STEP, first, count, 3).unbind(dim=1)
     noise = normals(seed, NOISE, first, count, math.prod(shape)).reshape(count, *shape)
-    return StepDraws(image_order(seed, first, count, num_images), flip < 0.5, uniform, drop_label, noise)
+    depth = uniforms(seed, DEPTH, first, count, 2 * num_blocks).reshape(count, num_blocks, 2) if num_blocks else None
+    return StepDraws(image_order(seed, first, count, num_images), flip < 0.5, uniform, drop_label, noise, depth)
 
 
 def dropout_seed(seed: int, step: int, process: int) -> int:

@@ -1,6 +1,7 @@
 """A run's folder: its paths, lock, recipe and metrics, and what keeps a run from starting or resuming in it."""
 
 import math
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ class RunFolder:
         self.pipelines = self.path / "pipelines"
         self.classifiers = self.path / "classifiers"
         self.samples = self.path / "samples"
+        self.snapshots = self.path / "snapshots"
+        self.averages = self.path / "averages"
         self.evaluations = self.path / EVALUATIONS
         self._lock = FolderLock(self.path)
 
@@ -45,7 +48,7 @@ class RunFolder:
             InputError: another process holds the lock, or the folder can't be written or locked.
         """
         self._lock.acquire()
-        for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples):
+        for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples, self.snapshots):
             remove_partial(folder)  # left by a run that was killed while it wrote
 
     def lock_text(self) -> str:
@@ -65,6 +68,12 @@ class RunFolder:
         if self.metrics.is_file():
             kept = [text for text, line in _metric_lines(self.metrics) if line["step"] <= step]
             write_text(self.metrics, "".join(f"{text}\n" for text in kept))
+
+    def drop_snapshots(self, step: int) -> None:
+        """Removes the snapshots of averages after `step`, which a resumed run writes again."""
+        for number, place in step_folders(self.snapshots).items():
+            if number > step:
+                shutil.rmtree(place)
 
     def log_metrics(self, values: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""

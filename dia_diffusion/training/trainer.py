@@ -45,11 +45,12 @@ from dia_diffusion.training.checkpoint import (
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import DiffusionTask
-from dia_diffusion.training.ema import EMA
+from dia_diffusion.training.ema import EMA, Average, further_averages
 from dia_diffusion.training.finite import FiniteWatch, KeptBuffers, divergence
 from dia_diffusion.training.optimizer import learning_rate
 from dia_diffusion.training.randomness import RANDOMNESS, WEIGHTS, derive, dropout_seed
 from dia_diffusion.training.run_folder import RunFolder, check_new_run, check_resumed_run, check_shared
+from dia_diffusion.training.snapshots import SaveSnapshots
 from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
 
 
@@ -112,7 +113,10 @@ class Trainer:
         # Images.
         self.images = self.task.open_images(self.accelerator, self.progress)
 
-        own = [LogMetrics(config.log_every), ShowProgress(), *self.task.callbacks(), *callbacks, SaveCheckpoint(config)]
+        ema = self.task.ema
+        snapshots = [SaveSnapshots(ema)] if ema is not None and ema.snapshot_every else []
+        own = [LogMetrics(config.log_every), ShowProgress(), *snapshots, *self.task.callbacks(), *callbacks]
+        own.append(SaveCheckpoint(config))
         self.callbacks: list[Callback] = sorted(own, key=lambda callback: callback.after_checkpoint)
         self.seconds_in_callbacks = 0.0
         """Since the last logged metrics, but for the time that logging took."""
@@ -162,11 +166,17 @@ class Trainer:
         scaled = self.accelerator.scaler is not None
         self.finite: FiniteWatch = FiniteWatch(device, config.max_skipped_steps, state.get("skipped_steps", 0), scaled)
         self.ema = None
+        self.averages: dict[str, Average] = {}
+        """Those beside the EMA, by name."""
         if self.task.ema is not None:
             self.ema = EMA(self.parameters, self.task.ema, self.task.reference_steps)
+            self.averages = further_averages(self.parameters, self.task.ema, self.task.reference_steps)
         if checkpoint is not None:
             if self.ema is not None:
                 self.ema.load([checkpoint.tensors["ema"][name] for name in self.names], self.step)
+            for kept, average in self.averages.items():
+                tensors = checkpoint.tensors["averages"]
+                average.load([tensors[f"{kept}/{name}"] for name in self.names], self.step)
             load_optimizer(self.optimizer.optimizer, checkpoint.tensors["optimizer"], self.model)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(state["grad_scaler"])
@@ -234,9 +244,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.buffers.put_back(skip)
 
-        # Average.
+        # Averages.
         if self.ema is not None:
             self.ema.update(self.parameters, skip)
+        for average in self.averages.values():
+            average.update(self.parameters, skip)
         if skip.device.type == "cpu":  # a GPU is waited for only when something is logged or saved
             self.check_finite()
         self.step += 1
@@ -292,6 +304,7 @@ class Trainer:
 
     def _open_folder(self) -> None:
         self.folder.truncate_metrics(self.step)  # first, since it raises for a damaged file
+        self.folder.drop_snapshots(self.step)
         for place, why in self.damaged.items():
             self.message(f"warning: {why}; renamed to {set_aside(place).name}, and the checkpoint before it is used")
         self.folder.write_config(self.experiment)
@@ -341,10 +354,16 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         scaler, average = self.accelerator.scaler, self.averaged_weights()
+        further = {
+            f"{kept}/{name}": tensor
+            for kept, other in self.averages.items()
+            for name, tensor in zip(self.names, other.parameters, strict=True)
+        }
         checkpoint = Checkpoint(
             tensors={
                 "model": self.model.state_dict(),
                 **({} if average is None else {"ema": average}),
+                **({"averages": further} if further else {}),
                 "optimizer": optimizer_tensors(self.optimizer.optimizer, self.model),
             },
             state={
@@ -358,10 +377,12 @@ class Trainer:
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """The model's state with averaged parameters; None if no average is kept."""
-        if self.ema is None:
-            return None
+        return None if self.ema is None else self.state_with(self.ema)
+
+    def state_with(self, average: Average) -> dict[str, Tensor]:
+        """The model's state with the parameters of an average."""
         # Buffers, such as a BatchNorm's running statistics, are averages already.
-        return {**self.model.state_dict(), **dict(zip(self.names, self.ema.parameters, strict=True))}
+        return {**self.model.state_dict(), **dict(zip(self.names, average.parameters, strict=True))}
 
     def origin(self) -> dict[str, Any]:
         """Where the weights of this step come from, as checkpoints and saved models record it."""

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -134,3 +135,29 @@ def test_statistics_are_no_reference_for_kid(run: Path, tmp_path: Path, capsys: 
     statistics = ["--reference", str(tmp_path / "s.npz")]
     assert main(["fid", str(run), "--features", "digits", *statistics, "--metrics", "prc"]) == 2
     assert "`--reference` must be images for prc, got" in capsys.readouterr().err
+
+
+def test_distances_relative_to_held_out_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real images of the other split are as good as those that are held out, of which they are a part."""
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    fid = ["fid", "digits", "--split", "test", "--reference", "digits", "--metrics", "fdr"]
+    assert main([*fid, "--features", "digits,cifar10", "--num", "596"]) == 0
+    printed = capsys.readouterr().out
+    assert "FDr^2" in printed and "1.0000 [1.0000, 1.0000]" in printed
+    digits, cifar10 = read_records(tmp_path / "evaluations.jsonl")
+    assert digits.metrics["FDr(digits)"] == pytest.approx(1) and cifar10.metrics["FDr(cifar10)"] == pytest.approx(1)
+    assert digits.metric_settings["fdr"]["held_out"] == "digits, test"
+    assert main([*fid, "--features", "digits", "--num", "596"]) == 0
+    assert len(read_records(tmp_path / "evaluations.jsonl")) == 2  # known
+    refused = {
+        "must be 596 or less for metric fdr": ["--split", "train", "--num", "600"],
+        "must be given for metric fdr: the reference nothing.npz holds statistics": ["--reference", "nothing.npz"],
+        "must be other images than the reference": ["--held-out", "digits"],
+    }
+    np.savez("nothing.npz", mu=np.zeros(64), sigma=np.eye(64))
+    for text, options in refused.items():
+        assert main([*fid, "--features", "digits", *options]) == 2
+        assert text in capsys.readouterr().err

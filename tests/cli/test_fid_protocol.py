@@ -130,7 +130,7 @@ def test_what_it_refuses(
 
 
 def test_inception_of_other_weights_is_another_measure() -> None:
-    options: Any = SimpleNamespace(inception_weights="w.pth")
+    options: Any = SimpleNamespace(weights_file="w.pth")
     protocol = EvalProtocol.read("fid10k-dpm50")
     check_features(options, protocol, "inception")
     said = r"features inception for protocol fid10k-dpm50, got w\.pth, which give inception-1a2b3c4d"

@@ -114,11 +114,10 @@ def test_logits_are_optional(module, digits):
     without, with_logits = build_features(f"{module}:Projection"), build_features(f"{module}:Classifying")
     assert (without.num_features, without.num_classes) == (5, None)
     assert (with_logits.num_features, with_logits.num_classes) == (5, 2)
-    features, logits = with_logits.with_logits(images)
+    features, logits = with_logits.layers(images).values()
     assert torch.equal(logits, features[:, :2])
     assert torch.equal(without(images), features)
-    with pytest.raises(InputError, match="must have logits"):
-        without.with_logits(images)
+    assert without.layers(images).keys() == {"features"}
 
 
 def test_hash_is_of_the_weights(module):

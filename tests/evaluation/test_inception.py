@@ -4,19 +4,27 @@ import io
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from dia_diffusion.data import open_images
 from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.evaluation.evaluate import Evaluator, images_source
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features, inception
 from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
-from dia_diffusion.evaluation.frechet import frechet_distance, measure
+from dia_diffusion.evaluation.frechet import frechet_distance, measure, sums
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name
+from dia_diffusion.evaluation.reference import measure_reference
 from dia_diffusion.io import sha256_of_file
+from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images
 
 
@@ -105,11 +113,42 @@ def test_features_and_logits_are_torch_fidelitys(network, weights):
     features, logits = network(batch)
     extractor = build_features("inception", weights=weights)
     assert (extractor.num_features, extractor.num_classes) == (2048, 1008)
-    ours, our_logits = extractor.with_logits(batch)
+    ours, our_logits, _ = extractor.layers(batch).values()
     assert features.std() > 0.1
     torch.testing.assert_close(ours, features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(extractor(batch[1:2]), features[1:2], rtol=1e-4, atol=1e-4)
+
+
+def spatial_features(network, batch):
+    """ADM's: the first 7 channels after the ReLU of the 1x1 convolution in the third block of 17x17, channels last."""
+    pixels = interpolate_bilinear_2d_like_tensorflow1x(batch.float(), size=(299, 299), align_corners=False)
+    pixels = (pixels - 128) / 128
+    names = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2"
+    for name in f"{names} Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c".split():
+        pixels = getattr(network, name)(pixels)
+    branch = network.Mixed_6d.branch1x1
+    return branch.bn(branch.conv(pixels)).relu().numpy().transpose(0, 2, 3, 1)[..., :7].reshape(len(batch), -1)
+
+
+def test_spatial_features_are_adms_and_sfid_their_distance(network, weights, tmp_path, monkeypatch):
+    extractor = build_features("inception", weights=weights)
+    batches = images(4, 1), images(5, 2)
+    first, second = (spatial_features(network, batch) for batch in batches)
+    assert extractor.widths == {"features": 2048, "logits": 1008, "spatial": 2023} and first.std() > 0.1
+    np.testing.assert_allclose(extractor.layers(batches[0])["spatial"], first, rtol=1e-4, atol=1e-4)
+    for name, batch in zip(("fake", "real"), batches, strict=True):
+        np.save(tmp_path / f"{name}.npy", batch.permute(0, 2, 3, 1).numpy())
+    fake, real = (open_images(str(tmp_path / f"{name}.npy"), channels=3) for name in ("fake", "real"))
+    protocol = EvalProtocol(features="inception", num_samples=4, sampler="ddim", steps=1, metrics=["sfid"])
+    reference = measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress())
+    evaluator = Evaluator(protocol, extractor, reference, Accelerator(cpu=True))
+    record = evaluator.measure(images_source(fake))
+    expected = frechet_distance(*(sums([torch.from_numpy(each)], 2023) for each in (first, second)))
+    assert record.metrics == {f"sFD({extractor.name})": pytest.approx(expected, rel=1e-4)}
+    assert protocol.metric_labels("inception") == ["sFID"]
+    monkeypatch.setattr(FeatureExtractor, "layers", None)  # both statistics of the reference are kept
+    assert measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress()).spatial.count == 5
 
 
 def test_a_batch_larger_than_a_cpu_takes_at_once_is_torch_fidelitys(network, weights):

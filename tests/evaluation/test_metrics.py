@@ -35,7 +35,7 @@ def test_chunks_cover_all_images_in_order(count):
 def test_what_can_not_be_asked_for(options, said):
     with pytest.raises(ValidationError, match=said):
         asking(**options)
-    with pytest.raises(ValidationError, match="must be one of fid, kid, .*, got 'lpips'"):
+    with pytest.raises(ValidationError, match=r"must be one of fid, sfid, .*, got 'lpips'"):
         asking("fid", "lpips")
 
 
@@ -135,3 +135,9 @@ def test_mind_of_unequal_counts_uses_as_many_of_the_larger_set():
     equal = computed("mind", features=features, reference_features=reference[chosen])
     assert found["MIND(a)"] == pytest.approx(equal["MIND(a)"], rel=0.1)  # by other directions
     assert found == computed("mind", features=features, reference_features=reference)
+
+
+def test_extrapolation_needs_more_images_than_features_in_each_part():
+    asking("fd-inf").check_count(257, num_features=64)
+    with pytest.raises(InputError, match="images for metric fd-inf in 64 features must be 257 or more, got 256"):
+        asking("fd-inf").check_count(256, num_features=64)

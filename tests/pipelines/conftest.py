@@ -37,12 +37,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_stand_in.Hub]:
 def save(tmp_path: Path) -> Callable[..., Path]:
     """Saves a pipeline with random weights as a folder."""
 
-    def save_pipeline(name: str, scheduler: object | None = None, **kwargs: object) -> Path:
+    def save_pipeline(
+        name: str, scheduler: object | None = None, prediction_type: str | None = None, **kwargs: object
+    ) -> Path:
         torch.manual_seed(0)
         config = NoiseProcess().scheduler_config()
         unet = UViT(**{"attention": "dia-lstm", **SMALL, **kwargs}).eval()
         torch.nn.init.normal_(unet.decoder.weight, std=0.5)  # so that images differ from noise, and from each other
-        UViTPipeline(unet, scheduler or DPMSolverMultistepScheduler(**config)).save_pretrained(tmp_path / name)
+        scheduler = scheduler or DPMSolverMultistepScheduler(**config)
+        UViTPipeline(unet, scheduler, prediction_type).save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return save_pipeline

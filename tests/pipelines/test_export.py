@@ -60,10 +60,12 @@ KINDS = {
     "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
     "dia-lstm-light": ({"attention": "dia-lstm-light", "pool_tokens": "patch"}, {}),
     "block-channels": ({"attention": "block-channels"}, {}),
+    "blocks": ({"attention": "dia-lstm", "skip_scaling": "learned", "qk_norm": True, "drop_path": 0.5}, {}),
     "srm": ({"attention": "srm"}, {}),
     "cbam": ({"attention": "cbam", "attention_kwargs": {"sharing": "individual"}}, {}),
     "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
-    "euler-maruyama": ({"scheduler": EulerMaruyamaScheduler}, {}),
+    "euler-maruyama": ({"scheduler": lambda: EulerMaruyamaScheduler(**NoiseProcess().scheduler_config())}, {}),
+    "flow": ({"scheduler": NoiseProcess("flow", "sample").build_scheduler, "prediction_type": "sample"}, {}),
 }
 
 
@@ -87,7 +89,7 @@ def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tm
     jobs, expected = [], []
     for number, (config, arguments) in enumerate(KINDS.values()):
         if "scheduler" in config:
-            config = {"scheduler": config["scheduler"](**NoiseProcess().scheduler_config())}
+            config = {**config, "scheduler": config["scheduler"]()}
         source, out = save(f"source{number}", **config), tmp_path / f"out{number}"
         export_pipeline(source, out)
         arguments = {"num_inference_steps": 4, **arguments}

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.noise import PREDICTION_TYPES, NoiseProcess
+from dia_diffusion.noise import NoiseProcess, noise_ratio
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.samplers import (
     SAMPLERS,
@@ -16,9 +16,10 @@ from dia_diffusion.sampling.samplers import (
     SamplingSettings,
     build_scheduler,
     check_steps,
-    noise_ratio,
 )
 from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
+
+PREDICTION_TYPES = NoiseProcess().process.prediction_types
 
 # How far the standard deviation may be from that of the data at 50 steps, relative. In even time the last step starts
 # from sigma 0.07, where noise hides a third of the data's own deviation of 0.2; at 1,000 steps all are within 2.5 %.
@@ -167,7 +168,7 @@ def test_unknown_names_and_other_processes():
     with pytest.raises(InputError, match="vp-continuous"):
         build_scheduler("euler-maruyama", DDPMScheduler())
     with pytest.raises(InputError, match="must be one of own for the process of a FlowMatchEulerDiscreteScheduler"):
-        build_scheduler("ddim", FlowMatchEulerDiscreteScheduler())
+        build_scheduler("ddim", FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,11 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
     ("changes", "more", "said"),
     [
         ([("dia-lstm-light", "dia")], "", "unit dia: attention unit must be none or one of"),
-        ([("model.attention: dia-lstm, ", "")], "", "unit slow"),
+        (
+            [("model.attention: dia-lstm,", "model.attention: dia,")],
+            "",
+            "unit slow: attention unit must be none or one of",
+        ),
         ([], "overrides: {train.accumulation: 8}", "`train.batch_size` must be a multiple of 8"),
         ([], "overrides: {model.num_layers: 4}", "`num_layers` must be odd"),
         ([], "final_protocol: fd-letters", "got 'fd-letters'"),

@@ -101,7 +101,7 @@ def test_color_features_are_trained_on_images_of_a_folder(
     assert (tmp_path / "w.safetensors").stat().st_size < 2_000_000
     # What the file holds in half precision is what was tested.
     images = open_images(stripes, split="test")
-    _, logits = extractor.with_logits(torch.from_numpy(images.images))
+    logits = extractor.layers(torch.from_numpy(images.images))["logits"]
     assert (logits.argmax(1).numpy() == images.labels).mean() == pytest.approx(card["test_accuracy"])
     # It is what `dia-diffusion classify` trained and tested, there in float32.
     saved = load_classifier(tmp_path / "w.run")

@@ -17,6 +17,7 @@ from dia_diffusion.training.config import (
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.ema import EMA
 from dia_diffusion.training.optimizer import learning_rate
+from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.run_files import assert_same_tensors
 
@@ -72,6 +73,14 @@ def test_the_rate_warms_up_over_as_many_images(batch_size: int) -> None:
     assert rates == pytest.approx([1e-5, 5e-4, 1e-3, 1e-3])
 
 
+@pytest.mark.parametrize("batch_size", [4, 32, 64])
+@pytest.mark.parametrize("beta1_in_images", [False, True])
+def test_muons_momentum_decays_as_the_first_beta(batch_size: int, beta1_in_images: bool) -> None:
+    config = task(batch_size, beta1_in_images=beta1_in_images).optimizer_config
+    exponent = batch_size / 32 if beta1_in_images else 1
+    assert (config.betas[0], config.muon_momentum) == pytest.approx((0.9**exponent, 0.95**exponent))
+
+
 def test_without_a_reference_nothing_changes() -> None:
     for plain in (task(4, reference=None), task(32, reference=32)):
         assert plain.optimizer_config == plain.experiment.optimizer
@@ -101,6 +110,25 @@ def test_learning_rates() -> None:
     assert learning_rate(config, 10, 110) == 1.0
     assert learning_rate(config, 60, 110) == pytest.approx(0.5)
     assert learning_rate(config, 110, 110) == pytest.approx(0.0)
+
+
+def test_warmup_stable_decay() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=10, schedule="warmup-stable-decay", decay_fraction=0.25)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:76] == [1.0] * 66
+    assert rates[75:] == pytest.approx([(100 - step) / 25 for step in range(75, 101)])
+
+
+@pytest.mark.parametrize(("batch_size", "longest"), [(None, 48), (4, 6), (64, 96)])
+def test_the_warm_up_ends_before_the_decay(batch_size: int | None, longest: int) -> None:
+    """60 steps, the last 12 of them decaying; the warm-up counts steps of 32 images where that is the reference."""
+    keys = {"train.max_steps": 60, "optimizer.schedule": "warmup-stable-decay", "optimizer.decay_fraction": 0.2}
+    if batch_size is not None:
+        keys |= {"train.batch_size": batch_size, "train.reference_batch_size": 32}
+    read_experiment(None, keys=keys | {"optimizer.warmup_steps": longest})
+    with pytest.raises(InputError, match=f"`optimizer.warmup_steps` must be at most {longest}, .* got {longest + 1}"):
+        read_experiment(None, keys=keys | {"optimizer.warmup_steps": longest + 1})
 
 
 def test_rates_are_those_of_torch() -> None:

@@ -51,9 +51,12 @@ def test_recipes_of_units_differ_in_the_unit_alone() -> None:
         "digits_uvit_cpu",
         "cifar10_uvit_s2_class",
         "cifar10_uvit_cpu_class",
+        "cifar10_uvit_s2_flow",
+        "cifar10_uvit_cpu_flow",
+        "digits_uvit_flow",
     ):
         plain = flatten(read_experiment(base).to_dict())
-        for suffix, unit in units[:1] if base.endswith("_class") else units:
+        for suffix, unit in units[:1] if base.endswith(("_class", "_flow")) else units:
             twin = flatten(read_experiment(base + suffix).to_dict())
             assert {key for key in plain if plain[key] != twin[key]} == {"output", "model.attention"}
             assert plain["model.attention"] == "none" and twin["model.attention"] == unit
@@ -66,6 +69,20 @@ def test_recipes_by_class_differ_in_the_classes_alone(base: str) -> None:
     expected = {"output", "model.num_classes", "data.label_dropout", "samples.count", "samples.guidance_scale"}
     assert changed.keys() == expected
     assert changed["samples.count"] % changed["model.num_classes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("cifar10_uvit_s2", "cifar10_uvit_s2_flow"),
+        ("cifar10_uvit_cpu", "cifar10_uvit_cpu_flow"),
+        ("digits_uvit_cpu", "digits_uvit_flow"),
+    ],
+)
+def test_recipes_of_the_flow_differ_in_the_noise_alone(base: str, name: str) -> None:
+    plain, flow = (flatten(read_experiment(recipe).to_dict()) for recipe in (base, name))
+    assert {key for key in plain if plain[key] != flow[key] and not key.startswith("noise.")} == {"output"}
+    assert flow["noise.schedule"] == "flow"
 
 
 def test_s2_recipe_is_uvits_own_setting() -> None:
@@ -148,6 +165,18 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
             "",
             "`optimizer.unit_learning_rate` must be null with `model.attention` none, got 0.001",
         ),
+        ("optimizer: {name: sgd}", "", "`optimizer.name` must be one of adamw, muon, got 'sgd'"),
+        (
+            "optimizer: {muon_learning_rate: 1e-3}",
+            "",
+            "`optimizer.muon_learning_rate` must be null without `optimizer.name` muon, got 0.001",
+        ),
+        ("optimizer: {decay_fraction: 0}", "", "`optimizer.decay_fraction` must be above 0, got 0"),
+        (
+            "optimizer: {schedule: warmup-stable-decay}",
+            "--train.max_steps 3000",
+            "`optimizer.warmup_steps` must be at most 2,400, where `optimizer.decay_fraction` begins, got 2,500",
+        ),
         ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
         ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
         ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
@@ -203,7 +232,9 @@ def test_an_older_recipe_with_keys_of_all_backbones_is_the_same(name: str, tmp_p
     recipe = read_experiment(name)
     older = recipe.to_dict()
     older["model"].update(OLDER[name])
-    del older["ssia"], older["optimizer"]["unit_learning_rate"]  # which an older version didn't know
+    del older["ssia"]  # which an older version didn't know, as it didn't these
+    for key in ("unit_learning_rate", "name", "muon_learning_rate", "muon_momentum", "decay_fraction"):
+        del older["optimizer"][key]
     written = tmp_path / "config.yaml"
     written.write_text(yaml.safe_dump(older))
     assert read_experiment(str(written)) == recipe and changed_keys(older, recipe) == []

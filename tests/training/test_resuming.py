@@ -105,10 +105,11 @@ def test_changed_recipes_are_refused_by_name(tiny, train, tmp_path: Path) -> Non
     assert trainer.step == 7
 
 
-def test_a_cosine_run_keeps_its_length(tiny, train) -> None:
-    train(tiny("run", "--optimizer.schedule", "cosine"))
+@pytest.mark.parametrize("schedule", ["cosine", "warmup-stable-decay"])
+def test_a_run_with_a_falling_rate_keeps_its_length(schedule: str, tiny, train) -> None:
+    train(tiny("run", "--optimizer.schedule", schedule))
     with pytest.raises(InputError, match=r"train\.max_steps: 6 -> 9"):
-        Trainer(tiny("run", "--optimizer.schedule", "cosine", "--train.max_steps", "9"))
+        Trainer(tiny("run", "--optimizer.schedule", schedule, "--train.max_steps", "9"))
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tiny, train, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class FeatureExtractor:
 
     Args:
         name: as in records.
-        module: gives the features, and after them the logits if it has any.
+        module: gives the features and after them the logits, if it has any, or the layers that its `layer_names` lists.
 
     Raises:
         InputError: a module that fails on an image, or doesn't give finite features (B, D).
@@ -83,11 +83,12 @@ class FeatureExtractor:
         self.weights_hash = weights_hash
         self.device = torch.device(device)
         self._module = module.requires_grad_(False).eval().to(self.device)
-        self._widths: list[int] | None = None
-        features, logits = self._layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-        self.num_features: int = features.shape[1]
-        self.num_classes: int | None = None if logits is None else logits.shape[1]
-        self._widths = [features.shape[1], *([] if logits is None else [logits.shape[1]])]
+        self.widths: dict[str, int] = {}
+        """Of the layers that `layers` gives: features, and maybe logits and spatial ones, for sFID."""
+        layers = self.layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        self.widths = {name: layer.shape[1] for name, layer in layers.items()}
+        self.num_features = self.widths["features"]
+        self.num_classes = self.widths.get("logits")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) with 1 or 3 channels, on any device -> float32 features (B, num_features).
@@ -97,33 +98,26 @@ class FeatureExtractor:
         Raises:
             InputError: images of another type or shape, a module that fails, or features that aren't finite (B, D).
         """
-        return self._layers(images)[0]
-
-    def with_logits(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, num_features) and logits (B, num_classes) of the same images, from one pass.
-
-        Raises:
-            InputError: as above, or there are no logits.
-        """
-        features, logits = self._layers(images)
-        if logits is None:
-            raise InputError(f"features must have logits for a score of classes, got {self.name}, which have none")
-        return features, logits
+        return self.layers(images)["features"]
 
     @torch.no_grad()
-    def _layers(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def layers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All layers (B, width) of the same images by name, from one pass.
+
+        Raises InputError as above.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InputError(f"images must be uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
         images = images.to(self.device).expand(-1, 3, -1, -1)
         with torch.autocast(self.device.type, enabled=False), exact_float32():
-            features, *logits = self._layers_of_module(images)
-        return features, logits[0] if logits else None
+            return self._layers_of_module(images)
 
-    def _layers_of_module(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The module's one or two layers, float32, as a user's own module may not give them."""
+    def _layers_of_module(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The module's layers, float32, as a user's own module may not give them."""
         size = "x".join(map(str, images.shape[-2:]))
         try:
-            layers = [layer.float() for layer in self._module(images)][:2]
+            names = getattr(self._module, "layer_names", ("features", "logits"))
+            layers = [layer.float() for layer in self._module(images)][: len(names)]
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a user's own module can raise anything
@@ -132,16 +126,16 @@ class FeatureExtractor:
             ) from error
         shapes = [tuple(layer.shape) for layer in layers]
         fits = shapes and all(len(shape) == 2 and shape[0] == len(images) for shape in shapes)
-        if not fits or (self._widths is not None and [width for _, width in shapes] != self._widths):
+        if not fits or (self.widths and [width for _, width in shapes] != list(self.widths.values())):
             given = ", ".join(map(str, shapes)) or "nothing"
-            widths = "number of features" if self._widths is None else " and ".join(map(str, self._widths))
+            widths = " and ".join(map(str, self.widths.values())) or "number of features"
             raise InputError(
                 f"features {self.name} must be ({len(images)}, {widths}) for images of shape {tuple(images.shape)}, "
                 f"got {given}"
             )
         if not layers[0].isfinite().all():
             raise InputError(f"features {self.name} give values that aren't finite for images of {size}")
-        return layers
+        return dict(zip(names, layers, strict=False))
 
 
 def fold_normalisations(network: nn.Module) -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from dia_diffusion.download import Download, fetch
+from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features.extractor import DownloadProgress, fold_normalisations, state_hash
+from dia_diffusion.evaluation.features.weight_files import read_tensors, released_file
 from dia_diffusion.io import atomic_file, cache_folder, sha256_of_file
-from dia_diffusion.reading import NotTensors, load_pickled_tensors
 
 RELEASED = Download(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
@@ -23,7 +25,11 @@ RELEASED = Download(
     95_628_359,
 )
 """torch-fidelity's port of the TensorFlow network of 2015 (Apache-2.0); pytorch-fid ships the same bytes."""
-LAYERS = ["2048", "logits_unbiased"]
+SPATIAL = "spatial"
+"""Of sFID: `mixed_6/conv` of the TensorFlow graph, after its ReLU, 17x17, as ADM's evaluator flattens its channels."""
+SPATIAL_CHANNELS = 7
+"""Of 192, so that there are about as many features as in FID, 2,023."""
+LAYERS = ["2048", "logits_unbiased", SPATIAL]
 NAME = "inception"
 CPU_BATCH = 16
 """Images that a CPU takes at once: their maps of 147x147 are 90 MB; with 64 an image takes a seventh more time."""
@@ -35,23 +41,37 @@ Tensors = dict[str, torch.Tensor]
 class InceptionExtractor(FeatureExtractorInceptionV3):
     """torch-fidelity's extractor, given its weights: on its own it would unpickle a file or download one.
 
-    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits".
+    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits", and last, after "2048" or a later one,
+        "spatial".
     Raises RuntimeError for tensors of another network.
     """
+
+    layer_names = ("features", "logits", SPATIAL)
 
     def __init__(self, features_list: list[str], weights: Mapping[str, torch.Tensor]) -> None:
         nothing = io.BytesIO()
         torch.save({}, nothing)
         nothing.seek(0)
-        super().__init__("inception", features_list, nothing)
+        super().__init__("inception", [name for name in features_list if name != SPATIAL], nothing)
         self.load_state_dict(weights)
         self.to(memory_format=torch.channels_last)  # nearly half the time of convolutions on a CPU
+        self._spatial: torch.Tensor | None = None
+        if SPATIAL in features_list:
+            self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self._spatial = rearrange(output[:, :SPATIAL_CHANNELS], "b c h w -> b (h w c)").float()
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if images.device.type != "cpu":
-            return super().forward(images)
-        parts = map(super().forward, images.split(CPU_BATCH))
+            return self._forward(images)
+        parts = map(self._forward, images.split(CPU_BATCH))
         return tuple(torch.cat(layer) for layer in zip(*parts, strict=True))
+
+    def _forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        layers, spatial = super().forward(images), self._spatial
+        self._spatial = None
+        return layers if spatial is None else (*layers, spatial)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict(state_dict, strict=strict and bool(state_dict), assign=assign)
@@ -82,13 +102,13 @@ def _find(
     """As `build_inception`, with the tensors as they are in the file."""
     cached = cache_folder() / "inception" / f"{RELEASED.sha256}.safetensors"
     if weights is not None:
-        extractor, weights_hash = _build(_read(Path(weights)), Path(weights), features_list)
+        extractor, weights_hash = _build(read_tensors(Path(weights), EXPECTED), Path(weights), features_list)
         released = sha256_of_file(weights) == RELEASED.sha256 or weights_hash == _metadata(cached).get("weights_hash")
         return NAME if released else f"{NAME}-{weights_hash[:8]}", extractor, weights_hash
     if (tensors := _read_cached(cached)) is not None:
         return NAME, *_build(tensors, cached, features_list)
-    path = _released_file(progress)
-    extractor, weights_hash = _build(_read(path), path, features_list)
+    path = released_file(RELEASED, EXPECTED, "--inception-weights", progress)
+    extractor, weights_hash = _build(read_tensors(path, EXPECTED), path, features_list)
     tensors = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
     with suppress(OSError), atomic_file(cached) as temporary:  # a cache that can't be written is done without
         save_file(tensors, temporary, metadata={"weights_hash": weights_hash, "sha256": RELEASED.sha256})
@@ -111,37 +131,6 @@ def _build(tensors: Tensors, path: Path, features_list: list[str]) -> tuple[Ince
     except RuntimeError as error:
         raise InputError(f"weights {path} are another network's, not torch-fidelity's Inception; {EXPECTED}") from error
     return extractor, state_hash(extractor.state_dict())
-
-
-def _released_file(progress: DownloadProgress | None) -> Path:
-    """The release file in torch's hub folder, else in our cache, else downloaded to there."""
-    theirs = Path(torch.hub.get_dir()) / "checkpoints" / RELEASED.file
-    if not theirs.is_file():
-        return fetch(RELEASED, cache_folder() / "downloads", progress, "by --inception-weights")
-    if (sha256 := sha256_of_file(theirs)) != RELEASED.sha256:
-        raise InputError(
-            f"{theirs} is damaged, its sha256 is {sha256}; {EXPECTED}: remove it or give --inception-weights"
-        )
-    return theirs
-
-
-def _read(path: Path) -> Tensors:
-    """The tensors of a .pth or safetensors file; nothing in it is executed."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise InputError(f"weights {path} are no regular file; {EXPECTED}")
-    try:
-        with path.open("rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"
-    except OSError as error:
-        raise InputError(f"weights {path} can't be read ({error.strerror}); {EXPECTED}") from error
-    try:
-        return load_file(path) if is_safetensors else load_pickled_tensors(path)
-    except NotTensors as error:
-        raise InputError(f"{path}, given as weights, {error}; {EXPECTED}") from error
-    except Exception as error:  # unpickling what anybody may have written raises almost anything
-        raise InputError(
-            f"weights {path} are truncated, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {EXPECTED}"
-        ) from error
 
 
 def _read_cached(path: Path) -> Tensors | None:

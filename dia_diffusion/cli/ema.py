@@ -1,0 +1,97 @@
+"""`dia-diffusion ema`: pipelines of other averages of a run's weights, and their distances."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field, model_validator
+
+from dia_diffusion.cli import fid
+from dia_diffusion.cli.console import console
+from dia_diffusion.cli.options import Positional, flag, refuse_both
+from dia_diffusion.errors import InputError
+from dia_diffusion.io import step_name, write_json
+
+
+class Options(fid.Options):
+    """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
+
+    The other options are those of fid.
+    """
+
+    split: ClassVar = None  # type: ignore[misc]
+    size: ClassVar = None  # type: ignore[misc]
+    channels: ClassVar = 3  # type: ignore[misc]
+    every_step: ClassVar = False  # type: ignore[misc]
+    record: ClassVar = None  # type: ignore[misc]
+
+    source: Annotated[str, Positional("RUN")]
+    """A run folder."""
+    width: list[float] | None = Field(None, min_length=1)
+    """Relative widths, such as 0.05 or 0.02,0.05,0.1: power-function averages (EDM2), from the run's snapshots."""
+    decay: list[float] | None = Field(None, min_length=1)
+    """Of ema.further_decays, such as 0.999: from a checkpoint of the run."""
+    step: int | None = None
+    """That of a snapshot, or a checkpoint for --decay; the newest if not given."""
+    out: Path | None = None
+    """The pipeline's folder, or the folder of several; if not given, in RUN/averages."""
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> "Options":
+        refuse_both(self, "width", "decay")
+        if not self.width and not self.decay:
+            raise InputError("`--width` is missing, or `--decay`")
+        asked = self.model_fields_set & fid.Options.model_fields.keys() - {"source", "step"}
+        if asked and not self.measures:
+            raise InputError(f"`{flag([min(asked)])}` must be left out without `--protocol` or `--reference`")
+        return self
+
+    @property
+    def measures(self) -> bool:
+        """Whether the pipelines are measured."""
+        return self.protocol is not None or self.reference is not None
+
+
+def run(options: Options) -> None:
+    """Writes the pipelines that aren't there, and measures them; draws a figure of several widths."""
+    from dia_diffusion.distributed import broadcast_from_rank_zero, start_accelerator
+    from dia_diffusion.evaluation.protocol import EvalProtocol
+
+    if options.protocol is not None:
+        EvalProtocol.read(options.protocol)  # before anything is made
+    places = [Path(place) for place in broadcast_from_rank_zero(start_accelerator(), partial(_make, options))]
+    if not options.measures:
+        return
+    records = fid.measure(options, places)[0]
+    if options.width is not None and len(places) > 1 and os.environ.get("RANK", "0") == "0":
+        from dia_diffusion.evaluation.curves import draw_widths
+
+        figure = places[0].with_name("widths.png")
+        points = draw_widths(options.width, records, figure)
+        write_json(figure.with_suffix(".json"), points)
+        console.print(f"{len(points)} widths: {figure}, numbers in {figure.with_suffix('.json')}")
+
+
+def _make(options: Options) -> list[str]:
+    """Writes the pipelines and returns their folders."""
+    from dia_diffusion.training.ema import average_name
+    from dia_diffusion.training.run_folder import RunFolder
+    from dia_diffusion.training.snapshots import Snapshots, choose_step, save_decay
+
+    run, widths, decays = options.source, options.width or [], options.decay or []
+    step = choose_step(run, "snapshot" if widths else "checkpoint", options.step)
+    names = [*(average_name(width=width) for width in widths), *(average_name(decay=decay) for decay in decays)]
+    folder = options.out or RunFolder(run).averages / step_name(step)
+    places = [options.out] if options.out and len(names) == 1 else [folder / name for name in names]
+    if widths:
+        snapshots = Snapshots(run, step)
+        for width in widths:
+            snapshots.check_width(width)
+        for width, place in zip(widths, places, strict=True):
+            residual = snapshots.save(width, place)
+            console.print(f"width {width} after step {step:,}, residual {residual:.2%}: {place}")
+    for decay, place in zip(decays, places, strict=True) if decays else ():
+        save_decay(run, decay, step, place)
+        console.print(f"decay {decay} after step {step:,}: {place}")
+    return [str(place) for place in places]

@@ -1,0 +1,125 @@
+"""The flow's samplers against the closed form of Gaussian data, whose exact velocity is known."""
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
+
+from dia_diffusion import UViTPipeline
+from dia_diffusion.errors import InputError
+from dia_diffusion.models.uvit import UViTOutput
+from dia_diffusion.noise import NoiseProcess, noise_ratio
+from dia_diffusion.sampling.generate import adapt_pipeline
+from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings
+from tests.sampling.conftest import GaussianDenoiser
+
+# How far the standard deviation may be from that of the data at 50 steps, relative.
+TOLERANCE_AT_50 = {"dpmsolver++": 0.02, "dpmsolver++sde": 0.05, "unipc": 0.015, "euler": 0.06, "heun": 0.01}
+
+
+class FlowDenoiser(GaussianDenoiser):
+    """The exact network of the flow for pixels from N(data_mean, data_std^2), in either prediction type."""
+
+    def forward(self, sample, timestep, class_labels=None):
+        t = float(timestep) / 1000
+        alpha, variance = 1 - t, ((1 - t) * self.data_std) ** 2 + t**2
+        image = self.data_mean + alpha * self.data_std**2 * (sample - alpha * self.data_mean) / variance
+        noise = t * (sample - alpha * self.data_mean) / variance
+        self.timesteps.append(float(timestep))
+        self.std_errors.append(float(sample.std()) / variance**0.5 - 1)
+        return UViTOutput(sample={"velocity": noise - image, "sample": image}[self.config.prediction_type])
+
+
+def flow_pipeline(prediction_type="velocity", shift=1.0):
+    process = NoiseProcess("flow", prediction_type, shift=shift)
+    pipeline = UViTPipeline(FlowDenoiser(prediction_type), process.build_scheduler(), prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(name, steps, prediction_type="velocity", shift=1.0):
+    """Pixels in [-1, 1] and the network, which noted its inputs."""
+    adapted = adapt_pipeline(flow_pipeline(prediction_type, shift), SamplingSettings(name, steps))
+    return 2 * adapted.draw([0]) - 1, adapted.runner.unet
+
+
+def test_every_sampler_of_the_flow_is_tested():
+    assert TOLERANCE_AT_50.keys() == {name for name, sampler in SAMPLERS.items() if sampler.flow is not None}
+
+
+@pytest.mark.parametrize("prediction_type", ["velocity", "sample"])
+@pytest.mark.parametrize("name", TOLERANCE_AT_50)
+def test_draws_from_a_gaussian_given_its_exact_network(name, prediction_type):
+    pixels, network = draw(name, 50, prediction_type)
+    assert abs(pixels.mean() - network.data_mean) < 0.005
+    assert abs(pixels.std() / network.data_std - 1) < TOLERANCE_AT_50[name]
+    # What the network sees has, at each of its timesteps, the deviation of x_t: right scale and right time.
+    assert max(map(abs, network.std_errors)) < 0.05
+
+
+@pytest.mark.parametrize("name", TOLERANCE_AT_50)
+def test_many_steps_follow_the_process(name):
+    pixels, network = draw(name, 300)
+    assert abs(pixels.std() / network.data_std - 1) < 0.01
+    assert max(map(abs, network.std_errors)) < 0.015
+    assert network.timesteps == sorted(network.timesteps, reverse=True)
+    assert network.timesteps[0] >= 999 and network.timesteps[-1] < 5
+
+
+@pytest.mark.parametrize("name", TOLERANCE_AT_50)
+def test_the_network_is_called_at_1000_sigma(name):
+    adapted = adapt_pipeline(flow_pipeline(), SamplingSettings(name, 7))
+    adapted.draw([0])
+    assert any(not timestep.is_integer() for timestep in adapted.runner.unet.timesteps)
+    sigmas = adapted.runner.scheduler.sigmas[:-1]
+    if name == "heun":  # whose second call is at the end of the step
+        sigmas = sigmas[[0, *range(1, len(sigmas))]]
+    assert sorted(set(adapted.runner.unet.timesteps)) == pytest.approx(sorted(set((1000 * sigmas).tolist())))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 1000])
+@pytest.mark.parametrize("name", [*TOLERANCE_AT_50, OWN_SAMPLER])
+def test_numbers_of_steps(name, steps):
+    pipeline = flow_pipeline("sample")
+    pipeline.unet.sample_size = 2
+    adapted = adapt_pipeline(pipeline, SamplingSettings(name, steps))
+    assert adapted.draw([0]).isfinite().all()
+    assert len(adapted.runner.unet.timesteps) == (2 * steps - 1 if name == "heun" else steps)
+
+
+@pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("taken", ["flow_prediction", "sample"])
+@pytest.mark.parametrize("given", ["velocity", "sample"])
+def test_a_scheduler_of_diffusers_in_the_pipeline(scheduler, taken, given):
+    """It draws as the sampler does: the network sees no rounded timesteps, and predictions are converted."""
+    name = "unipc" if scheduler is UniPCMultistepScheduler else "dpmsolver++"
+    expected = adapt_pipeline(flow_pipeline(), SamplingSettings(name, 7)).draw([3])
+    pipeline = flow_pipeline(given)
+    pipeline.scheduler = scheduler(use_flow_sigmas=True, prediction_type=taken)
+    (images,) = pipeline(
+        generator=[torch.Generator().manual_seed(3)], num_inference_steps=7, output_type="pt", return_dict=False
+    )
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    assert any(not timestep.is_integer() for timestep in pipeline.unet.timesteps)
+
+
+@pytest.mark.parametrize("name", TOLERANCE_AT_50)
+def test_samplers_take_over_the_shift(name):
+    ratios = []
+    for shift in (1.0, 3.0):
+        adapted = adapt_pipeline(flow_pipeline(shift=shift), SamplingSettings(name, 9))
+        adapted.draw([0])
+        timesteps = torch.tensor(adapted.runner.unet.timesteps)[1:]
+        ratios.append(noise_ratio(adapted.runner.scheduler)(timesteps))
+        torch.testing.assert_close(ratios[-1], timesteps / (1000 - timesteps))
+    shown = ratios[0] > 0.1  # diffusers' Heun ends with one step from another small sigma
+    torch.testing.assert_close(ratios[1][shown], 3 * ratios[0][shown], rtol=0.03, atol=0)
+
+
+def test_other_samplers_are_refused_by_the_names_of_those_that_can():
+    accepted = r"dpmsolver\+\+, dpmsolver\+\+sde, unipc, euler, heun, own"
+    for name in SAMPLERS.keys() - TOLERANCE_AT_50.keys():
+        with pytest.raises(InputError, match=f"`sampler` must be one of {accepted} for the process of a .*, got "):
+            adapt_pipeline(flow_pipeline(), SamplingSettings(name, 50))
