@@ -34,6 +34,7 @@ FORKED.set_forkserver_preload(
         "dia_diffusion.training.classification",
         "dia_diffusion.cli.sample",
         "dia_diffusion.evaluation.evaluate",
+        "sklearn.datasets",
     ]
 )
 # Only a test that fails waits as long: long enough for the slowest machine, and shorter than pytest's own timeout.
