@@ -1,18 +1,20 @@
 """How long a folder's Frechet distance takes: ours, torch-fidelity's, and what the feature extractor alone allows."""
 
 import io
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch_fidelity
 from PIL import Image
-from timing import Contender, Found, interleave, rows_of
+from timing import Contender, Found, interleave, memory_now, memory_peak, rows_of, seconds_of
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
@@ -21,11 +23,12 @@ from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.feature_store import BATCH
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.features.extractor import exact_float32
-from dia_diffusion.evaluation.frechet import GivenMoments, frechet_distance
+from dia_diffusion.evaluation.frechet import FeatureStatistics, GivenMoments, frechet_distance
+from dia_diffusion.evaluation.metrics import METRICS, MetricInputs
 from dia_diffusion.evaluation.record import read_records
 
 IMAGE_SIZE = 32
-SMALL_NETWORK = 20
+SMALL_NETWORK = 25
 """The small network is given so many times the images that Inception is."""
 DIMENSIONS, SAMPLES = 2048, 5000
 AGREEMENT = 1e-4
@@ -63,6 +66,7 @@ def measure(images: int, rounds: int, device: torch.device) -> list[Found]:
                 device,
             ),
             side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device),
+            Found(f"Precision and recall of {many} images to {many}, in 256 features", [precision_recall(many)]),
         ]
 
 
@@ -128,6 +132,23 @@ def of_statistics() -> dict[str, Run]:
         "dia-diffusion": lambda: frechet_distance(*pair),
         "torch-fidelity": lambda: fid_statistics_to_metric(*named, verbose=False)["frechet_inception_distance"],
     }
+
+
+def precision_recall(count: int) -> dict[str, Any]:
+    """Seconds, and the memory over that of the features, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds, taken = pool.apply(_precision_recall, (count,))
+    return {"what": "dia-diffusion", "seconds": seconds, "MiB": round(taken / 2**20)}
+
+
+def _precision_recall(count: int) -> tuple[float, int]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    features, reference = torch.randn(2, count, 256, generator=torch.Generator().manual_seed(0))
+    nothing = FeatureStatistics(0)
+    inputs = MetricInputs(nothing, nothing, device, features, reference_features=reference)
+    before = memory_now(device)
+    seconds = seconds_of(lambda: METRICS["prc"].compute(inputs, METRICS["prc"].settings), device)
+    return seconds, memory_peak(device) - before
 
 
 def make_folders(work: Path, images: int) -> tuple[Path, Path]:

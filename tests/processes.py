@@ -34,6 +34,7 @@ FORKED.set_forkserver_preload(
         "dia_diffusion.training.classification",
         "dia_diffusion.cli.sample",
         "dia_diffusion.evaluation.evaluate",
+        "sklearn.datasets",
     ]
 )
 # Only a test that fails waits as long: long enough for the slowest machine, and shorter than pytest's own timeout.
@@ -123,8 +124,6 @@ class Child(Forked):
 
     held_step: ClassVar[int | None] = None
     """The step at which trainings wait until they are to end; train.gate beside train.log shows that one waits."""
-    not_forked: ClassVar[tuple[str, ...]] = ()
-    """Commands that are started as processes that import everything, as a person's are."""
 
     def __init__(self, call: list[str], env: dict[str, str], stdout: IO[str], stderr: int) -> None:
         assert call[:3] == [sys.executable, "-m", "dia_diffusion"] and stderr == subprocess.STDOUT
@@ -150,11 +149,7 @@ class Child(Forked):
 def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
     """Studies and the quickstart fork the commands that they start."""
     child = type("Child", (Child,), {})
-
-    def start(call: list[str], **options: Any) -> Any:
-        return (subprocess.Popen if call[3] in child.not_forked else child)(call, **options)
-
-    monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=child, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.05)
     return child
 

@@ -13,6 +13,8 @@ import torch
 from dia_diffusion import environment, precision
 from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import peak_memory
+from dia_diffusion.noise import NoiseProcess
+from dia_diffusion.pipelines.pipeline_uvit import set_timesteps
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
 from tests.cli.one_line import error_of
 from tests.mps_stand_in import MPS, stand_in
@@ -54,19 +56,28 @@ def test_no_command_asks_apples_gpu_for_float64(
         assert main([*train, "--output", run]) == 0
         assert "on mps" in capsys.readouterr().out
         assert main([*train, "--output", str(tmp_path / "discrete"), "--noise.schedule", "cosine"]) == 0
+        flow = ["--noise.schedule", "flow", "--noise.prediction_type", "sample", "--noise.times", "log-normal"]
+        assert main([*train, "--output", str(tmp_path / "flow"), *flow]) == 0
         assert main(["sample", run, "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "images")]) == 0
         assert main([*measured, *metrics]) == 0
         assert main(["classify", *classifier, "--train.max_steps", "1"]) == 0
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+FLOWS = [f"{name} of the flow" for name, sampler in SAMPLERS.items() if sampler.flow is not None]
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *FLOWS])
 def test_no_sampler_asks_apples_gpu_for_float64(name: str) -> None:
-    scheduler = build_scheduler(name, vp_scheduler())
+    theirs = NoiseProcess("flow", "velocity").build_scheduler() if name in FLOWS else vp_scheduler()
+    scheduler = build_scheduler(name.removesuffix(" of the flow"), theirs)
+    scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     with stand_in():
         x = torch.randn(1, 1, 2, 2).to(MPS)
-        scheduler.set_timesteps(7, device=MPS)
+        set_timesteps(scheduler, 7, MPS)
+        if name in FLOWS:
+            scheduler.set_begin_index(0)
         for timestep in scheduler.timesteps:
-            x = scheduler.step(scheduler.scale_model_input(x, timestep).sin(), timestep, x).prev_sample
+            x = scheduler.step(scale_model_input(x, timestep).sin(), timestep, x).prev_sample
         assert x.device == MPS and x.dtype == torch.float32
 
 

@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     places = [Path(place) for place in broadcast_from_rank_zero(start_accelerator(), partial(_make, options))]
     if not options.measures:
         return
-    records = fid.measure(options, places)
+    records = fid.measure(options, places)[0]
     if options.width is not None and len(places) > 1 and os.environ.get("RANK", "0") == "0":
         from dia_diffusion.evaluation.curves import draw_widths
 

@@ -95,10 +95,10 @@ def run(options: Options) -> None:
     measure(options, _pipelines(options) if is_model else [])
 
 
-def measure(options: Options, pipelines: list[Path]) -> "list[EvaluationRecord]":
-    """Measures pipelines, or the source's images if there are none, records and prints it, and returns the records.
+def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
+    """Measures pipelines, or the source's images if there are none, in each of the features; records and prints it.
 
-    Of several features one after the other; a metric relative to real images is averaged over them.
+    Returns the records in each of the features.
     """
     from dia_diffusion.distributed import start_accelerator
 
@@ -106,20 +106,19 @@ def measure(options: Options, pipelines: list[Path]) -> "list[EvaluationRecord]"
     if len(names) > 1 and options.weights_file is not None:
         raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
     each = [options.model_copy(update={"features": name}) if name else options for name in names]
-    plans = [_plan(one, pipelines) for one in each]
+    plans = [_plan(one, pipelines) for one in each]  # what can't be asked for is refused before anything is measured
     accelerator = start_accelerator()
     records = [_measure(one, pipelines, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
     if accelerator.is_main_process and len(names) > 1 and "fdr" in options.metrics:
         print_mean_fdr(list(zip(*records, strict=True)))
     accelerator.end_training()
-    return [record for group in records for record in group]
+    return records
 
 
 def _plan(options: Options, pipelines: list[Path]) -> "tuple[EvalProtocol, str, dict[Path | None, Path]]":
-    """The protocol, the reference, and the file for each pipeline's records. Raises InputError for what can't be."""
-    is_model = bool(pipelines)
+    """The protocol, the reference, and the file for the records of each pipeline, or of the images."""
     reference_data = options.reference or _training_images(options, pipelines)
-    protocol = resolve_protocol(options, is_model, reference_data)
+    protocol = resolve_protocol(options, bool(pipelines), reference_data)
     folders: list[Path | None] = [*pipelines] or [None]
     files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
     _check_records(options, protocol, files)
@@ -134,7 +133,7 @@ def _measure(
     files: "dict[Path | None, Path]",
     accelerator: "Accelerator",
 ) -> "list[EvaluationRecord]":
-    """The records of all sources, printed."""
+    """The records in one of the features, printed."""
     from dia_diffusion.distributed import first_on_each_machine
     from dia_diffusion.evaluation.evaluate import Evaluator, few_images
     from dia_diffusion.evaluation.reference import measure_held_out

@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -47,15 +48,31 @@ def chunks_of(count: int) -> list[range]:
 
 
 def batches_of(images: ImageSet) -> ImagesOf:
-    """A set's images by their indices."""
+    """A set's images by their indices; for a GPU the next batch is read while the caller measures one."""
+
+    def read(indices: Sequence[int]) -> torch.Tensor:
+        batch = torch.from_numpy(images.read(indices))
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
     def batches(indices: Sequence[int], advance: Advance) -> Iterator[torch.Tensor]:
-        for start in range(0, len(indices), BATCH):
-            batch = images.read(indices[start : start + BATCH])
-            yield torch.from_numpy(batch)
+        parts = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+        for batch in read_ahead(read, parts) if torch.accelerator.is_available() else map(read, parts):
+            yield batch
             advance(len(batch))  # the caller has measured the batch when it asks for the next
 
     return batches
+
+
+def read_ahead(read: Callable[[Sequence[int]], torch.Tensor], parts: list[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """What `read` gives for each part; the next part is read in a thread while the caller works."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting: Future[torch.Tensor] | None = None
+        for part in parts:
+            done, waiting = waiting, thread.submit(read, part)
+            if done is not None:
+                yield done.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 class FeatureStore:

@@ -363,8 +363,9 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 class SkipCalibration(nn.Module):
     """ScaleLong's learned scaling (arXiv 2310.13545), one network for all long skips: a factor in (0, 1) per token.
 
-    Tokens (B, L, N) are averaged over N; the factors are sigmoid(W2 relu(W1 mean + b1) + b2), with L/16 hidden units.
-    It starts from torch's default initialization of linear layers, as the official code does, with factors near 1/2.
+    Tokens (B, L, N) are averaged over N; the factors are sigmoid(W2 relu(W1 mean + b1) + b2), with L/16 hidden units
+    (at least 1). It starts from torch's default initialization of linear layers, as the official code does, with
+    factors near 1/2.
 
     Args:
         num_tokens: L.

@@ -199,12 +199,10 @@ class UViTPipeline(DiffusionPipeline):
         return prediction if takes_variance else prediction[:, :channels]
 
     def _guided_timesteps(self, interval: Sequence[float] | None) -> list[bool]:
-        """For each of the scheduler's timesteps whether guidance applies; known before the loop, so that no step waits
-        for the device."""
-        timesteps = self.scheduler.timesteps.cpu()
+        """Whether guidance applies at each of the scheduler's timesteps. Computed once, as it waits for the device."""
         if interval is None:
-            return [True] * len(timesteps)
-        ratios = noise_ratio(self.scheduler)(timesteps)
+            return [True] * len(self.scheduler.timesteps)
+        ratios = noise_ratio(self.scheduler)(self.scheduler.timesteps.cpu())
         return ((interval[0] < ratios) & (ratios <= interval[1])).tolist()
 
     def _check_guidance(self, labels: Tensor | None, guide: "UViTPipeline | None") -> None:

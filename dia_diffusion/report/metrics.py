@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dia_diffusion.sweeps.stats import comparable
+
 SMOOTHED_OVER = 20
 """A running mean is over this part of a run."""
 
@@ -40,11 +42,9 @@ def running_mean(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
 
 def mean_of_runs(runs: Sequence[Curve]) -> Curve:
     """The mean over the runs that have come furthest, at the images that all of these have."""
-    curves = [dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in runs if len(x)]
-    furthest = max((max(curve) for curve in curves), default=0)
-    curves = [curve for curve in curves if furthest in curve]
-    shared = sorted(set.intersection(*map(set, curves))) if curves else []
-    return np.array(shared, dtype=int), np.array([np.mean([curve[x] for curve in curves]) for x in shared])
+    curves = comparable({run: dict(zip(x.tolist(), y.tolist(), strict=True)) for run, (x, y) in enumerate(runs)})
+    shared = next(iter(curves.values()), {})
+    return np.array([*shared], dtype=int), np.array([np.mean([curve[x] for curve in curves.values()]) for x in shared])
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:

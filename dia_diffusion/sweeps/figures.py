@@ -26,7 +26,7 @@ from dia_diffusion.io import step_name
 from dia_diffusion.plotting import save_figure
 from dia_diffusion.sweeps.accuracies import Row
 from dia_diffusion.sweeps.collect import Point
-from dia_diffusion.sweeps.stats import Estimate, curve_of, estimate
+from dia_diffusion.sweeps.stats import Estimate, comparable, curve_of, estimate
 from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.sweeps.trials import NO_BETTER, NOT_FINITE, TRAINED
 from dia_diffusion.training.run_folder import RunFolder
@@ -195,12 +195,12 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
         for row in own:
             style = units.index(row.unit)
             curves = [dict(result.curve) for result in row.results if result.accuracy is not None and result.curve]
-            shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+            shared = comparable(dict(enumerate(curves)))
             for curve in curves if len(curves) > 1 else []:
                 series.append(Series(list(curve), list(curve.values()), style=style, pale=True, markers=False))
             if shared:
-                means = [float(np.mean([curve[images] for curve in curves])) for images in shared]
-                series.append(Series(shared, means, row.unit, style))
+                means = np.mean([[*curve.values()] for curve in shared.values()], axis=0)
+                series.append(Series([*shared[0]], means.tolist(), row.unit, style))
         sizes = {result.recipe["train.batch_size"] for row in own for result in row.results}
         panels.append(Panel(series, fill(setting, 50), images_axis(sizes), Axis("test accuracy", form="percent")))
     save_figure(Figure([panels], (max(6.4, 1 + 4.4 * len(panels)), 4.2), share_y="row"), path)

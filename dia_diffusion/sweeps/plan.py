@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
+from dia_diffusion.sampling.load import load_guide
 from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sweeps.collect import Inventory, RunState
 from dia_diffusion.training.config import Experiment
@@ -59,7 +60,8 @@ def make_plan(inventory: Inventory, threads: int) -> list[Group]:
     groups = []
     for states in by_group.values():
         run, experiment = states[0].run, states[0].run.experiment
-        sampling = seconds_of_sampler_step(experiment, study.protocol.sampling, study.protocol.precision)
+        asked = study.protocol
+        sampling = seconds_of_sampler_step(experiment, asked.sampling, asked.precision, asked.guide)
         point, final = (
             0.0 if protocol is None else protocol.num_samples * protocol.sampling.steps * sampling
             for protocol in (study.protocol, study.final_protocol)
@@ -103,13 +105,16 @@ def seconds_of_step(experiment: Experiment) -> float:
     return timed
 
 
-def seconds_of_sampler_step(experiment: Experiment, settings: SamplingSettings, precision: str) -> float:
+def seconds_of_sampler_step(
+    experiment: Experiment, settings: SamplingSettings, precision: str, guide: str | None = None
+) -> float:
     """Of one of the sampler's steps for an image, many images at once."""
     device, count = ("cuda", 64) if torch.cuda.is_available() else ("cpu", 16)
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
-    pipeline.unet.to(getattr(torch, precision))
+    dtype = getattr(torch, precision)
+    pipeline.unet.to(dtype)
     few = replace(settings, steps=min(settings.steps, 8))
-    adapted = adapt_pipeline(pipeline, few)
+    adapted = adapt_pipeline(pipeline, few, None if guide is None else load_guide(guide, device, dtype))
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
         list(generate(adapted, range(count), batch_size=count))

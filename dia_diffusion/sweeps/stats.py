@@ -4,12 +4,15 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from scipy import integrate, optimize, stats
 
 from dia_diffusion.sweeps.collect import Cost, Point
 from dia_diffusion.sweeps.sweep import BASELINE, Study
+
+Key = TypeVar("Key")
 
 LEVEL = 0.95
 """Of every confidence interval."""
@@ -199,11 +202,20 @@ def curve_of(points: Sequence[Point], unit: str, batch_size: int) -> Curve | Non
             by_seed.setdefault(point.seed, {})[point.step] = point.distance
     if not by_seed:
         return None
-    furthest = max(max(curve) for curve in by_seed.values())
-    by_seed = {seed: curve for seed, curve in sorted(by_seed.items()) if furthest in curve}
-    steps = sorted(set.intersection(*(set(curve) for curve in by_seed.values())))
-    distances = {seed: [curve[step] for step in steps] for seed, curve in by_seed.items()}
-    return Curve([step * batch_size for step in steps], distances)
+    distances = comparable(dict(sorted(by_seed.items())))
+    steps = next(iter(distances.values()))
+    return Curve([step * batch_size for step in steps], {seed: [*curve.values()] for seed, curve in distances.items()})
+
+
+def comparable(curves: Mapping[Key, Mapping[int, float]]) -> dict[Key, dict[int, float]]:
+    """Of curves (x -> y) those that are furthest, at the x that all of these have, so that all means are of the same.
+
+    No curves, if none has a point.
+    """
+    furthest = max((max(curve) for curve in curves.values() if curve), default=0)
+    curves = {key: curve for key, curve in curves.items() if furthest in curve}
+    shared = sorted(set.intersection(*map(set, curves.values()))) if curves else []
+    return {key: {x: curve[x] for x in shared} for key, curve in curves.items()}
 
 
 def summarize(

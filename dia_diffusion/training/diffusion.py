@@ -224,9 +224,7 @@ def _pipeline(model: nn.Module, process: NoiseProcess) -> UViTPipeline:
     return UViTPipeline(model, scheduler, prediction_type)
 
 
-def check_samples(
-    experiment: Experiment, settings: SamplingSettings | None = None, guide: Guide | None = None
-) -> None:
+def check_samples(experiment: Experiment, settings: SamplingSettings | None = None, guide: Guide | None = None) -> None:
     """Raises InputError if no images could be drawn of the recipe's model, by default its grids, or if it is too large.
 
     settings, guide: other ones than those of the grids, which have no guide.

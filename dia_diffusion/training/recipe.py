@@ -151,7 +151,8 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
     fields: dict[str, Any] = {}
     for name, parameter in recipe_arguments(backbone).items():
         if name not in ModelConfig.model_fields:
-            annotation = {float: Float, parameter.empty: Any}.get(parameter.annotation, parameter.annotation)
+            types: dict[Any, Any] = {float: Float, float | None: Float | None, parameter.empty: Any}
+            annotation = types.get(parameter.annotation, parameter.annotation)
             fields[name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
     return create_model("ModelSection", __base__=_ClosedModelConfig, **fields)
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 MAX_RESIDUAL = 0.05
 """Of a reconstructed profile: the norm of its difference from the profile asked for, as a part of that one's norm."""
+MAX_AMPLIFICATION = 1000
+"""Of the rounding errors of float32 averages: the sum of the absolute weights that they are added up with."""
 MIN_WIDTH = 0.001
 NOT_OF_PIPELINES = ("sha256", "skipped_steps", "grad_scaler")
 """What a state.json has besides what a pipeline's training.json has."""
@@ -101,16 +103,21 @@ class Snapshots:
 
     def check_width(self, width: float) -> None:
         """Raises InputError for a width that can't be made of the snapshots; the message says which can."""
-        if MIN_WIDTH <= width <= MAX_POWER_WIDTH and self.solve([width])[1][0] <= MAX_RESIDUAL:
+        if MIN_WIDTH <= width <= MAX_POWER_WIDTH and self._possible([width])[0]:
             return
         known = np.unique([*np.geomspace(MIN_WIDTH, MAX_POWER_WIDTH, 200), *self.widths])
-        possible = self.solve(known)[1] <= MAX_RESIDUAL
-        groups = [list(group) for able, group in groupby(zip(possible, known, strict=True), lambda x: x[0]) if able]
+        pairs = zip(self._possible(known), known, strict=True)
+        groups = [list(group) for possible, group in groupby(pairs, lambda pair: pair[0]) if possible]
         ranges = " or ".join(f"from {group[0][1]:.3g} to {group[-1][1]:.3g}" for group in groups)
         raise InputError(
             f"`--width` must be {ranges}, which the {len(self.states)} snapshots in {self.folder} up to step "
             f"{self.step} can give, got {width:g}"
         )
+
+    def _possible(self, widths: Sequence[float] | Array) -> Any:
+        """Which widths (widths,) come out close enough to their profile."""
+        weights, residuals = self.solve(widths)
+        return (residuals <= MAX_RESIDUAL) & (np.abs(weights).sum(axis=0) <= MAX_AMPLIFICATION)
 
     def average(self, width: float, parameters: Collection[str]) -> dict[str, Tensor]:
         """The model's state with the parameters' average of a relative width, summed in float64.
@@ -177,8 +184,8 @@ def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: 
     if not places:
         raise InputError(f"{run} has no {what}s")
     if step is not None and step not in places:
-        steps = ", ".join(map(str, places))
-        raise InputError(f"`--step` must be that of a {what} of {run}, {steps}, got {step}")
+        steps = f"the {len(places)} from {min(places)} to {max(places)}"
+        raise InputError(f"`--step` must be that of a {what} of {run}, one of {steps}, got {step}")
     return max(places) if step is None else step
 
 

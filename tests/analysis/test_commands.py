@@ -63,6 +63,7 @@ def test_runs_of_networks_with_stages(
     stages = json.loads((tmp_path / "importance.json").read_text())["runs"][0]["steps"][0]["stages"]
     assert [stage["name"] for stage in stages] == ["stage 1", "stage 2", "stage 3"]
     # Runs of all kinds in one figure.
+    few = ["--out", str(tmp_path), "--images", "3", "--times", "2"]
     for name in ("maps", "correlation", "ablations"):
         assert main(["analyze", name, classifier, str(tiny_unet("dia-lstm")), str(tiny_run("dia-lstm")), *few]) == 0
         assert Image.open(tmp_path / f"{name}.png").size[0] > 500

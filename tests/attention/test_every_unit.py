@@ -78,8 +78,10 @@ def test_features_keep_their_precision_and_maps_float32(name: str, options: dict
 
 # Compiling takes seconds: those with the most to trace stand for all.
 WAYS = [("checkpointed", *case) for case in OPTIONS if "sharing" not in case[1]]
-WAYS += [("compiled", name, {}) for name in ("block-channels", "block-channels-time", "sge")]
-WAYS += [("compiled", "cbam", {"spatial_norm": True}), ("compiled and checkpointed", "srm", {})]
+WAYS += [
+    ("compiled", name, options) for name, options in (("block-channels-time", {}), ("cbam", {"spatial_norm": True}))
+]
+WAYS += [("compiled and checkpointed", "srm", {})]
 
 
 @pytest.mark.parametrize(("how", "name", "options"), WAYS)

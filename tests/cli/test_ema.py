@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
@@ -47,8 +48,6 @@ def test_a_pipeline_of_a_width(averages: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_tracked_width_and_a_decay_are_what_was_kept(averages: Path) -> None:
-    from tests.training.run_files import load_file
-
     assert main(["ema", str(averages), "--width", "0.05", "--step", "10"]) == 0
     assert main(["ema", str(averages), "--decay", "0.5,0.99", "--step", "10"]) == 0
     made = averages / "averages" / "step-00000010"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDPMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler
+from diffusers import ScoreSdeVePipeline, ScoreSdeVeScheduler
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.cli.main import main
@@ -61,7 +61,7 @@ def test_sample_by_a_guide(folders: Path, tmp_path: Path) -> None:
             alpha_bar = scheduler.alphas_cumprod[timestep].item()
             guided.append(0.3 < ((1 - alpha_bar) / alpha_bar) ** 0.5 <= 8)
             x = scheduler.step(3 * good - 2 * bad if guided[-1] else good, timestep, x).prev_sample
-    assert guided == [False, True, True, True]
+    assert guided == [False, False, True, True]
     expected = ((x / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     assert main([*arguments[:-1], str(tmp_path / "out.npz"), "--guide", str(guide)]) == 0
     drawn = np.load(tmp_path / "out.npz")["images"]
@@ -104,6 +104,25 @@ def test_fid_records_the_guide(folders: Path, tmp_path: Path, sampled: list[int]
         (False, True),
         (False, False),
     ]
+
+
+def test_training_is_measured_with_a_guide(run: Path, tmp_path: Path, sampled: list[int]) -> None:
+    settings = {"features": "digits", "num_samples": 70, "sampler": "ddim", "steps": 2, "reference_split": "test"}
+    protocol = tmp_path / "guided.yaml"
+    protocol.write_text(yaml.safe_dump({**settings, "guidance_scale": 2, "guide": f"{run}:3"}))
+    train = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "new"), "--seed", "1"]
+    assert main([*train, "--train.max_steps", "3", "--evaluate", str(protocol)]) == 0
+    (record,) = read_records(tmp_path / "new" / "evaluations.jsonl")
+    assert record.protocol.guide is not None
+    assert record.protocol.guide["weights_hash"] == weights_hash(run / "pipelines" / "step-00000003")
+    assert main(["fid", str(tmp_path / "new"), "--protocol", str(protocol)]) == 0
+    assert len(sampled) == 70
+    for refused in (
+        ["--model.in_channels", "3", "--evaluate", str(protocol)],  # another shape than the guide's
+        ["--samples.guidance_interval", "[0.3, 5]"],  # without guidance
+    ):
+        assert main([*train[:3], "--output", str(tmp_path / "refused"), *refused]) == 2
+    assert not (tmp_path / "refused" / "pipelines").exists()
 
 
 @pytest.mark.parametrize(

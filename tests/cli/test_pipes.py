@@ -37,7 +37,8 @@ def test_without_a_reader_a_command_ends_quietly(
 
 
 def test_nothing_is_said_as_the_interpreter_ends(closed_pipe: TextIO) -> None:
-    command = [sys.executable, "-m", "dia_diffusion", "train", "--help"]
+    program = "import sys, dia_diffusion_command; sys.exit(dia_diffusion_command.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "train", "--help"]
     ended = subprocess.run(command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr) == (ENDED_BY_SIGPIPE, "")
 

@@ -12,14 +12,12 @@ from dia_diffusion.cli.main import main
 from tests.processes import Child, wait_for
 
 
-@pytest.mark.slow
 def test_quickstart_leaves_what_it_says(
     children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = "{features: digits, num_samples: 596, sampler: dpmsolver++, steps: 3, reference_split: test}"
     (tmp_path / "quick.yaml").write_text(protocol)
     monkeypatch.setattr("dia_diffusion.cli.quickstart.PROTOCOL", str(tmp_path / "quick.yaml"))
-    children.not_forked = ("train",)
     out = tmp_path / "quickstart"
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0
     shown = capfd.readouterr().out
@@ -28,7 +26,6 @@ def test_quickstart_leaves_what_it_says(
     assert Image.open(out / "samples.png").size[0] > 800
     assert "UViT + DIA-LSTM" in shown and "real digits" in shown
 
-    children.not_forked = ()
     record = (out / "none" / "evaluations.jsonl").read_text()
     assert main(["fid", str(out / "none"), "--reference", "digits", "--num", "70", "--steps", "2"]) == 0
     assert main(["quickstart", "--out", str(out), "--steps", "2"]) == 0, "a second call only draws again"

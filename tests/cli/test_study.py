@@ -23,12 +23,12 @@ STUDY = """
 output: {folder}/out
 recipe: {folder}/tiny.yaml
 runs: [{{units: [none, dia-lstm], batch_sizes: [8], seeds: [0]}}]
-steps: 100
+steps: 20
 points: 2
 protocol: {folder}/quick.yaml
 """
 PROTOCOL = "{features: digits, num_samples: 70, sampler: ddim, steps: 2, reference_split: test}"
-WEIGHTS = "pipelines/step-00000100/unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "pipelines/step-00000020/unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
         Trainer(run.experiment, Recorder()).run()
         assert sha256_of_file(tmp_path / "out" / run.name / WEIGHTS) == sha256_of_file(run.folder / WEIGHTS)
         records = read_records(tmp_path / "out" / run.name / "evaluations.jsonl")
-        assert [(record.step, record.protocol_name) for record in records] == [(50, "quick"), (100, "quick")]
+        assert [(record.step, record.protocol_name) for record in records] == [(10, "quick"), (20, "quick")]
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"study.yaml", "curves.png", "results.json", "grids-b8.png"} <= made
     points = json.loads((tmp_path / "out" / "results.json").read_text())["points"]
-    assert [(p["unit"], p["step"]) for p in points] == [(u, s) for u in ("none", "dia-lstm") for s in (50, 100)]
+    assert [(p["unit"], p["step"]) for p in points] == [(u, s) for u in ("none", "dia-lstm") for s in (10, 20)]
 
     logs = {path: path.read_text() for path in (tmp_path / "out").glob("*/*.log")}
     (tmp_path / "out" / "curves.png").unlink()
@@ -104,7 +104,7 @@ def test_plan_writes_nothing(study: str, tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "2 runs, 0 complete" in shown and "core-hours" in shown and "Disk: 0.00 GB" in shown
     rows = [line.split()[:5] for line in shown.splitlines() if line.strip().startswith("8 ")]
-    assert rows == [["8", "none", "1", "0", "100"], ["8", "dia-lstm", "1", "0", "100"]]
+    assert rows == [["8", "none", "1", "0", "20"], ["8", "dia-lstm", "1", "0", "20"]]
     assert not (tmp_path / "out").exists()
 
 

@@ -81,6 +81,8 @@ def test_the_hash_is_over_the_settings_alone(write: Callable[..., str], tmp_path
         {"reference_count": 596},
         {"classes": [0, 3]},
         {"guidance_scale": 1.5},
+        {"guidance_scale": 1.5, "guidance_interval": [0.3, 5]},
+        {"guidance_scale": 1.5, "guide": "runs/small:2000"},
     ],
 )
 def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable[..., str]) -> None:
@@ -107,6 +109,10 @@ def test_every_setting_is_in_the_hash(change: dict[str, object], write: Callable
         ({"classes": []}, "`classes` must be a list of 1 or more, got []"),
         ({"classes": "0,1"}, "0,1"),
         ({"guidance_scale": 0.5}, "`guidance_scale` must be 1 or more, got 0.5"),
+        ({"guidance_interval": [0.3, 5]}, "`guidance_interval` must be left out for guidance_scale 1"),
+        ({"guidance_scale": 2, "guidance_interval": [5, 0.3]}, "must be two noise levels low < high"),
+        ({"guidance_scale": 2, "guidance_interval": 5}, "`guidance_interval` must be a list, got 5"),
+        ({"guide": "runs/small"}, "`guidance_scale` must be above 1 with a guide, got 1.0"),
     ],
 )
 def test_what_is_refused(change: dict[str, object], said: str, write: Callable[..., str]) -> None:

@@ -21,7 +21,8 @@ RESULTS = sorted(Path(__file__).parents[2].glob("docs/results/**/*.jsonl"))
 
 
 def test_records_come_back_as_they_were(tmp_path, record):
-    written = [record(3.25, step=100), record(2.5, step=200, num_samples=1000)]
+    guidance = {"guidance_interval": [0.3, 5.0], "guide": {"weights_hash": "a", "model_hash": "b"}}
+    written = [record(3.25, step=100), record(2.5, step=200, num_samples=1000), record(**guidance)]
     for each in written:
         append_record(tmp_path / "evaluations.jsonl", each)
     assert read_records(tmp_path / "evaluations.jsonl") == written
@@ -30,13 +31,16 @@ def test_records_come_back_as_they_were(tmp_path, record):
     assert (line["unit"], line["batch_size"], line["seed"], line["step"]) == ("dia-lstm", 32, 0, 100)
     assert line["protocol"]["features_hash"] == "f" * 64 and line["images_seen"] == 3200
     assert "torch-fidelity" in line["versions"] and line["time"].endswith("+00:00")
+    assert not {"guidance_interval", "guide"} & line["protocol"].keys()
 
 
 def test_only_inceptions_distance_is_called_fid(record):
     assert [record(features=name).metric for name in ("inception", "cifar10")] == ["FID", "FD(cifar10)"]
 
 
-@pytest.mark.parametrize("change", [{"num_samples": 10}, {"weights": "raw"}, {"scheduler": {}}, {"seeds": None}])
+@pytest.mark.parametrize(
+    "change", [{"num_samples": 10}, {"weights": "raw"}, {"scheduler": {}}, {"seeds": None}, {"guide": {}}]
+)
 def test_another_protocol_has_another_hash(change, protocol):
     assert protocol(**change).hash() != protocol().hash()
     assert list(protocol().differences(protocol(**change))) == list(change)
@@ -51,7 +55,9 @@ def test_an_added_field_is_hashed_unless_it_has_its_default(protocol):
     fields = vars(protocol())
     assert Later(**fields).hash() == protocol().hash() != Later(**fields, crop="center").hash()
     assert Later(**fields).differences(Later(**fields, crop="center")) == {"crop": (None, "center")}
-    assert protocol().hash() == hashlib.sha256(json.dumps(asdict(protocol()), sort_keys=True).encode()).hexdigest()
+    before = {name: value for name, value in asdict(protocol()).items() if name not in ("guidance_interval", "guide")}
+    assert protocol().to_dict() == before
+    assert protocol().hash() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
 
 
 def written(path, record, change):

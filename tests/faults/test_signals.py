@@ -89,7 +89,7 @@ def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: P
 )
 def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "quick.yaml").write_text(PROTOCOL)
-    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path).replace("steps: 100", "steps: 20000"))
+    (tmp_path / "mine.yaml").write_text(STUDY.format(folder=tmp_path).replace("steps: 20", "steps: 20000"))
     first, log = tmp_path / "out" / "none-b8-s0", tmp_path / "log"
     running = Forked("curves", tmp_path / "mine.yaml", log=log)
     running.until((first / "metrics.jsonl").is_file)

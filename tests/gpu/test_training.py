@@ -43,8 +43,9 @@ def waiting_allowed_again() -> object:
         ["--train.mixed_precision", "bf16", "--train.accumulation", "2", "--train.clip_grad_norm", "1"],
         ["--model.num_classes", "10", "--data.label_dropout", "0.1", "--noise.loss_weighting", "min-snr"],
         [] if ON_CPU else ["--train.mixed_precision", "fp16"],
+        ["--optimizer.name", "muon", "--train.mixed_precision", "bf16" if ON_CPU else "fp16"],
     ],
-    ids=["float32", "bf16 in parts", "by class", "fp16"],
+    ids=["float32", "bf16 in parts", "by class", "fp16", "muon"],
 )
 def test_no_step_waits_between_two_logs(options: list[str], tiny: Tiny, waiting_allowed_again: None) -> None:
     Trainer(tiny("run", *QUIET, "--train.max_steps", "30", *options), Recorder(waiting_is_an_error)).run()

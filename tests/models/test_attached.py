@@ -1,4 +1,4 @@
-"""Networks of diffusers with attached units, as one model: called, saved, loaded, sampled and exported."""
+"""Networks of diffusers with attached units, as one model: called, saved, loaded and sampled."""
 
 import copy
 from pathlib import Path
@@ -8,14 +8,11 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dia_diffusion import AttachedModel, UViTPipeline, attach
 from dia_diffusion.errors import InputError
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sharing.export import export_pipeline
-from tests.pipelines.test_export import drawn, without_package
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "unet2d": {
@@ -185,19 +182,6 @@ def test_a_network_saved_as_a_moving_average_is_wrapped(tmp_path: Path) -> None:
     assert "decay" in averaged.config  # as diffusers leaves it there
     model = AttachedModel.from_backbone(averaged, "none")
     assert torch.equal(model(*inputs()).sample, network(*inputs()).sample)
-
-
-def test_an_exported_folder_draws_the_same_without_the_package(tmp_path: Path) -> None:
-    jobs = []
-    for backbone in ARGUMENTS:
-        folder = tmp_path / backbone
-        UViTPipeline(tiny(backbone), DDPMScheduler()).save_pretrained(folder)
-        export_pipeline(folder, tmp_path / f"{backbone}-export")
-        out = str(tmp_path / f"{backbone}.safetensors")
-        jobs.append((str(tmp_path / f"{backbone}-export"), {"num_inference_steps": 2}, out))
-    without_package({"HF_HOME": str(tmp_path / "home")}, jobs)
-    for backbone, (_, arguments, out) in zip(ARGUMENTS, jobs, strict=True):
-        assert torch.equal(load_file(out)["images"], drawn(tmp_path / backbone, arguments))
 
 
 def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:

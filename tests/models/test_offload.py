@@ -20,7 +20,12 @@ SMALL = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16,
 X, TIMESTEP = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 500])
 
 
-MODELS = (*UNITS, "norms", "attached", "stages")
+UVITS = {
+    **{name: {"attention": name} for name in UNITS},
+    "norms": {"attention": "srm", "attention_kwargs": {"sharing": "individual"}},
+    "blocks": {"attention": "dia-lstm", "skip_scaling": "learned", "qk_norm": True},
+}
+MODELS = (*UVITS, "attached", "stages")
 
 
 def build(name: str) -> nn.Module:
@@ -32,12 +37,7 @@ def build(name: str) -> nn.Module:
         attach(model, "dia-lstm")
         model = AttachedModel.from_backbone(model) if name == "attached" else model
     else:
-        unit = (
-            {"attention": "srm", "attention_kwargs": {"sharing": "individual"}}
-            if name == "norms"
-            else {"attention": name}
-        )
-        model = UViT(**SMALL, num_attention_heads=2, **unit)
+        model = UViT(**SMALL, num_attention_heads=2, **UVITS[name])
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()

@@ -136,7 +136,8 @@ def test_config_of_an_older_pipeline_loads(tmp_path: Path) -> None:
     model = UViT(**SMALL)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for key in ("residual_skips", "layer_norm", "attention_blocks"):
+    later = ("residual_skips", "layer_norm", "attention_blocks", "skip_scaling", "skip_kappa", "qk_norm", "drop_path")
+    for key in later:
         del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded, x = UViT.from_pretrained(tmp_path), torch.randn(1, 3, 8, 8)
@@ -157,6 +158,16 @@ def test_config_of_an_older_pipeline_loads(tmp_path: Path) -> None:
         ({"num_classes": 0}, "must be above 0"),
         *(({"attention_blocks": blocks}, "must be one or more of 0 to 4") for blocks in ([], [5], [-1], [1, 1])),
         ({"attention_blocks": [0], "attention": None}, "must be null without attention"),
+        ({"skip_scaling": "linear"}, "`skip_scaling` must be one of none, constant, power, learned, got 'linear'"),
+        ({"skip_scaling": "constant", "long_skips": False}, "`skip_scaling` must be none .* long skips"),
+        ({"skip_scaling": "learned", "num_layers": 1}, "`skip_scaling` must be none .* long skips"),
+        ({"skip_scaling": "constant", "skip_kappa": 0.5}, "`skip_kappa` must be null unless .* power, got 0.5"),
+        *(
+            ({"skip_scaling": "power", "skip_kappa": kappa}, f"`skip_kappa` must be above 0 .*, got {kappa}")
+            for kappa in (None, 0.0, 1.5, float("nan"))
+        ),
+        *(({"drop_path": rate}, f"`drop_path` must be 0 or more and below 1, got {rate}") for rate in (-0.1, 1.0)),
+        ({"drop_path": 0.1, "residual_skips": False}, "`drop_path` must be 0 without residual_skips, got 0.1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong: dict, named: str) -> None:

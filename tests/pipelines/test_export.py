@@ -21,6 +21,7 @@ from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 from dia_diffusion.sharing.code import HEADER, NETWORKS, SCHEDULERS, bundle
 from dia_diffusion.sharing.export import export_pipeline
 from dia_diffusion.sharing.push import prepare, send
+from tests.models.test_attached import ARGUMENTS, tiny
 from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 
@@ -53,12 +54,13 @@ for folder, arguments, out in json.loads(sys.argv[1]):
     save_file({"images": images}, out)
 assert not any(name.partition(".")[0] == "dia_diffusion" for name in sys.modules)
 """
-GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0}
+GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0, "guidance_interval": [0.3, 5.0]}
 KINDS = {
     "none": ({"attention": None}, {}),
     "dia-lstm": ({"attention": "dia-lstm", "attention_kwargs": {"num_cells": 2}}, {}),
     "dia-lstm-light": ({"attention": "dia-lstm-light", "pool_tokens": "patch"}, {}),
     "block-channels": ({"attention": "block-channels"}, {}),
+    "blocks": ({"attention": "dia-lstm", "skip_scaling": "learned", "qk_norm": True, "drop_path": 0.5}, {}),
     "srm": ({"attention": "srm"}, {}),
     "cbam": ({"attention": "cbam", "attention_kwargs": {"sharing": "individual"}}, {}),
     "lstm by class": ({"attention": "lstm", "num_classes": 3}, GUIDED),
@@ -93,15 +95,21 @@ def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tm
         arguments = {"num_inference_steps": 4, **arguments}
         jobs.append((str(out), arguments, str(tmp_path / f"images{number}.safetensors")))
         expected.append(drawn(source, arguments))
+    for backbone in ARGUMENTS:  # diffusers networks with an attached unit
+        source, out = tmp_path / backbone, tmp_path / f"{backbone}-export"
+        UViTPipeline(tiny(backbone), DDPMScheduler()).save_pretrained(source)
+        export_pipeline(source, out)
+        jobs.append((str(out), {"num_inference_steps": 2}, str(tmp_path / f"{backbone}.safetensors")))
+        expected.append(drawn(source, {"num_inference_steps": 2}))
     # Once more as people have it who know no more than the name of its repository.
     send(prepare(jobs[1][0], "me/model"), TOKEN)
     jobs.append(("me/model", jobs[1][1], str(tmp_path / "by_name.safetensors")))
     expected.append(expected[1])
     without_package({"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.address, "no_proxy": "*"}, jobs)
-    for name, (_, _, file), images in zip([*KINDS, "by name"], jobs, expected, strict=True):
+    for name, (_, _, file), images in zip([*KINDS, *ARGUMENTS, "by name"], jobs, expected, strict=True):
         assert torch.equal(load_file(file)["images"], images), name
         assert (images[0] - images[1]).abs().max() > 0.1, name
-        assert (images - expected[0]).abs().max() > 0.01 or name == "none", name
+        assert name in ("none", *ARGUMENTS) or (images - expected[0]).abs().max() > 0.01, name
 
 
 def test_what_is_copied(save: Callable[..., Path], tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_loads_in_a_new_interpreter_after_import_alone(tmp_path: Path) -> None:
     pipeline().save_pretrained(tmp_path)
     code = (
         "import sys, dia_diffusion; from diffusers import DiffusionPipeline;"
+        "assert 'dia_diffusion.models.attached' in sys.modules;"
         "print(type(DiffusionPipeline.from_pretrained(sys.argv[1])).__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)

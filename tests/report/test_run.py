@@ -14,6 +14,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.report.page import render
 from dia_diffusion.report.subjects import run_page
+from dia_diffusion.report.tables import guidance_text
 from tests.report.conftest import parse
 
 
@@ -124,3 +125,10 @@ def test_a_record_cut_short_is_refused(tmp_path: Path, write_run, record) -> Non
         file.write('{"source": "run", "dist')
     with pytest.raises(InputError, match=r"evaluations\.jsonl, line 2: not a whole evaluation record"):
         run_page(folder)
+
+
+def test_guidance_in_words() -> None:
+    assert guidance_text(None, None) == guidance_text(1.0, None) == ""
+    assert guidance_text(1.5, None) == "guidance 1.5"
+    guide = {"weights_hash": "1a2b3c4d5e6f", "model_hash": "0"}
+    assert guidance_text(2.0, [0.3, 5.0], guide) == "guidance 2 in (0.3, 5] by 1a2b3c4d"

@@ -6,6 +6,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,12 +205,11 @@ def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.
     return path
 
 
-def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"", lie: int | None = None) -> Path:
-    """A zip of one entry of gigabytes of zeros after its start.
-
-    lie: the compressed size that its directory declares.
-    """
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+@cache
+def _bomb(name: str, size: int, start: bytes) -> tuple[bytes, int]:
+    """The zip, and the compressed size of its entry; compressing takes a second."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         entry = zipfile.ZipInfo(name)
         entry.compress_type = zipfile.ZIP_DEFLATED
         with archive.open(entry, "w", force_zip64=True) as file:
@@ -218,9 +218,17 @@ def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"",
             while left > 0:
                 file.write(block[:left])
                 left -= len(block)
-        written = archive.getinfo(name).compress_size
+    return made.getvalue(), archive.getinfo(name).compress_size
+
+
+def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"", lie: int | None = None) -> Path:
+    """A zip of one entry of gigabytes of zeros after its start.
+
+    lie: the compressed size that its directory declares.
+    """
+    data, written = _bomb(name, size, start)
+    path.write_bytes(data)
     if lie is not None:
-        data = path.read_bytes()
         place = data.rindex(b"PK\x01\x02") + 20
         assert struct.unpack("<I", data[place : place + 4])[0] == written
         path.write_bytes(data[:place] + struct.pack("<I", lie) + data[place + 4 :])

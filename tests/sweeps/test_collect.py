@@ -226,6 +226,7 @@ def test_what_a_run_was_measured_by_is_compared_when_it_ends(study: Read, monkey
     [
         ("steps: 2, classes: [3]", "fd-digits has class 3; the model has 0 classes"),
         ("steps: 2, guidance_scale: 2", "fd-digits has guidance, which needs data.label_dropout"),
+        ("steps: 2, guidance_scale: 2, guide: nowhere", "nowhere does not exist"),
         ("steps: 2", "both called fd-digits and differ"),
     ],
 )

@@ -85,6 +85,8 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path
         (("--model.time_embed_mlp", "true"), r"tensor time_embed\.0\.weight is missing there, \(64, 16\) here"),
         (("--model.final_conv", "false"), r"tensor output_conv\.weight is \(1, 1, 3, 3\) there, missing here"),
         (("--model.num_attention_heads", "4"), r"num_attention_heads` must be 2, .* got 4"),
+        (("--model.skip_scaling", "constant"), r"`model\.skip_scaling` must be none, .* got constant"),
+        (("--model.qk_norm", "true"), r"tensor in_blocks\.0\.attn\.q_norm\.weight is missing there, \(8,\) here"),
         (("--noise.prediction_type", "sample"), r"`noise\.prediction_type` must be 'epsilon', .* got 'sample'"),
         (("--noise.schedule", "cosine"), r"`noise\.schedule` must be 'vp-continuous', .* got 'cosine'"),
         (("--noise.schedule", "ddpm-linear"), r"`noise\.schedule` must be 'vp-continuous', .* got 'ddpm-linear'"),

@@ -181,7 +181,8 @@ def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
     """Each column is a class, with guidance: what the pipeline's own call gives for that seed and that class."""
     by_class = ("--model.num_classes", "10", "--data.label_dropout", "0.1", "--optimizer.learning_rate", "0.01")
     grids = ("--train.sample_every", "6", "--samples.count", "20", "--samples.steps", "3")
-    train(tiny("run", *by_class, *grids, "--samples.guidance_scale", "4"))
+    guidance = ["--samples.guidance_scale", "4", "--samples.guidance_interval", "[0.3, 50]"]
+    train(tiny("run", *by_class, *grids, *guidance))
     pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "step-00000006")
     pipeline.set_progress_bar_config(disable=True)
     grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000006.png"))
@@ -189,14 +190,26 @@ def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
     for seed in (0, 3, 9, 10, 17):
         row, column = divmod(seed, 10)
         cell = grid[row * (8 * scale + gap) :: scale, column * (8 * scale + gap) :: scale][:8, :8]
-        options = {"num_inference_steps": 3, "guidance_scale": 4, "output_type": "np"}
+        options = {"num_inference_steps": 3, "guidance_scale": 4, "guidance_interval": (0.3, 50), "output_type": "np"}
         image = pipeline(generator=torch.Generator().manual_seed(seed), class_labels=seed % 10, **options).images[0]
         assert np.abs(cell - 255 * image[:, :, 0]).max() <= 1
     training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
     assert training["data"]["class_names"] == list("0123456789")
     card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
     assert "A 10-class UViT" in card and "in their order: 0 0, 1 1, 2 2" in card
-    trainer = train(tiny("run", *by_class, *grids, "--samples.guidance_scale", "1", "--train.max_steps", "7"))
+    trainer = train(
+        tiny(
+            "run",
+            *by_class,
+            *grids,
+            "--samples.guidance_scale",
+            "1",
+            "--samples.guidance_interval",
+            "null",
+            "--train.max_steps",
+            "7",
+        )
+    )
     assert trainer.step == 7
 
 

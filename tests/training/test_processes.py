@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from dia_diffusion.training import run_folder
 from dia_diffusion.training.run_folder import read_metrics
-from tests.processes import Forked, connected, free_port, start_connected, wait_for
+from tests.processes import Forked, connected, free_port, hold_steps, start_connected, wait_for
 from tests.training.conftest import TINY
 
 MAIN = """
@@ -121,7 +121,20 @@ def second_process_in(folder: Path) -> None:
         os.chdir(folder)
 
 
-@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run"]
+    command += ["--train.max_steps", 100000, "--train.checkpoint_every", 90000]
+    gate = tmp_path / "gate"
+    running = start_connected(*command, logs=tmp_path, prepare=partial(hold_steps, 3, gate, 0))
+    running[0].until(gate.exists)
+    running[1].send(signal.SIGTERM)
+    gate.unlink()
+    assert [process.wait() for process in running] == [143, 143]
+    check_stopped(tmp_path, running[0].text())
+
+
+@pytest.mark.long
 def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) -> None:
     """The one launch here by torchrun itself, as people start it."""
     options = ["--train.max_steps", "100000", "--train.checkpoint_every", "90000"]
@@ -130,10 +143,15 @@ def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) ->
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
+    assert "dia_diffusion/cli/main.py" not in errors, "no traceback of ours beside the launcher's own"
+    check_stopped(tmp_path, errors)
+
+
+def check_stopped(tmp_path: Path, errors: str) -> None:
+    """The run has one checkpoint, of the step that the message names, and resumes after it."""
     (place,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(place.name.removeprefix("step-"))
     assert f"stopped after step {step:,}" in errors
-    assert "dia_diffusion/cli/main.py" not in errors, "no traceback of ours beside the launcher's own"
     launch(tmp_path, "run", 2, "--train.max_steps", str(step + 1))
     assert len(losses(tmp_path / "run")) == step + 1
 

@@ -10,6 +10,7 @@ from scipy import stats
 from dia_diffusion.training.augmentation import draw_images
 from dia_diffusion.training.randomness import (
     AUGMENT,
+    DEPTH,
     MODEL,
     NOISE,
     ORDER,
@@ -89,10 +90,10 @@ def test_a_seeds_first_weights_are_what_they_always_were() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 3), (1, 1, 1), (3, 32, 32)])
 def test_a_slice_is_that_slice_of_the_whole(shape: tuple[int, ...]) -> None:
-    whole, images = draw_step(3, 5, 40, 100, shape), draw_images(3, 5, 40, 100)
+    whole, images = draw_step(3, 5, 40, 100, shape, num_blocks=3), draw_images(3, 5, 40, 100)
     assert 3 * WORDS_AT_ONCE < 40 * 3 * 32 * 32 // 2, "some slices must be made in several pieces"
     for start, stop in [(0, 1), (0, 40), (1, 2), (1, 20), (3, 36), (7, 40), (13, 14), (20, 40), (39, 40), (5, 5)]:
-        part, expected = draw_step(3, 5, 40, 100, shape, start, stop), whole.slice(start, stop)
+        part, expected = draw_step(3, 5, 40, 100, shape, start, stop, 3), whole.slice(start, stop)
         for name, own in vars(part).items():
             assert np.array_equal(own, vars(expected)[name]), (name, start, stop)
         cut, kept = draw_images(3, 5, 40, 100, start, stop), images.slice(start, stop)
@@ -100,8 +101,8 @@ def test_a_slice_is_that_slice_of_the_whole(shape: tuple[int, ...]) -> None:
 
 
 def test_images_and_noise_do_not_depend_on_the_batch_size() -> None:
-    large = draw_step(3, 2, 20, 100, (1, 3, 3))
-    small = [draw_step(3, step, 5, 100, (1, 3, 3)) for step in range(8, 12)]
+    large = draw_step(3, 2, 20, 100, (1, 3, 3), num_blocks=3)
+    small = [draw_step(3, step, 5, 100, (1, 3, 3), num_blocks=3) for step in range(8, 12)]
     for name in vars(large):
         assert np.array_equal(vars(large)[name], np.concatenate([vars(draws)[name] for draws in small]))
 
@@ -120,8 +121,8 @@ def test_other_seeds_steps_and_streams_draw_other_numbers() -> None:
     for name in ("indices", "noise", "uniform", "drop_label"):
         assert len({vars(draws)[name].tobytes() if name == "indices" else vars(draws)[name].numpy().tobytes()
                     for draws in every}) == len(every), name  # fmt: skip
-    streams = {raw_words(7, stream, 0, 1, 4).tobytes() for stream in (ORDER, STEP, MODEL, AUGMENT, NOISE)}
-    assert len(streams) == 5
+    streams = {raw_words(7, stream, 0, 1, 4).tobytes() for stream in (ORDER, STEP, MODEL, AUGMENT, NOISE, DEPTH)}
+    assert len(streams) == 6
 
 
 def test_dropout_seeds_of_a_process_never_meet() -> None:
@@ -132,10 +133,12 @@ def test_dropout_seeds_of_a_process_never_meet() -> None:
 
 
 def test_draws_are_distributed_as_they_should_be() -> None:
-    draws = draw_step(0, 0, 4000, 50_000, (3, 8, 8))
+    draws = draw_step(0, 0, 4000, 50_000, (3, 8, 8), num_blocks=5)
     noise = draws.noise.double().numpy().reshape(4000, -1)
     assert stats.kstest(noise.ravel(), "norm").pvalue > 0.01
-    for numbers in (draws.uniform, draws.drop_label, draw_images(0, 0, 4000, 50_000).uniform.flatten()):
+    assert draws.depth is not None and draws.depth.shape == (4000, 5, 2)
+    augmentation = draw_images(0, 0, 4000, 50_000).uniform.flatten()
+    for numbers in (draws.uniform, draws.drop_label, draws.depth.flatten(), augmentation):
         assert numbers.min() >= 0 and numbers.max() < 1
         assert stats.kstest(numbers.double().numpy(), "uniform").pvalue > 0.01
     assert stats.binomtest(int(draws.flips.sum()), 4000).pvalue > 0.01

@@ -108,7 +108,7 @@ class FeatureExtractor:
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InputError(f"images must be uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        images = images.to(self.device).expand(-1, 3, -1, -1)
+        images = images.to(self.device, non_blocking=self.device.type == "cuda").expand(-1, 3, -1, -1)
         with torch.autocast(self.device.type, enabled=False), exact_float32():
             return self._layers_of_module(images)
 

@@ -19,8 +19,8 @@ Tensors = dict[str, torch.Tensor]
 
 IMAGE_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU_BATCH = 16
-"""Images that a CPU takes at once, to bound the memory of their activations."""
+CPU_BATCH, BATCH = 16, 64
+"""Images that a CPU or a GPU takes at once, however many it is given: VGG-16's activations are 26 MB per image."""
 
 
 def resize_bicubic(images: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ class PretrainedExtractor(FeatureExtractorBase):
         return ("features",)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        parts = images.split(CPU_BATCH) if images.device.type == "cpu" else [images]
+        parts = images.split(CPU_BATCH if images.device.type == "cpu" else BATCH)
         return (torch.cat([self.network((self.resize(part.float()) - self.mean) / self.std) for part in parts]),)
 
 
