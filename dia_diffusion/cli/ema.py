@@ -25,6 +25,7 @@ class Options(fid.Options):
     channels: ClassVar = 3  # type: ignore[misc]
     every_step: ClassVar = False  # type: ignore[misc]
     record: ClassVar = None  # type: ignore[misc]
+    sweep: ClassVar = ()  # type: ignore[misc]
 
     source: Annotated[str, Positional("RUN")]
     """A run folder."""
@@ -55,12 +56,11 @@ class Options(fid.Options):
 
 def run(options: Options) -> None:
     """Writes the pipelines that aren't there, and measures them; draws a figure of several widths."""
-    from dia_diffusion.distributed import broadcast_from_rank_zero, start_accelerator
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
     if options.protocol is not None:
         EvalProtocol.read(options.protocol)  # before anything is made
-    places = [Path(place) for place in broadcast_from_rank_zero(start_accelerator(), partial(_make, options))]
+    places = make_averages(options.source, options.step, options.width, options.decay, options.out)
     if not options.measures:
         return
     records = fid.measure(options, places)[0]
@@ -73,17 +73,25 @@ def run(options: Options) -> None:
         console.print(f"{len(points)} widths: {figure}, numbers in {figure.with_suffix('.json')}")
 
 
-def _make(options: Options) -> list[str]:
-    """Writes the pipelines and returns their folders."""
+def make_averages(
+    run: str, step: int | None, widths: list[float] | None, decays: list[float] | None, out: Path | None = None
+) -> list[Path]:
+    """Writes the pipelines that aren't there and returns their folders; the arguments are as the options."""
+    from dia_diffusion.distributed import broadcast_from_rank_zero, start_accelerator
+
+    make = partial(_make, run, step, widths or [], decays or [], out)
+    return [Path(place) for place in broadcast_from_rank_zero(start_accelerator(), make)]
+
+
+def _make(run: str, step: int | None, widths: list[float], decays: list[float], out: Path | None) -> list[str]:
     from dia_diffusion.training.ema import average_name
     from dia_diffusion.training.run_folder import RunFolder
     from dia_diffusion.training.snapshots import Snapshots, choose_step, save_decay
 
-    run, widths, decays = options.source, options.width or [], options.decay or []
-    step = choose_step(run, "snapshot" if widths else "checkpoint", options.step)
+    step = choose_step(run, "snapshot" if widths else "checkpoint", step)
     names = [*(average_name(width=width) for width in widths), *(average_name(decay=decay) for decay in decays)]
-    folder = options.out or RunFolder(run).averages / step_name(step)
-    places = [options.out] if options.out and len(names) == 1 else [folder / name for name in names]
+    folder = out or RunFolder(run).averages / step_name(step)
+    places = [out] if out and len(names) == 1 else [folder / name for name in names]
     if widths:
         snapshots = Snapshots(run, step)
         for width in widths:

@@ -3,8 +3,11 @@
 The route: options -> protocol -> features -> reference -> images -> distances -> records.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dia_diffusion.data import ImageSet
-    from dia_diffusion.evaluation.evaluate import ImageSource
+    from dia_diffusion.evaluation.evaluate import Evaluator, ImageSource
     from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.evaluation.record import EvaluationRecord
@@ -78,12 +81,16 @@ class Options(SamplingOptions, FeatureOptions):
     """Which of a run's pipelines; the newest if not given."""
     every_step: bool = False
     """All of a run's pipelines, one after the other."""
+    sweep: Annotated[tuple[str, ...], Metavar("KEY=VALUE,VALUE")] = ()
+    """Measures the grid of these values, such as guidance_scale=1,1.5,2 steps=10,25. Of sampler, steps, guidance_scale,
+    guidance_interval (none,0.3:5), guide, precision, step, width and decay; the last two are averages as of ema."""
     record: Path | None = None
     """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
 
     @model_validator(mode="after")
     def _check(self) -> "Options":
         refuse_both(self, "step", "every_step")
+        refuse_both(self, "sweep", "every_step")
         return self
 
 
@@ -92,7 +99,12 @@ def run(options: Options) -> None:
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     _refuse_ignored(options, is_model)
-    measure(options, _pipelines(options) if is_model else [])
+    if options.sweep:
+        from dia_diffusion.cli.fid_sweep import run_sweep
+
+        run_sweep(options)
+    else:
+        measure(options, _pipelines(options) if is_model else [])
 
 
 def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
@@ -100,70 +112,129 @@ def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRec
 
     Returns the records in each of the features.
     """
+    records = measure_points(options, pipelines, [{}], print_records)
+    if os.environ.get("RANK", "0") == "0" and len(records) > 1 and "fdr" in options.metrics:
+        print_mean_fdr(list(zip(*records, strict=True)))
+    return records
+
+
+def measure_points(
+    options: Options,
+    pipelines: list[Path],
+    settings: Sequence[Mapping[str, Any]],
+    show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
+) -> "list[list[EvaluationRecord]]":
+    """Measures and records each pipeline, or the source's images, with each of the settings, in each of the features.
+
+    Args:
+        settings: fields of EvalProtocol, in place of the options' or the named protocol's.
+        show: prints the records in one of the features.
+    """
     from dia_diffusion.distributed import start_accelerator
 
-    names = (options.features or "").split(",")
-    if len(names) > 1 and options.weights_file is not None:
-        raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
-    each = [options.model_copy(update={"features": name}) if name else options for name in names]
-    plans = [_plan(one, pipelines) for one in each]  # what can't be asked for is refused before anything is measured
+    plans = [_plan(one, pipelines, settings) for one in per_features(options)]  # refuses before anything is measured
     accelerator = start_accelerator()
-    records = [_measure(one, pipelines, *plan, accelerator) for one, plan in zip(each, plans, strict=True)]
-    if accelerator.is_main_process and len(names) > 1 and "fdr" in options.metrics:
-        print_mean_fdr(list(zip(*records, strict=True)))
+    if len(settings) > 1:
+        for pipeline, protocol in product(pipelines, plans[0].protocols):
+            load_for_sampling(pipeline, protocol, accelerator.device)  # refuses settings that aren't the pipeline's
+    records = _measure(plans, pipelines, accelerator, show)
     accelerator.end_training()
     return records
 
 
-def _plan(options: Options, pipelines: list[Path]) -> "tuple[EvalProtocol, str, dict[Path | None, Path]]":
-    """The protocol, the reference, and the file for the records of each pipeline, or of the images."""
+def per_features(options: Options) -> list[Options]:
+    """The options with one name as `features`, for each of the names."""
+    names = (options.features or "").split(",")
+    if len(names) > 1 and options.weights_file is not None:
+        raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
+    return [options.model_copy(update={"features": name}) if name else options for name in names]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is measured in one of the features."""
+
+    options: Options
+    reference_data: str
+    protocols: "list[EvalProtocol]"
+    """One for each of the settings."""
+    files: dict[Path | None, Path]
+    """For the records of each pipeline, or of the images."""
+
+
+def _plan(options: Options, pipelines: list[Path], settings: Sequence[Mapping[str, Any]]) -> _Plan:
     reference_data = options.reference or _training_images(options, pipelines)
-    protocol = resolve_protocol(options, bool(pipelines), reference_data)
+    protocols = [resolve_protocol(options, bool(pipelines), reference_data, each) for each in settings]
     folders: list[Path | None] = [*pipelines] or [None]
     files = {pipeline: _records_file(options, pipeline) for pipeline in folders}
-    _check_records(options, protocol, files)
-    return protocol, reference_data, files
+    for protocol in protocols:
+        _check_records(options, protocol, files)
+    return _Plan(options, reference_data, protocols, files)
 
 
 def _measure(
-    options: Options,
+    plans: list[_Plan],
     pipelines: list[Path],
-    protocol: "EvalProtocol",
-    reference_data: str,
-    files: "dict[Path | None, Path]",
     accelerator: "Accelerator",
-) -> "list[EvaluationRecord]":
-    """The records in one of the features, printed."""
-    from dia_diffusion.distributed import first_on_each_machine
-    from dia_diffusion.evaluation.evaluate import Evaluator, few_images
-    from dia_diffusion.evaluation.reference import measure_held_out
+    show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
+) -> "list[list[EvaluationRecord]]":
+    """The records in each of the features; the images are made once for all features."""
+    from dia_diffusion.evaluation.evaluate import few_images, record_together
 
-    feature_options = options.model_copy(update={"features": protocol.features})
-    extractor = first_on_each_machine(
-        accelerator, lambda: load_features(feature_options, reference_data, accelerator.device)
-    )
-    check_features(options, protocol, extractor.name)
-    protocol.check_layers(extractor)
-    records = []
+    extractors = [_load_features(plan, accelerator) for plan in plans]
+    records: list[list[EvaluationRecord]] = [[] for _ in plans]
     with ConsoleProgress() as shown:
         progress = shown if accelerator.is_main_process else Progress()
-        evaluator = None
-        for source, shape in _sources(options, protocol, pipelines, accelerator, progress):
-            if evaluator is None:
-                reference = _reference(options, protocol, reference_data, shape, extractor, accelerator, progress)
-                arguments = (reference_data, shape, extractor, protocol, accelerator, progress)
-                held_out = measure_held_out(reference, *arguments)
-                evaluator = Evaluator(protocol, extractor, reference, accelerator, held_out)
-            record, added = evaluator.record(source, files[source.folder], _measuring(progress))
-            records.append(record)
-            if added and source.folder is None and accelerator.is_main_process:
-                console.print(f"recorded in {files[None]}")
+        evaluators: list[Evaluator] = []
+        for source, shape, index in _sources(plans[0], pipelines, accelerator, progress):
+            evaluators = evaluators or [
+                _evaluator(plan, shape, extractor, accelerator, progress)
+                for plan, extractor in zip(plans, extractors, strict=True)
+            ]
+            judges = [replace(each, protocol=p.protocols[index]) for each, p in zip(evaluators, plans, strict=True)]
+            file = plans[0].files[source.folder]
+            measured = record_together(judges, source, file, _measuring(progress))
+            for own, (record, _) in zip(records, measured, strict=True):
+                own.append(record)
+            if any(added for _, added in measured) and source.folder is None and accelerator.is_main_process:
+                console.print(f"recorded in {file}")
     if accelerator.is_main_process:
-        print_records(records, protocol)
-        warn_unreleased(options, extractor)
-        for text in few_images(records[0].protocol, extractor.num_features):
-            console.print(f"warning: {text}")
+        for plan, extractor, own in zip(plans, extractors, records, strict=True):
+            show(own, plan.protocols[0])
+            warn_unreleased(plan.options, extractor)
+            for text in few_images(own[0].protocol, extractor.num_features):
+                console.print(f"warning: {text}")
     return records
+
+
+def _load_features(plan: _Plan, accelerator: "Accelerator") -> "FeatureExtractor":
+    from dia_diffusion.distributed import first_on_each_machine
+
+    protocol = plan.protocols[0]
+    options = plan.options.model_copy(update={"features": protocol.features})
+    extractor = first_on_each_machine(
+        accelerator, lambda: load_features(options, plan.reference_data, accelerator.device)
+    )
+    check_features(plan.options, protocol, extractor.name)
+    protocol.check_layers(extractor)
+    return extractor
+
+
+def _evaluator(
+    plan: _Plan,
+    shape: tuple[int, int, int],
+    extractor: "FeatureExtractor",
+    accelerator: "Accelerator",
+    progress: Progress,
+) -> "Evaluator":
+    """With the reference loaded, for images of this shape."""
+    from dia_diffusion.evaluation.evaluate import Evaluator
+    from dia_diffusion.evaluation.reference import measure_held_out
+
+    protocol, data = plan.protocols[0], plan.reference_data
+    reference = _reference(plan.options, protocol, data, shape, extractor, accelerator, progress)
+    held_out = measure_held_out(reference, data, shape, extractor, protocol, accelerator, progress)
+    return Evaluator(protocol, extractor, reference, accelerator, held_out)
 
 
 # The protocol.
@@ -178,23 +249,31 @@ DECIDED = (
 EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
 
-def resolve_protocol(options: Options, is_model: bool, reference: str) -> "EvalProtocol":
-    """The protocol that the options name, or that they are. Raises InputError for what can't be asked for."""
+def resolve_protocol(
+    options: Options, is_model: bool, reference: str, settings: Mapping[str, Any] | None = None
+) -> "EvalProtocol":
+    """The protocol that the options name, or that they are. Raises InputError for what can't be asked for.
+
+    settings: take the place of the protocol's; if they differ, its name says which they are.
+    """
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
     values: dict[str, Any] = {}
+    settings = dict(settings or {})
     if options.protocol is not None:
         named = EvalProtocol.read(options.protocol)
         _refuse_decided(options, named, is_model)
         extra = {name: getattr(options, name) for name in EXTRA if name in options.model_fields_set}
         values = named.model_dump() | extra
+        if changed := [name for name, value in settings.items() if value != values[name]]:
+            values["name"] += " with " + ", ".join(f"{name}={settings[name]}" for name in changed)
     else:
         values = {field: getattr(options, OPTION_OF.get(field, field)) for field in (*DECIDED, *EXTRA)}
         values["features"] = options.features or features_for(reference)
         values["num_samples"] = options.num or (DEFAULT_COUNT if is_model else 0)
         values["precision"] = chosen_precision(options.precision)
     try:
-        return EvalProtocol.model_validate(values)
+        return EvalProtocol.model_validate(values | settings)
     except ValidationError as error:
         raise InputError(describe_error(error, EvalProtocol, _flag)) from None
 
@@ -206,7 +285,9 @@ def _flag(field: Sequence[str]) -> str:
 def _refuse_ignored(options: Options, is_model: bool) -> None:
     """Raises InputError for an option that has no effect on this kind of source."""
     why = "draws images of its own" if is_model else "is no pipeline and no run"
-    ignored = ("size", "channels", "split") if is_model else (*SamplingOptions.model_fields, "step", "every_step")
+    ignored = (
+        ("size", "channels", "split") if is_model else (*SamplingOptions.model_fields, "step", "every_step", "sweep")
+    )
     for name in ignored:
         if getattr(options, name) != Options.model_fields[name].default:
             raise InputError(f"{spell(options, name)}: {options.source} {why}; leave it out")
@@ -301,20 +382,21 @@ def _training_images(options: Options, pipelines: list[Path]) -> str:
 
 
 def _sources(
-    options: Options, protocol: "EvalProtocol", pipelines: list[Path], accelerator: "Accelerator", progress: Progress
-) -> "Iterator[tuple[ImageSource, tuple[int, int, int]]]":
-    """What is to be measured, each with the shape (C, H, W) of its images, which are square."""
+    plan: _Plan, pipelines: list[Path], accelerator: "Accelerator", progress: Progress
+) -> "Iterator[tuple[ImageSource, tuple[int, int, int], int]]":
+    """What is measured, each with the shape (C, H, W) of its images, which are square, and its protocol's index."""
     from dia_diffusion.evaluation.evaluate import images_source, pipeline_source
 
+    options = plan.options
     if not pipelines:
-        images = _open_source(options, protocol, accelerator, progress)
-        yield images_source(images), _square(options.source, (options.channels, *images.shape[1:]))
+        images = _open_source(options, plan.protocols[0], accelerator, progress)
+        yield images_source(images), _square(options.source, (options.channels, *images.shape[1:])), 0
         return
-    protocol.check_count(protocol.num_samples)
-    for folder in pipelines:
+    plan.protocols[0].check_count(plan.protocols[0].num_samples)
+    for folder, (index, protocol) in product(pipelines, enumerate(plan.protocols)):
         pipeline, _ = load_for_sampling(folder, protocol, accelerator.device)
         shape = _square(folder, pipeline.image_shape)
-        yield pipeline_source(pipeline, folder, protocol.num_samples, options.batch_size), shape
+        yield pipeline_source(pipeline, folder, protocol.num_samples, options.batch_size), shape, index
 
 
 def _square(source: str | Path, shape: tuple[int, int, int]) -> tuple[int, int, int]:

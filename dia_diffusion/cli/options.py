@@ -8,8 +8,9 @@
 
     options = parse_options(Options, ["runs/a", "--batch-size", "32"], "sample")
 
-A field is an option, its docstring the help. A bool is a flag, a tuple takes one or more arguments, a list is text such
-as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has the names of those that were given.
+A field is an option, its docstring the help. A bool is a flag, a tuple takes one or more arguments and may be repeated,
+a list is text such as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has the names of those
+that were given.
 """
 
 import argparse
@@ -97,7 +98,7 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
         else:
             kwargs["metavar"] = _metavar(field) or path[-1].upper()
             if get_origin(_without_none(field.annotation)) is tuple:
-                kwargs["nargs"] = "+"
+                kwargs |= {"nargs": "+", "action": "extend"}
         if _is_positional(field):
             parser.add_argument(".".join(path), **kwargs)
         else:
@@ -120,8 +121,8 @@ def refuse_both(options: BaseModel, first: str, second: str) -> None:
 def spell(options: BaseModel, name: str) -> str:
     """An option as it is typed, with its value: `--classes 0,1`."""
     value = getattr(options, name)
-    if isinstance(value, list):
-        value = ",".join(map(str, value))
+    if isinstance(value, list | tuple):
+        value = (" " if isinstance(value, tuple) else ",").join(map(str, value))
     return flag([name]) if value is True else f"{flag([name])} {value}"
 
 

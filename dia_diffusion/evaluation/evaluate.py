@@ -18,7 +18,15 @@ from dia_diffusion.data import ImageSet
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_rank_zero
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.feature_store import BATCH, Advance, FeatureStore, ImagesOf, batches_of, filled_store
+from dia_diffusion.evaluation.feature_store import (
+    BATCH,
+    Advance,
+    FeatureStore,
+    ImagesOf,
+    Judge,
+    batches_of,
+    filled_stores,
+)
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import SUM_BLOCK, bootstrap_interval, sums
 from dia_diffusion.evaluation.metrics import METRICS, MetricInputs, labelled
@@ -155,48 +163,12 @@ class Evaluator:
     def record(
         self, source: ImageSource, file: Path, measuring: Measuring = lambda work: nullcontext(Progress())
     ) -> tuple[EvaluationRecord, bool]:
-        """The record of a source in a file, and whether it was added now.
+        """`record_together` of this evaluator alone."""
+        return record_together([self], source, file, measuring)[0]
 
-        What is in the file already is not measured again, at most recorded under the protocol's name. A new record of a
-        run's pipeline goes into its model card.
-
-        Raises:
-            InputError: a file that can't be read or written, or too few images.
-            RunError: another process measures the same.
-        """
-        resolved = self.resolve(source)
-
-        def known() -> dict[str, Any] | None:
-            found = self._known(source, resolved, file)
-            if found is None:
-                check_record_file(file)
-            return None if found is None else found.to_dict()
-
-        found = broadcast_from_rank_zero(self.accelerator, known)
-        work = self.work_folder(source, resolved, file)
-        if found is None:
-            before = None
-            with measuring(work) as progress:
-                record = under_name(self.measure(source, work, progress), self.protocol)
-        else:
-            before = EvaluationRecord.from_dict(found)
-            record = under_name(before, self.protocol)
-
-        def keep() -> None:
-            if record != before:
-                append_record(file, record)
-                discard_work(work)
-            if source.folder is not None:
-                # The card of a known record may be older than it, or in a folder that can't be written to.
-                with suppress(OSError) if record == before else nullcontext():
-                    update_card(source.folder, file)
-
-        on_rank_zero(self.accelerator, keep)
-        return record, record != before
-
-    def _known(self, source: ImageSource, resolved: ResolvedProtocol, file: Path) -> EvaluationRecord | None:
+    def known(self, source: ImageSource, file: Path) -> EvaluationRecord | None:
         """The newest record of these images and this protocol that has all the metrics; under its name, if there is."""
-        origin, settings = source.origin, self.metric_settings()
+        origin, resolved, settings = source.origin, self.resolve(source), self.metric_settings()
         known = [
             record
             for record in (read_records(file) if file.is_file() else [])
@@ -209,41 +181,18 @@ class Evaluator:
     def measure(
         self, source: ImageSource, work: Path | None = None, progress: Progress | None = None
     ) -> EvaluationRecord:
-        """Measures the images, on all ranks; only features are kept, on disk.
+        """`measure_together` of this evaluator alone."""
+        return measure_together([self], source, [work], progress)[0]
 
-        Args:
-            work: the folder of finished chunks, see `work_folder`: the same call resumes after them. None: temporary.
-
-        Raises:
-            InputError: too few images, or no layer, for the metrics.
-            RunError: another process is writing to `work`.
-        """
-        start, progress = time.monotonic(), progress or Progress()
+    def check(self, source: ImageSource) -> None:
+        """Raises InputError for too few images, or no layer, for the metrics."""
         self.protocol.check_count(source.count, num_features=self.extractor.num_features)
         if self.held_out is not None and self.held_out.count < source.count:
             most = f"{self.held_out.count} or less for metric fdr, the held-out images of {self.held_out.name}"
             raise InputError(f"the number of images must be {most}, got {source.count}")
         self.protocol.check_layers(self.extractor)
-        store = filled_store(
-            source.images,
-            source.count,
-            self.extractor,
-            self.accelerator,
-            source.name,
-            folder=work,
-            layers=self.protocol.layers,
-            progress=progress,
-        )
-        with store as features:
-            compute = partial(self._numbers, features, progress)
-            earlier, numbers = broadcast_from_rank_zero(self.accelerator, compute)
-        seconds = time.monotonic() - start + earlier
-        settings = self.metric_settings()
-        return make_record(
-            protocol=self.resolve(source), origin=source.origin, seconds=seconds, metric_settings=settings, **numbers
-        )
 
-    def _numbers(self, store: FeatureStore | None, progress: Progress) -> tuple[float, dict[str, Any]]:
+    def numbers(self, store: FeatureStore | None, progress: Progress) -> tuple[float, dict[str, Any]]:
         """Seconds that resumed chunks took, and the fields of a record that are measured."""
         assert store is not None
         protocol, reference = self.protocol, self.reference.statistics
@@ -289,6 +238,98 @@ class Evaluator:
         depends = [resolved.hash(), origin.weights_hash, origin.model_hash, layers, installed_versions()]
         key = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
         return records.parent / f"{records.stem}.unfinished" / key[:16]
+
+
+def record_together(
+    evaluators: Sequence[Evaluator],
+    source: ImageSource,
+    file: Path,
+    measuring: Measuring = lambda work: nullcontext(Progress()),
+) -> list[tuple[EvaluationRecord, bool]]:
+    """Each evaluator's record of a source in a file, and whether it was added now; the images are made once for all.
+
+    What is in the file already is not measured again, at most recorded under the protocol's name. A new record of a
+    run's pipeline goes into its model card.
+
+    Raises:
+        InputError: a file that can't be read or written, or too few images.
+        RunError: another process measures the same.
+    """
+    accelerator = evaluators[0].accelerator
+
+    def known() -> list[dict[str, Any] | None]:
+        found = [evaluator.known(source, file) for evaluator in evaluators]
+        if None in found:
+            check_record_file(file)
+        return [None if record is None else record.to_dict() for record in found]
+
+    before = [
+        None if fields is None else EvaluationRecord.from_dict(fields)
+        for fields in broadcast_from_rank_zero(accelerator, known)
+    ]
+    new = [evaluator for evaluator, record in zip(evaluators, before, strict=True) if record is None]
+    works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in new]
+    measured: Iterator[EvaluationRecord] = iter(())
+    if new:
+        with measuring(works[0]) as progress:
+            measured = iter(measure_together(new, source, works, progress))
+    records = [
+        under_name(record or next(measured), evaluator.protocol)
+        for evaluator, record in zip(evaluators, before, strict=True)
+    ]
+
+    def keep() -> None:
+        for record, known_record in zip(records, before, strict=True):
+            if record != known_record:
+                append_record(file, record)
+        for work in works:
+            discard_work(work)
+        if source.folder is not None:
+            # The card of a known record may be older than it, or in a folder that can't be written to.
+            with suppress(OSError) if records == before else nullcontext():
+                update_card(source.folder, file)
+
+    on_rank_zero(accelerator, keep)
+    return [(record, record != known_record) for record, known_record in zip(records, before, strict=True)]
+
+
+def measure_together(
+    evaluators: Sequence[Evaluator],
+    source: ImageSource,
+    works: Sequence[Path | None],
+    progress: Progress | None = None,
+) -> list[EvaluationRecord]:
+    """Measures the images by each evaluator, on all ranks; only features are kept, on disk.
+
+    Args:
+        works: of each evaluator the folder of finished chunks, see `work_folder`: the same call resumes after them.
+            None: temporary.
+
+    Raises:
+        InputError: too few images, or no layer, for the metrics.
+        RunError: another process is writing to a folder.
+    """
+    start, progress, accelerator = time.monotonic(), progress or Progress(), evaluators[0].accelerator
+    for evaluator in evaluators:
+        evaluator.check(source)
+    judges = [
+        Judge(evaluator.extractor, work, evaluator.protocol.layers)
+        for evaluator, work in zip(evaluators, works, strict=True)
+    ]
+    stores = filled_stores(source.images, source.count, judges, accelerator, source.name, progress=progress)
+    records = []
+    with stores as filled:
+        for evaluator, store in zip(evaluators, filled, strict=True):
+            earlier, numbers = broadcast_from_rank_zero(accelerator, partial(evaluator.numbers, store, progress))
+            record = make_record(
+                protocol=evaluator.resolve(source),
+                origin=source.origin,
+                seconds=time.monotonic() - start + earlier,
+                metric_settings=evaluator.metric_settings(),
+                **numbers,
+            )
+            records.append(record)
+    return records
 
 
 def discard_work(folder: Path) -> None:

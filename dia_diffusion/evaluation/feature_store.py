@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -146,6 +147,67 @@ def open_store(folder: Path, widths: dict[str, int], count: int, *, wait: bool =
         lock.release()
 
 
+@dataclass(frozen=True)
+class Judge:
+    """An extractor, and where its features of the images are kept."""
+
+    extractor: FeatureExtractor
+    folder: Path | None = None
+    """None is a temporary one."""
+    layers: Sequence[str] = ()
+    """Of `extractor.layers`, to keep beside the features."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The row length of each array that is kept."""
+        return {name: self.extractor.widths[name] for name in ("features", *self.layers)}
+
+
+@contextmanager
+def filled_stores(
+    images: ImagesOf,
+    count: int,
+    judges: Sequence[Judge],
+    accelerator: Accelerator,
+    name: str,
+    *,
+    cache: bool = False,
+    progress: Progress,
+) -> Iterator[list[FeatureStore | None]]:
+    """Each judge's features of `count` images, measured by all ranks unless they are there; None except on rank 0.
+
+    An image is made once for all judges. Each chunk is divided over the ranks, collected in order and written by rank
+    0, so that another number of processes can resume.
+
+    Args:
+        name: of the images, for messages and progress.
+        cache: other commands use the folders: wait for one that fills it; use a temporary one if it can't be written.
+
+    Raises:
+        InputError: `images` gives too few.
+        RunError: another process is writing to a folder.
+    """
+    with ExitStack() as stack:
+        opened: list[FeatureStore] = []
+
+        def open_in(place: Path, judge: Judge) -> None:
+            opened.append(stack.enter_context(open_store(place, judge.widths, count, wait=cache)))
+
+        def open_all() -> None:
+            for judge in judges:
+                try:
+                    open_in(judge.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())), judge)
+                except OSError:
+                    if not cache:
+                        raise
+                    open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())), judge)
+
+        on_rank_zero(accelerator, open_all)
+        stores: list[FeatureStore | None] = [*opened] or [None] * len(judges)
+        _fill(stores, images, count, judges, accelerator, name, progress)
+        yield stores
+
+
 @contextmanager
 def filled_store(
     images: ImagesOf,
@@ -159,56 +221,27 @@ def filled_store(
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[FeatureStore | None]:
-    """The features of `count` images, measured by all ranks unless they are there; None except on rank 0.
-
-    Each chunk is divided over the ranks, collected in order and written by rank 0, so that another number of processes
-    can resume.
-
-    Args:
-        name: of the images, for messages and progress.
-        folder: None is a temporary one.
-        layers: of `extractor.layers`, to keep beside the features.
-        cache: other commands use the folder: wait for one that fills it; use a temporary one if it can't be written.
-
-    Raises:
-        InputError: `images` gives too few.
-        RunError: another process is writing to the folder.
-    """
-    widths = {name: extractor.widths[name] for name in ("features", *layers)}
-    with ExitStack() as stack:
-        opened: list[FeatureStore] = []
-
-        def open_in(place: Path) -> None:
-            opened.append(stack.enter_context(open_store(place, widths, count, wait=cache)))
-
-        def open_it() -> None:
-            try:
-                open_in(folder or Path(stack.enter_context(tempfile.TemporaryDirectory())))
-            except OSError:
-                if not cache:
-                    raise
-                open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())))
-
-        on_rank_zero(accelerator, open_it)
-        store = opened[0] if opened else None
-        _fill(store, images, count, extractor, accelerator, widths, name, progress)
+    """`filled_stores` of one judge."""
+    judges = [Judge(extractor, folder, layers)]
+    with filled_stores(images, count, judges, accelerator, name, cache=cache, progress=progress) as (store,):
         yield store
 
 
 def _fill(
-    store: FeatureStore | None,
+    stores: list[FeatureStore | None],
     images: ImagesOf,
     count: int,
-    extractor: FeatureExtractor,
+    judges: Sequence[Judge],
     accelerator: Accelerator,
-    widths: dict[str, int],
     name: str,
     progress: Progress,
 ) -> None:
-    missing = broadcast_from_rank_zero(
-        accelerator, lambda: [(chunk.start, chunk.stop) for chunk in store.missing] if store else []
+    missing = broadcast_from_rank_zero(  # of each store
+        accelerator,
+        lambda: [[(chunk.start, chunk.stop) for chunk in store.missing] if store else [] for store in stores],
     )
-    what, done = f"measuring {name}", float(count - sum(stop - start for start, stop in missing))
+    chunks = sorted(set().union(*missing))
+    what, done = f"measuring {name}", float(count - sum(stop - start for start, stop in chunks))
     if done and accelerator.is_main_process:
         progress.message(f"resuming after {done:,.0f} of {count:,} images")
         progress.resume(what, "images", round(done), count)
@@ -219,33 +252,34 @@ def _fill(
         if accelerator.is_main_process:
             progress.update(what, "images", min(round(done), count), count)
 
-    for start, stop in missing:
+    for start, stop in chunks:
         began = time.monotonic()
+        without = [place for place, own in enumerate(missing) if (start, stop) in own]
         mine = shard(range(start, stop), accelerator.process_index, accelerator.num_processes)
-        share = on_all_ranks(accelerator, partial(_measure, mine, images, extractor, widths, name, advance))
-        rows = {array: _in_order(accelerator, part, stop - start) for array, part in share.items()}
-        seconds = time.monotonic() - began
-        write = (lambda: None) if store is None else partial(store.write, range(start, stop), rows, seconds)
-        on_rank_zero(accelerator, write)
+        measure = partial(_measure, mine, images, [judges[place] for place in without], name, advance)
+        for place, share in zip(without, on_all_ranks(accelerator, measure), strict=True):
+            rows = {array: _in_order(accelerator, part, stop - start) for array, part in share.items()}
+            seconds, store = time.monotonic() - began, stores[place]
+            write = (lambda: None) if store is None else partial(store.write, range(start, stop), rows, seconds)
+            on_rank_zero(accelerator, write)
 
 
 def _measure(
-    indices: Sequence[int],
-    images: ImagesOf,
-    extractor: FeatureExtractor,
-    widths: dict[str, int],
-    name: str,
-    advance: Advance,
-) -> dict[str, torch.Tensor]:
-    """The rows of these images, on the extractor's device."""
-    parts = {array: [torch.zeros(0, width, device=extractor.device)] for array, width in widths.items()}
+    indices: Sequence[int], images: ImagesOf, judges: Sequence[Judge], name: str, advance: Advance
+) -> list[dict[str, torch.Tensor]]:
+    """Each judge's rows of these images, on its extractor's device."""
+    parts = [
+        {array: [torch.zeros(0, width, device=judge.extractor.device)] for array, width in judge.widths.items()}
+        for judge in judges
+    ]
     for batch in images(indices, advance):
-        layers = extractor.layers(batch)
-        for array, rows in parts.items():
-            rows.append(layers[array])
-    measured = {array: torch.cat(rows) for array, rows in parts.items()}
-    if len(measured["features"]) != len(indices):
-        raise InputError(f"{name} must give {len(indices)} images, got {len(measured['features'])}")
+        for judge, own in zip(judges, parts, strict=True):
+            layers = judge.extractor.layers(batch)
+            for array, rows in own.items():
+                rows.append(layers[array])
+    measured = [{array: torch.cat(rows) for array, rows in own.items()} for own in parts]
+    if (count := len(measured[0]["features"])) != len(indices):
+        raise InputError(f"{name} must give {len(indices)} images, got {count}")
     return measured
 
 

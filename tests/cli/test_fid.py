@@ -96,7 +96,7 @@ def test_the_end_says_what_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.filled_store", interrupted)
+    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.filled_stores", interrupted)
     fid = ["fid", "digits", "--reference", "digits", "--num", "100", "--record", str(tmp_path / "r.jsonl")]
     assert main(fid) == 130
     assert "nothing is kept" in capsys.readouterr().err
