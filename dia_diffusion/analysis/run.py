@@ -28,7 +28,7 @@ from dia_diffusion.training.augmentation import ImageDraws, draw_images
 from dia_diffusion.training.checkpoint import load_checkpoint, load_weights
 from dia_diffusion.training.classification import labelled_batch, with_files
 from dia_diffusion.training.config import ClassifyExperiment
-from dia_diffusion.training.diffusion import build_model, image_losses, training_batch
+from dia_diffusion.training.diffusion import build_model, dropping_blocks, image_losses, training_batch
 from dia_diffusion.training.randomness import StepDraws, draw_step
 from dia_diffusion.training.recipe import command_of, read_experiment
 from dia_diffusion.training.run_folder import RunFolder
@@ -263,7 +263,8 @@ class DiffusionRun(TrainedRun):
         return training["data"].get("fingerprint") if training else None
 
     def draw(self, seed: int, number: int, count: int) -> StepDraws:
-        return draw_step(seed, number, count, len(self.images), self.images.shape)
+        num_blocks = dropping_blocks(self.experiment.model)
+        return draw_step(seed, number, count, len(self.images), self.images.shape, num_blocks=num_blocks)
 
     def batch(self, draws: StepDraws) -> tuple[Tensor, Tensor | None]:
         return training_batch(self.images, self.experiment, draws, self.device, torch.float32)

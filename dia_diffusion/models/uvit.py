@@ -162,8 +162,8 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise InputError(f"`skip_kappa` must be above 0 and at most 1 for skip_scaling power, got {skip_kappa}")
         if not 0 <= drop_path < 1:
             raise InputError(f"`drop_path` must be 0 or more and below 1, got {drop_path}")
-        if drop_path and not residual_skips:
-            raise InputError(f"`drop_path` must be 0 without residual_skips, got {drop_path}")
+        if drop_path and not (residual_skips and num_layers > 1):
+            raise InputError(f"`drop_path` must be 0 without residual_skips or with one block, got {drop_path}")
         if decided := SET_BY_MODEL & (attention_kwargs or {}).keys():
             raise InputError(f"`attention_kwargs` must not have {min(decided)}, which the model sets")
 

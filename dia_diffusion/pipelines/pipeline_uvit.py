@@ -10,6 +10,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
     ModelMixin,
 )
@@ -222,12 +223,18 @@ def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
     """Sets a scheduler's timesteps, at which the network is called; those of the flow are 1000 sigma."""
+    # Even steps from 1 to 0, as diffusers' pipelines give them to Euler's scheduler. The schedulers' own end with one
+    # from 1/1000, where the velocity that a predicted image implies has a thousand times the image's error.
+    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # Even steps from 1 to 0, as diffusers' pipelines give them. Its own end with one from 1/1000.
-        sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, device=device)
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # which takes no sigmas
+        shift = scheduler.config.shift
+        shifted = torch.from_numpy(shift * sigmas / (1 + (shift - 1) * sigmas)).float()
+        scheduler.sigmas = torch.cat([shifted[:1], shifted[1:].repeat_interleave(2), torch.zeros(1)])
+        scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
     if is_flow(scheduler):
         # Some keep sigmas on a GPU, and wait for it in each step.
         scheduler.sigmas = scheduler.sigmas.cpu()

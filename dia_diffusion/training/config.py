@@ -147,11 +147,13 @@ class NoiseConfig(Strict):
     prediction_type: str = "epsilon"
     """What the network predicts: epsilon, sample or v_prediction; of the flow, velocity or sample."""
     loss_weighting: str = "uniform"
-    """Weight of the squared error over time: uniform or min-snr. Of the flow, it is the velocity's error."""
+    """Weight of the squared error over time: uniform or min-snr. On the flow, the error
+    is that of the velocity."""
     times: str = "uniform"
     """Distribution of the times that are trained on: uniform, logit-normal, or log-normal (EDM's, of sigma / alpha)."""
     times_kwargs: Arguments | None = None
-    """Of logit-normal and log-normal: mean and deviation of the normal distribution, such as {mean: -0.4}."""
+    """Mean and deviation of the normal distribution: logit-normal's defaults are {mean: 0, deviation: 1}, log-normal's
+    {mean: -1.2, deviation: 1.2}; uniform has none."""
     shift: PositiveFloat = 1.0
     """Multiplies sigma / alpha at the times that are drawn: above 1 for larger images. Samplers of the flow step by
     it too."""
@@ -284,12 +286,18 @@ class Experiment(Recipe):
             raise InputError(f"`optimizer.muon_learning_rate` must be null without `optimizer.name` muon, got {rate}")
         if optimizer.schedule == "warmup-stable-decay":
             in_reference_steps = self.train.batch_size / (self.train.reference_batch_size or self.train.batch_size)
-            most = math.floor((1 - optimizer.decay_fraction) * self.train.max_steps * in_reference_steps)
+            stable = (1 - optimizer.decay_fraction) * self.train.max_steps
+            most = math.floor(stable * in_reference_steps + 1e-6)  # 0.1 * 1000 is a little less than 100
             if optimizer.warmup_steps > most:
                 raise InputError(
                     f"`optimizer.warmup_steps` must be at most {most:,}, where `optimizer.decay_fraction` begins, "
                     f"got {optimizer.warmup_steps:,}"
                 )
+        if self.ema.snapshot_every > self.train.max_steps:
+            raise InputError(
+                f"`ema.snapshot_every` must be at most `train.max_steps` {self.train.max_steps:,}, "
+                f"got {self.ema.snapshot_every:,}"
+            )
         if (rate := optimizer.unit_learning_rate) is not None:
             if self.model.attention == "none":
                 raise InputError(f"`optimizer.unit_learning_rate` must be null with `model.attention` none, got {rate}")

@@ -65,6 +65,12 @@ def image_losses(
     return error * sent(process.loss_weight(timestep).to(error.dtype), error.device)
 
 
+def dropping_blocks(config: ModelConfig) -> int:
+    """The blocks of a network with stochastic depth, which each need draws; 0 without it."""
+    model = config.model_dump()
+    return int(model["num_layers"]) if model["backbone"] == "uvit" and model.get("drop_path") else 0
+
+
 def open_training_images(experiment: Experiment, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """The recipe's images at its model's size, on each process.
 
@@ -122,9 +128,7 @@ class DiffusionTask(Task):
         self.reference_steps = reference_steps(experiment.train)
         self.compiling_pays_after = UVIT_PAYS_AFTER if experiment.model.backbone == "uvit" else None
         self.process = experiment.noise_process()
-        model = experiment.model.model_dump()
-        drops = model["backbone"] == "uvit" and model["drop_path"] > 0
-        self.dropping_blocks: int = model["num_layers"] if drops else 0
+        self.dropping_blocks = dropping_blocks(experiment.model)
         self.images: ImageSet
         self.guidance: Guidance | None = None
 

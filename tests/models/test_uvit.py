@@ -167,7 +167,11 @@ def test_config_of_an_older_pipeline_loads(tmp_path: Path) -> None:
             for kappa in (None, 0.0, 1.5, float("nan"))
         ),
         *(({"drop_path": rate}, f"`drop_path` must be 0 or more and below 1, got {rate}") for rate in (-0.1, 1.0)),
-        ({"drop_path": 0.1, "residual_skips": False}, "`drop_path` must be 0 without residual_skips, got 0.1"),
+        ({"drop_path": 0.1, "residual_skips": False}, "`drop_path` must be 0 without residual_skips or with one block"),
+        (
+            {"drop_path": 0.1, "num_layers": 1},
+            "`drop_path` must be 0 without residual_skips or with one block, got 0.1",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(wrong: dict, named: str) -> None:

@@ -68,6 +68,7 @@ def text(name: str, content: str) -> Callable[[Path], Path]:
 def hostile_run(file: str, kind: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         run = readers.run(folder)
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
         put_json(run / file, kind)
         return run
 
@@ -137,6 +138,10 @@ CASES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "accuracies of deep results": (classified, ["accuracies", "{}"]),
     "gradcam of escapes": (escapes, ["gradcam", "{}", "--images", "digits"]),
     "convert a pickle": (pickled_file, ["convert", "{}", "out"]),
+    "ema of a deep state": (
+        hostile_run("snapshots/step-00000001/state.json", "deep and whole"),
+        ["ema", "{}", "--width", "0.1"],
+    ),
     "export gigantic": (gigantic, ["export", "{}", "out"]),
     "export os.system": (classes_of_os, ["export", "{}", "out"]),
     "push a pickle": (pickled_pipeline, ["push", "{}", "me/model", "--yes"]),

@@ -129,6 +129,8 @@ def test_the_warm_up_ends_before_the_decay(batch_size: int | None, longest: int)
     read_experiment(None, keys=keys | {"optimizer.warmup_steps": longest})
     with pytest.raises(InputError, match=f"`optimizer.warmup_steps` must be at most {longest}, .* got {longest + 1}"):
         read_experiment(None, keys=keys | {"optimizer.warmup_steps": longest + 1})
+    keys = {"train.max_steps": 1000, "optimizer.decay_fraction": 0.9, "optimizer.warmup_steps": 100}
+    read_experiment(None, keys=keys | {"optimizer.schedule": "warmup-stable-decay"})  # (1 - 0.9) * 1000 is 99.99...
 
 
 def test_rates_are_those_of_torch() -> None:

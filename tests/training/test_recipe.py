@@ -177,6 +177,11 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
             "--train.max_steps 3000",
             "`optimizer.warmup_steps` must be at most 2,400, where `optimizer.decay_fraction` begins, got 2,500",
         ),
+        (
+            "ema: {power_widths: [0.1], snapshot_every: 60}",
+            "--train.max_steps 50",
+            "`ema.snapshot_every` must be at most `train.max_steps` 50, got 60",
+        ),
         ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
         ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
         ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
