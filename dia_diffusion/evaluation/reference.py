@@ -57,7 +57,7 @@ class Reference:
     spatial: FeatureStatistics | GivenMoments | None = None
     """The statistics of the extractor's spatial features, if a metric needs them or a file has them."""
     beside_statistics: int | None = None
-    """How many images `features` are of, where a file has these beside statistics of other images."""
+    """How many images `features` are of, where a file has these beside statistics, of other images."""
 
 
 @dataclass(frozen=True)

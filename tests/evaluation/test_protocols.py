@@ -124,7 +124,7 @@ def test_what_is_refused(change: dict[str, object], said: str, write: Callable[.
 
 def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"a protocol must be a YAML file or one of fd-digits, .*paper-cifar10.*, got 'fd1'"
+        InputError, match=r"a protocol must be a YAML file or one of adm, fd-digits, .*paper-cifar10.*, got 'fd1'"
     ):
         EvalProtocol.read("fd1")
     (tmp_path / "torn.yaml").write_text("features: [")
