@@ -89,12 +89,14 @@ def _measure(options: argparse.Namespace) -> tuple[list[int], Values]:
             images = open_images(options.reference, size=pipeline.image_shape[1], channels=pipeline.image_shape[0])
             reference = reference_statistics(images, extractor)
             real = reference_features(images, extractor, accelerator)
+        assert real is not None
         source = pipeline_source(pipeline, folder, counts[-1], options.batch_size)
         work = options.out.parent / f"{options.out.name}.features" / weights_hash(folder)[:16]
         store = filled_store(
             source.images, source.count, extractor, accelerator, folder.name, folder=work, progress=Progress()
         )
         with store as kept:
+            assert kept is not None  # one process
             features = kept.read("features")
         compute = partial(_numbers, options.metrics.split(","), counts[0], reference, real, extractor)
         for count in counts:

@@ -70,7 +70,7 @@ class Options(SamplingOptions, FeatureOptions):
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr; the distance is always measured."""
+    """Of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr, isc-adm, prc-adm; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
     held_out: Annotated[str | None, Metavar("DATA")] = None
@@ -439,7 +439,7 @@ def _open_source(
     if (count := protocol.num_samples) > len(images):
         what = _spelled(protocol, "num_samples")
         raise InputError(f"{what} must be {len(images)} or less, the images of {options.source}, got {count}")
-    images = images.subset(choose(len(images), count, seed=0)) if count else images
+    images = images.subset(choose(len(images), count, seed=0)) if count not in (0, len(images)) else images
     if len(images) < 2:
         raise InputError(f"{options.source} must have 2 images or more, got {len(images)}")
     protocol.check_count(len(images))
@@ -463,17 +463,24 @@ def _reference(
     if not references.is_statistics_file(data):
         images = _reference_images(options, protocol, data, shape, accelerator, progress)
         return references.measure_reference(images, extractor, protocol, accelerator, progress)
-    shown = ["--show"] if options.show else []
-    if names := protocol.needing("reference features") + protocol.needing("spatial") + shown:
+    needing = protocol.needing("reference features")
+    if (names := needing + ["--show"] * bool(options.show)) and not references.holds_images(data):
         raise InputError(f"`--reference` must be images for {' and '.join(names)}, got {data}, which holds statistics")
     reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
+    if protocol.needs("spatial"):
+        width, got = extractor.widths["spatial"], 0 if reference.spatial is None else reference.spatial.mean.size
+        if got != width:
+            needed = f"images or have mu_s and sigma_s of {width} features for sfid"
+            raise InputError(f"`--reference` must be {needed}, got {data}, which has {got or 'none'}")
     # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
     known = reference.split or ("train" if reference.shape else None)
     if split not in (None, known):
         what = _spelled(protocol, "reference_split") if protocol.reference_split else "`--reference-split`"
         raise InputError(f"{what} must be that of {data}, {known or 'no part that it names'}, got {split}")
     references.check_reference_count(protocol, data, reference.statistics.count)
-    return reference
+    if not needing:
+        return reference
+    return references.with_images(reference, data, shape, extractor, protocol, accelerator, progress)
 
 
 def _reference_images(

@@ -155,6 +155,9 @@ class Evaluator:
             assert self.held_out is not None
             source = ", ".join(filter(None, (self.held_out.name, self.held_out.split)))
             settings[name] |= {"held_out": source, "held_out_hash": self.held_out.hash}
+        if self.reference.beside_statistics is not None:
+            for name in self.protocol.needing("reference features"):
+                settings[name] |= {"reference_images": self.reference.beside_statistics}
         return settings
 
     def record(

@@ -3,7 +3,7 @@
 `fid`, the distance, is computed in any case; `sfid` is the distance in Inception's spatial features (Nash et al. 2021,
 arXiv 2103.03841). `kid`, `isc` and `prc` are torch-fidelity's. `dc` is density and coverage (Naeem et al. 2020, arXiv
 2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797); for `fd-inf` and `fdr` see
-`evaluation.jackknife`.
+`evaluation.jackknife`, for `isc-adm` and `prc-adm` `evaluation.adm`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation import adm
 from dia_diffusion.evaluation.features.extractor import exact_float32
 from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
 from dia_diffusion.evaluation.jackknife import extrapolated_distance, relative_distance
@@ -131,7 +132,13 @@ def _isc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     return {"IS": values["inception_score_mean"], "IS std": values["inception_score_std"]}
 
 
+def _adm_isc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.logits is not None
+    return {"IS-ADM": adm.inception_score(inputs.logits, settings["split_size"])}
+
+
 PRC_NAMES = ("precision", "recall", "f_score")
+ADM_PRC_NAMES = ("precision-ADM", "recall-ADM")
 
 
 def _prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -140,6 +147,12 @@ def _prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     batch = 1000  # rows of distances at once: memory, not meaning
     values = prc_features_to_metric(*pair, **settings, prc_batch_size=batch, save_cpu_ram=True, verbose=False)
     return {name: values[name] for name in PRC_NAMES}
+
+
+def _adm_prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
+    assert inputs.features is not None and inputs.reference_features is not None
+    pair = (inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device))
+    return dict(zip(ADM_PRC_NAMES, adm.precision_recall(*pair, settings["neighbors"]), strict=True))
 
 
 ROWS = 1000  # rows of pairwise distances held at once
@@ -226,6 +239,26 @@ METRICS.register(
         needs=("features", "reference features"),
         settings={"prc_neighborhood": 3},
         min_images=lambda settings: int(settings["prc_neighborhood"]) + 1,
+    ),
+)
+METRICS.register(
+    "isc-adm",
+    Metric(
+        ("IS-ADM",),
+        _adm_isc,
+        needs=("logits",),
+        settings={"split_size": 5000},
+        inception_names=("IS-ADM",),
+    ),
+)
+METRICS.register(
+    "prc-adm",
+    Metric(
+        ADM_PRC_NAMES,
+        _adm_prc,
+        needs=("features", "reference features"),
+        settings={"neighbors": 3, "squared_distances": "float16"},
+        min_images=lambda settings: int(settings["neighbors"]) + 1,
     ),
 )
 METRICS.register(

@@ -16,8 +16,9 @@ import torch
 from accelerate import Accelerator
 
 from dia_diffusion.data import ImageSet
+from dia_diffusion.data.arrays import numpy_archive
 from dia_diffusion.data.sources import open_images_on_ranks
-from dia_diffusion.distributed import first_on_each_machine
+from dia_diffusion.distributed import first_on_each_machine, on_all_ranks
 from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.feature_store import batches_of, filled_store
@@ -54,7 +55,9 @@ class Reference:
     features: torch.Tensor | None = None
     """(M, D), on rank 0 and only if a metric needs them."""
     spatial: FeatureStatistics | GivenMoments | None = None
-    """The statistics of the extractor's spatial features, only if a metric needs them."""
+    """The statistics of the extractor's spatial features, if a metric needs them or a file has them."""
+    beside_statistics: int | None = None
+    """How many images `features` are of, where a file has these beside statistics of other images."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,10 @@ def _hash(values: dict[str, object]) -> str:
 
 NPZ_KEYS = "mu and sigma (as of pytorch-fid and U-ViT) or pool_3 (as of score_sde)"
 MOMENTS = {"mu", "sigma", "pool_3"}
+SPATIAL_MOMENTS = {"mu_s", "sigma_s"}
+"""Of ADM's reference batches, for sFID."""
 IMAGES = {"images", "arr_0"}
-"""The keys of an .npz of images, which ADM writes beside moments at times."""
+"""The keys of an .npz of images; ADM's reference batches have 10,000 beside statistics of the whole data set."""
 TEXTS = ("source", "images_hash", "features", "features_hash")
 
 
@@ -276,6 +281,8 @@ class StatisticsFile:
     provenance: dict[str, Any] | None
     """TEXTS, split (None: the source has no parts), shape (C, H, W) of the images and more; None for an npz, which says
     nothing of them."""
+    spatial: GivenMoments | None = None
+    """Of an npz with mu_s and sigma_s."""
 
     @property
     def features(self) -> str | None:
@@ -288,14 +295,24 @@ def is_statistics_file(source: str | Path) -> bool:
     path = Path(source)
     if path.is_dir() or path.suffix not in (".safetensors", ".npz"):
         return False
-    if path.suffix == ".safetensors" or not path.is_file() or not zipfile.is_zipfile(path):
-        return True
+    keys = _npz_keys(path)
+    return bool(keys & MOMENTS) or not keys & IMAGES
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether a file of statistics has images beside them, as ADM's reference batches have."""
+    return bool(_npz_keys(Path(path)) & IMAGES)
+
+
+def _npz_keys(path: Path) -> set[str]:
+    """The names of an .npz file's arrays; none for other files, and for damaged ones, which reading will tell."""
+    if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
+        return set()
     try:
         with zipfile.ZipFile(path) as archive:
-            keys = {name.removesuffix(".npy") for name in archive.namelist()}
+            return {name.removesuffix(".npy") for name in archive.namelist()}
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return True  # which reading it will tell
-    return bool(keys & MOMENTS) or not keys & IMAGES
+        return set()
 
 
 def write_statistics(path: str | Path, reference: Reference, extractor: FeatureExtractor) -> None:
@@ -330,7 +347,8 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     if not path.is_file():
         raise InputError(f"statistics must be a file of `dia-diffusion stats make` or an npz, got {path}: no such file")
     if path.suffix == ".npz":
-        return StatisticsFile(path, _read_npz(path), None)
+        statistics, spatial = _read_npz(path)
+        return StatisticsFile(path, statistics, None, spatial)
     statistics, provenance = FeatureStatistics.load(path)
     if not isinstance(provenance, dict) or not all(isinstance(provenance.get(name), str) for name in TEXTS):
         raise InputError(f"{path} doesn't say what it was made of, which takes texts for {', '.join(TEXTS)}")
@@ -361,9 +379,41 @@ def open_reference(path: str | Path, extractor: FeatureExtractor, shape: tuple[i
     if (found := file.statistics.mean.size) != extractor.num_features:
         raise InputError(f"{path} holds statistics of {found} features; {extractor.name} has {extractor.num_features}")
     if file.provenance is None:
-        return Reference(file.path.name, None, None, sha256_of_file(path), file.statistics)
+        return Reference(file.path.name, None, None, sha256_of_file(path), file.statistics, spatial=file.spatial)
     known = file.provenance
     return Reference(known["source"], known["split"], made_of, known["images_hash"], file.statistics)
+
+
+def with_images(
+    reference: Reference,
+    path: str,
+    shape: tuple[int, int, int],
+    extractor: FeatureExtractor,
+    protocol: EvalProtocol,
+    accelerator: Accelerator,
+    progress: Progress,
+) -> Reference:
+    """The reference that a file of statistics is, with the features of the images that it has beside them.
+
+    Raises InputError for images of another shape than those measured, (C, H, W): reduced to that, they wouldn't be what
+    the statistics are of. Or if they are too few for a metric.
+    """
+
+    def check() -> None:
+        pixels = numpy_archive(Path(path)).array
+        assert pixels is not None
+        height, width, channels = pixels.shape[1:]
+        if (channels, height, width) != shape:
+            raise InputError(
+                f"`--reference` must hold images of {_sizes(shape)}, as are measured, got {path} with images of "
+                f"{_sizes((channels, height, width))}"
+            )
+        protocol.check_count(len(pixels), reference=True)
+
+    on_all_ranks(accelerator, check)
+    images = open_images_on_ranks(path, accelerator, progress, channels=shape[0])
+    features = reference_features(images, extractor, accelerator, progress)
+    return replace(reference, features=features, beside_statistics=len(images))
 
 
 def refuse_incomparable(a: StatisticsFile, b: StatisticsFile) -> None:
@@ -386,12 +436,13 @@ def _refuse_other_features(file: StatisticsFile, features: str, weights_hash: st
         )
 
 
-def _read_npz(path: Path) -> FeatureStatistics | GivenMoments:
+def _read_npz(path: Path) -> tuple[FeatureStatistics | GivenMoments, GivenMoments | None]:
+    """The statistics of features and, of ADM's files, those of spatial features."""
     try:
         with np.load(path, allow_pickle=False) as file:
             refuse_bomb(file.zip, path)
             keys = file.files
-            arrays = {name: file[name] for name in sorted(MOMENTS) if name in keys}
+            arrays = {name: file[name] for name in sorted(MOMENTS | SPATIAL_MOMENTS) if name in keys}
             if any(isinstance(array, bytes) for array in arrays.values()):  # as numpy gives what is in no .npy format
                 raise ValueError("its entries are no arrays")
     except Exception as error:  # a damaged archive or header can raise almost anything
@@ -402,18 +453,24 @@ def _read_npz(path: Path) -> FeatureStatistics | GivenMoments:
         if not np.issubdtype(array.dtype, np.floating):
             raise InputError(f"{name} in {path} must be floating point numbers, got {array.dtype}")
     if {"mu", "sigma"} <= arrays.keys():
-        moments = GivenMoments(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-        check_moments(path, moments.mean, moments.covariance)
-        values = np.linalg.eigvalsh(moments.covariance)  # ascending
-        if values[0] < -1e-3 * values[-1]:
-            raise InputError(
-                f"sigma in {path} must be a covariance, with eigenvalues of 0 or more, got {values[0]:.3g} to "
-                f"{values[-1]:.3g}"
-            )
-        return moments
+        spatial = _moments(path, arrays, "mu_s", "sigma_s") if arrays.keys() >= SPATIAL_MOMENTS else None
+        return _moments(path, arrays, "mu", "sigma"), spatial
     if "pool_3" in arrays:
-        return _of_features(path, arrays["pool_3"])
+        return _of_features(path, arrays["pool_3"]), None
     raise InputError(f"the keys of {path} must be {NPZ_KEYS}, got {one_line(', '.join(keys)) or 'none'}")
+
+
+def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> GivenMoments:
+    """The moments under these keys."""
+    moments = GivenMoments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
+    check_moments(path, moments.mean, moments.covariance)
+    values = np.linalg.eigvalsh(moments.covariance)  # ascending
+    if values[0] < -1e-3 * values[-1]:
+        raise InputError(
+            f"{covariance} in {path} must be a covariance, with eigenvalues of 0 or more, got {values[0]:.3g} to "
+            f"{values[-1]:.3g}"
+        )
+    return moments
 
 
 def _of_features(path: Path, features: np.ndarray, block: int = 4096) -> FeatureStatistics:

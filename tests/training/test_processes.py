@@ -124,7 +124,7 @@ def second_process_in(folder: Path) -> None:
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / "run"]
-    command += ["--train.max_steps", 100000, "--train.checkpoint_every", 90000]
+    command += ["--train.max_steps", 1000, "--train.checkpoint_every", 900]
     gate = tmp_path / "gate"
     running = start_connected(*command, logs=tmp_path, prepare=partial(hold_steps, 3, gate, 0))
     running[0].until(gate.exists)
@@ -137,7 +137,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) -> None:
     """The one launch here by torchrun itself, as people start it."""
-    options = ["--train.max_steps", "100000", "--train.checkpoint_every", "90000"]
+    options = ["--train.max_steps", "100000", "--train.checkpoint_every", "90000", "--train.compile", "false"]
     command, environment = torchrun(tmp_path, "run", 2, *options)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file() or process.poll() is not None)
