@@ -26,6 +26,7 @@ class Options(fid.Options):
     every_step: ClassVar = False  # type: ignore[misc]
     record: ClassVar = None  # type: ignore[misc]
     sweep: ClassVar = ()  # type: ignore[misc]
+    show: ClassVar = 0  # type: ignore[misc]
 
     source: Annotated[str, Positional("RUN")]
     """A run folder."""

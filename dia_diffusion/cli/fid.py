@@ -84,6 +84,8 @@ class Options(SamplingOptions, FeatureOptions):
     sweep: Annotated[tuple[str, ...], Metavar("KEY=VALUE,VALUE")] = ()
     """Measures the grid of these values, such as guidance_scale=1,1.5,2 steps=10,25. Of sampler, steps, guidance_scale,
     guidance_interval (none,0.3:5), guide, precision, step, width and decay; the last two are averages as of ema."""
+    show: int = Field(0, ge=0)
+    """Samples to show on a page beside the records, with their nearest reference images, the best and the worst."""
     record: Path | None = None
     """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
 
@@ -91,6 +93,7 @@ class Options(SamplingOptions, FeatureOptions):
     def _check(self) -> "Options":
         refuse_both(self, "step", "every_step")
         refuse_both(self, "sweep", "every_step")
+        refuse_both(self, "sweep", "show")
         return self
 
 
@@ -198,6 +201,10 @@ def _measure(
                 own.append(record)
             if any(added for _, added in measured) and source.folder is None and accelerator.is_main_process:
                 console.print(f"recorded in {file}")
+            for plan, extractor in zip(plans, extractors, strict=True) if plans[0].options.show else ():
+                page = _show(plan, source, shape, extractor, accelerator, progress)
+                if accelerator.is_main_process:
+                    console.print(f"samples: {page}")
     if accelerator.is_main_process:
         for plan, extractor, own in zip(plans, extractors, records, strict=True):
             show(own, plan.protocols[0])
@@ -218,6 +225,21 @@ def _load_features(plan: _Plan, accelerator: "Accelerator") -> "FeatureExtractor
     check_features(plan.options, protocol, extractor.name)
     protocol.check_layers(extractor)
     return extractor
+
+
+def _show(
+    plan: _Plan,
+    source: "ImageSource",
+    shape: tuple[int, int, int],
+    extractor: "FeatureExtractor",
+    accelerator: "Accelerator",
+    progress: Progress,
+) -> Path:
+    from dia_diffusion.cli.fid_show import show_samples
+
+    images = _reference_images(plan.options, plan.protocols[0], plan.reference_data, shape, accelerator, progress)
+    folder = plan.files[source.folder].parent
+    return show_samples(source, plan.options.show, images, extractor, accelerator, progress, folder)
 
 
 def _evaluator(
@@ -434,20 +456,16 @@ def _reference(
     progress: Progress,
 ) -> "Reference":
     """The reference: a file of statistics, or images reduced to the shape that is measured."""
-    from dia_diffusion.data.sources import open_images_on_ranks
     from dia_diffusion.distributed import on_all_ranks
     from dia_diffusion.evaluation import reference as references
 
     split = protocol.reference_split or options.reference_split
     if not references.is_statistics_file(data):
-        opening = {"split": split or "train", "size": shape[1], "channels": shape[0]}
-        images = open_images_on_ranks(data, accelerator, progress, **opening)
+        images = _reference_images(options, protocol, data, shape, accelerator, progress)
         return references.measure_reference(images, extractor, protocol, accelerator, progress)
     needing = protocol.needing("reference features")
-    if needing and not references.holds_images(data):
-        raise InputError(
-            f"`--reference` must be images for {' and '.join(needing)}, got {data}, which holds statistics"
-        )
+    if (names := needing + ["--show"] * bool(options.show)) and not references.holds_images(data):
+        raise InputError(f"`--reference` must be images for {' and '.join(names)}, got {data}, which holds statistics")
     reference = on_all_ranks(accelerator, lambda: references.open_reference(data, extractor, shape))
     if protocol.needs("spatial"):
         width, got = extractor.widths["spatial"], 0 if reference.spatial is None else reference.spatial.mean.size
@@ -463,6 +481,20 @@ def _reference(
     if not needing:
         return reference
     return references.with_images(reference, data, shape, extractor, protocol, accelerator, progress)
+
+
+def _reference_images(
+    options: Options,
+    protocol: "EvalProtocol",
+    data: str,
+    shape: tuple[int, int, int],
+    accelerator: "Accelerator",
+    progress: Progress,
+) -> "ImageSet":
+    from dia_diffusion.data.sources import open_images_on_ranks
+
+    split = protocol.reference_split or options.reference_split or "train"
+    return open_images_on_ranks(data, accelerator, progress, split=split, size=shape[1], channels=shape[0])
 
 
 def _measuring(progress: Progress) -> Any:

@@ -238,9 +238,9 @@ def _fill(
 ) -> None:
     missing = broadcast_from_rank_zero(  # of each store
         accelerator,
-        lambda: [[(chunk.start, chunk.stop) for chunk in store.missing] if store else [] for store in stores],
+        lambda: [[[chunk.start, chunk.stop] for chunk in store.missing] if store else [] for store in stores],
     )
-    chunks = sorted(set().union(*missing))
+    chunks = sorted({(start, stop) for own in missing for start, stop in own})
     what, done = f"measuring {name}", float(count - sum(stop - start for start, stop in chunks))
     if done and accelerator.is_main_process:
         progress.message(f"resuming after {done:,.0f} of {count:,} images")
@@ -254,7 +254,7 @@ def _fill(
 
     for start, stop in chunks:
         began = time.monotonic()
-        without = [place for place, own in enumerate(missing) if (start, stop) in own]
+        without = [place for place, own in enumerate(missing) if [start, stop] in own]
         mine = shard(range(start, stop), accelerator.process_index, accelerator.num_processes)
         measure = partial(_measure, mine, images, [judges[place] for place in without], name, advance)
         for place, share in zip(without, on_all_ranks(accelerator, measure), strict=True):

@@ -1,0 +1,58 @@
+"""Nearest reference images against numbers known beforehand, and the page of `fid --show`."""
+
+import re
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dia_diffusion.cli.main import main
+from dia_diffusion.evaluation.neighbors import find_neighbors
+
+
+def test_copies_and_outliers() -> None:
+    """Real images lie on a line at 1000, 1001, ...: each is 1 from its nearest, whatever cdist's rounding."""
+    reference = torch.stack([torch.arange(1000.0, 1300.0), torch.zeros(300)], dim=1)
+    samples = torch.tensor([[1200.0, 0.0], [1100.25, 0.0], [1299.0, 50.0]])
+    found = find_neighbors(samples, reference, torch.device("cpu"))
+    np.testing.assert_array_equal(found.nearest, [200, 100, 299])
+    np.testing.assert_allclose(found.distances, [0, 0.25, 50], atol=1e-6)
+    np.testing.assert_array_equal(found.percentiles, [0, 0, 100])
+    np.testing.assert_allclose(found.sparsity, [2, 2.25, np.hypot(4, 50)], rtol=1e-6)
+
+
+def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test digits, of which one is replaced by a training digit."""
+    from dia_diffusion.data import open_images
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = open_images("digits", split="test", channels=1).read(range(12))
+    images[7] = open_images("digits", split="train", channels=1).read([345])[0]
+    for index, image in enumerate(images):
+        Image.fromarray(image[0]).save(folder / f"{index:02d}.png")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "12"]) == 0
+    html = (tmp_path / "show-images-digits.html").read_text()
+    captions = re.findall("<figcaption>(.*?)</figcaption>", html)
+    assert captions[0] == "image 7: 0.0000, 0 %"
+    assert len(captions) == 12 + 6 + 6 and html.count("data:image/png") == 24 + 12
+    assert "http" not in html
+    first, second = re.findall('src="(data:[^"]*)"', html)[:2]
+    assert first == second
+    with urllib.request.urlopen(first) as file:
+        shown = np.array(Image.open(file))
+    np.testing.assert_array_equal(shown[:, :, 0], images[7, 0])
+
+
+def test_statistics_have_no_images_to_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("s.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert main(["fid", "digits", "--features", "digits", "--reference", "s.npz", "--show", "4"]) == 2
+    assert "`--reference` must be images for --show, got s.npz, which holds statistics" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.jsonl"))
