@@ -105,3 +105,14 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (lone.parent / "state.json").write_text("{}")
     assert "state.json is missing, truncated or corrupted" in error_of(["ema", averages, "--width", "0.1"], capsys)
     assert main(["ema", str(averages), "--width", "0.1", "--step", "19"]) == 0, "those after the step don't count"
+
+
+def test_fid_sweeps_widths_and_steps(averages: Path) -> None:
+    fid = ["fid", str(averages), "--reference", "digits", "--num", "40"]
+    assert main([*fid, "--sweep", "width=0.05,0.1", "steps=2,3"]) == 0
+    made = averages / "averages" / "step-00000020"
+    written = json.loads((made / "sweep-width-steps.json").read_text())
+    distances = [record.distance for w in (0.05, 0.1) for record in read_records(made / f"width-{w}/evaluations.jsonl")]
+    assert [point["distance"] for point in written["points"]] == distances and len(set(distances)) == 4
+    assert written["points"][1]["settings"] == {"width": 0.05, "steps": 3}
+    assert (made / "sweep-width-steps.png").is_file()
