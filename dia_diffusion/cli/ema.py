@@ -3,7 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -14,18 +14,11 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_name, write_json
 
 
-class Options(fid.Options):
+class Options(fid.MeasureOptions):
     """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
 
     The other options are those of fid.
     """
-
-    split: ClassVar = None  # type: ignore[misc]
-    size: ClassVar = None  # type: ignore[misc]
-    channels: ClassVar = 3  # type: ignore[misc]
-    every_step: ClassVar = False  # type: ignore[misc]
-    record: ClassVar = None  # type: ignore[misc]
-    sweep: ClassVar = ()  # type: ignore[misc]
 
     source: Annotated[str, Positional("RUN")]
     """A run folder."""
@@ -43,7 +36,7 @@ class Options(fid.Options):
         refuse_both(self, "width", "decay")
         if not self.width and not self.decay:
             raise InputError("`--width` is missing, or `--decay`")
-        asked = self.model_fields_set & fid.Options.model_fields.keys() - {"source", "step"}
+        asked = self.model_fields_set & fid.MeasureOptions.model_fields.keys()
         if asked and not self.measures:
             raise InputError(f"`{flag([min(asked)])}` must be left out without `--protocol` or `--reference`")
         return self
