@@ -12,13 +12,11 @@ from dia_diffusion.cli.console import console
 from dia_diffusion.cli.options import Positional, flag, refuse_both
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_name, write_json
+from dia_diffusion.validation import Strict
 
 
-class Options(fid.MeasureOptions):
-    """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
-
-    The other options are those of fid.
-    """
+class AverageOptions(Strict):
+    """Which averages are made, and where."""
 
     source: Annotated[str, Positional("RUN")]
     """A run folder."""
@@ -30,6 +28,13 @@ class Options(fid.MeasureOptions):
     """That of a snapshot, or a checkpoint for --decay; the newest if not given."""
     out: Path | None = None
     """The pipeline's folder, or the folder of several; if not given, in RUN/averages."""
+
+
+class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base first
+    """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
+
+    The other options are those of fid.
+    """
 
     @model_validator(mode="after")
     def _check_averages(self) -> "Options":

@@ -78,6 +78,13 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
     assert not (averages / "evaluations.jsonl").exists()
 
 
+def test_help_lists_own_options_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ema", "--help"]) == 0
+    text = capsys.readouterr().out.partition("options:")[2]
+    options = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert options[:4] == ["--width", "--decay", "--step", "--out"]
+
+
 def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(averages, plain)
