@@ -87,8 +87,8 @@ def _make(run: str, step: int | None, widths: list[float], decays: list[float], 
     from dia_diffusion.training.snapshots import Snapshots, choose_step, save_decay
 
     step = choose_step(run, "snapshot" if widths else "checkpoint", step)
-    names = [*(average_name(width=width) for width in widths), *(average_name(decay=decay) for decay in decays)]
     folder = out or RunFolder(run).averages / step_name(step)
+    names = [average_name(width=width) for width in widths] or [average_name(decay=decay) for decay in decays]
     places = [out] if out and len(names) == 1 else [folder / name for name in names]
     if widths:
         snapshots = Snapshots(run, step)
@@ -97,7 +97,8 @@ def _make(run: str, step: int | None, widths: list[float], decays: list[float], 
         for width, place in zip(widths, places, strict=True):
             residual = snapshots.save(width, place)
             console.print(f"width {width} after step {step:,}, residual {residual:.2%}: {place}")
-    for decay, place in zip(decays, places, strict=True) if decays else ():
-        save_decay(run, decay, step, place)
-        console.print(f"decay {decay} after step {step:,}: {place}")
+    else:
+        for decay, place in zip(decays, places, strict=True):
+            save_decay(run, decay, step, place)
+            console.print(f"decay {decay} after step {step:,}: {place}")
     return [str(place) for place in places]
