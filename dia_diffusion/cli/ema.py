@@ -41,6 +41,10 @@ class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base
         refuse_both(self, "width", "decay")
         if not self.width and not self.decay:
             raise InputError("`--width` is missing, or `--decay`")
+        values = self.width or self.decay or []
+        if len({*values}) < len(values):
+            name = flag(["width" if self.width else "decay"])
+            raise InputError(f"`{name}` must be different numbers, got {','.join(map(str, values))}")
         asked = self.model_fields_set & fid.MeasureOptions.model_fields.keys()
         if asked and not self.measures:
             raise InputError(f"`{flag([min(asked)])}` must be left out without `--protocol` or `--reference`")

@@ -94,6 +94,8 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([averages], "`--width` is missing, or `--decay`"),
         ([averages, "--width", "0.1", "--decay", "0.5"], "`--decay` must be left out beside `--width`"),
         ([averages, "--width", "wide"], "each of `--width` must be a number, got 'wide'"),
+        ([averages, "--width", "0.07,0.070"], "`--width` must be different numbers, got 0.07,0.07"),
+        ([averages, "--decay", "0.5,0.5"], "`--decay` must be different numbers, got 0.5,0.5"),
         ([averages, "--width", "0.1", "--num", "80"], "`--num` must be left out without `--protocol` or `--reference`"),
         ([averages, "--width", "0.1", "--protocol", "none"], "a protocol must be a YAML file or one of"),
         ([plain, "--width", "0.1"], f"{plain} has no snapshots"),
