@@ -179,10 +179,17 @@ def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
 
 
 def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: int | None) -> int:
-    """The step asked for, or the newest. Raises InputError if the run has no snapshot or checkpoint of it."""
-    places = step_folders(getattr(RunFolder(run), f"{what}s"))
+    """The step asked for, or the newest. Raises InputError if that is no run, or has no snapshot or checkpoint of it."""
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        got = "a folder without one" if folder.path.is_dir() else "no such folder"
+        raise InputError(f"`RUN` must be a run's folder, which has a config.yaml, got {run}, {got}")
+    places = step_folders(getattr(folder, f"{what}s"))
+    if not places and what == "snapshot":
+        trained = "a run trained with `ema.power_widths` and `ema.snapshot_every`"
+        raise InputError(f"`RUN` must be {trained}, got {run}, which has no snapshots")
     if not places:
-        raise InputError(f"{run} has no {what}s")
+        raise InputError(f"`RUN` must be a run with checkpoints, got {run}, which has none")
     if step is not None and step not in places:
         steps = f"the {len(places)} from {min(places)} to {max(places)}"
         raise InputError(f"`--step` must be that of a {what} of {run}, one of {steps}, got {step}")
