@@ -109,9 +109,16 @@ class Snapshots:
         pairs = zip(self._possible(known), known, strict=True)
         groups = [list(group) for possible, group in groupby(pairs, lambda pair: pair[0]) if possible]
         ranges = " or ".join(f"from {group[0][1]:.3g} to {group[-1][1]:.3g}" for group in groups)
+        why = ""
+        if MIN_WIDTH <= width <= MAX_POWER_WIDTH:
+            weights, (residual,) = self.solve([width])
+            why = f", with residual {residual:.2%}, above {MAX_RESIDUAL:.0%}"
+            if residual <= MAX_RESIDUAL:
+                amplification = np.abs(weights).sum()
+                why = f", with absolute weights of sum {amplification:,.0f}, above {MAX_AMPLIFICATION:,}"
         raise InputError(
             f"`--width` must be {ranges}, which the {len(self.states)} snapshots in {self.folder} up to step "
-            f"{self.step} can give, got {width:g}"
+            f"{self.step} can give, got {width:g}{why}"
         )
 
     def _possible(self, widths: Sequence[float] | Array) -> Any:
@@ -179,7 +186,7 @@ def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
 
 
 def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: int | None) -> int:
-    """The step asked for, or the newest. Raises InputError if that is no run, or has no snapshot or checkpoint of it."""
+    """The step asked for, or the newest. Raises InputError: no run, or no snapshot or checkpoint of that step."""
     folder = RunFolder(run)
     if not folder.config.is_file():
         got = "a folder without one" if folder.path.is_dir() else "no such folder"

@@ -8,8 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from dia_diffusion.cli.main import main
+from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_text
+from dia_diffusion.training.snapshots import Snapshots
 from tests.cli.one_line import error_of
 from tests.training.conftest import TINY
 
@@ -78,6 +80,14 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
     assert not (averages / "evaluations.jsonl").exists()
 
 
+def test_a_width_of_large_weights_is_refused(with_snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dia_diffusion.training.snapshots.MAX_AMPLIFICATION", 1.01)
+    snapshots = Snapshots(with_snapshots)
+    snapshots.check_width(0.1)  # one that was kept: a sum of one
+    with pytest.raises(InputError, match=r"got 0\.15, with absolute weights of sum \d+, above 1\.01"):
+        snapshots.check_width(0.15)
+
+
 def test_help_lists_own_options_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ema", "--help"]) == 0
     text = capsys.readouterr().out.partition("options:")[2]
@@ -106,6 +116,7 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([averages, "--decay", "0.9"], "`--decay` must be among ema.further_decays"),
         ([averages, "--width", "0.005"], "`--width` must be from 0.0"),
         ([averages, "--width", "0.1,0.5"], "`--width` must be from 0.0"),
+        ([averages, "--width", "0.005"], "got 0.005, with residual "),
         ([averages, "--width", "0"], "`--width` must be from 0.0"),
     ):
         assert line in error_of(["ema", *arguments], capsys)
