@@ -80,6 +80,19 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
     assert not (averages / "evaluations.jsonl").exists()
 
 
+def test_weights_are_solved_once_per_width(
+    with_snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+    solve = Snapshots.solve
+    monkeypatch.setattr(Snapshots, "solve", lambda self, widths: solved.append(widths) or solve(self, widths))
+    snapshots = Snapshots(with_snapshots)
+    for width in (0.07, 0.08):
+        snapshots.check_width(width)
+        snapshots.save(width, tmp_path / str(width))
+    assert solved == [[0.07], [0.08]]
+
+
 def test_a_width_of_large_weights_is_refused(with_snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dia_diffusion.training.snapshots.MAX_AMPLIFICATION", 1.01)
     snapshots = Snapshots(with_snapshots)
