@@ -58,10 +58,8 @@ class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base
 
 def run(options: Options) -> None:
     """Writes the pipelines that aren't there, and measures them; draws a figure of several widths."""
-    from dia_diffusion.evaluation.protocol import EvalProtocol
-
-    if options.protocol is not None:
-        EvalProtocol.read(options.protocol)  # before anything is made
+    if options.measures:
+        _check_measuring(options)
     places = make_averages(options.source, options.step, options.width, options.decay, options.out)
     if not options.measures:
         return
@@ -73,6 +71,35 @@ def run(options: Options) -> None:
         points = draw_widths(options.width, records, figure)
         write_json(figure.with_suffix(".json"), points)
         console.print(f"{len(points)} widths: {figure}, numbers in {figure.with_suffix('.json')}")
+
+
+def _check_measuring(options: Options) -> None:
+    """Raises InputError, before pipelines are written, for what can't be measured of the run's recipe."""
+    from dia_diffusion.data.sources import find_format
+    from dia_diffusion.evaluation.record import check_record_file
+    from dia_diffusion.sampling.load import load_guide
+    from dia_diffusion.training.diffusion import check_samples
+    from dia_diffusion.training.recipe import read_experiment
+    from dia_diffusion.training.run_folder import RunFolder
+    from dia_diffusion.training.snapshots import choose_step
+
+    choose_step(options.source, "snapshot" if options.width else "checkpoint", options.step)
+    experiment = read_experiment(str(RunFolder(options.source).config))
+    reference = options.reference or str(experiment.data.source)
+    if find_format(reference) is None and not Path(reference).exists():
+        raise InputError(f"`--reference` must be images or a file of statistics, got {reference}, which isn't here")
+    if options.record is not None:
+        check_record_file(options.record)
+    for one in fid.per_features(options):
+        protocol = fid.resolve_protocol(one, True, reference)
+        protocol.check_count(protocol.num_samples)
+        guide = None if protocol.guide is None else load_guide(protocol.guide)
+        check_samples(experiment, protocol.sampling, guide)
+        if guide is None and protocol.guidance_scale != 1 and not experiment.data.label_dropout:
+            raise InputError(
+                f"`--guidance-scale` must be 1 for {options.source}, which was trained with data.label_dropout 0, got "
+                f"{protocol.guidance_scale}"
+            )
 
 
 def make_averages(

@@ -83,10 +83,14 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
 def test_weights_are_solved_once_per_width(
     with_snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solved = []
-    solve = Snapshots.solve
-    monkeypatch.setattr(Snapshots, "solve", lambda self, widths: solved.append(widths) or solve(self, widths))
-    snapshots = Snapshots(with_snapshots)
+    snapshots, solved = Snapshots(with_snapshots), []
+    solve = snapshots.solve
+
+    def counted(widths: list[float]) -> object:
+        solved.append(widths)
+        return solve(widths)
+
+    monkeypatch.setattr(snapshots, "solve", counted)
     for width in (0.07, 0.08):
         snapshots.check_width(width)
         snapshots.save(width, tmp_path / str(width))
@@ -109,7 +113,7 @@ def test_help_lists_own_options_first(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = tmp_path / "plain"
+    plain, measured = tmp_path / "plain", ["--reference", "digits"]
     shutil.copytree(averages, plain)
     shutil.rmtree(plain / "snapshots")
     shutil.rmtree(plain / "checkpoints")
@@ -124,6 +128,11 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([tmp_path / "no", "--width", "0.1"], "`RUN` must be a run's folder, which has a config.yaml, got"),
         ([averages / "pipelines" / "step-00000020", "--decay", "0.5"], "step-00000020, a folder without one"),
         ([plain, "--width", "0.1"], "`RUN` must be a run trained with `ema.power_widths` and `ema.snapshot_every`"),
+        ([averages, "--width", "0.07", "--reference", "/no"], "`--reference` must be images or a file of statistics"),
+        ([averages, "--width", "0.07", *measured, "--guidance-scale", "2"], "guidance"),
+        ([averages, "--width", "0.07", *measured, "--classes", "3"], "classes"),
+        ([averages, "--decay", "0.5", *measured, "--sampler", "none"], "sampler"),
+        ([averages, "--decay", "0.5", *measured, "--guide", "/no", "--guidance-scale", "2"], "/no"),
         ([plain, "--decay", "0.5"], "`RUN` must be a run with checkpoints"),
         ([averages, "--width", "0.1", "--step", "21"], "`--step` must be that of a snapshot of"),
         ([averages, "--decay", "0.9"], "`--decay` must be among ema.further_decays"),
