@@ -3,7 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -12,21 +12,11 @@ from dia_diffusion.cli.console import console
 from dia_diffusion.cli.options import Positional, flag, refuse_both
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_name, write_json
+from dia_diffusion.validation import Strict
 
 
-class Options(fid.Options):
-    """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
-
-    The other options are those of fid.
-    """
-
-    split: ClassVar = None  # type: ignore[misc]
-    size: ClassVar = None  # type: ignore[misc]
-    channels: ClassVar = 3  # type: ignore[misc]
-    every_step: ClassVar = False  # type: ignore[misc]
-    record: ClassVar = None  # type: ignore[misc]
-    sweep: ClassVar = ()  # type: ignore[misc]
-    show: ClassVar = 0  # type: ignore[misc]
+class AverageOptions(Strict):
+    """Which averages are made, and where."""
 
     source: Annotated[str, Positional("RUN")]
     """A run folder."""
@@ -39,12 +29,23 @@ class Options(fid.Options):
     out: Path | None = None
     """The pipeline's folder, or the folder of several; if not given, in RUN/averages."""
 
+
+class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base first
+    """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
+
+    The other options are those of fid.
+    """
+
     @model_validator(mode="after")
     def _check_averages(self) -> "Options":
         refuse_both(self, "width", "decay")
         if not self.width and not self.decay:
             raise InputError("`--width` is missing, or `--decay`")
-        asked = self.model_fields_set & fid.Options.model_fields.keys() - {"source", "step"}
+        values = self.width or self.decay or []
+        if len({*values}) < len(values):
+            name = flag(["width" if self.width else "decay"])
+            raise InputError(f"`{name}` must be different numbers, got {','.join(map(str, values))}")
+        asked = self.model_fields_set & fid.MeasureOptions.model_fields.keys()
         if asked and not self.measures:
             raise InputError(f"`{flag([min(asked)])}` must be left out without `--protocol` or `--reference`")
         return self
@@ -57,10 +58,8 @@ class Options(fid.Options):
 
 def run(options: Options) -> None:
     """Writes the pipelines that aren't there, and measures them; draws a figure of several widths."""
-    from dia_diffusion.evaluation.protocol import EvalProtocol
-
-    if options.protocol is not None:
-        EvalProtocol.read(options.protocol)  # before anything is made
+    if options.measures:
+        _check_measuring(options)
     places = make_averages(options.source, options.step, options.width, options.decay, options.out)
     if not options.measures:
         return
@@ -72,6 +71,35 @@ def run(options: Options) -> None:
         points = draw_widths(options.width, records, figure)
         write_json(figure.with_suffix(".json"), points)
         console.print(f"{len(points)} widths: {figure}, numbers in {figure.with_suffix('.json')}")
+
+
+def _check_measuring(options: Options) -> None:
+    """Raises InputError, before pipelines are written, for what can't be measured of the run's recipe."""
+    from dia_diffusion.data.sources import find_format
+    from dia_diffusion.evaluation.record import check_record_file
+    from dia_diffusion.sampling.load import load_guide
+    from dia_diffusion.training.diffusion import check_samples
+    from dia_diffusion.training.recipe import read_experiment
+    from dia_diffusion.training.run_folder import RunFolder
+    from dia_diffusion.training.snapshots import choose_step
+
+    choose_step(options.source, "snapshot" if options.width else "checkpoint", options.step)
+    experiment = read_experiment(str(RunFolder(options.source).config))
+    reference = options.reference or str(experiment.data.source)
+    if find_format(reference) is None and not Path(reference).exists():
+        raise InputError(f"`--reference` must be images or a file of statistics, got {reference}, which isn't here")
+    if options.record is not None:
+        check_record_file(options.record)
+    for one in fid.per_features(options):
+        protocol = fid.resolve_protocol(one, True, reference)
+        protocol.check_count(protocol.num_samples)
+        guide = None if protocol.guide is None else load_guide(protocol.guide)
+        check_samples(experiment, protocol.sampling, guide)
+        if guide is None and protocol.guidance_scale != 1 and not experiment.data.label_dropout:
+            raise InputError(
+                f"`--guidance-scale` must be 1 for {options.source}, which was trained with data.label_dropout 0, got "
+                f"{protocol.guidance_scale}"
+            )
 
 
 def make_averages(
@@ -90,8 +118,8 @@ def _make(run: str, step: int | None, widths: list[float], decays: list[float], 
     from dia_diffusion.training.snapshots import Snapshots, choose_step, save_decay
 
     step = choose_step(run, "snapshot" if widths else "checkpoint", step)
-    names = [*(average_name(width=width) for width in widths), *(average_name(decay=decay) for decay in decays)]
     folder = out or RunFolder(run).averages / step_name(step)
+    names = [average_name(width=width) for width in widths] or [average_name(decay=decay) for decay in decays]
     places = [out] if out and len(names) == 1 else [folder / name for name in names]
     if widths:
         snapshots = Snapshots(run, step)
@@ -100,7 +128,8 @@ def _make(run: str, step: int | None, widths: list[float], decays: list[float], 
         for width, place in zip(widths, places, strict=True):
             residual = snapshots.save(width, place)
             console.print(f"width {width} after step {step:,}, residual {residual:.2%}: {place}")
-    for decay, place in zip(decays, places, strict=True) if decays else ():
-        save_decay(run, decay, step, place)
-        console.print(f"decay {decay} after step {step:,}: {place}")
+    else:
+        for decay, place in zip(decays, places, strict=True):
+            save_decay(run, decay, step, place)
+            console.print(f"decay {decay} after step {step:,}: {place}")
     return [str(place) for place in places]

@@ -45,11 +45,9 @@ DEFAULT_COUNT = 1000
 """Images of a pipeline."""
 
 
-class Options(SamplingOptions, FeatureOptions):
-    """Measures the Frechet distance of images to reference images."""
+class MeasureOptions(SamplingOptions, FeatureOptions):
+    """What `measure` uses, whatever the command."""
 
-    source: Annotated[str, Positional("SOURCE")]
-    """A pipeline, a run, or images: a folder, a zip, digits, ..."""
     reference: Annotated[str | None, Metavar("DATA")] = None
     """Images (a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10, cifar100), or a file of
     statistics; if not given, with --protocol, what a run was trained on."""
@@ -61,12 +59,6 @@ class Options(SamplingOptions, FeatureOptions):
     )
     reference_split: Split | None = None
     """Of the reference's images; train if not given."""
-    split: Split | None = None
-    """Of SOURCE, where it is images that have parts; train if not given."""
-    size: int | None = None
-    """Crop and resize images to this size; a pipeline's have their own."""
-    channels: Literal[1, 3] = 3
-    """Of images: 3, or 1 to measure them in gray."""
     num: int | None = Field(None, ge=2)
     """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
@@ -77,6 +69,23 @@ class Options(SamplingOptions, FeatureOptions):
     """Real images outside the reference, for fdr; if not given, the reference's other split."""
     bootstrap: int = 0
     """Resamples for the distance's 95 % interval; 0 for none."""
+    show: int = Field(0, ge=0)
+    """Samples to show on a page beside the records, with their nearest reference images, the best and the worst."""
+    record: Path | None = None
+    """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
+
+
+class Options(MeasureOptions):
+    """Measures the Frechet distance of images to reference images."""
+
+    source: Annotated[str, Positional("SOURCE")]
+    """A pipeline, a run, or images: a folder, a zip, digits, ..."""
+    split: Split | None = None
+    """Of SOURCE, where it is images that have parts; train if not given."""
+    size: int | None = None
+    """Crop and resize images to this size; a pipeline's have their own."""
+    channels: Literal[1, 3] = 3
+    """Of images: 3, or 1 to measure them in gray."""
     step: int | None = None
     """Which of a run's pipelines; the newest if not given."""
     every_step: bool = False
@@ -84,10 +93,6 @@ class Options(SamplingOptions, FeatureOptions):
     sweep: Annotated[tuple[str, ...], Metavar("KEY=VALUE,VALUE")] = ()
     """Measures the grid of these values, such as guidance_scale=1,1.5,2 steps=10,25. Of sampler, steps, guidance_scale,
     guidance_interval (none,0.3:5), guide, precision, step, width and decay; the last two are averages as of ema."""
-    show: int = Field(0, ge=0)
-    """Samples to show on a page beside the records, with their nearest reference images, the best and the worst."""
-    record: Path | None = None
-    """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
 
     @model_validator(mode="after")
     def _check(self) -> "Options":
@@ -110,7 +115,7 @@ def run(options: Options) -> None:
         measure(options, _pipelines(options) if is_model else [])
 
 
-def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
+def measure(options: MeasureOptions, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
     """Measures pipelines, or the source's images if there are none, in each of the features; records and prints it.
 
     Returns the records in each of the features.
@@ -122,7 +127,7 @@ def measure(options: Options, pipelines: list[Path]) -> "list[list[EvaluationRec
 
 
 def measure_points(
-    options: Options,
+    options: MeasureOptions,
     pipelines: list[Path],
     settings: Sequence[Mapping[str, Any]],
     show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
@@ -145,7 +150,7 @@ def measure_points(
     return records
 
 
-def per_features(options: Options) -> list[Options]:
+def per_features(options: MeasureOptions) -> list[MeasureOptions]:
     """The options with one name as `features`, for each of the names."""
     names = (options.features or "").split(",")
     if len(names) > 1 and options.weights_file is not None:
@@ -157,7 +162,7 @@ def per_features(options: Options) -> list[Options]:
 class _Plan:
     """What is measured in one of the features."""
 
-    options: Options
+    options: MeasureOptions
     reference_data: str
     protocols: "list[EvalProtocol]"
     """One for each of the settings."""
@@ -165,7 +170,7 @@ class _Plan:
     """For the records of each pipeline, or of the images."""
 
 
-def _plan(options: Options, pipelines: list[Path], settings: Sequence[Mapping[str, Any]]) -> _Plan:
+def _plan(options: MeasureOptions, pipelines: list[Path], settings: Sequence[Mapping[str, Any]]) -> _Plan:
     reference_data = options.reference or _training_images(options, pipelines)
     protocols = [resolve_protocol(options, bool(pipelines), reference_data, each) for each in settings]
     folders: list[Path | None] = [*pipelines] or [None]
@@ -272,7 +277,7 @@ EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
 
 def resolve_protocol(
-    options: Options, is_model: bool, reference: str, settings: Mapping[str, Any] | None = None
+    options: MeasureOptions, is_model: bool, reference: str, settings: Mapping[str, Any] | None = None
 ) -> "EvalProtocol":
     """The protocol that the options name, or that they are. Raises InputError for what can't be asked for.
 
@@ -317,7 +322,7 @@ def _refuse_ignored(options: Options, is_model: bool) -> None:
         raise InputError("`--reference` is missing; only a run or its pipeline with --protocol needs none")
 
 
-def _refuse_decided(options: Options, protocol: "EvalProtocol", is_model: bool) -> None:
+def _refuse_decided(options: MeasureOptions, protocol: "EvalProtocol", is_model: bool) -> None:
     """Raises InputError for an option that a named protocol decides."""
     for field in DECIDED:
         option, value = OPTION_OF.get(field, field), getattr(protocol, field)
@@ -350,14 +355,14 @@ def _spelled(protocol: "EvalProtocol", field: str) -> str:
 # Records.
 
 
-def _records_file(options: Options, pipeline: Path | None = None) -> Path:
+def _records_file(options: MeasureOptions, pipeline: Path | None = None) -> Path:
     """Where the records of a pipeline, or of images, are kept."""
     from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
 
     return options.record or (Path(EVALUATIONS) if pipeline is None else records_file(pipeline))
 
 
-def _check_records(options: Options, protocol: "EvalProtocol", files: "dict[Path | None, Path]") -> None:
+def _check_records(options: MeasureOptions, protocol: "EvalProtocol", files: "dict[Path | None, Path]") -> None:
     """Raises InputError for pipelines of other weights, files that can't be used, and records of a changed protocol."""
     from dia_diffusion.evaluation.record import check_record_file, read_records
     from dia_diffusion.pipelines.folder import read_training
@@ -388,7 +393,7 @@ def _pipelines(options: Options) -> list[Path]:
     return [find_pipeline(options.source, options.step)]
 
 
-def _training_images(options: Options, pipelines: list[Path]) -> str:
+def _training_images(options: MeasureOptions, pipelines: list[Path]) -> str:
     """The images that a pipeline's run was trained on, as its recipe names them."""
     from dia_diffusion.data.sources import find_format
     from dia_diffusion.pipelines.folder import read_training
@@ -411,6 +416,7 @@ def _sources(
 
     options = plan.options
     if not pipelines:
+        assert isinstance(options, Options)
         images = _open_source(options, plan.protocols[0], accelerator, progress)
         yield images_source(images), _square(options.source, (options.channels, *images.shape[1:])), 0
         return
@@ -447,7 +453,7 @@ def _open_source(
 
 
 def _reference(
-    options: Options,
+    options: MeasureOptions,
     protocol: "EvalProtocol",
     data: str,
     shape: tuple[int, int, int],
@@ -484,7 +490,7 @@ def _reference(
 
 
 def _reference_images(
-    options: Options,
+    options: MeasureOptions,
     protocol: "EvalProtocol",
     data: str,
     shape: tuple[int, int, int],

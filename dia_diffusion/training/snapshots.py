@@ -95,38 +95,50 @@ class Snapshots:
         """After which step each average is."""
         self.widths = np.array([_width(file.name) for file in self.files])
         """The relative width of each average."""
+        self._solved: dict[float, tuple[Array, float]] = {}
 
     def solve(self, widths: Sequence[float] | Array) -> tuple[Array, Array]:
         """How much each average counts in that of each width: (averages, widths), and the residuals (widths,)."""
         gammas, wanted = (np.array([gamma_of(width) for width in each]) for each in (self.widths, widths))
         return reconstruction(self.steps, gammas, self.step, wanted)
 
+    def weights(self, width: float) -> tuple[Array, float]:
+        """How much each average counts in that of a width, (averages,), and the residual; solved once per width."""
+        if width not in self._solved:
+            weights, residuals = self.solve([width])
+            self._solved[width] = weights[:, 0], float(residuals[0])
+        return self._solved[width]
+
     def check_width(self, width: float) -> None:
         """Raises InputError for a width that can't be made of the snapshots; the message says which can."""
-        if MIN_WIDTH <= width <= MAX_POWER_WIDTH and self._possible([width])[0]:
-            return
+        why = ""
+        if MIN_WIDTH <= width <= MAX_POWER_WIDTH:
+            weights, residual = self.weights(width)
+            amplification = np.abs(weights).sum()
+            if residual > MAX_RESIDUAL:
+                why = f", with residual {residual:.2%}, above {MAX_RESIDUAL:.0%}"
+            elif amplification > MAX_AMPLIFICATION:
+                why = f", with absolute weights of sum {amplification:,.0f}, above {MAX_AMPLIFICATION:,}"
+            else:
+                return
         known = np.unique([*np.geomspace(MIN_WIDTH, MAX_POWER_WIDTH, 200), *self.widths])
-        pairs = zip(self._possible(known), known, strict=True)
-        groups = [list(group) for possible, group in groupby(pairs, lambda pair: pair[0]) if possible]
+        every, residuals = self.solve(known)
+        possible = (residuals <= MAX_RESIDUAL) & (np.abs(every).sum(axis=0) <= MAX_AMPLIFICATION)
+        groups = [list(group) for good, group in groupby(zip(possible, known, strict=True), lambda p: p[0]) if good]
         ranges = " or ".join(f"from {group[0][1]:.3g} to {group[-1][1]:.3g}" for group in groups)
         raise InputError(
             f"`--width` must be {ranges}, which the {len(self.states)} snapshots in {self.folder} up to step "
-            f"{self.step} can give, got {width:g}"
+            f"{self.step} can give, got {width:g}{why}"
         )
-
-    def _possible(self, widths: Sequence[float] | Array) -> Any:
-        """Which widths (widths,) come out close enough to their profile."""
-        weights, residuals = self.solve(widths)
-        return (residuals <= MAX_RESIDUAL) & (np.abs(weights).sum(axis=0) <= MAX_AMPLIFICATION)
 
     def average(self, width: float, parameters: Collection[str]) -> dict[str, Tensor]:
         """The model's state with the parameters' average of a relative width, summed in float64.
 
         What is no parameter, such as a BatchNorm's statistics, is that of the newest snapshot.
         """
-        weights, _ = self.solve([width])
+        weights, _ = self.weights(width)
         total: dict[str, Tensor] = {}
-        for file, weight in zip(self.files, weights[:, 0], strict=True):
+        for file, weight in zip(self.files, weights, strict=True):
             state = read_tensors(file, "snapshot")
             own = {name: tensor.double() for name, tensor in state.items() if name in parameters}
             total = total or {name: torch.zeros_like(tensor) for name, tensor in own.items()}
@@ -138,14 +150,14 @@ class Snapshots:
 
     def describe(self, width: float) -> dict[str, Any]:
         """For training.json: the width, how far the profile is from that, and what it is made of."""
-        weights, residuals = self.solve([width])
+        weights, residual = self.weights(width)
         by_average: dict[str, dict[str, float]] = {}
-        for file, step, weight in zip(self.files, self.steps, weights[:, 0], strict=True):
+        for file, step, weight in zip(self.files, self.steps, weights, strict=True):
             by_average.setdefault(file.stem, {})[f"{step:.0f}"] = float(weight)
         hashes = json.dumps([state["sha256"] for state in self.states.values()])
         return {
             "width": width,
-            "residual": float(residuals[0]),
+            "residual": residual,
             "snapshots_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
             "weights": by_average,
         }
@@ -179,10 +191,17 @@ def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
 
 
 def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: int | None) -> int:
-    """The step asked for, or the newest. Raises InputError if the run has no snapshot or checkpoint of it."""
-    places = step_folders(getattr(RunFolder(run), f"{what}s"))
+    """The step asked for, or the newest. Raises InputError: no run, or no snapshot or checkpoint of that step."""
+    folder = RunFolder(run)
+    if not folder.config.is_file():
+        got = "a folder without one" if folder.path.is_dir() else "no such folder"
+        raise InputError(f"`RUN` must be a run's folder, which has a config.yaml, got {run}, {got}")
+    places = step_folders(getattr(folder, f"{what}s"))
+    if not places and what == "snapshot":
+        trained = "a run trained with `ema.power_widths` and `ema.snapshot_every`"
+        raise InputError(f"`RUN` must be {trained}, got {run}, which has no snapshots")
     if not places:
-        raise InputError(f"{run} has no {what}s")
+        raise InputError(f"`RUN` must be a run with checkpoints, got {run}, which has none")
     if step is not None and step not in places:
         steps = f"the {len(places)} from {min(places)} to {max(places)}"
         raise InputError(f"`--step` must be that of a {what} of {run}, one of {steps}, got {step}")

@@ -8,8 +8,10 @@ import pytest
 from safetensors.torch import load_file
 
 from dia_diffusion.cli.main import main
+from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import write_text
+from dia_diffusion.training.snapshots import Snapshots
 from tests.cli.one_line import error_of
 from tests.training.conftest import TINY
 
@@ -78,8 +80,40 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
     assert not (averages / "evaluations.jsonl").exists()
 
 
+def test_weights_are_solved_once_per_width(
+    with_snapshots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots, solved = Snapshots(with_snapshots), []
+    solve = snapshots.solve
+
+    def counted(widths: list[float]) -> object:
+        solved.append(widths)
+        return solve(widths)
+
+    monkeypatch.setattr(snapshots, "solve", counted)
+    for width in (0.07, 0.08):
+        snapshots.check_width(width)
+        snapshots.save(width, tmp_path / str(width))
+    assert solved == [[0.07], [0.08]]
+
+
+def test_a_width_of_large_weights_is_refused(with_snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dia_diffusion.training.snapshots.MAX_AMPLIFICATION", 1.01)
+    snapshots = Snapshots(with_snapshots)
+    snapshots.check_width(0.1)  # one that was kept: a sum of one
+    with pytest.raises(InputError, match=r"got 0\.15, with absolute weights of sum \d+, above 1\.01"):
+        snapshots.check_width(0.15)
+
+
+def test_help_lists_own_options_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ema", "--help"]) == 0
+    text = capsys.readouterr().out.partition("options:")[2]
+    options = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+    assert options[:4] == ["--width", "--decay", "--step", "--out"]
+
+
 def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = tmp_path / "plain"
+    plain, measured = tmp_path / "plain", ["--reference", "digits"]
     shutil.copytree(averages, plain)
     shutil.rmtree(plain / "snapshots")
     shutil.rmtree(plain / "checkpoints")
@@ -87,14 +121,24 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([averages], "`--width` is missing, or `--decay`"),
         ([averages, "--width", "0.1", "--decay", "0.5"], "`--decay` must be left out beside `--width`"),
         ([averages, "--width", "wide"], "each of `--width` must be a number, got 'wide'"),
+        ([averages, "--width", "0.07,0.070"], "`--width` must be different numbers, got 0.07,0.07"),
+        ([averages, "--decay", "0.5,0.5"], "`--decay` must be different numbers, got 0.5,0.5"),
         ([averages, "--width", "0.1", "--num", "80"], "`--num` must be left out without `--protocol` or `--reference`"),
         ([averages, "--width", "0.1", "--protocol", "none"], "a protocol must be a YAML file or one of"),
-        ([plain, "--width", "0.1"], f"{plain} has no snapshots"),
-        ([plain, "--decay", "0.5"], f"{plain} has no checkpoints"),
+        ([tmp_path / "no", "--width", "0.1"], "`RUN` must be a run's folder, which has a config.yaml, got"),
+        ([averages / "pipelines" / "step-00000020", "--decay", "0.5"], "step-00000020, a folder without one"),
+        ([plain, "--width", "0.1"], "`RUN` must be a run trained with `ema.power_widths` and `ema.snapshot_every`"),
+        ([averages, "--width", "0.07", "--reference", "/no"], "`--reference` must be images or a file of statistics"),
+        ([averages, "--width", "0.07", *measured, "--guidance-scale", "2"], "guidance"),
+        ([averages, "--width", "0.07", *measured, "--classes", "3"], "classes"),
+        ([averages, "--decay", "0.5", *measured, "--sampler", "none"], "sampler"),
+        ([averages, "--decay", "0.5", *measured, "--guide", "/no", "--guidance-scale", "2"], "/no"),
+        ([plain, "--decay", "0.5"], "`RUN` must be a run with checkpoints"),
         ([averages, "--width", "0.1", "--step", "21"], "`--step` must be that of a snapshot of"),
         ([averages, "--decay", "0.9"], "`--decay` must be among ema.further_decays"),
         ([averages, "--width", "0.005"], "`--width` must be from 0.0"),
         ([averages, "--width", "0.1,0.5"], "`--width` must be from 0.0"),
+        ([averages, "--width", "0.005"], "got 0.005, with residual "),
         ([averages, "--width", "0"], "`--width` must be from 0.0"),
     ):
         assert line in error_of(["ema", *arguments], capsys)
