@@ -152,7 +152,7 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     assert not (run / "evaluations.unfinished").exists()
 
 
-@pytest.mark.parametrize("place", ["evaluation.evaluate.Evaluator.measure", "evaluation.evaluate.update_card"])
+@pytest.mark.parametrize("place", ["evaluation.evaluate.measure_together", "evaluation.evaluate.update_card"])
 def test_a_run_killed_in_its_evaluations_ends_as_one_that_was_not(
     place: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +230,7 @@ def test_training_goes_on_without_a_distance_where_measuring_fails(tiny, tmp_pat
     def no_memory(*arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("no memory for the features")
 
-    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.Evaluator.measure", no_memory)
+    monkeypatch.setattr("dia_diffusion.evaluation.evaluate.measure_together", no_memory)
     trainer.run()
     assert trainer.step == 6 and not (tmp_path / "run" / "evaluations.jsonl").exists()
     assert not [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "FD(digits)" in line]
