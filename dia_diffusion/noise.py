@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -23,91 +23,22 @@ import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.predictions import LOSS_WEIGHTINGS, PREDICTION_TYPES
 from dia_diffusion.registry import Registry
+from dia_diffusion.schedulers import NUM_TIMESTEPS, is_flow
 from dia_diffusion.times import TIMES, check_arguments, quantiles
 
-NUM_TIMESTEPS = 1000
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
-MIN_SNR_GAMMA = 5.0  # of Hang et al. 2023
 # At t = 0 the signal-to-noise ratio is infinite, which no table of betas can hold.
 SMALLEST_TABLE_TIME = 1e-4
 # Where a flow's network predicts the image, its error of the velocity is that of the image over t: t counts as this at
 # least, as in JiT (Li and He 2025, arXiv 2511.13720).
 SMALLEST_LOSS_TIME = 0.05
-
-
-@dataclass(frozen=True)
-class PredictionType:
-    """What a network predicts; alpha and sigma are floats, or tensors that broadcast with the images.
-
-    target: (x_0, noise, alpha, sigma) -> what the network should predict.
-    noise: (prediction, x_t, alpha, sigma) -> the noise in x_t according to the network.
-    error_scale: signal-to-noise ratio -> squared error of the prediction over that of the x_0 it implies.
-    image: (prediction, x_t, alpha, sigma) -> the x_0 it implies; None computes it from the noise, by dividing by alpha.
-    """
-
-    target: Callable[[Tensor, Tensor, Any, Any], Tensor]
-    noise: Callable[[Tensor, Tensor, Any, Any], Tensor]
-    error_scale: Callable[[Tensor], Tensor]
-    image: Callable[[Tensor, Tensor, Any, Any], Tensor] | None = None
-
-
-PREDICTION_TYPES: Registry[PredictionType] = Registry("prediction type")
-PREDICTION_TYPES.register(
-    "epsilon",
-    PredictionType(
-        target=lambda image, noise, alpha, sigma: noise,
-        noise=lambda prediction, sample, alpha, sigma: prediction,
-        error_scale=lambda snr: snr,
-    ),
-)
-PREDICTION_TYPES.register(
-    "sample",
-    PredictionType(
-        target=lambda image, noise, alpha, sigma: image,
-        noise=lambda prediction, sample, alpha, sigma: (sample - alpha * prediction) / sigma,
-        error_scale=torch.ones_like,
-        image=lambda prediction, sample, alpha, sigma: prediction,
-    ),
-)
-PREDICTION_TYPES.register(  # Salimans and Ho 2022; inverted with alpha^2 + sigma^2 = 1
-    "v_prediction",
-    PredictionType(
-        target=lambda image, noise, alpha, sigma: alpha * noise - sigma * image,
-        noise=lambda prediction, sample, alpha, sigma: alpha * prediction + sigma * sample,
-        error_scale=lambda snr: snr + 1,
-    ),
-)
-PREDICTION_TYPES.register(  # dx_t / dt of the flow
-    "velocity",
-    PredictionType(
-        target=lambda image, noise, alpha, sigma: noise - image,
-        noise=lambda prediction, sample, alpha, sigma: (sample + alpha * prediction) / (alpha + sigma),
-        error_scale=lambda snr: (snr.sqrt() + 1) ** 2,
-        image=lambda prediction, sample, alpha, sigma: (sample - sigma * prediction) / (alpha + sigma),
-    ),
-)
-
-
-def convert_prediction(prediction: Tensor, sample: Tensor, alpha: Any, sigma: Any, given: str, wanted: str) -> Tensor:
-    """A prediction of the type `given` for x_t = sample, as the type `wanted`; both names are in PREDICTION_TYPES."""
-    kind = PREDICTION_TYPES[given]
-    noise = kind.noise(prediction, sample, alpha, sigma)
-    image = (sample - sigma * noise) / alpha if kind.image is None else kind.image(prediction, sample, alpha, sigma)
-    return PREDICTION_TYPES[wanted].target(image, noise, alpha, sigma)
-
-
-LOSS_WEIGHTINGS: Registry[Callable[[Tensor, PredictionType], Tensor]] = Registry("loss weighting")
-"""(signal-to-noise ratios (B,), prediction type) -> weights (B,) of the squared errors of the prediction."""
-LOSS_WEIGHTINGS.register("uniform", lambda snr, prediction: torch.ones_like(snr))
-# min(snr, gamma) weights the errors of x_0. At t = 0 the ratio is infinite, which makes an epsilon's weight 0.
-LOSS_WEIGHTINGS.register("min-snr", lambda snr, prediction: snr.clamp(max=MIN_SNR_GAMMA) / prediction.error_scale(snr))
 
 
 class Process(ABC):
@@ -257,19 +188,6 @@ def cosine_betas() -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler runs the flow, x_t = (1 - t) x_0 + t noise at timestep 1000 t."""
-    config, kinds = scheduler.config, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
-    straight = isinstance(scheduler, kinds) or bool(config.get("use_flow_sigmas"))
-    return straight and config.get("num_train_timesteps") == NUM_TIMESTEPS and not config.get("invert_sigmas")
-
-
-def scheduler_prediction_type(scheduler: SchedulerMixin) -> str | None:
-    """What a scheduler takes, by its name in PREDICTION_TYPES; None where it doesn't say."""
-    name = scheduler.config.get("prediction_type")
-    return "velocity" if is_flow(scheduler) and name in (None, "flow_prediction") else name
-
-
 class Flow(Process):
     """Rectified flow (Liu et al. 2023, Lipman et al. 2023): the straight line from image to noise."""
 
@@ -284,6 +202,9 @@ class Flow(Process):
         t = timestep.cpu().double() / NUM_TIMESTEPS
         return 1 - t, t
 
+    def time_at(self, log_ratio: Tensor) -> Tensor:
+        return log_ratio.sigmoid().float().clamp(max=1 - 2**-24)
+
     def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
         return {"num_train_timesteps": NUM_TIMESTEPS}
 
@@ -296,56 +217,6 @@ PROCESSES.register("vp-continuous", ContinuousVP())
 PROCESSES.register("ddpm-linear", DiscreteVP(linear_betas))
 PROCESSES.register("cosine", DiscreteVP(cosine_betas))
 PROCESSES.register("flow", Flow())
-
-
-def noise_ratio(scheduler: SchedulerMixin) -> Callable[[Tensor], Tensor]:
-    """sigma / alpha by timestep: a function of the loop's timesteps, of any shape, float32 on their device.
-
-    A scheduler without a table of betas may have it as a method.
-
-    Raises InputError: a scheduler that doesn't say its process.
-    """
-    if is_flow(scheduler):
-        return lambda timestep: timestep / (NUM_TIMESTEPS - timestep)
-    if hasattr(scheduler, "noise_ratio"):
-        return scheduler.noise_ratio
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise InputError(f"the scheduler must give alphas_cumprod, got a {type(scheduler).__name__}")
-    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()  # at whole timesteps
-    ratios_on = cache(ratios.to)  # one copy to the device for all steps
-
-    def ratio(timestep: Tensor) -> Tensor:
-        below, table = timestep.long(), ratios_on(timestep.device)
-        return torch.lerp(table[below], table[(below + 1).clamp(max=len(table) - 1)], (timestep - below).to(table))
-
-    return ratio
-
-
-def prediction_converter(
-    given: str | None, scheduler: SchedulerMixin
-) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """(prediction, x_t, timestep) -> the prediction as a scheduler takes it; None if that is how it comes.
-
-    given: the prediction type of the network, of the scheduler's process.
-    """
-    taken = scheduler_prediction_type(scheduler)
-    if given is None or taken is None or given == taken:
-        return None
-    if is_flow(scheduler):
-
-        def convert_on_flow(prediction: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
-            t = timestep / NUM_TIMESTEPS
-            return convert_prediction(prediction, sample, 1 - t, t, given, taken)
-
-        return convert_on_flow
-    ratio_at = noise_ratio(scheduler)
-
-    def convert(prediction: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
-        ratio = ratio_at(timestep)
-        alpha = (1 + ratio**2).rsqrt()
-        return convert_prediction(prediction, sample, alpha, alpha * ratio, given, taken)
-
-    return convert
 
 
 @dataclass(frozen=True)

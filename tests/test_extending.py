@@ -13,7 +13,8 @@ from torch import Tensor
 from dia_diffusion import UViTPipeline
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, PredictionType, Process
+from dia_diffusion.noise import PROCESSES, NoiseProcess, Process
+from dia_diffusion.predictions import PREDICTION_TYPES, PredictionType
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, Sampler, SamplingSettings, build_scheduler

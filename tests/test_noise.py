@@ -11,7 +11,8 @@ from diffusers import (
 )
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import PREDICTION_TYPES, PROCESSES, NoiseProcess, convert_prediction
+from dia_diffusion.noise import PROCESSES, NoiseProcess
+from dia_diffusion.predictions import PREDICTION_TYPES, convert_prediction
 
 
 def test_vp_is_the_integral_of_beta() -> None:

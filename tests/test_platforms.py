@@ -14,8 +14,8 @@ from dia_diffusion import environment, precision
 from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import peak_memory
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.pipelines.pipeline_uvit import set_timesteps
 from dia_diffusion.sampling.samplers import SAMPLERS, build_scheduler
+from dia_diffusion.schedulers import set_timesteps
 from tests.cli.one_line import error_of
 from tests.mps_stand_in import MPS, stand_in
 from tests.processes import FORKED

@@ -20,12 +20,12 @@ from dia_diffusion.cli.console import console
 from dia_diffusion.data import open_images
 from dia_diffusion.environment import environment
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import pipeline_source
 from dia_diffusion.evaluation.feature_store import filled_store
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.frechet import SUM_BLOCK, sums
 from dia_diffusion.evaluation.metrics import METRICS, MetricInputs
 from dia_diffusion.evaluation.reference import Reference, reference_features, reference_statistics
+from dia_diffusion.evaluation.sources import pipeline_source
 from dia_diffusion.io import step_folders, write_json
 from dia_diffusion.pipelines.folder import weights_hash
 from dia_diffusion.progress import Progress

@@ -22,7 +22,8 @@ from dia_diffusion.analysis.run import Coverage, TrainedRun
 from dia_diffusion.analysis.stages import uvit_blocks
 from dia_diffusion.errors import InputError
 from dia_diffusion.figures import Axis, Figure, Panel, Series, block_axis, images_axis
-from dia_diffusion.models.uvit import Mlp, UViT
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.uvit_blocks import Mlp
 
 Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 

@@ -16,7 +16,8 @@ from dia_diffusion.attention.insertion_points import BRANCH_END, Position, group
 from dia_diffusion.attention.layers import is_map
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.attach import attachment_in
-from dia_diffusion.models.uvit import Block, UViT
+from dia_diffusion.models.uvit import UViT
+from dia_diffusion.models.uvit_blocks import Block
 
 
 @dataclass(frozen=True)

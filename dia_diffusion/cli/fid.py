@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dia_diffusion.data import ImageSet
-    from dia_diffusion.evaluation.evaluate import Evaluator, ImageSource
+    from dia_diffusion.evaluation.evaluate import Evaluator
     from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.evaluation.record import EvaluationRecord
     from dia_diffusion.evaluation.reference import Reference
+    from dia_diffusion.evaluation.sources import ImageSource
 
 DEFAULT_COUNT = 1000
 """Images of a pipeline."""
@@ -412,7 +413,7 @@ def _sources(
     plan: _Plan, pipelines: list[Path], accelerator: "Accelerator", progress: Progress
 ) -> "Iterator[tuple[ImageSource, tuple[int, int, int], int]]":
     """What is measured, each with the shape (C, H, W) of its images, which are square, and its protocol's index."""
-    from dia_diffusion.evaluation.evaluate import images_source, pipeline_source
+    from dia_diffusion.evaluation.sources import images_source, pipeline_source
 
     options = plan.options
     if not pipelines:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dia_diffusion.distributed import on_rank_zero
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.evaluate import ImageSource
 from dia_diffusion.evaluation.neighbors import NEIGHBORS, Neighbors, find_neighbors
 from dia_diffusion.evaluation.reference import reference_features
+from dia_diffusion.evaluation.sources import ImageSource
 from dia_diffusion.io import write_text
 from dia_diffusion.progress import Progress
 

@@ -125,7 +125,7 @@ def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> N
 def features_for(data: str) -> str:
     """The features of a file of statistics, if it names them; else those that suit the images."""
     from dia_diffusion.evaluation.features import PACKAGED
-    from dia_diffusion.evaluation.reference import is_statistics_file, read_statistics
+    from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics
 
     if Path(data).is_file() and is_statistics_file(data) and (name := read_statistics(data).features) is not None:
         if name not in PACKAGED:  # these might be downloaded, or be a module to run, which takes asking for by name

@@ -12,7 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.validation import Strict
 
 if TYPE_CHECKING:
-    from dia_diffusion.evaluation.reference import StatisticsFile
+    from dia_diffusion.evaluation.statistics_file import StatisticsFile
 
 
 DESCRIPTION = "Makes, shows and compares files of the mean and covariance of images' features."
@@ -50,7 +50,8 @@ def make(options: MakeOptions) -> None:
     import torch
 
     from dia_diffusion.data import open_images
-    from dia_diffusion.evaluation.reference import read_statistics, reference_statistics, write_statistics
+    from dia_diffusion.evaluation.reference import reference_statistics
+    from dia_diffusion.evaluation.statistics_file import read_statistics, write_statistics
 
     if options.out.exists():
         raise InputError(f"{options.out} exists already; name another file, or remove it")
@@ -83,7 +84,7 @@ class ShowOptions(Strict):
 
 def show(options: ShowOptions) -> None:
     """Prints the file's name and values."""
-    from dia_diffusion.evaluation.reference import read_statistics
+    from dia_diffusion.evaluation.statistics_file import read_statistics
 
     _print(read_statistics(options.file))
 
@@ -101,7 +102,7 @@ def compare(options: CompareOptions) -> None:
     """Prints the distance, and what the files were made of."""
     from dia_diffusion.evaluation.frechet import frechet_distance
     from dia_diffusion.evaluation.record import distance_name
-    from dia_diffusion.evaluation.reference import read_statistics, refuse_incomparable
+    from dia_diffusion.evaluation.statistics_file import read_statistics, refuse_incomparable
 
     a, b = read_statistics(options.a), read_statistics(options.b)
     refuse_incomparable(a, b)

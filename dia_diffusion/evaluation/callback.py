@@ -13,11 +13,12 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import Evaluator, few_images, pipeline_source
+from dia_diffusion.evaluation.evaluate import Evaluator, few_images
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name, read_records
 from dia_diffusion.evaluation.reference import Reference, measure_held_out, measure_reference
+from dia_diffusion.evaluation.sources import pipeline_source
 from dia_diffusion.io import step_name
 from dia_diffusion.progress import Progress
 from dia_diffusion.sampling.generate import ImagePipeline, adapt_pipeline

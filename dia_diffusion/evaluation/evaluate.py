@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
-from dia_diffusion.data import ImageSet
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_rank_zero
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.feature_store import (
-    BATCH,
-    Advance,
     FeatureStore,
-    ImagesOf,
     Judge,
-    batches_of,
     filled_stores,
 )
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
@@ -33,7 +27,6 @@ from dia_diffusion.evaluation.metrics import METRICS, MetricInputs, labelled
 from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
 from dia_diffusion.evaluation.record import (
     EvaluationRecord,
-    Origin,
     ResolvedProtocol,
     append_record,
     check_record_file,
@@ -42,82 +35,14 @@ from dia_diffusion.evaluation.record import (
     read_records,
 )
 from dia_diffusion.evaluation.reference import HeldOut, Reference, choose
+from dia_diffusion.evaluation.sources import ImageSource
 from dia_diffusion.pipelines.folder import (
     TRAINING_FILE,
-    average_of,
-    model_hash,
-    read_training,
     records_file,
     weights_hash,
 )
 from dia_diffusion.progress import Progress
-from dia_diffusion.sampling.generate import ImagePipeline, generate
 from dia_diffusion.sharing.card import evaluation_rows, write_card
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """Images to measure."""
-
-    name: str
-    origin: Origin
-    count: int
-    images: ImagesOf
-    """Image k is the same whichever process makes it."""
-    sampled_by: dict[str, Any]
-    """Fields of ResolvedProtocol: how the images are sampled."""
-    folder: Path | None = None
-    """Of the pipeline that draws them."""
-
-
-def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_size: int = BATCH) -> ImageSource:
-    """The images that a pipeline draws from the seeds 0 to count - 1."""
-
-    def images(seeds: Sequence[int], advance: Advance) -> Iterator[Tensor]:
-        for _, batch in generate(pipeline, seeds, batch_size, advance):
-            yield batch
-
-    settings = pipeline.settings
-    sampled_by = {
-        "seeds": f"0-{count - 1}",
-        "sampler": settings.sampler,
-        "scheduler": pipeline.scheduler_settings,
-        "num_inference_steps": settings.steps,
-        "class_labels": settings.class_text(),
-        "guidance_scale": settings.guidance_scale,
-        "weights": (read_training(folder) or {}).get("weights"),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
-        "guide": None if pipeline.guide is None else pipeline.guide.hashes,
-    }
-    return ImageSource(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
-
-
-def images_source(images: ImageSet) -> ImageSource:
-    """Images that are there already."""
-    origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
-    return ImageSource(images.name, origin, len(images), batches_of(images), {})
-
-
-def pipeline_origin(folder: Path) -> Origin:
-    """Where a pipeline and its weights come from, as far as its folder says."""
-    training = read_training(folder)
-    hashes: dict[str, Any] = {"weights_hash": weights_hash(folder), "model_hash": model_hash(folder)}
-    if training is None:
-        return Origin(source=folder.name, **hashes)
-    recipe = training["recipe"]
-    return Origin(
-        source=f"{training['run']}, {name}" if (name := average_of(training)) else training["run"],
-        run=training["run"],
-        step=training["step"],
-        images_seen=training["images"],
-        unit=recipe["model"]["attention"],
-        batch_size=recipe["train"]["batch_size"],
-        seed=recipe["seed"],
-        randomness=training.get("randomness", 1),
-        **hashes,
-    )
-
 
 Measuring = Callable[[Path], AbstractContextManager[Progress]]
 """Work folder -> a context around the measuring, which shows its progress."""

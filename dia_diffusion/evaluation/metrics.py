@@ -168,11 +168,12 @@ def _density_coverage(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict
     assert inputs.features is not None and inputs.reference_features is not None
     features, reference = inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device)
     k, inside, covered = settings["neighbors"], 0, 0
-    for rows in reference.split(ROWS):
-        radii = torch.cdist(rows, reference).topk(k + 1, largest=False).values[:, -1]  # the nearest is the image itself
-        within = torch.cdist(rows, features) < radii[:, None]  # (ROWS, N)
-        inside += int(within.sum())
-        covered += int(within.any(1).sum())
+    with exact_float32():
+        for rows in reference.split(ROWS):
+            radii = torch.cdist(rows, reference).topk(k + 1, largest=False).values[:, -1]  # the nearest is itself
+            within = torch.cdist(rows, features) < radii[:, None]  # (ROWS, N)
+            inside += int(within.sum())
+            covered += int(within.any(1).sum())
     return {"density": inside / (k * len(features)), "coverage": covered / len(reference)}
 
 

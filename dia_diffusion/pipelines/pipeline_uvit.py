@@ -1,30 +1,26 @@
 """UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
     ModelMixin,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import (
-    NUM_TIMESTEPS,
-    is_flow,
+from dia_diffusion.schedulers import (
     noise_ratio,
     prediction_converter,
     scheduler_prediction_type,
+    set_timesteps,
+    step_noise,
 )
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -161,7 +157,7 @@ class UViTPipeline(DiffusionPipeline):
                 if convert_guide is not None:
                     theirs = convert_guide(theirs, x_t, timestep)
                 prediction = _guide(prediction, theirs, scale, self.unet.in_channels)
-            noise = _step_noise(self.scheduler, index, sample, generator)
+            noise = step_noise(self.scheduler, index, sample, generator)
             sample = self.scheduler.step(prediction, timestep, sample, **noise).prev_sample
             if callback_on_step_end is not None:
                 tensors = {name: {"latents": sample}[name] for name in callback_on_step_end_tensor_inputs}
@@ -219,27 +215,6 @@ class UViTPipeline(DiffusionPipeline):
 def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
     """What a pipeline's network predicts, by its name in PREDICTION_TYPES; None where its parts don't say."""
     return pipeline.config.get("prediction_type") or scheduler_prediction_type(pipeline.scheduler)
-
-
-def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
-    """Sets a scheduler's timesteps, at which the network is called; those of the flow are 1000 sigma."""
-    # Even steps from 1 to 0, as diffusers' pipelines give them to Euler's scheduler. The schedulers' own end with one
-    # from 1/1000, where the velocity that a predicted image implies has a thousand times the image's error.
-    sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
-    else:
-        scheduler.set_timesteps(num_inference_steps, device=device)
-    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # which takes no sigmas
-        shift = scheduler.config.shift
-        shifted = torch.from_numpy(shift * sigmas / (1 + (shift - 1) * sigmas)).float()
-        scheduler.sigmas = torch.cat([shifted[:1], shifted[1:].repeat_interleave(2), torch.zeros(1)])
-        scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
-    if is_flow(scheduler):
-        # Some keep sigmas on a GPU, and wait for it in each step.
-        scheduler.sigmas = scheduler.sigmas.cpu()
-        if scheduler.config.get("use_flow_sigmas"):  # whose timesteps are rounded to whole numbers
-            scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
 
 
 def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
@@ -330,44 +305,3 @@ def _batch_size(batch_size: int | None, labels: Tensor | None, generator: Any, l
     if size < 1:
         raise InputError(f"`batch_size` must be 1 or more, got {size}")
     return size
-
-
-def _step_noise(
-    scheduler: SchedulerMixin, index: int, sample: Tensor, generator: Generator | list[Generator] | None
-) -> dict[str, Any]:
-    """The arguments of `scheduler.step` that decide its noise: ready noise, the generator to draw it from, or none.
-
-    Either way the step draws the same numbers. A scheduler copies its CPU noise to a GPU by a call that waits until the
-    GPU has finished the network's; the copy of ready noise doesn't wait, so that the next call can be queued.
-
-    Args:
-        scheduler: with timesteps set.
-        index: of the step.
-        sample: (B, C, H, W), what the step is given.
-        generator: one, or one per image.
-    """
-    accepted = inspect.signature(scheduler.step).parameters
-    if "generator" not in accepted:
-        return {}
-    generators = generator if isinstance(generator, list) else [generator]
-    on_cpu = all(each is not None and each.device.type == "cpu" for each in generators)
-    dtype = _ready_noise_dtype(scheduler, index, sample)
-    if dtype is None or not on_cpu:
-        return {"generator": generator}
-    noise = torch.empty(sample.shape, dtype=dtype, pin_memory=sample.device.type == "cuda")
-    for part, each in zip(noise.chunk(len(generators)), generators, strict=True):
-        part.normal_(generator=each)
-    return {"variance_noise": noise.to(sample.device, non_blocking=True)}
-
-
-def _ready_noise_dtype(scheduler: SchedulerMixin, index: int, sample: Tensor) -> torch.dtype | None:
-    """What the scheduler draws this step's noise in; None where it draws none or takes none ready.
-
-    DDIM takes it too, but adds noise only for an eta above 0, which UViTPipeline doesn't pass.
-    """
-    name = type(scheduler).__name__
-    if name == "DPMSolverMultistepScheduler" and scheduler.config.algorithm_type.startswith("sde"):
-        return torch.float32
-    if name == "EulerMaruyamaScheduler" and index + 1 < len(scheduler.timesteps):
-        return sample.dtype
-    return None

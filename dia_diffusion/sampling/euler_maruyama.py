@@ -18,7 +18,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.noise import BETA_MAX, BETA_MIN, NUM_TIMESTEPS, PREDICTION_TYPES, ContinuousVP, vp_log_alpha_bar
+from dia_diffusion.noise import BETA_MAX, BETA_MIN, ContinuousVP, vp_log_alpha_bar
+from dia_diffusion.predictions import PREDICTION_TYPES
+from dia_diffusion.schedulers import NUM_TIMESTEPS
 
 VP = ContinuousVP()
 SMALLEST_TIME = 1e-3  # the last time the network sees

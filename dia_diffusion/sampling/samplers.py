@@ -66,7 +66,7 @@ class Sampler:
 
     def for_process(self, scheduler: "SchedulerMixin") -> "Sampler | None":
         """What runs the process of a pipeline's scheduler: this, its `flow`, or None."""
-        from dia_diffusion.noise import is_flow
+        from dia_diffusion.schedulers import is_flow
 
         if self.flow is not None and is_flow(scheduler):
             return self.flow

@@ -11,7 +11,8 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.evaluation.reference import hash_of_images, is_statistics_file, read_statistics
+from dia_diffusion.evaluation.reference import hash_of_images
+from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics
 from dia_diffusion.io import sha256_of_file, step_folders
 from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sampling.load import load_guide

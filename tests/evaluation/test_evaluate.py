@@ -16,7 +16,7 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation import feature_store
-from dia_diffusion.evaluation.evaluate import Evaluator, ImageSource, discard_work, few_images
+from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images
 from dia_diffusion.evaluation.feature_store import filled_store, open_store
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import measure
@@ -24,6 +24,7 @@ from dia_diffusion.evaluation.metrics import METRICS, Metric
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import Origin, read_records
 from dia_diffusion.evaluation.reference import reference_features, reference_statistics
+from dia_diffusion.evaluation.sources import ImageSource
 from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images
 from tests.processes import PATIENCE, free_port

@@ -16,13 +16,14 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from dia_diffusion.data import open_images
 from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.evaluation.evaluate import Evaluator, images_source
+from dia_diffusion.evaluation.evaluate import Evaluator
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features, inception
 from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
 from dia_diffusion.evaluation.frechet import frechet_distance, measure, sums
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.evaluation.reference import measure_reference
+from dia_diffusion.evaluation.sources import images_source
 from dia_diffusion.io import sha256_of_file
 from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images

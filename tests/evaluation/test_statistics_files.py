@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.frechet import frechet_distance
-from dia_diffusion.evaluation.reference import (
+from dia_diffusion.evaluation.reference import open_reference, reference_statistics
+from dia_diffusion.evaluation.statistics_file import (
     is_statistics_file,
-    open_reference,
     read_statistics,
-    reference_statistics,
     refuse_incomparable,
     write_statistics,
 )

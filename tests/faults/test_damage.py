@@ -15,7 +15,8 @@ from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.record import append_record, read_records
-from dia_diffusion.evaluation.reference import read_statistics, reference_statistics, write_statistics
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_file import read_statistics, write_statistics
 from dia_diffusion.io import step_folders, with_checksum, write_json
 from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.sweeps.trials import RESULT_FILE as TRIAL

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion import UViT
-from dia_diffusion.models.uvit import Block, HeadNorm
+from dia_diffusion.models.uvit_blocks import Block, HeadNorm
 from tests.models.reference_uvit import official, u_vit
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 5, "num_attention_heads": 4}

@@ -10,9 +10,10 @@ from diffusers import (
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.noise import NoiseProcess, noise_ratio
+from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings
+from dia_diffusion.schedulers import noise_ratio
 from tests.sampling.conftest import GaussianDenoiser
 
 # How far the standard deviation may be from that of the data at 50 steps, relative.

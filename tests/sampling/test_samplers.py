@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.noise import NoiseProcess, noise_ratio
+from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.samplers import (
     SAMPLERS,
@@ -17,6 +17,7 @@ from dia_diffusion.sampling.samplers import (
     build_scheduler,
     check_steps,
 )
+from dia_diffusion.schedulers import noise_ratio
 from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
 
 PREDICTION_TYPES = NoiseProcess().process.prediction_types

@@ -17,12 +17,8 @@ from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import append_record, read_records
-from dia_diffusion.evaluation.reference import (
-    is_statistics_file,
-    read_statistics,
-    reference_statistics,
-    write_statistics,
-)
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics, write_statistics
 from dia_diffusion.io import shipped_folder
 from dia_diffusion.models.classifiers import load_classifier
 from dia_diffusion.pipelines.folder import read_training

@@ -13,12 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.features import FeatureExtractor
-from dia_diffusion.evaluation.reference import (
-    is_statistics_file,
-    read_statistics,
-    reference_statistics,
-    write_statistics,
-)
+from dia_diffusion.evaluation.reference import reference_statistics
+from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics, write_statistics
 from tests.security import hostile
 from tests.security.hostile import npy_of, put_json, write_bomb, write_zip
 from tests.security.hostile_weights import LYING_WEIGHTS, put_weights
