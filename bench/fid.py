@@ -135,7 +135,7 @@ def of_statistics() -> dict[str, Run]:
 
 
 def precision_recall(count: int) -> dict[str, Any]:
-    """Seconds, and the memory over that of the features, in a process of its own."""
+    """Seconds, and the memory over that of the features, in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds, taken = pool.apply(_precision_recall, (count,))
     return {"what": "dia-diffusion", "seconds": seconds, "MiB": round(taken / 2**20)}

@@ -26,7 +26,7 @@ ASKED_FOR = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
 
 
 def measure(rounds: int, precision: str) -> list[Found]:
-    """A table an axis; each setting in a process of its own."""
+    """A table an axis; each setting in a separate process."""
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         for axis, values in AXES.items():

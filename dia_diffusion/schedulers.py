@@ -100,7 +100,7 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: t
     if is_flow(scheduler):
         # Some keep sigmas on a GPU, and wait for it in each step.
         scheduler.sigmas = scheduler.sigmas.cpu()
-        if scheduler.config.get("use_flow_sigmas"):  # whose timesteps are rounded to whole numbers
+        if scheduler.config.get("use_flow_sigmas"):  # diffusers rounds these timesteps to whole numbers
             scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
 
 

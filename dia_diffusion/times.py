@@ -6,6 +6,7 @@ Each is a quantile function, so that nothing is random but the step's uniform dr
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,13 +25,19 @@ A function with a parameter `process` is also given the noise process.
 def quantiles(name: str, uniform: Tensor, process: Any, arguments: Mapping[str, Any]) -> Tensor:
     """t (B,) in [0, 1) of a distribution in TIMES, from uniform draws (B,)."""
     row = TIMES[name]
-    given = {"process": process} if "process" in inspect.signature(row).parameters else {}
+    given = {"process": process} if "process" in _arguments(row) else {}
     return row(uniform, **given, **arguments)
+
+
+@cache  # training asks at each step
+def _arguments(row: Callable[..., Tensor]) -> tuple[str, ...]:
+    """The names of a distribution's arguments besides the draws."""
+    return tuple(inspect.signature(row).parameters)[1:]
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """Raises InputError unless `noise.times_kwargs` are arguments of the distribution with values that it can have."""
-    known = [key for key in list(inspect.signature(TIMES[name]).parameters)[1:] if key != "process"]
+    known = [key for key in _arguments(TIMES[name]) if key != "process"]
     for key, value in arguments.items():
         if key not in known:
             accepted = f"have no keys but {', '.join(known)}" if known else "be empty"

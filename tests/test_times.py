@@ -31,7 +31,7 @@ def test_logit_normal() -> None:
 
 @pytest.mark.parametrize(("schedule", "tolerance"), [("flow", 1e-3), ("vp-continuous", 1e-3), ("cosine", 0.2)])
 def test_log_normal_is_edms(schedule: str, tolerance: float) -> None:
-    """sigma / alpha at the drawn times; a discrete process has one of its own ratios nearby."""
+    """sigma / alpha at the drawn times; a discrete process has a ratio nearby."""
     process = process_with(schedule, times="log-normal")
     alpha, sigma = process.process.alpha_sigma(process.timestep(UNIFORM))
     expected = -1.2 + 1.2 * norm.ppf(UNIFORM.double().numpy())

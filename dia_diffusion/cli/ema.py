@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from dia_diffusion.cli import fid
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.fid_options import MeasureOptions, per_features, resolve_protocol
 from dia_diffusion.cli.options import Positional, flag, refuse_both
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_name, write_json
@@ -30,7 +31,7 @@ class AverageOptions(Strict):
     """The pipeline's folder, or the folder of several; if not given, in RUN/averages."""
 
 
-class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base first
+class Options(MeasureOptions, AverageOptions):  # --help lists the last base first
     """Makes pipelines of other averages of a run's weights, and measures them if --protocol or --reference is given.
 
     The other options are those of fid.
@@ -45,7 +46,7 @@ class Options(fid.MeasureOptions, AverageOptions):  # --help lists the last base
         if len({*values}) < len(values):
             name = flag(["width" if self.width else "decay"])
             raise InputError(f"`{name}` must be different numbers, got {','.join(map(str, values))}")
-        asked = self.model_fields_set & fid.MeasureOptions.model_fields.keys()
+        asked = self.model_fields_set & MeasureOptions.model_fields.keys()
         if asked and not self.measures:
             raise InputError(f"`{flag([min(asked)])}` must be left out without `--protocol` or `--reference`")
         return self
@@ -90,8 +91,8 @@ def _check_measuring(options: Options) -> None:
         raise InputError(f"`--reference` must be images or a file of statistics, got {reference}, which isn't here")
     if options.record is not None:
         check_record_file(options.record)
-    for one in fid.per_features(options):
-        protocol = fid.resolve_protocol(one, True, reference)
+    for one in per_features(options):
+        protocol = resolve_protocol(one, True, reference)
         protocol.check_count(protocol.num_samples)
         guide = None if protocol.guide is None else load_guide(protocol.guide)
         check_samples(experiment, protocol.sampling, guide)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.cli import fid
 from dia_diffusion.cli.console import console
+from dia_diffusion.cli.fid_options import Options, per_features, resolve_protocol
 from dia_diffusion.cli.options import parse_text, spell
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_json
@@ -28,7 +29,7 @@ PIPELINES: dict[str, type] = {"step": int, "width": float, "decay": float}
 """Which of a run's pipelines, or averages."""
 
 
-def run_sweep(options: fid.Options) -> None:
+def run_sweep(options: Options) -> None:
     """Measures the grid and prints a table and the best point; writes a figure of up to two settings, and JSON.
 
     Raises InputError for a setting or value that can't be, before anything is sampled.
@@ -39,7 +40,7 @@ def run_sweep(options: fid.Options) -> None:
     for each in settings:
         if each.get("guidance_scale") == 1:  # no guidance, to which neither applies
             each |= {"guidance_interval": None, "guide": None}
-        fid.resolve_protocol(fid.per_features(options)[0], True, options.reference or "", each)
+        resolve_protocol(per_features(options)[0], True, options.reference or "", each)
     pipelines = _pipelines(options, grid)
     by_features = fid.measure_points(options, list(pipelines.values()), settings, lambda *_: None)
     if os.environ.get("RANK", "0") != "0":
@@ -61,7 +62,7 @@ def run_sweep(options: fid.Options) -> None:
 # The grid.
 
 
-def read_grid(options: fid.Options) -> Grid:
+def read_grid(options: Options) -> Grid:
     """The settings of `--sweep` and their values. Raises InputError for what can't be swept."""
     grid: Grid = {}
     for text in options.sweep:
@@ -93,10 +94,10 @@ def _value(name: str, text: str) -> Any:
         return None
     if name == "guidance_interval":
         return [parse_text(end, float) for end in text.split(":")]
-    return parse_text(text, fid.Options.model_fields[name].annotation)
+    return parse_text(text, Options.model_fields[name].annotation)
 
 
-def _pipelines(options: fid.Options, grid: Grid) -> dict[tuple[Any, Any, Any], Path]:
+def _pipelines(options: Options, grid: Grid) -> dict[tuple[Any, Any, Any], Path]:
     """Values of PIPELINES (None where it isn't swept) -> folder; averages are made if they aren't there."""
     from dia_diffusion.cli.ema import make_averages
     from dia_diffusion.pipelines.folder import find_pipeline
@@ -195,7 +196,7 @@ def sweep_panel(grid: Grid, points: list[dict[str, Any]], records: "list[Evaluat
     return Panel([series], x=x_axis, y=value_axis(label, y, [*low, *high]))
 
 
-def _folder(options: fid.Options, pipelines: list[Path]) -> Path:
+def _folder(options: Options, pipelines: list[Path]) -> Path:
     """Where the records are; beside the pipelines of averages, which keep their own."""
     from dia_diffusion.pipelines.folder import records_file
 

@@ -78,7 +78,7 @@ class ResolvedProtocol:
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
         """The fields that differ, each with this protocol's value and the other's.
 
-        A sampler has settings of its own for each noise process, so they are compared within a process.
+        A sampler has other settings for another noise process, so they are compared within a process only.
         """
         pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
         processes = [(each.scheduler or {}).get("process") for each in (self, other)]

@@ -41,7 +41,7 @@ def inner_products(steps: Array, gammas: Array, other_steps: Array, other_gammas
 
 
 def reconstruction(steps: Array, gammas: Array, step: float, wanted: Array) -> tuple[Array, Array]:
-    """Weights of averages whose sum is nearest to other averages, by least squares over the profiles (EDM2, C.1).
+    """Weights by which a sum of averages is nearest to other averages: least squares over the profiles (EDM2, C.1).
 
     The weights sum to 1, which EDM2 doesn't ask for: weights that don't move come out as they are.
 

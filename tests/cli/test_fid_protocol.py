@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dia_diffusion.cli.fid import check_features
+from dia_diffusion.cli.fid_options import check_features
 from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError

@@ -1,6 +1,6 @@
 """What a command imports: nothing slow for its help, and for sampling nothing that sampling has no use for.
 
-What is imported shows only in a process of its own.
+What is imported shows only in a separate process.
 """
 
 import json

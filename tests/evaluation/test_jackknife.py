@@ -1,4 +1,4 @@
-"""Distances without the bias of a finite number of images, on Gaussians whose distance is known."""
+"""Distances without the bias of a finite number of images, on Gaussians at a known distance."""
 
 import numpy as np
 import pytest

@@ -105,7 +105,7 @@ def test_density_and_coverage_of_real_images_are_known():
 
 
 def test_mind_of_shifted_images_is_three_times_the_squared_shift(monkeypatch):
-    """A shift by d moves each sorted projection by d.w, whose square is |d|^2 / D on average over directions w."""
+    """A shift by d moves each sorted projection by d.w, and (d.w)^2 is |d|^2 / D on average over directions w."""
     (features,) = gaussians(500, width=16)
     shift = torch.linspace(-1, 2, 16)
     found = computed("mind", features=features + shift, reference_features=features)

@@ -1,4 +1,4 @@
-"""The flow's samplers against the closed form of Gaussian data, whose exact velocity is known."""
+"""The flow's samplers against the closed form of Gaussian data, with the exact velocity."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_the_network_is_called_at_1000_sigma(name):
     adapted.draw([0])
     assert any(not timestep.is_integer() for timestep in adapted.runner.unet.timesteps)
     sigmas = adapted.runner.scheduler.sigmas[:-1]
-    if name == "heun":  # whose second call is at the end of the step
+    if name == "heun":  # it calls the network again at the end of the step
         sigmas = sigmas[[0, *range(1, len(sigmas))]]
     assert sorted(set(adapted.runner.unet.timesteps)) == pytest.approx(sorted(set((1000 * sigmas).tolist())))
 

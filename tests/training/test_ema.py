@@ -97,7 +97,7 @@ def test_an_average_of_any_width_is_a_sum_of_snapshots(width: float) -> None:
     assert weights.sum() == pytest.approx(1, abs=1e-9)
     found = weights[:, 0] @ np.array([averaged(walk, *each) for each in kept])
     error = np.abs(found - averaged(walk, 1200, width)).max()
-    assert residuals[0] < 0.02 and error < 5e-3, (residuals, error)  # of a walk whose standard deviation is 1
+    assert residuals[0] < 0.02 and error < 5e-3, (residuals, error)  # of a walk with standard deviation 1
     if width == 0.05:
         assert residuals[0] < 1e-6 and weights[-2, 0] == pytest.approx(1)
 
