@@ -103,12 +103,6 @@ class Evaluator:
         ]
         return next(reversed([record for record in known if self.protocol.named_in(record)] or known), None)
 
-    def measure(
-        self, source: ImageSource, work: Path | None = None, progress: Progress | None = None
-    ) -> EvaluationRecord:
-        """`measure_together` of this evaluator alone."""
-        return measure_together([self], source, [work], progress)[0]
-
     def check(self, source: ImageSource) -> None:
         """Raises InputError for too few images, or no layer, for the metrics."""
         self.protocol.check_count(source.count, num_features=self.extractor.num_features)

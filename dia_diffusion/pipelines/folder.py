@@ -65,11 +65,16 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
 
 
 def find_guide(name: str) -> Path:
-    """The pipeline folder of a guide: that folder, a run, or RUN:STEP. Raises InputError as `find_pipeline`."""
+    """The pipeline folder of a guide: that folder, a run, or RUN:STEP. Raises InputError for what is none of these."""
     run, _, step = name.rpartition(":")
-    if run and step.isdecimal() and not Path(name).exists():
-        return find_pipeline(run, int(step))
-    return find_pipeline(name)
+    try:
+        if not name:
+            raise InputError("a pipeline must have a name, got none")
+        if run and step.isdecimal() and not Path(name).exists():
+            return find_pipeline(run, int(step))
+        return find_pipeline(name)
+    except InputError as error:
+        raise InputError(f"`guide`: {error}") from None
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation import feature_store
-from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images
+from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images, measure_together
 from dia_diffusion.evaluation.feature_store import filled_store, open_store
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.frechet import measure
@@ -91,7 +91,7 @@ def run(extractor, digits, protocol):
     def evaluate_images(images, batch=64, asked=None, fail_at=None, extras=PLAIN, features=None, work=None, count=None):
         source = source_of(in_batches(images, batch, asked, fail_at), count or len(images), protocol)
         evaluator = Evaluator(extras, extractor, replace(reference, features=features), Accelerator(cpu=True))
-        return evaluator.measure(source, work)
+        return measure_together([evaluator], source, [work])[0]
 
     return evaluate_images
 
@@ -334,7 +334,7 @@ def _share(rank, port, folder, images, reference, protocol):
         images_of = in_batches(images, batch, asked)
         work = folder / "work" if batch == 64 else None
         evaluator = Evaluator(ORDERED, extractor, reference, accelerator)
-        record = evaluator.measure(source_of(images_of, len(images), protocol), work)
+        record = measure_together([evaluator], source_of(images_of, len(images), protocol), [work])[0]
         found[batch] = [record.distance, len(asked), record.low, record.high]
     (folder / f"found{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()

@@ -16,7 +16,7 @@ from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d
 from dia_diffusion.data import open_images
 from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError, RunError
-from dia_diffusion.evaluation.evaluate import Evaluator
+from dia_diffusion.evaluation.evaluate import Evaluator, measure_together
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features, inception
 from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
 from dia_diffusion.evaluation.frechet import frechet_distance, measure, sums
@@ -144,7 +144,7 @@ def test_spatial_features_are_adms_and_sfid_their_distance(network, weights, tmp
     protocol = EvalProtocol(features="inception", num_samples=4, sampler="ddim", steps=1, metrics=["sfid"])
     reference = measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress())
     evaluator = Evaluator(protocol, extractor, reference, Accelerator(cpu=True))
-    record = evaluator.measure(images_source(fake))
+    record = measure_together([evaluator], images_source(fake), [None])[0]
     expected = frechet_distance(*(sums([torch.from_numpy(each)], 2023) for each in (first, second)))
     assert record.metrics == {f"sFD({extractor.name})": pytest.approx(expected, rel=1e-4)}
     assert protocol.metric_labels("inception") == ["sFID"]
