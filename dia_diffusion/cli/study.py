@@ -38,7 +38,7 @@ def run_study_command(options: Options) -> None:
     """Plans, runs or draws the study."""
     refuse_launcher("a study starts its own processes; run it without a launcher, with --jobs N")
     study, precision = in_one_precision(_read(options))
-    check_recipes(study)
+    check_recipes(study.runs, study.protocols)
     inventory = scan(study)
     check_runs(inventory)
     if options.only_plot:

@@ -1,6 +1,6 @@
 """What a study is refused for before hours are spent: recipes, runs, records, images, features and references."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -26,10 +26,10 @@ OpenImages = Callable[[str, int, int, str], ImageSet]
 """Images of a source, size, channels and split."""
 
 
-def check_recipes(study: Study) -> None:
+def check_recipes(runs: Iterable[Run], protocols: Sequence[EvalProtocol] = ()) -> None:
     """Raises InputError for a network that can't be built, a batch size that can't run, or an unusable protocol."""
     checked = []
-    for run in study.runs:
+    for run in runs:
         experiment = run.experiment
         shape = (experiment.model, experiment.noise, experiment.samples, run.batch_size)
         if shape in checked:
@@ -39,7 +39,7 @@ def check_recipes(study: Study) -> None:
             check_samples(experiment)
             micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
             check_trackers(experiment.trackers)
-            for protocol in study.protocols:
+            for protocol in protocols:
                 _check_classes(protocol, experiment)
         except InputError as error:
             raise InputError(f"unit {run.unit}: {error}") from None

@@ -72,7 +72,7 @@ def study(trained: Path, tmp_path: Path) -> Read:
 
 def check(study: Study) -> Inventory:
     """All that is checked before images are opened."""
-    check_recipes(study)
+    check_recipes(study.runs, study.protocols)
     inventory = scan(study)
     check_runs(inventory)
     return inventory
@@ -236,7 +236,7 @@ def test_protocols_that_can_not_be_used(settings: str, said: str, study: Read, t
     file.write_text(f"{{features: digits, num_samples: 70, sampler: ddim, {settings}}}")
     key = "final_protocol" if "differ" in said else "protocol"
     with pytest.raises(InputError, match=said):
-        check_recipes(study(changes={key: str(file)}))
+        check(study(changes={key: str(file)}))
 
 
 def test_records_that_can_not_be_read(study: Read) -> None:
