@@ -204,11 +204,7 @@ class _Passes:
     """How far a study is, in passes of an image through a network, by the files of its runs."""
 
     def __init__(self, inventory: Inventory):
-        self.states, study = inventory.states, inventory.study
-        self.point, self.final = (
-            0 if protocol is None else protocol.num_samples * protocol.steps
-            for protocol in (study.protocol, study.final_protocol)
-        )
+        self.states, (self.point, self.final) = inventory.states, inventory.study.sampler_steps
         self.records = {state.run.name: self._count_records(state) for state in self.states}
         self.started = {state.run.folder for state in self.states if state.complete}
 

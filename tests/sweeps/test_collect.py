@@ -261,8 +261,8 @@ def test_the_plan_adds_up(study: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [state.trained for group in (none, unit) for state in group.states] == [True, False]
     measuring = (2 * 596 + 2000) * 25 * 0.125  # points and the final protocol
     grids = 2 * 2 * 2 * 0.125  # points, images and steps
-    assert (none.training_left(none.states[0]), none.measuring_left(none.states[0])) == (0, measuring)
-    assert unit.training_left(unit.states[0]) == pytest.approx(4 * 3 + grids)
+    assert none.seconds_left == [(0, measuring)]
+    assert unit.seconds_left == [pytest.approx((4 * 3 + grids, measuring))]
     files = [
         path for kind in ("pipelines", "checkpoints") for path in (here.runs[0].folder / kind).rglob("*.safetensors")
     ]
