@@ -40,7 +40,7 @@ def run_study_command(options: Options) -> None:
     study, precision = in_one_precision(_read(options))
     check_recipes(study.runs, study.protocols)
     inventory = scan(study)
-    check_runs(inventory)
+    check_runs(inventory.states)
     if options.only_plot:
         _draw(inventory)
         return

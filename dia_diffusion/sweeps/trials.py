@@ -16,8 +16,8 @@ from typing import Any
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.sweeps.checks import check_recipes
-from dia_diffusion.sweeps.collect import measured, origin_of
+from dia_diffusion.sweeps.checks import check_recipes, check_runs
+from dia_diffusion.sweeps.collect import RunState, measured, origin_of
 from dia_diffusion.sweeps.launcher import Job, Progress, run_jobs, write_config
 from dia_diffusion.sweeps.outcome import NOT_FINITE, RESULT_FILE, TRAINED, HeldOut, Result, finished
 from dia_diffusion.sweeps.stats import estimate_if_any
@@ -170,6 +170,7 @@ def run_trials(trials: Sequence[Run], held_out: HeldOut, jobs: int, progress: Pr
                 refuse_other_randomness(origin, trial.folder)
     trials, _ = resolve_precision(trials, origins)
     missing = [trial for trial, result in zip(trials, results, strict=True) if result is None]
+    check_runs([RunState(trial, 0, [], False, {trial.max_steps}, trained=False) for trial in missing])
     for trial in missing:
         write_config(trial)
     options = ["--images", str(held_out.count), "--times", str(held_out.num_times)]

@@ -74,7 +74,7 @@ def check(study: Study) -> Inventory:
     """All that is checked before images are opened."""
     check_recipes(study.runs, study.protocols)
     inventory = scan(study)
-    check_runs(inventory)
+    check_runs(inventory.states)
     return inventory
 
 
@@ -110,7 +110,7 @@ def test_a_run_without_checkpoints_is_complete_while_its_pipelines_are(study: Re
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (("steps: 4", "steps: 2"), "trained for 4 steps; the study's runs end after 2"),
+        (("steps: 4", "steps: 2"), "trained for 4 steps; now its training ends after 2"),
         (("points: 2", "points: 4"), "passed step 1 without leaving a pipeline"),
         (("protocol: fd-digits", "protocol: fd-digits\noverrides: {ema.decay: 0.9}"), "ema.decay: 0.9999 -> 0.9"),
     ],

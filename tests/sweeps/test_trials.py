@@ -166,9 +166,15 @@ def test_refuses_another_trials_folder(trial: Any) -> None:
         check([trial("a", **{"train.max_steps": 7})])
     with pytest.raises(InputError, match="other --images, --times or --held-out"):
         check([trial("a")], num_times=5)
-    (trial("a").folder / "trial.json").write_text("{")
+    result, config = (trial("a").folder / name for name in ("trial.json", "config.yaml"))
+    result.write_text("{")
     with pytest.raises(InputError, match="truncated or corrupted"):
         check([trial("a")])
+    result.unlink()
+    recipe = config.read_text()
+    with pytest.raises(InputError, match=r"another recipe \(optimizer\.learning_rate: 0\.001 -> 0\.01\)"):
+        check([trial("a", **{"optimizer.learning_rate": 0.01})])
+    assert config.read_text() == recipe
 
 
 def test_placements_of_five_blocks() -> None:
