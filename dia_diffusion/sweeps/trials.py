@@ -11,6 +11,7 @@ with three parts.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,9 @@ def run_trials(trials: Sequence[Run], held_out: HeldOut, jobs: int, progress: Pr
     """
     results = [finished(trial, held_out) for trial in trials]
     origins = [result or origin_of(trial) for trial, result in zip(trials, results, strict=True)]
-    if None in results:
-        for trial, origin in zip(trials, origins, strict=True):
-            if origin is not None:
-                refuse_other_randomness(origin, trial.folder)
+    for trial, origin in zip(trials, origins, strict=True):
+        if origin and None in results:
+            refuse_other_randomness(origin, trial.folder)
     trials, _ = resolve_precision(trials, origins)
     missing = [trial for trial, result in zip(trials, results, strict=True) if result is None]
     check_runs([RunState(trial, 0, [], False, {trial.max_steps}, trained=False) for trial in missing])
@@ -199,7 +199,7 @@ def measure_trials(
     results: Sequence[Result],
     protocol: EvalProtocol,
     name: str,
-    max_parallel: int,
+    jobs: int,
     progress: Callable[[int, int], None],
 ) -> str:
     """Adds its `distance` to the result of each trial that trained; those on record are not measured again.
@@ -215,16 +215,10 @@ def measure_trials(
     """
     trained = [trial for trial, result in zip(trials, results, strict=True) if result["outcome"] == TRAINED]
     on_record = {one.run.name for one in measured(trained, protocol) if one.is_last}
-    missing = [trial for trial in trained if trial.name not in on_record]
-    done = len(on_record)
-
-    def check(job: Job) -> None:
-        nonlocal done
-        done += 1
-        progress(done, len(trained))
-
-    jobs = [Job(trial.folder, [["fid", str(trial.folder), "--protocol", name]]) for trial in missing]
-    run_jobs(jobs, max_parallel, check=check)
+    missing = [trial.folder for trial in trained if trial.name not in on_record]
+    done = count(len(on_record) + 1)
+    fid = [Job(folder, [["fid", str(folder), "--protocol", name]]) for folder in missing]
+    run_jobs(fid, jobs, check=lambda _: progress(next(done), len(trained)))
     records = {one.run.name: one.record for one in measured(trained, protocol) if one.is_last}
     for trial, result in zip(trials, results, strict=True):
         if record := records.get(trial.name):
@@ -241,8 +235,7 @@ def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
         groups[label["variant"], label["unit"], label["learning_rate"]].append(result)
     rows = []
     for (variant, unit, rate), group in groups.items():
-        losses = [result["held_out_loss"] for result in group if result["outcome"] == TRAINED]
-        found = estimate_if_any(losses)
+        loss = estimate_if_any(result["held_out_loss"] for result in group if result["outcome"] == TRAINED)
         rows.append(
             {
                 "variant": variant,
@@ -251,8 +244,8 @@ def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "seeds": len(group),
                 "outcomes": [result["outcome"] for result in group],
                 "not_finite_at": sorted(r["not_finite_at"] for r in group if r["outcome"] == NOT_FINITE),
-                "held_out_loss": found.mean if found else None,
-                "half_width": found.half_width if found else None,
+                "held_out_loss": loss and loss.mean,
+                "half_width": loss and loss.half_width,
             }
         )
     return rows
@@ -271,7 +264,7 @@ def summarize_placement(results: Sequence[Result], num_layers: int) -> list[dict
         for key in ("held_out_loss", "distance"):
             values = [result[key] for result in trained if result.get(key) is not None]
             row[key] = values
-            found = estimate_if_any(values)
-            row |= {f"{key}_mean": found and found.mean, f"{key}_half_width": found and found.half_width}
+            mean = estimate_if_any(values)
+            row |= {f"{key}_mean": mean and mean.mean, f"{key}_half_width": mean and mean.half_width}
         rows.append(row)
     return rows
