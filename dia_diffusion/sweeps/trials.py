@@ -11,7 +11,7 @@ with three parts.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +103,9 @@ def stability_trials(
         for unit in units
     }
     trials = []
-    for seed in seeds:
-        for rate in rates:
-            for (variant, unit), base in bases.items():
-                label = {"variant": variant, "unit": unit, "learning_rate": rate, "seed": seed}
-                trials.append(make_trial(f"{variant}-{unit}-lr{rate:g}-s{seed}", label, folder, base, seed, rate))
+    for seed, rate, ((variant, unit), base) in product(seeds, rates, bases.items()):
+        label = {"variant": variant, "unit": unit, "learning_rate": rate, "seed": seed}
+        trials.append(make_trial(f"{variant}-{unit}-lr{rate:g}-s{seed}", label, folder, base, seed, rate))
     check_recipes(trials)
     return trials
 
