@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dia_diffusion.distributed import on_rank_zero
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.evaluate import Evaluator, filled_by_all
 from dia_diffusion.evaluation.neighbors import NEIGHBORS, Neighbors, find_neighbors
 from dia_diffusion.evaluation.reference import reference_features
 from dia_diffusion.evaluation.sources import ImageSource
@@ -19,10 +21,8 @@ from dia_diffusion.io import write_text
 from dia_diffusion.progress import Progress
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from dia_diffusion.data import ImageSet
-    from dia_diffusion.evaluation.features import FeatureExtractor
+    from dia_diffusion.evaluation.feature_store import FeatureStore
 
 STYLE = """
 body { font-family: system-ui, sans-serif; margin: 2em; max-width: 75em }
@@ -33,57 +33,73 @@ img { width: 96px; margin-right: 2px; image-rendering: pixelated }
 
 
 def show_samples(
+    evaluators: Sequence[Evaluator],
     source: ImageSource,
+    works: Sequence[Path],
     count: int,
     reference: "ImageSet",
-    extractor: "FeatureExtractor",
-    accelerator: "Accelerator",
     progress: Progress,
     folder: Path,
-) -> Path:
-    """Writes the page of the first `count` images of a source into a folder, and returns the file; on all ranks."""
+) -> list[Path]:
+    """Writes a page into the folder for each evaluator, on all ranks, and returns the files.
+
+    Args:
+        works: work folders of the evaluators; their features stay there for the measurement.
+        count: how many of the samples nearest to a real image are shown.
+    """
     if len(reference) < NEIGHBORS:
         raise InputError(f"{reference.name} must have {NEIGHBORS} images or more for --show, got {len(reference)}")
-    count = min(count, source.count)
-    real_features = reference_features(reference, extractor, accelerator, progress)
-    page = folder / f"show-{source.name}-{extractor.name.replace(':', '-')}.html"
+    accelerator, pages = evaluators[0].accelerator, []
+    with filled_by_all(evaluators, source, works, progress) as stores:
+        for evaluator, store in zip(evaluators, stores, strict=True):
+            name = evaluator.extractor.name
+            page = folder / f"show-{source.name}-{name.replace(':', '-')}.html"
+            real_features = reference_features(reference, evaluator.extractor, accelerator, progress)
 
-    def write() -> None:
-        assert real_features is not None
-        batches = list(source.images(range(count), lambda amount: None))
-        features = torch.cat([extractor.layers(batch)["features"] for batch in batches])
-        found = find_neighbors(features, real_features, extractor.device)
-        images = torch.cat([batch.cpu() for batch in batches]).numpy()
-        write_text(page, _page(source, extractor.name, images, found, reference))
+            def write(
+                store: "FeatureStore | None" = store,
+                real_features: torch.Tensor | None = real_features,
+                name: str = name,
+                page: Path = page,
+            ) -> None:
+                assert store is not None and real_features is not None
+                found = find_neighbors(store.read("features"), real_features, accelerator.device)
+                write_text(page, _page(source, name, found, count, reference))
 
-    on_rank_zero(accelerator, write)
-    return page
+            on_rank_zero(accelerator, write)
+            pages.append(page)
+    return pages
 
 
-def _page(source: ImageSource, features: str, images: np.ndarray, found: Neighbors, reference: "ImageSet") -> str:
+def _page(source: ImageSource, features: str, found: Neighbors, count: int, reference: "ImageSet") -> str:
     """HTML that loads nothing."""
-    part, kind = max(1, min(16, len(images) // 2)), "image" if source.folder is None else "seed"
+    samples, kind = len(found.distances), "image" if source.folder is None else "seed"
     densest_first = np.argsort(found.sparsity)
+    few = min(max(1, count // 4), samples)
     sections = {
-        f"Nearest of the {len(reference):,} images of {reference.name}, smallest distances first": (
-            "Each sample is beside its nearest real image. The percentage is how many real images are nearer to their "
-            "own nearest real image: 0 % is a copy or closer than any two real images.",
-            np.argsort(found.distances),
+        f"Nearest of the {len(reference):,} images of {reference.name}": (
+            f"The {min(count, samples)} samples with the smallest distances, each beside its nearest real image. The "
+            "percentage is how many real images are nearer to their own nearest real image: 0 % is a copy or closer "
+            f"than any two real images. {(found.percentiles == 0).sum():,} of {samples:,} samples are at 0 %; the "
+            f"median is {np.median(found.percentiles):.0f} %.",
+            np.argsort(found.distances)[:count],
         ),
-        "Best samples": (f"Smallest distance to the {NEIGHBORS}th nearest real image.", densest_first[:part]),
-        "Worst samples": (f"Largest distance to the {NEIGHBORS}th nearest real image.", densest_first[::-1][:part]),
+        "Best samples": (f"Smallest distance to the {NEIGHBORS}th nearest real image.", densest_first[:few]),
+        "Worst samples": (f"Largest distance to the {NEIGHBORS}th nearest real image.", densest_first[::-1][:few]),
     }
-    title = f"{len(images)} samples of {source.name} in features {features}"
+    shown = np.unique(np.concatenate([order for _, order in sections.values()]))
+    batches = source.images(shown.tolist(), lambda amount: None)
+    images = dict(zip(shown, torch.cat([batch.cpu() for batch in batches]).numpy(), strict=True))
+    title = f"{samples:,} samples of {source.name} in features {features}"
     body = ""
     for heading, (text, order) in sections.items():
         body += f"<h2>{escape(heading)}</h2>\n<p>{escape(text)}</p>\n"
-        pairs = not heading.endswith("samples")
         for index in order:
-            shown = [images[index], *(reference.read([found.nearest[index]]) if pairs else ())]
-            caption = f"{kind} {index}: {found.sparsity[index]:.4f}"
-            if pairs:
+            pictures, caption = [images[index]], f"{kind} {index}: {found.sparsity[index]:.4f}"
+            if not heading.endswith("samples"):
+                pictures.append(reference.read([found.nearest[index]])[0])
                 caption = f"{kind} {index}: {found.distances[index]:.4f}, {found.percentiles[index]:.0f} %"
-            body += f"<figure>{''.join(map(_image, shown))}<figcaption>{caption}</figcaption></figure>\n"
+            body += f"<figure>{''.join(map(_image, pictures))}<figcaption>{caption}</figcaption></figure>\n"
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n'

@@ -229,15 +229,8 @@ def measure_together(
         RunError: another process is writing to a folder.
     """
     start, progress, accelerator = time.monotonic(), progress or Progress(), evaluators[0].accelerator
-    for evaluator in evaluators:
-        evaluator.check(source)
-    judges = [
-        Judge(evaluator.extractor, work, evaluator.protocol.layers)
-        for evaluator, work in zip(evaluators, works, strict=True)
-    ]
-    stores = filled_stores(source.images, source.count, judges, accelerator, source.name, progress=progress)
     records = []
-    with stores as filled:
+    with filled_by_all(evaluators, source, works, progress) as filled:
         for evaluator, store in zip(evaluators, filled, strict=True):
             earlier, numbers = broadcast_from_rank_zero(accelerator, partial(evaluator.numbers, store, progress))
             record = make_record(
@@ -249,6 +242,20 @@ def measure_together(
             )
             records.append(record)
     return records
+
+
+def filled_by_all(
+    evaluators: Sequence[Evaluator], source: ImageSource, works: Sequence[Path | None], progress: Progress
+) -> AbstractContextManager[list[FeatureStore | None]]:
+    """The features of the images by each evaluator, see `filled_stores`; arguments and errors of `measure_together`."""
+    for evaluator in evaluators:
+        evaluator.check(source)
+    judges = [
+        Judge(evaluator.extractor, work, evaluator.protocol.layers)
+        for evaluator, work in zip(evaluators, works, strict=True)
+    ]
+    accelerator = evaluators[0].accelerator
+    return filled_stores(source.images, source.count, judges, accelerator, source.name, progress=progress)
 
 
 def discard_work(folder: Path) -> None:

@@ -242,7 +242,7 @@ def _fill(
     )
     chunks = sorted({(start, stop) for own in missing for start, stop in own})
     what, done = f"measuring {name}", float(count - sum(stop - start for start, stop in chunks))
-    if done and accelerator.is_main_process:
+    if chunks and done and accelerator.is_main_process:
         progress.message(f"resuming after {done:,.0f} of {count:,} images")
         progress.resume(what, "images", round(done), count)
 

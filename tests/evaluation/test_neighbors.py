@@ -27,6 +27,7 @@ def test_copies_and_outliers() -> None:
 def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Test digits, of which one is replaced by a training digit."""
     from dia_diffusion.data import open_images
+    from dia_diffusion.evaluation.features import build_features
 
     folder = tmp_path / "images"
     folder.mkdir()
@@ -35,17 +36,27 @@ def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for index, image in enumerate(images):
         Image.fromarray(image[0]).save(folder / f"{index:02d}.png")
     monkeypatch.chdir(tmp_path)
-    assert main(["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "12"]) == 0
+    assert main(["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "8"]) == 0
     html = (tmp_path / "show-images-digits.html").read_text()
     captions = re.findall("<figcaption>(.*?)</figcaption>", html)
     assert captions[0] == "image 7: 0.0000, 0 %"
-    assert len(captions) == 12 + 6 + 6 and html.count("data:image/png") == 24 + 12
+    assert len(captions) == 8 + 2 + 2 and html.count("data:image/png") == 16 + 4
+    assert "1 of 12 samples are at 0 %" in html
     assert "http" not in html
     first, second = re.findall('src="(data:[^"]*)"', html)[:2]
     assert first == second
     with urllib.request.urlopen(first) as file:
         shown = np.array(Image.open(file))
     np.testing.assert_array_equal(shown[:, :, 0], images[7, 0])
+
+    digits = open_images("digits", split="train", channels=1)
+    features, real = (
+        build_features("digits").layers(torch.from_numpy(pixels))["features"]
+        for pixels in (images, digits.read(range(len(digits))))
+    )
+    best_first = torch.cdist(features, real).sort(dim=1).values[:, 4].argsort().tolist()
+    in_captions = [int(caption.split()[1][:-1]) for caption in captions[8:]]
+    assert in_captions == [*best_first[:2], *best_first[:-3:-1]]
 
 
 def test_statistics_have_no_images_to_show(
