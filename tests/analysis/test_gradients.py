@@ -30,12 +30,9 @@ def test_the_distribution_is_that_of_the_elements() -> None:
         assert value == pytest.approx(np.quantile(size, float(quantile)), rel=0.03)
     assert sum(record["histogram"]["counts"]) == 5000
     assert record["histogram"]["lowest"] == pytest.approx(np.floor(20 * np.log10(size.min())) / 20)
-
-
-def test_no_gradient_has_no_quantiles() -> None:
-    magnitudes = Magnitudes()
-    magnitudes.add(torch.zeros(3))
-    assert magnitudes.summary()["mean"] == 0 and magnitudes.summary()["quantiles"] is None
+    nothing = Magnitudes()
+    nothing.add(torch.zeros(3))
+    assert nothing.summary()["mean"] == 0 and nothing.summary()["quantiles"] is None
 
 
 def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: MakeRun) -> None:
@@ -107,12 +104,8 @@ def test_the_noise_scale_of_a_known_distribution_lies_in_its_range() -> None:
         inside += record["noise_scale_low"] < 400 < high
     assert np.mean(estimates, axis=0) == pytest.approx([200, 0.5], rel=0.05)
     assert inside >= 33  # two standard errors, themselves from 8 parts
-
-
-def test_no_gradient_has_no_noise_scale() -> None:
-    gradients = np.repeat(np.eye(4), 4, axis=0) * np.tile([1, 1, -1, -1], 4)[:, None]
-    record = noise_of(gradients, 1)
-    assert record["noise_scale"] is None and record["noise_scale_high"] is None
+    nothing = noise_of(np.repeat(np.eye(4), 4, axis=0) * np.tile([1, 1, -1, -1], 4)[:, None], 1)
+    assert nothing["noise_scale"] is None and nothing["noise_scale_high"] is None
 
 
 def test_groups_are_the_parts_of_the_network() -> None:
