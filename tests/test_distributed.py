@@ -203,9 +203,3 @@ def test_gloo_gets_an_interface_that_other_machines_reach(
     else:
         choose_gloo_interface()
         assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
-
-
-def test_addresses_of_this_machine() -> None:
-    assert launch._is_loopback(launch._address("localhost"))
-    assert launch._address("no-such-host.invalid") is None
-    assert launch._local_address("127.0.0.1") == "127.0.0.1"

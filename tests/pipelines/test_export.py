@@ -26,7 +26,8 @@ from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
-# Loads exported folders where importing the package fails, and saves the images of each.
+# Loads exported folders where importing the package fails, and saves the images of each; then imports it, which is all
+# that a folder without code needs.
 WITHOUT_PACKAGE = """
 import importlib.abc, json, sys
 
@@ -53,6 +54,11 @@ for folder, arguments, out in json.loads(sys.argv[1]):
     images = pipe(batch_size=2, generator=generator, output_type="pt", **arguments).images
     save_file({"images": images}, out)
 assert not any(name.partition(".")[0] == "dia_diffusion" for name in sys.modules)
+
+sys.meta_path.pop(0)
+import dia_diffusion
+for folder in sys.argv[2:]:
+    assert type(DiffusionPipeline.from_pretrained(folder)) is dia_diffusion.UViTPipeline
 """
 GUIDED = {"class_labels": [2, 0], "guidance_scale": 3.0, "guidance_interval": [0.3, 5.0]}
 CBAM = {"attention": "cbam", "attention_kwargs": {"sharing": "individual"}}
@@ -68,9 +74,9 @@ KINDS = {
 }
 
 
-def without_package(environment: dict[str, str], jobs: list[tuple[str, dict, str]]) -> None:
-    """Draws images of folders in an interpreter that can't import the package."""
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, json.dumps(jobs)]
+def without_package(environment: dict[str, str], jobs: list[tuple[str, dict, str]], *plain: Path) -> None:
+    """Draws images of folders in an interpreter that can't import the package; then loads plain ones where it can."""
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, json.dumps(jobs), *map(str, plain)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
@@ -104,7 +110,8 @@ def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tm
     send(prepare(jobs[1][0], "me/model"), TOKEN)
     jobs.append(("me/model", jobs[1][1], str(tmp_path / "by_name.safetensors")))
     expected.append(expected[1])
-    without_package({"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.address, "no_proxy": "*"}, jobs)
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.address, "no_proxy": "*"}
+    without_package(environment, jobs, tmp_path / "source0", tmp_path / "unet2d")
     for name, (_, _, file), images in zip([*KINDS, *ARGUMENTS, "by name"], jobs, expected, strict=True):
         assert torch.equal(load_file(file)["images"], images), name
         assert (images[0] - images[1]).abs().max() > 0.1, name
