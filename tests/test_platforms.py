@@ -148,8 +148,9 @@ def test_commands_on_windows_name_wsl(capsys: pytest.CaptureFixture[str], monkey
 
 
 def import_as_on_windows(file: Path) -> None:
-    """Imports the package anew, and where it registers features, without the modules that Windows lacks."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("dia_diffusion", "torch_fidelity")]:
+    """Imports the package anew, with what asks for fcntl or knows its features, without what Windows doesn't have."""
+    anew = ("dia_diffusion", "filelock", "torch_fidelity")
+    for name in [name for name in sys.modules if name.partition(".")[0] in anew]:
         del sys.modules[name]
     sys.modules.update(fcntl=None, resource=None)  # type: ignore[arg-type]
     package = importlib.import_module("dia_diffusion")

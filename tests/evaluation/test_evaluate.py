@@ -1,6 +1,5 @@
 import json
 import os
-import weakref
 from dataclasses import replace
 from multiprocessing import get_context
 from threading import Event, Thread
@@ -19,7 +18,6 @@ from dia_diffusion.evaluation import feature_store
 from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images, measure_together
 from dia_diffusion.evaluation.feature_store import filled_store, open_store
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.frechet import measure
 from dia_diffusion.evaluation.metrics import METRICS, Metric
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import Origin, read_records
@@ -94,19 +92,6 @@ def run(extractor, digits, protocol):
         return measure_together([evaluator], source, [work])[0]
 
     return evaluate_images
-
-
-def test_images_are_forgotten_once_measured(extractor, train):
-    seen = []
-
-    def stream():
-        for batch in train.split(32):
-            batch = batch.clone()
-            assert all(earlier() is None for earlier in seen[:-1])
-            seen.append(weakref.ref(batch))
-            yield batch
-
-    assert measure(stream(), extractor).count == 300
 
 
 def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, train, digits, protocol, run):
