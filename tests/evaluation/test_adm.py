@@ -113,10 +113,10 @@ def test_features_too_large_for_float16_are_compared_in_float32() -> None:
     assert found == pytest.approx(prc(samples, real, np.float64), abs=0.005)
 
 
-@pytest.mark.parametrize("size", [32, 256])
-def test_images_are_resized_as_by_tensorflow_1(size: int) -> None:
+def test_images_are_resized_as_by_tensorflow_1() -> None:
     """Bilinear without aligned corners or half-pixel centers: pixel i lies at i * size / 299."""
-    image = load_sample_image("china.jpg")[:256, :256][:: 256 // size, :: 256 // size].astype(np.float64)
+    size = 32
+    image = load_sample_image("china.jpg")[:256:8, :256:8].astype(np.float64)
     places = np.arange(299) * size / 299
     low = places.astype(int)
     high, part = np.minimum(low + 1, size - 1), places - low

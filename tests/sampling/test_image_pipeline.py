@@ -103,14 +103,6 @@ def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
     assert ours.float().std() > 1
 
 
-def test_a_ddpm_pipeline_given_the_same_generators_gives_the_same_values():
-    pipeline = MAKE["ddpm"]()
-    ours = adapt(pipeline).draw(SEEDS)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(batch_size=3, generator=generators(), num_inference_steps=5, output_type="np").images
-    torch.testing.assert_close(ours, as_channels_first(theirs), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("out_channels", [4, 8])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
@@ -120,7 +112,7 @@ def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(labels, scale, generators(), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(ours, as_channels_first(theirs), rtol=1e-4, atol=1e-4)
-    assert ours.std() > 0.01
+    assert ours.std() > 0.01 and adapt(pipeline).num_classes == NULL_LABEL
     assert (ours - adapt(pipeline, classes=(1, 2, 3), guidance_scale=scale).draw(SEEDS)).abs().max() > 0.01
 
 
@@ -305,24 +297,9 @@ def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes
         adapt(Brighter(**parts))
 
 
-def test_guidance_leaves_a_learned_variance_alone():
-    pipeline = adapt(dit_pipeline(DDPMScheduler(variance_type="learned_range"), num_classes=3)).runner
-    x, labels = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
-    with torch.no_grad():
-        plain, null = (pipeline._predict(x, torch.tensor(5), given, 1.0) for given in (labels, torch.tensor([3, 3])))
-        guided = pipeline._predict(x, torch.tensor(5), labels, 3.0)
-    torch.testing.assert_close(guided[:, 4:], plain[:, 4:])
-    torch.testing.assert_close(guided[:, :4], (null + 3 * (plain - null))[:, :4], rtol=1e-4, atol=1e-4)
-    assert (plain - null)[:, 4:].abs().max() > 0.01
-
-
 def test_what_others_code_raises_is_one_line():
     pipeline = MAKE["sde"]()
     pipeline.unet.to(torch.bfloat16)  # its loop draws float32
     with pytest.raises(RunError, match="ScoreSdeVePipeline failed while sampling: ") as error:
         drawn(pipeline)
     assert "\n" not in str(error.value)
-
-
-def test_the_null_label_is_the_one_of_dit_pipeline():
-    assert adapt(dit_pipeline()).num_classes == NULL_LABEL
