@@ -75,8 +75,9 @@ def tiny_unet() -> UNet2DModel:
     )
 
 
-def tiny_dit() -> DiTTransformer2DModel:
-    return DiTTransformer2DModel(2, 8, in_channels=1, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=3)
+def tiny_dit(num_layers: int = 3) -> DiTTransformer2DModel:
+    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": num_layers}
+    return DiTTransformer2DModel(2, 8, in_channels=1, num_embeds_ada_norm=3, **sizes)
 
 
 def tiny_vit() -> VisionTransformer:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GIGABYTES = 1 << 30
+GIGABYTES = 1 << 29  # half of one, which is more than watch.MEMORY_LIMIT
 
 
 # Texts
