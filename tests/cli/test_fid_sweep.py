@@ -80,7 +80,7 @@ def test_what_cannot_be_swept(run: Path, sampled: list[int], capsys: pytest.Capt
         ("guidance_interval=none,0.3:5", "must be left out for guidance_scale 1"),
         ("steps=2,3 --steps 4", "--steps 4: --sweep steps=2,3 sets it"),
         ("steps=2,3 --every-step", "must be left out beside"),
-        ("step=3,4", "4"),
+        ("step=3,4", "must be one of 3, 6, got 4"),
         ("width=0.1,wide", "must have numbers, got 'wide'"),
         ("width=0.1 decay=0.9", "must be left out beside"),
     ):
