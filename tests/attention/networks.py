@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
+SAMS = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
+
 
 class Block(nn.Module):
     def __init__(self, channels: int):
@@ -49,6 +51,11 @@ class Network(nn.Module):
         return x
 
 
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def is_branch(name: str, module: nn.Module) -> bool:
     return name.endswith(".conv")
 
@@ -75,8 +82,9 @@ def tiny_unet() -> UNet2DModel:
     )
 
 
-def tiny_dit() -> DiTTransformer2DModel:
-    return DiTTransformer2DModel(2, 8, in_channels=1, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=3)
+def tiny_dit(num_layers: int = 3) -> DiTTransformer2DModel:
+    sizes = {"sample_size": 8, "patch_size": 2, "num_layers": num_layers}
+    return DiTTransformer2DModel(2, 8, in_channels=1, num_embeds_ada_norm=3, **sizes)
 
 
 def tiny_vit() -> VisionTransformer:

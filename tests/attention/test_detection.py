@@ -24,7 +24,9 @@ def detector(build: Callable[..., nn.Module], seed: int) -> tuple[nn.Module, int
     return model, plain
 
 
-@pytest.mark.parametrize("build", [fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn])
+@pytest.mark.parametrize(
+    "build", [retinanet_resnet50_fpn, pytest.param(fasterrcnn_resnet50_fpn, marks=pytest.mark.long)]
+)
 def test_detector_trains_and_comes_back_from_its_file(build: Callable[..., nn.Module], tmp_path: Path) -> None:
     model, plain = detector(build, seed=0)
     # 10 N^2 / r weights and 2 N / r + 8 N biases of a unit, one a stage (III-C).

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dia_diffusion.cli.main import main
 from tests.cli.test_study import PROTOCOL, STUDY
 from tests.faults.harness import being_written, checkpoints, leftovers
 from tests.processes import Forked, hold, hold_checkpoints, hold_evaluation, hold_steps
@@ -17,23 +18,22 @@ from tests.training.classify import TINY as CLASSIFY
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 
 
-@BOTH
-def test_classify_leaves_a_checkpoint(number: int, code: int, tmp_path: Path) -> None:
+def test_classify_leaves_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "classify.yaml").write_text(CLASSIFY)
-    command = ["classify", "--config", tmp_path / "classify.yaml", "--output", run]
+    command = ["classify", "--config", tmp_path / "classify.yaml", "--output", run, "--train.checkpoint_every", 100]
     gate = tmp_path / "gate"
-    running = Forked(*command, "--train.checkpoint_every", 100, log=log, prepare=partial(hold_steps, 2, gate))
+    running = Forked(*command, log=log, prepare=partial(hold_steps, 2, gate))
     running.until(gate.exists)
-    running.send(number)
+    running.send(signal.SIGTERM)
     gate.unlink()
-    assert running.wait() == code
+    assert running.wait() == 143
     line = "dia-diffusion classify: stopped after step 2; the same command resumes from there"
     assert running.last_line() == line
     assert checkpoints(run) == [2]
-    again = Forked(*command, log=log)
-    assert again.wait() == 0
-    assert "resuming from step 2" in again.text()
+    capsys.readouterr()
+    assert main([str(part) for part in command]) == 0
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) -> None:
@@ -61,26 +61,27 @@ def test_sample_keeps_its_images(number: int, code: int, trained: Path, tmp_path
     assert running.last_line() == "dia-diffusion sample: stopped; the same command draws the missing images"
     made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
     assert len(made) == 5 and not leftovers(out)
-    assert Forked(*command, log=log).wait() == 0
+    assert main([str(part) for part in command]) == 0
     assert len(list(out.glob("*.png"))) == 50 and {file: file.stat().st_mtime_ns for file in made} == made
 
 
-@BOTH
-def test_fid_keeps_its_chunks(number: int, code: int, trained: Path, tmp_path: Path) -> None:
+def test_fid_keeps_its_chunks(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     log, record = tmp_path / "log", tmp_path / "records.jsonl"
     command = ["fid", trained / "run", "--reference", "digits", "--num", 1000, "--steps", 1, "--record", record]
-    cache = {"DIA_DIFFUSION_CACHE": str(tmp_path / "cache")}
-    running = Forked(*command, log=log, prepare=partial(hold_evaluation, 1), **cache)
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    running = Forked(*command, log=log, prepare=partial(hold_evaluation, 1))
     running.until(lambda: list(tmp_path.glob("records.unfinished/*/chunk-*.safetensors")))
-    running.send(number)
-    assert running.wait() == code
+    running.send(signal.SIGINT)
+    assert running.wait() == 130
     assert re.fullmatch(
         r"dia-diffusion fid: stopped; the same command resumes after the last finished chunk of images, kept in .*",
         running.last_line(),
     )
-    again = Forked(*command, log=log, **cache)
-    assert again.wait() == 0
-    assert "resuming after 500 of 1,000 images" in again.text()
+    capsys.readouterr()
+    assert main([str(part) for part in command]) == 0
+    assert "resuming after 500 of 1,000 images" in capsys.readouterr().out
 
 
 @pytest.mark.long

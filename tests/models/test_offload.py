@@ -86,8 +86,9 @@ def offloaded_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("offloaded_is_nan")
-@pytest.mark.parametrize("blocks", [None, 2], ids=["leaves", "pairs of blocks"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "blocks"), [*((name, None) for name in MODELS), *((name, 2) for name in ("dia-lstm", "srm", "attached"))]
+)
 def test_group_offload(name: str, blocks: int | None) -> None:
     model = build(name)
     expected = run(model)

@@ -4,11 +4,12 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -16,47 +17,33 @@ from dia_diffusion.data import open_images, read_image
 from dia_diffusion.evaluation.features import PACKAGED, build_features
 from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.evaluation.record import append_record, read_records
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics, write_statistics
 from dia_diffusion.io import shipped_folder
-from dia_diffusion.models.classifiers import load_classifier
-from dia_diffusion.pipelines.folder import read_training
-from dia_diffusion.report.subjects import run_page
 from dia_diffusion.sampling.load import load_pipeline
-from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.convert import convert_official
-from dia_diffusion.sharing.export import check_pipeline
-from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.sweeps.sweep import read_study
-from dia_diffusion.training.checkpoint import load_checkpoint, read_state
+from dia_diffusion.training.checkpoint import load_checkpoint
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment, recipes_folder
-from dia_diffusion.training.run_folder import logged_step, read_metrics
 from tests.data.test_cifar import binary, python, write_tar
-from tests.evaluation.conftest import _record
 from tests.pipelines.test_convert import official_weights
 from tests.security import readers
 from tests.security.hostile import npy, write_zip
 from tests.security.hostile_images import encoded
+from tests.security.readers import Reader
+
+JSON = ["pipeline's index", "network's config", "training of a pipeline", "training on a card", "records", "metrics"]
+JSON += ["last line of metrics", "metrics on a page", "checkpoint's state", "classifier's config"]
+JSON += ["result of a classifier"]
 
 
-@dataclass
-class Target:
-    """A valid file, and what reads it at its path."""
-
-    file: Path
-    read: Callable[[Path], Any]
-    slow: bool = False
-    """Whether reading takes so long that the quick run tries a few only."""
-
-
-def targets(folder: Path) -> dict[str, Target]:
+def targets(folder: Path) -> dict[str, Reader]:
     """Every kind of file, each made in a folder of its own."""
-    made: dict[str, Target] = {}
+    made: dict[str, Reader] = {}
 
-    def add(name: str, file: Path, read: Callable[[Path], Any], slow: bool = False) -> None:
-        made[name] = Target(file, read, slow)
+    def add(name: str, file: Path, read: Callable[[Path], Any]) -> None:
+        made[name] = Reader(file, lambda: read(file))
 
     def write(name: str, data: bytes) -> Path:
         path = folder / name.replace(" ", "_") / name.rpartition(" ")[2]
@@ -68,48 +55,25 @@ def targets(folder: Path) -> dict[str, Target]:
         (folder / name).mkdir()
         return folder / name
 
+    for name in JSON:
+        made[name] = {**readers.STRICT, **readers.LENIENT}[name](place(name))
     recipe = (recipes_folder() / "cifar10_unet2d.yaml").read_bytes()
-    add("recipe", write("recipe x.yaml", recipe), lambda p: read_experiment(str(p)), slow=True)
+    add("recipe", write("recipe x.yaml", recipe), lambda p: read_experiment(str(p)))
     recipe = sorted(recipes_folder(ClassifyExperiment).glob("*.yaml"))[0].read_bytes()
-    add(
-        "classifier's recipe",
-        write("classified x.yaml", recipe),
-        lambda p: read_experiment(str(p), kind=ClassifyExperiment),
-        slow=True,
-    )
+    classified = write("classified x.yaml", recipe)
+    add("classifier's recipe", classified, lambda p: read_experiment(str(p), kind=ClassifyExperiment))
     protocol = sorted(shipped_folder("protocols").glob("*.yaml"))[0].read_bytes()
     add("protocol", write("protocol x.yaml", protocol), lambda p: EvalProtocol.read(str(p)))
     readers.study(place("study"))
-    add("study", folder / "study" / "s.yaml", lambda p: read_study(str(p)), slow=True)
+    add("study", folder / "study" / "s.yaml", lambda p: read_study(str(p)))
 
-    append_record(place("records") / "evaluations.jsonl", _record(2.5))
-    append_record(folder / "records" / "evaluations.jsonl", _record(2.0, step=200))
-    add("records", folder / "records" / "evaluations.jsonl", read_records)
-    run = readers.run(place("run"))
-    add("metrics", run / "metrics.jsonl", lambda p: (read_metrics(p), logged_step(p)))
-    other = readers.run(place("page"))
-    add("metrics on a page", other / "metrics.jsonl", lambda p: run_page(p.parent), slow=True)
-    checkpoint = readers.checkpoint(place("checkpoint"))
-    add("checkpoint's state", checkpoint / "state.json", lambda p: read_state(p.parent))
-    whole = readers.checkpoint(place("weights"))
-    add("checkpoint's weights", whole / "model.safetensors", lambda p: load_checkpoint(p.parent))
-    pipeline = readers.pipeline(place("pipeline"))
-    add("pipeline's index", pipeline / "model_index.json", lambda p: load_pipeline(p.parent), slow=True)
-    for name, file in (
-        ("network's config", "config.json"),
-        ("network's weights", "diffusion_pytorch_model.safetensors"),
-    ):
-        one = readers.pipeline(place(name))
-        add(name, one / "unet" / file, lambda p: (load_pipeline(p.parents[1]), check_pipeline(p.parents[1])), slow=True)
-    carded = readers.pipeline(place("card"))
-    add("training", carded / "training.json", lambda p: (read_training(p.parent), write_card(p.parent)))
-    classifier = readers.classifier(place("classifier"))
-    add("classifier's config", classifier / "config.json", lambda p: load_classifier(p.parent), slow=True)
-    result = readers.result(place("result"))
-    add("classifier's result", result.file, lambda p: read_result(p.parent))
+    checkpoint = readers.checkpoint(place("weights"))
+    add("checkpoint's weights", checkpoint / "model.safetensors", lambda p: load_checkpoint(p.parent))
+    unet = readers.pipeline(place("network")) / "unet"
+    add("network's weights", unet / "diffusion_pytorch_model.safetensors", lambda p: load_pipeline(p.parents[1]))
     card = readers.weights_card(place("features"))
+    card.file.unlink()
     network = PACKAGED["digits"].network()
-    (folder / "features" / "weights.json").unlink()
     add("features' weights", card.file.with_suffix(".safetensors"), lambda p: load_weights(network, p))
 
     extractor = build_features("digits")
@@ -142,8 +106,6 @@ def targets(folder: Path) -> dict[str, Target]:
             (given / file_name).write_bytes(data)
         first = given / ("train.bin" if name == "binary" else "train")
         add(f"{name} batch", first, lambda p: open_images(p.parent))
-    import torch
-
     torch.save(official_weights(), place("pth") / "x.pth")
     add("pickled weights", folder / "pth" / "x.pth", lambda p: convert_official(p, 4))
     return made
@@ -212,7 +174,7 @@ def rewritten(draw: st.DrawFn, value: Any) -> Any:
     return draw(values)
 
 
-def hostile_data(target: Target) -> st.SearchStrategy[bytes]:
+def hostile_data(target: Reader) -> st.SearchStrategy[bytes]:
     """What takes the place of a target's file: mostly the file itself, changed."""
     data = target.file.read_bytes()
     kinds = [mutated(data), mutated(data), st.binary(max_size=200)]
@@ -221,8 +183,6 @@ def hostile_data(target: Target) -> st.SearchStrategy[bytes]:
         first, rest = json.loads(lines[0]), b"\n".join(lines[1:])
         kinds += [rewritten(first).map(lambda value: json.dumps(value).encode() + b"\n" + rest)] * 4
     if target.file.suffix == ".yaml":
-        import yaml
-
         parsed = yaml.safe_load(data)
         kinds += [rewritten(parsed).map(lambda value: yaml.safe_dump(_plain(value)).encode())] * 4
     return st.one_of(kinds)

@@ -32,6 +32,7 @@ def png_of(
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+@cache
 def zeros(size: int) -> bytes:
     """So many zeros, compressed."""
     packer = zlib.compressobj(9)

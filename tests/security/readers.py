@@ -1,10 +1,11 @@
 """Every reader of JSON of the library, each with a valid file of its kind."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import logged_step, read_metrics
+from tests.data.conftest import write_folder
 from tests.evaluation.conftest import _record
-from tests.pipelines.conftest import SMALL, add_training
+from tests.pipelines.conftest import SMALL, add_training, contents
 from tests.report.conftest import write_run_of
 from tests.training.conftest import TINY
 
@@ -50,15 +52,19 @@ class Reader:
     read: Callable[[], Any]
 
 
-def pipeline(folder: Path) -> Path:
-    """A whole pipeline folder as a run leaves it; made once, and copied."""
-    made = folder.parent / "made"
-    if not made.is_dir():
-        torch.manual_seed(0)
-        scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config())
+@cache
+def _files_of_a_pipeline() -> dict[str, bytes]:
+    torch.manual_seed(0)
+    scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config())
+    with TemporaryDirectory() as made:
         UViTPipeline(UViT(attention="dia-lstm", **SMALL).eval(), scheduler).save_pretrained(made)
-        add_training(made)
-    return Path(shutil.copytree(made, folder / "pipeline"))
+        add_training(Path(made))
+        return contents(Path(made))
+
+
+def pipeline(folder: Path) -> Path:
+    """A whole pipeline folder as a run leaves it."""
+    return write_folder(folder / "pipeline", _files_of_a_pipeline())
 
 
 def experiment(folder: Path) -> Any:
@@ -121,12 +127,17 @@ def checkpoint(folder: Path) -> Path:
     return save_checkpoint(folder / "checkpoints", 3, Checkpoint(tensors, state), 1)
 
 
-def classifier(folder: Path) -> Path:
+@cache
+def _files_of_a_classifier() -> dict[str, bytes]:
     config = BackboneConfig(backbone="cifar-resnet8-basic", sample_size=8, num_classes=2)
-    weights = build_classifier(config).state_dict()
-    recipe = {"run": "a", "step": 1}
-    save_classifier(folder / "classifier", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)
-    return folder / "classifier"
+    weights, recipe = build_classifier(config).state_dict(), {"run": "a", "step": 1}
+    with TemporaryDirectory() as made:
+        save_classifier(Path(made) / "it", weights, config, [0.5] * 3, [0.5] * 3, ("a", "b"), recipe)
+        return contents(Path(made) / "it")
+
+
+def classifier(folder: Path) -> Path:
+    return write_folder(folder / "classifier", _files_of_a_classifier())
 
 
 def result(folder: Path) -> Reader:

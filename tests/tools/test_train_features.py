@@ -27,8 +27,8 @@ def digits() -> ImageSet:
 
 def test_a_short_training_reads_most_held_out_digits(digits: ImageSet) -> None:
     test = open_images("digits", split="test", channels=1)
-    classifier = fit_digits(digits.images, digits.labels, DigitsRecipe(steps=150), seed=0)
-    assert accuracy(classifier, test) > 0.9
+    classifier = fit_digits(digits.images, digits.labels, DigitsRecipe(steps=80), seed=0)
+    assert accuracy(classifier, test) > 0.8
 
 
 def test_the_seed_alone_decides(digits: ImageSet) -> None:
@@ -68,8 +68,8 @@ def stripes(tmp_path: Path) -> Path:
 SHORT = """
 data: {augmentation: pad-crop, border: reflected, cutout: 8, mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
 model: {backbone: feature-resnet}
-train: {batch_size: 32, max_steps: STEPS, mixed_precision: none, label_smoothing: 0.1, checkpoint_every: 20}
-optimizer: {learning_rate: 0.05, nesterov: true, weight_decay: 5.0e-4, warmup_steps: 10, schedule: linear}
+train: {batch_size: 16, max_steps: STEPS, mixed_precision: none, label_smoothing: 0.1, checkpoint_every: 20}
+optimizer: {learning_rate: 0.05, nesterov: true, weight_decay: 5.0e-4, warmup_steps: 4, schedule: linear}
 """
 
 
@@ -91,9 +91,9 @@ def train_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripes: Path
 def test_color_features_are_trained_on_images_of_a_folder(
     train_cifar10: Callable[..., dict], tmp_path: Path, stripes: Path
 ) -> None:
-    card = train_cifar10("w", 60)
+    card = train_cifar10("w", 20)
     assert json.loads((tmp_path / "w.json").read_text()) == card
-    assert card["test_accuracy"] > 0.6
+    assert card["test_accuracy"] > 0.2, "chance is 0.1"
     assert (card["train_images"], card["test_images"], card["source"]) == (300, 60, "stripes")
     assert card["recipe"]["model"]["backbone"] == "feature-resnet"
     extractor = build_features("cifar10", weights=tmp_path / "w.safetensors")
@@ -113,16 +113,16 @@ def test_color_features_are_trained_on_images_of_a_folder(
 
 def test_a_stopped_training_of_color_features_resumes(train_cifar10: Callable[..., dict], tmp_path: Path) -> None:
     def stop(step: int) -> None:
-        if step == 3:
+        if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    whole = train_cifar10("whole", 5, seed=1)
-    with pytest.raises(Stopped, match="stopped after step 3"):
-        train_cifar10("cut", 5, seed=1, reporter=Recorder(stop))
+    whole = train_cifar10("whole", 3, seed=1)
+    with pytest.raises(Stopped, match="stopped after step 2"):
+        train_cifar10("cut", 3, seed=1, reporter=Recorder(stop))
     assert not (tmp_path / "cut.safetensors").exists()
     with pytest.raises(InputError, match="seed: 1 -> 2"):
-        train_cifar10("cut", 5, seed=2)
-    assert train_cifar10("cut", 5, seed=1)["sha256"] == whole["sha256"], "the same bits"
+        train_cifar10("cut", 3, seed=2)
+    assert train_cifar10("cut", 3, seed=1)["sha256"] == whole["sha256"], "the same bits"
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
 """A run small enough to be trained in a second."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ model: {sample_size: 8, in_channels: 1, patch_size: 4, hidden_size: 16, num_laye
 train: {batch_size: 8, max_steps: 6, mixed_precision: none, log_every: 1, checkpoint_every: 3, sample_every: 0}
 optimizer: {learning_rate: 1.0e-3, warmup_steps: 4}
 """
+FLOW = ("--noise.schedule", "flow", "--noise.prediction_type", "sample", "--noise.times", "logit-normal")
+FLOW += ("--noise.times_kwargs.mean", "-0.5", "--noise.shift", "2")
 
 
 class Recorder(Progress):
@@ -48,6 +52,28 @@ def tiny(tmp_path: Path) -> Callable[..., Experiment]:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
     return lambda name, *overrides: read_experiment(str(recipe), ["--output", str(tmp_path / name), *overrides])
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains the tiny recipe, once per set of options."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY)
+
+    @cache
+    def run(*overrides: str) -> Path:
+        place = folder / str(len(list(folder.iterdir())))
+        Trainer(read_experiment(str(recipe), ["--output", str(place), *overrides]), Recorder()).run()
+        return place
+
+    return run
+
+
+@pytest.fixture
+def finished(finished_runs: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """finished("name", "--seed", "1") is the folder of a finished tiny run in tmp_path: trained once, and copied."""
+    return lambda name, *overrides: Path(shutil.copytree(finished_runs(*overrides), tmp_path / name))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What a run has left, for comparisons."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -33,6 +34,14 @@ def assert_same_run(one: Path, other: Path, step: int = 6) -> None:
     """Two runs have the same metrics, times aside, and the same checkpoint, bit for bit."""
     assert metrics(one) == metrics(other)
     assert_same_tensors(one, other, step)
+
+
+def cut_off(run: Path, step: int = 3) -> Path:
+    """Removes the checkpoints after a step, as if the run had been killed before it wrote them."""
+    for place in (run / "checkpoints").iterdir():
+        if int(place.name.removeprefix("step-")) > step:
+            shutil.rmtree(place)
+    return run
 
 
 def make_version_1(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Callbacks, a metric and evaluations that a person adds to a training from outside."""
 
 import os
-import pkgutil
 import signal
 import time
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import DivergedError, Stopped
+from dia_diffusion.evaluation import evaluate
 from dia_diffusion.evaluation.callback import EvaluatePipelines
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import EvaluationRecord, read_records
@@ -26,7 +26,7 @@ from dia_diffusion.training.callbacks import METRICS, Callback
 from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
 from tests.training.conftest import TINY
-from tests.training.run_files import metrics, weights
+from tests.training.run_files import assert_same_run, metrics
 from tests.training.test_processes import launch
 
 SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, reference_split: test}"
@@ -81,7 +81,7 @@ def test_the_time_of_callbacks_is_not_in_images_per_second(tiny, tmp_path: Path)
         def __call__(self, trainer: Trainer, result: StepResult) -> None:
             time.sleep(0.5)
 
-    Trainer(tiny("run"), callbacks=[Sleep()]).run()
+    Trainer(tiny("run", "--train.max_steps", "2"), callbacks=[Sleep()]).run()
     for line in read_metrics(tmp_path / "run" / "metrics.jsonl"):
         assert line["images_per_second"] > 8 / 0.5, line
 
@@ -109,9 +109,9 @@ def test_a_metric_of_ones_own(tiny, train, tmp_path: Path, monkeypatch: pytest.M
     assert all(line["loss squared"] == line["loss"] ** 2 and line["infinite"] is None for line in lines)
 
 
-def test_grids_reach_the_trackers(tiny, train, tmp_path: Path) -> None:
+def test_grids_reach_the_trackers(finished, tmp_path: Path) -> None:
     grids = ("--train.sample_every", "3", "--samples.count", "4", "--samples.steps", "2")
-    train(tiny("run", *grids, "--trackers", "[tensorboard]"))
+    finished("run", *grids, "--trackers", "[tensorboard]")
     events = EventAccumulator(str(tmp_path / "run" / "dia-diffusion"), size_guidance={"images": 0})
     events.Reload()
     assert [event.step for event in events.Images("samples")] == [3, 6]
@@ -152,48 +152,47 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     assert not (run / "evaluations.unfinished").exists()
 
 
-@pytest.mark.parametrize("place", ["evaluation.evaluate.measure_together", "evaluation.evaluate.update_card"])
 def test_a_run_killed_in_its_evaluations_ends_as_one_that_was_not(
-    place: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.yaml").write_text(SETTINGS)
 
-    real = pkgutil.resolve_name(f"dia_diffusion.{place}")
+    def run(name: str, place: str = "measure_together", killed_at: int = 0) -> None:
+        """killed_at: the number of the evaluation that this process doesn't finish, counted from 1."""
+        real, calls = getattr(evaluate, place), iter(range(1, 9))
 
-    def run(name: str, killed_at: int = 0) -> None:
-        """killed_at: the number of the evaluation that this process doesn't finish."""
-        calls = iter(range(1, 9))
-
-        def evaluate(*arguments: Any, **options: Any) -> Any:
+        def held(*arguments: Any, **options: Any) -> Any:
             if next(calls) == killed_at:
                 raise KeyboardInterrupt
             return real(*arguments, **options)
 
-        monkeypatch.setattr(f"dia_diffusion.{place}", evaluate)
-        with pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) if killed_at else nullcontext():
+            patch.setattr(evaluate, place, held)
             Trainer(tiny(name), callbacks=[EvaluatePipelines(EvalProtocol.read(str(tmp_path / "mine.yaml")))]).run()
 
     run("whole")
-    for killed_at, step in ((1, 3), (2, 6), (1, 6)):  # each start but the first makes up for the evaluation before it
-        run("cut", killed_at)
-        assert max(step_folders(tmp_path / "cut" / "checkpoints")) == step
-    run("cut")
-    run("cut")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # Each start but the first makes up for the evaluation before it.
+    for place, killed_at, step in (("measure_together", 1, 3), ("update_card", 2, 6), ("update_card", 1, 6)):
+        run("cut", place, killed_at)
+        assert max(step_folders(cut / "checkpoints")) == step
+    run("cut")
+    run("cut")
     records = [[(r.step, r.distance) for r in read_records(path / "evaluations.jsonl")] for path in (whole, cut)]
     assert records[0] == records[1] and [step for step, _ in records[0]] == [3, 6]
-    assert metrics(whole) == metrics(cut)
-    expected, resumed = weights(whole, 6), weights(cut, 6)
-    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert_same_run(whole, cut)
 
 
 def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(SETTINGS)
     options = ["--train.checkpoint_every", "1", "--train.max_steps", "3", "--evaluate", str(file), "--evaluate-every=2"]
-    one, two = launch(tmp_path, "one", 1, *options), launch(tmp_path, "two", 2, *options)
+    two = launch(tmp_path, "two", 2, *options)
+    one = ["train", "--config", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "one"), *options]
+    assert main(one) == 0
     distances = [
-        [(record.step, record.distance) for record in read_records(run / "evaluations.jsonl")] for run in (one, two)
+        [(record.step, record.distance) for record in read_records(run / "evaluations.jsonl")]
+        for run in (tmp_path / "one", two)
     ]
     assert [step for step, _ in distances[0]] == [step for step, _ in distances[1]] == [2, 3]
     assert [d for _, d in distances[0]] == pytest.approx([d for _, d in distances[1]], rel=1e-4)

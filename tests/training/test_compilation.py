@@ -1,4 +1,4 @@
-"""When a run compiles its network; that it is the same network is seen by its gradients."""
+"""When a run compiles its network; tests/attention and tests/models compare compiled gradients."""
 
 import os
 import shutil
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViT
 from dia_diffusion.training import compilation
 from dia_diffusion.training.compilation import check_compile, compiled, separate_kernel_cache
 from dia_diffusion.training.config import Experiment, ModelConfig
@@ -91,19 +90,6 @@ def test_graphs_need_a_gpu_and_no_accumulation(accumulation: int, device: torch.
         with pytest.raises(InputError) as error:
             check_compile("cuda-graphs", accumulation, device)
         assert str(error.value) == refused
-
-
-def test_a_compiled_uvit_gives_the_same_gradients() -> None:
-    """Traced into one graph and run by torch's own kernels, which takes no compiler."""
-    torch.manual_seed(0)
-    model = UViT(sample_size=8, patch_size=4, hidden_size=32, num_layers=3, num_attention_heads=2)
-    sample, gradients = torch.randn(2, 3, 8, 8), []
-    for network in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        model.zero_grad()
-        network(sample, torch.tensor([3.0, 700.0]), return_dict=False)[0].square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_each_instruction_set_has_its_own_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

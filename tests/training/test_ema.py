@@ -1,23 +1,22 @@
 """Power-function averages against closed forms and brute force; reconstructed averages against those kept directly."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
-from dia_diffusion.training.checkpoint import check_checkpoint, load_checkpoint
-from dia_diffusion.training.config import MAX_POWER_WIDTH, EmaConfig, Experiment
+from dia_diffusion.training.checkpoint import check_checkpoint
+from dia_diffusion.training.config import MAX_POWER_WIDTH
 from dia_diffusion.training.ema import PowerEMA, gamma_of, inner_products, reconstruction, width_of
 from dia_diffusion.training.snapshots import Snapshots
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
-from tests.training.run_files import assert_same_run
+from tests.training.run_files import assert_same_run, cut_off, weights
 from tests.training.test_finite import spoil
 
 KEPT, SKIPPED = torch.tensor(False), torch.tensor(True)
@@ -126,37 +125,39 @@ def test_a_direct_fit_agrees() -> None:
 # ---- Runs
 
 
-def test_the_average_of_a_width_is_the_one_kept_directly(tiny, train, tmp_path: Path) -> None:
+def test_the_average_of_a_width_is_that_of_the_history(tiny, tmp_path: Path) -> None:
+    """Reconstructed from a run's snapshots, and averaged directly over the weights after each of its steps."""
     steps = ("--train.max_steps", "60", "--train.checkpoint_every", "60", "--optimizer.learning_rate", "1e-2")
-    train(tiny("kept", *steps, "--ema.power_widths", "[0.02, 0.07, 0.25]", "--ema.snapshot_every", "60"))
-    train(tiny("made", *steps, "--ema.power_widths", "[0.05, 0.1]", "--ema.snapshot_every", "2"))
-    final = load_checkpoint(tmp_path / "made" / "checkpoints" / "step-00000060").tensors["model"]
-    snapshots = Snapshots(tmp_path / "made")
+    history: list[np.ndarray] = []
+    averages = ("--ema.power_widths", "[0.05, 0.1]", "--ema.snapshot_every", "2")
+    trainer = Trainer(tiny("run", *steps, *averages), Recorder(lambda step: history.append(flat(trainer.parameters))))
+    trainer.run()
+    final = dict(zip(trainer.names, trainer.parameters, strict=True))
     for width, bound in ((0.02, 0.01), (0.07, 1e-4), (0.25, 0.015)):
-        kept = load_file(tmp_path / "kept" / "snapshots" / "step-00000060" / f"width-{width}.safetensors")
-        made = snapshots.average(width, final)
-        error = sum((made[name] - kept[name]).square().sum() for name in final) ** 0.5
-        distance = sum((final[name] - kept[name]).square().sum() for name in final) ** 0.5
+        average = Snapshots(tmp_path / "run").average(width, final)
+        made = flat(average[name] for name in trainer.names)
+        kept = averaged(np.stack(history), 60, width)
+        error, distance = np.linalg.norm(made - kept), np.linalg.norm(history[-1] - kept)
         assert error < bound * distance, (width, error / distance)
 
 
-def test_a_run_with_averages_goes_on_bit_for_bit(tiny, train, tmp_path: Path) -> None:
-    train(tiny("whole", *AVERAGES))
-    whole = tmp_path / "whole"
+def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]).double().numpy()
+
+
+def test_a_run_with_averages_goes_on_bit_for_bit(tiny, train, finished) -> None:
+    whole, cut = finished("whole", *AVERAGES), cut_off(finished("cut", *AVERAGES))
     assert list(step_folders(whole / "snapshots")) == [2, 4, 6]
-    train(tiny("cut", *AVERAGES))
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
-    altered = tmp_path / "cut" / "snapshots" / "step-00000004" / "width-0.1.safetensors"
+    altered = cut / "snapshots" / "step-00000004" / "width-0.1.safetensors"
     altered.write_bytes(b"")  # after the checkpoint, so it is written again
     train(tiny("cut", *AVERAGES))
-    assert_same_run(tmp_path / "cut", whole)
+    assert_same_run(cut, whole)
     for file in (whole / "snapshots").rglob("*.safetensors"):
-        assert (tmp_path / "cut" / file.relative_to(whole)).read_bytes() == file.read_bytes()
-    plain = train(tiny("plain"))
-    assert torch.equal(plain.parameters[0], Trainer(tiny("whole", *AVERAGES)).parameters[0])
+        assert (cut / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    assert torch.equal(*(weights(run, 6)["pos_embed"] for run in (finished("plain"), whole)))
 
 
-def test_a_skipped_step_counts_with_the_weights_it_left(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_counts_with_the_weights_it_left(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {3, 4}, lambda loss: loss * float("nan"))
     history: list[torch.Tensor] = []
     trainer = Trainer(tiny("run", *AVERAGES), Recorder(lambda step: history.append(trainer.parameters[0].clone())))
@@ -167,16 +168,14 @@ def test_a_skipped_step_counts_with_the_weights_it_left(tiny, tmp_path: Path, mo
     torch.testing.assert_close(trainer.averages["width-0.1"].parameters[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_further_decays_are_emas(tiny, train) -> None:
-    several, alone = train(tiny("several", *AVERAGES)), train(tiny("alone", "--ema.decay", "0.99"))
-    for one, other in zip(several.averages["decay-0.99"].parameters, alone.ema.parameters, strict=True):
-        assert torch.equal(one, other)
+def test_further_decays_are_emas(finished) -> None:
+    several = weights(finished("several", *AVERAGES), 6, "averages")
+    alone = weights(finished("alone", "--ema.decay", "0.99"), 6, "ema")
+    assert all(torch.equal(several[f"decay-0.99/{name}"], tensor) for name, tensor in alone.items())
 
 
-def test_damaged_averages_of_a_checkpoint_are_found(tiny, train, tmp_path: Path) -> None:
-    train(tiny("whole", *AVERAGES))
-    train(tiny("run", *AVERAGES))
-    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
+def test_damaged_averages_of_a_checkpoint_are_found(tiny, train, finished) -> None:
+    newest = finished("run", *AVERAGES) / "checkpoints" / "step-00000006"
     content = bytearray((newest / "averages.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "averages.safetensors").write_bytes(content)
@@ -184,35 +183,26 @@ def test_damaged_averages_of_a_checkpoint_are_found(tiny, train, tmp_path: Path)
         check_checkpoint(newest)
     train(tiny("run", *AVERAGES))
     assert newest.with_name("step-00000006.damaged").is_dir()
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(newest.parents[1], finished("whole", *AVERAGES))
 
 
-def test_a_new_run_drops_the_snapshots_of_one_killed_before_its_checkpoint(
-    tiny: Callable[..., Experiment], train, tmp_path: Path
-) -> None:
-    train(tiny("run", *AVERAGES))
-    for folder in ("checkpoints", "pipelines"):
-        shutil.rmtree(tmp_path / "run" / folder)
-    train(tiny("run", *AVERAGES, "--ema.snapshot_every", "3"))
-    assert list(step_folders(tmp_path / "run" / "snapshots")) == [3, 6]
+def test_a_new_run_drops_the_snapshots_of_one_killed_before_its_checkpoint(tiny, train, finished) -> None:
+    run = cut_off(finished("run", *AVERAGES), 0)
+    shutil.rmtree(run / "pipelines")
+    train(tiny("run", *AVERAGES, "--ema.snapshot_every", "3", "--train.max_steps", "3"))
+    assert list(step_folders(run / "snapshots")) == [3]
 
 
 @pytest.mark.parametrize(
-    ("ema", "line"),
+    ("options", "line"),
     [
-        ({"power_widths": [0.1]}, "`ema.snapshot_every` must be 1 or more with `ema.power_widths`, got 0"),
-        ({"snapshot_every": 5}, "`ema.snapshot_every` must be 0 without `ema.power_widths`, got 5"),
-        ({"power_widths": [0.1, 0.1], "snapshot_every": 5}, "`ema.power_widths` must be different numbers"),
-        ({"further_decays": [0.9, 0.9]}, "`ema.further_decays` must be different numbers"),
+        ("--ema.power_widths [0.1]", "`ema.snapshot_every` must be 1 or more with `ema.power_widths`, got 0"),
+        ("--ema.snapshot_every 5", "^`ema.snapshot_every` must be 0 without `ema.power_widths`, got 5"),
+        ("--ema.power_widths [0.1,0.1] --ema.snapshot_every 5", "`ema.power_widths` must be different numbers"),
+        ("--ema.power_widths [0.5] --ema.snapshot_every 2", r"`ema\.power_widths` must be 0\.288 or less, got 0\.5"),
+        ("--ema.further_decays [0.9,0.9]", "`ema.further_decays` must be different numbers"),
     ],
 )
-def test_recipes_that_are_refused(ema: dict[str, object], line: str) -> None:
-    with pytest.raises((InputError, ValueError), match=line):
-        EmaConfig(**ema)
-
-
-def test_recipe_keys_are_named_in_full(tiny) -> None:
-    with pytest.raises(InputError, match=r"`ema\.power_widths` must be 0\.288 or less, got 0\.5"):
-        tiny("run", "--ema.power_widths", "[0.5]", "--ema.snapshot_every", "2")
-    with pytest.raises(InputError, match=r"^`ema\.snapshot_every` must be 0 without"):
-        tiny("run", "--ema.snapshot_every", "2")
+def test_recipes_that_are_refused(options: str, line: str, tiny) -> None:
+    with pytest.raises(InputError, match=line):
+        tiny("run", *options.split())

@@ -17,19 +17,18 @@ from tests.training.conftest import Recorder
 
 
 @pytest.fixture
-def source(tiny, train, tmp_path: Path) -> Path:
+def source(finished) -> Path:
     """A finished run without a unit."""
-    train(tiny("source", "--model.attention", "none"))
-    return tmp_path / "source"
+    return finished("source", "--model.attention", "none")
 
 
 def pipeline_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "pipelines" / f"step-{step:08d}" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, tmp_path: Path) -> None:
-    experiment = tiny("run", "--model.attention", "none", "--init_from", str(source), "--seed", "5")
-    trainer = Trainer(experiment, Recorder())
+def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, tmp_path: Path) -> None:
+    options = ("--model.attention", "none", "--seed", "5", "--train.max_steps", "1")
+    trainer = Trainer(tiny("run", "--init_from", str(source), *options), Recorder())
     expected = pipeline_weights(source, 6)
     model, average = trainer.model.state_dict(), dict(zip(trainer.names, trainer.ema.parameters, strict=True))
     assert model.keys() == average.keys() == expected.keys()
@@ -37,18 +36,16 @@ def test_weights_and_average_start_from_the_pipeline(source: Path, tiny, train, 
     assert all(torch.equal(average[name], expected[name]) for name in expected)
     trainer.run()
     assert trainer.progress.messages[1] == f"starting from the weights of {source}"
-    file = source / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors"
-    training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
-    started_from = {"path": str(source), "weights_sha256": sha256_of_file(file), "gained_unit": False}
-    assert training["init_from"] == started_from
-    card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
-    assert sha256_of_file(file) in card
+    digest = sha256_of_file(source / "pipelines" / "step-00000006" / "unet" / "diffusion_pytorch_model.safetensors")
+    folder = tmp_path / "run" / "pipelines" / "step-00000001"
+    started_from = {"path": str(source), "weights_sha256": digest, "gained_unit": False}
+    assert json.loads((folder / "training.json").read_text())["init_from"] == started_from
+    assert digest in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("unit", ["dia-lstm", "dia-lstm-light"])
-def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, tiny, tmp_path: Path) -> None:
-    from_nothing = Trainer(tiny("nothing", "--model.attention", unit)).model.state_dict()
-    trainer = Trainer(tiny("run", "--model.attention", unit, "--init_from", str(source)), Recorder())
+def test_a_unit_is_gained_with_its_own_first_weights(source: Path, tiny) -> None:
+    from_nothing = Trainer(tiny("nothing")).model.state_dict()
+    trainer = Trainer(tiny("run", "--init_from", str(source), "--train.max_steps", "1"), Recorder())
     expected = pipeline_weights(source, 6)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, from_nothing[name] if name.startswith("unit.") else expected[name]), name
@@ -56,23 +53,23 @@ def test_a_unit_is_gained_with_its_own_first_weights(unit: str, source: Path, ti
     assert trainer.progress.messages[1].endswith("; the unit that they lack keeps its own first weights")
 
 
-def test_going_on_takes_the_checkpoint(source: Path, tiny, train, tmp_path: Path) -> None:
+def test_going_on_takes_the_checkpoint(source: Path, tiny, train, finished, tmp_path: Path) -> None:
     def options(path: Path, steps: int) -> tuple[str, ...]:
         return "--init_from", str(path), "--train.max_steps", str(steps), "--model.attention", "none"
 
     moved = tmp_path / "moved"
-    train(tiny("run", *options(source, 6)))
+    train(tiny("run", *options(source, 1)))
     shutil.copytree(source / "pipelines" / "step-00000006", moved)
     shutil.rmtree(source)
-    assert train(tiny("run", *options(source, 7))).step == 7  # the same words, with nothing there
-    assert train(tiny("run", *options(moved, 8))).step == 8  # other words for the same weights
+    assert train(tiny("run", *options(source, 2))).step == 2  # the same words, with nothing there
+    assert train(tiny("run", *options(moved, 3))).step == 3  # other words for the same weights
     shutil.rmtree(moved)
-    assert train(tiny("run", *options(moved, 9))).step == 9
+    assert train(tiny("run", *options(moved, 4))).step == 4
     with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got None"):
         Trainer(tiny("run", "--model.attention", "none"))
-    train(tiny("other", "--model.attention", "none", "--seed", "1"))
+    other = finished("other", "--model.attention", "none", "--seed", "1")
     with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got \S*other"):
-        Trainer(tiny("run", *options(tmp_path / "other", 9)))
+        Trainer(tiny("run", *options(other, 9)))
     with pytest.raises(InputError, match=r"must be None, as when the run started, got \S*run"):
         Trainer(tiny("other", *options(tmp_path / "run", 9), "--seed", "1"))
 
@@ -99,9 +96,8 @@ def test_other_networks_and_processes_are_refused(changed, message: str, source:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_unit_is_neither_dropped_nor_replaced(tiny, train, tmp_path: Path) -> None:
-    train(tiny("source"))
-    start = ("--init_from", str(tmp_path / "source"))
+def test_a_unit_is_neither_dropped_nor_replaced(tiny, finished) -> None:
+    start = ("--init_from", str(finished("source")))
     for key, there, here in (
         ("attention", "dia-lstm", "none"),
         ("attention", "dia-lstm", "dia-lstm-light"),
@@ -111,16 +107,17 @@ def test_a_unit_is_neither_dropped_nor_replaced(tiny, train, tmp_path: Path) -> 
             Trainer(tiny("run", *start, f"--model.{key}", here))
     with pytest.raises(InputError, match=r"`model\.attention_kwargs` must be None, .* got \{'reduction': 8\}"):
         Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"))
-    assert train(tiny("run", *start)).step == 6
+    Trainer(tiny("run", *start, "--model.drop_path", "0.5"))
 
 
-def test_official_weights_are_fine_tuned(tiny, train, tmp_path: Path) -> None:
+def test_official_weights_are_fine_tuned(tiny, tmp_path: Path) -> None:
     official = official_weights(label_rows=10, channels=3, depth=2)
     torch.save(official, tmp_path / "official.pth")
     convert_to_pipeline(tmp_path / "official.pth", tmp_path / "converted", heads=4)
     network = ("--model.in_channels", "3", "--model.patch_size", "2", "--model.num_attention_heads", "4")
     classes = ("--model.num_classes", "10", "--data.label_dropout", "0.1")
-    trainer = Trainer(tiny("run", "--init_from", str(tmp_path / "converted"), *network, *classes), Recorder())
+    start = ("--init_from", str(tmp_path / "converted"), "--train.max_steps", "1")
+    trainer = Trainer(tiny("run", *start, *network, *classes), Recorder())
     assert torch.equal(trainer.model.decoder.weight, official["decoder_pred.weight"])
     assert torch.equal(trainer.model.label_embed.weight[:10], official["label_emb.weight"])
     trainer.run()

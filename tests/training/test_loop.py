@@ -1,10 +1,7 @@
 """The training loop: against brute force, and with what it must refuse."""
 
 import json
-import os
-import signal
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +11,18 @@ from PIL import Image
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data import open_images
-from dia_diffusion.distributed import micro_batch_size
-from dia_diffusion.errors import InputError, RunError, Stopped
+from dia_diffusion.errors import InputError
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
 from dia_diffusion.training.task import DrawAhead
 from dia_diffusion.training.trainer import Trainer
-from tests.training.conftest import Recorder
+from tests.training.conftest import FLOW, Recorder
 from tests.training.run_files import assert_same_run, assert_same_tensors, metrics, weights
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Path) -> None:
+def test_losses_and_weights_are_those_of_a_plain_loop(finished) -> None:
     """Six steps written out with nothing of the trainer but its draws: loss, AdamW, warm-up, average."""
-    train(tiny("run"))
+    run = finished("run")
     torch.manual_seed(derive(0, WEIGHTS))
     model = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.99, 0.999), weight_decay=0.03)
@@ -48,21 +44,32 @@ def test_losses_and_weights_are_those_of_a_plain_loop(tiny, train, tmp_path: Pat
         losses.append(loss.item())
         for name, tensor in model.state_dict().items():
             average[name] = 0.9999 * average[name] + 0.0001 * tensor
-    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(losses, rel=1e-4)
-    trained, averaged = weights(tmp_path / "run", 6), weights(tmp_path / "run", 6, "ema")
+    assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-4)
+    trained, averaged = weights(run, 6), weights(run, 6, "ema")
     assert all(torch.allclose(trained[name], tensor, atol=1e-5) for name, tensor in model.state_dict().items())
     assert all(torch.allclose(averaged[name], tensor, atol=1e-6) for name, tensor in average.items())
 
 
-@pytest.mark.parametrize("attention", ["none", "dia-lstm", "dia-lstm-light", "block-channels"])
-def test_accumulation_trains_the_same_in_float64(attention: str, in_float64, tiny, train, tmp_path: Path) -> None:
-    for accumulation in ("1", "2", "4", "8"):
-        train(tiny(accumulation, "--train.accumulation", accumulation, "--model.attention", attention))
+SPLITS = {
+    "DIA-LSTM": ((), ("2", "4", "8")),
+    "block-channels, flow, dropped branches": (
+        (*FLOW, "--model.attention", "block-channels", "--model.drop_path", "0.5"),
+        ("4",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "splits"), SPLITS.values(), ids=SPLITS)
+def test_accumulation_trains_the_same_in_float64(
+    options: tuple[str, ...], splits: tuple[str, ...], in_float64, tiny, train, tmp_path: Path
+) -> None:
+    for accumulation in ("1", *splits):
+        train(tiny(accumulation, "--train.accumulation", accumulation, *options))
     losses = [line["loss"] for line in metrics(tmp_path / "1")]
     for name in ("model", "ema"):
         expected = weights(tmp_path / "1", 6, name)
         assert next(iter(expected.values())).dtype == torch.float64
-        for accumulation in ("2", "4", "8"):
+        for accumulation in splits:
             split = weights(tmp_path / accumulation, 6, name)
             assert max(float((expected[key] - split[key]).abs().max()) for key in expected) < 1e-9
             found = [line["loss"] for line in metrics(tmp_path / accumulation)]
@@ -85,10 +92,8 @@ def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
     assert len(of_unit) == 8 and all(distance == pytest.approx(0.5e-5, rel=0.05) for distance in of_unit)
 
 
-def test_a_unit_at_the_common_rate_is_as_without_a_rate(tiny, train, tmp_path: Path) -> None:
-    train(tiny("common"))
-    train(tiny("own", "--optimizer.unit_learning_rate", "1e-3"))
-    assert_same_run(tmp_path / "common", tmp_path / "own")
+def test_a_unit_at_the_common_rate_is_as_without_a_rate(finished) -> None:
+    assert_same_run(finished("common"), finished("own", "--optimizer.unit_learning_rate", "1e-3"))
 
 
 def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
@@ -96,7 +101,7 @@ def test_a_rate_for_a_unit_without_parameters_is_refused(tiny) -> None:
         Trainer(tiny("run", "--model.attention", "fixed-scale", "--optimizer.unit_learning_rate", "1e-3"), Recorder())
 
 
-def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
+def test_average_warm_up(tiny, tmp_path: Path) -> None:
     trainer = Trainer(tiny("run", "--ema.warmup", "true", "--ema.decay", "0.25"), Recorder())
     kept = []
     trainer.progress.at_step = lambda step: kept.append(trainer.model.state_dict()["pos_embed"].clone())
@@ -109,10 +114,9 @@ def test_average_warm_up(tiny, train, tmp_path: Path) -> None:
     assert torch.allclose(weights(tmp_path / "run", 6, "ema")["pos_embed"], average, atol=1e-6)
 
 
-def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
+def test_run_folder_holds_what_it_should(finished) -> None:
     grids = ("--train.sample_every", "3", "--samples.count", "4", "--samples.steps", "3")
-    train(tiny("run", *grids, "--train.keep_last", "1"))
-    run = tmp_path / "run"
+    run = finished("run", *grids, "--train.keep_last", "1")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
     assert sorted(path.name for path in (run / "pipelines").iterdir()) == ["step-00000003", "step-00000006"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
@@ -123,18 +127,6 @@ def test_run_folder_holds_what_it_should(tiny, train, tmp_path: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "dia-lstm" in card and "samples.png" in card and "learning_rate: 0.001" in card
     assert (folder / "samples.png").is_file()
-
-
-def labels_seen(experiment, stop_at: int = 0) -> list[list[int]]:
-    """What the network's label embedding is given, step by step; interrupted after a step, if told so."""
-    trainer = Trainer(
-        experiment, Recorder(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == stop_at else None)
-    )
-    seen: list[list[int]] = []
-    trainer.model.label_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].tolist()))
-    with pytest.raises(Stopped) if stop_at else nullcontext():
-        trainer.run()
-    return seen
 
 
 def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +154,17 @@ def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monke
     assert sorted(drawn) == sorted([*here, *((step, 4, 8, False) for step in (1, 2, 3, 5))])
 
 
-def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:
-    """Labels belong to their images, one in so many is the null label, and an interruption changes none."""
+def test_only_networks_with_stochastic_depth_draw_for_it(tiny) -> None:
+    for options, expected in (((), None), (("--model.drop_path", "0.5"), (3, 3, 2))):
+        task = DiffusionTask(tiny("run", *options))
+        task.images = type("Images", (), {"shape": (1, 8, 8), "__len__": lambda self: 100})()
+        draws, plain = task.draw(2, 1, 4), draw_step(0, 2, 8, 100, (1, 8, 8), 1, 4)
+        assert torch.equal(draws.noise, plain.noise) and torch.equal(draws.uniform, plain.uniform)
+        assert (None if draws.depth is None else draws.depth.shape) == expected
+
+
+def test_class_conditional_training_drops_labels(tiny) -> None:
+    """The network's label embedding is given the images' labels, one in so many of them the null label."""
     options = ("--model.num_classes", "10", "--data.label_dropout", "0.25", "--train.batch_size", "64")
     digits = open_images("digits", size=8, channels=1)
     expected = []
@@ -171,21 +172,24 @@ def test_class_conditional_training_drops_labels(tiny, tmp_path: Path) -> None:
         draws = draw_step(0, step, 64, len(digits), (1, 8, 8))
         labels = digits.labels[draws.indices].tolist()
         expected.append([10 if u < 0.25 else k for u, k in zip(draws.drop_label.tolist(), labels, strict=True)])
-    assert labels_seen(tiny("whole", *options)) == expected
+    trainer = Trainer(tiny("run", *options), Recorder())
+    seen: list[list[int]] = []
+    trainer.model.label_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].tolist()))
+    trainer.run()
+    assert seen == expected
     assert 0.2 < np.mean(np.array(expected) == 10) < 0.3 and set(np.unique(expected)) == set(range(11))
-    assert labels_seen(tiny("cut", *options), stop_at=4) + labels_seen(tiny("cut", *options)) == expected
-    assert_same_tensors(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
+def test_grids_of_classes(finished) -> None:
     """Each column is a class, with guidance: what the pipeline's own call gives for that seed and that class."""
     by_class = ("--model.num_classes", "10", "--data.label_dropout", "0.1", "--optimizer.learning_rate", "0.01")
     grids = ("--train.sample_every", "6", "--samples.count", "20", "--samples.steps", "3")
     guidance = ["--samples.guidance_scale", "4", "--samples.guidance_interval", "[0.3, 50]"]
-    train(tiny("run", *by_class, *grids, *guidance))
-    pipeline = UViTPipeline.from_pretrained(tmp_path / "run" / "pipelines" / "step-00000006")
+    run = finished("run", *by_class, *grids, *guidance)
+    folder = run / "pipelines" / "step-00000006"
+    pipeline = UViTPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    grid = np.asarray(Image.open(tmp_path / "run" / "samples" / "step-00000006.png"))
+    grid = np.asarray(Image.open(run / "samples" / "step-00000006.png"))
     scale = gap = 6  # 512 / (10 * 8)
     for seed in (0, 3, 9, 10, 17):
         row, column = divmod(seed, 10)
@@ -193,24 +197,9 @@ def test_grids_of_classes(tiny, train, tmp_path: Path) -> None:
         options = {"num_inference_steps": 3, "guidance_scale": 4, "guidance_interval": (0.3, 50), "output_type": "np"}
         image = pipeline(generator=torch.Generator().manual_seed(seed), class_labels=seed % 10, **options).images[0]
         assert np.abs(cell - 255 * image[:, :, 0]).max() <= 1
-    training = json.loads((tmp_path / "run" / "pipelines" / "step-00000006" / "training.json").read_text())
-    assert training["data"]["class_names"] == list("0123456789")
-    card = (tmp_path / "run" / "pipelines" / "step-00000006" / "README.md").read_text()
+    assert json.loads((folder / "training.json").read_text())["data"]["class_names"] == list("0123456789")
+    card = (folder / "README.md").read_text()
     assert "A 10-class UViT" in card and "in their order: 0 0, 1 1, 2 2" in card
-    trainer = train(
-        tiny(
-            "run",
-            *by_class,
-            *grids,
-            "--samples.guidance_scale",
-            "1",
-            "--samples.guidance_interval",
-            "null",
-            "--train.max_steps",
-            "7",
-        )
-    )
-    assert trainer.step == 7
 
 
 def test_bf16_trains_and_keeps_float32_weights(tiny, train, tmp_path: Path) -> None:
@@ -219,38 +208,17 @@ def test_bf16_trains_and_keeps_float32_weights(tiny, train, tmp_path: Path) -> N
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, train, tmp_path: Path) -> None:
-    experiment = tiny("run", "--train.max_skipped_steps", "1")
-    trainer = Trainer(experiment, Recorder())
-
-    def poison(step: int) -> None:
-        if step == 4:
-            torch.nn.init.constant_(trainer.model.pos_embed, float("nan"))
-
-    trainer.progress.at_step = poison
-    with pytest.raises(RunError, match="not finite at step 5"):
-        trainer.run()
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-
-
 def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
-    tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny, train, finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny("whole"))
+    whole = finished("whole")
     monkeypatch.setattr(UViTPipeline, "_to_images", lambda self, sample: sample * float("nan"))
     trainer = train(tiny("run", "--train.sample_every", "3", "--samples.steps", "2"))
     said = [message for message in trainer.progress.messages if "no grid" in message]
     assert [message[:6] for message in said] == ["step 3", "step 6"] and "is not finite" in said[0]
     assert (tmp_path / "run" / "pipelines" / "step-00000006").is_dir()
     assert not list((tmp_path / "run" / "samples").glob("*"))
-    assert_same_tensors(tmp_path / "whole", tmp_path / "run")
-
-
-def test_batches_that_cannot_be_split_are_refused() -> None:
-    assert micro_batch_size(32, 2, 4) == 4
-    with pytest.raises(InputError, match="a multiple of 6"):
-        micro_batch_size(32, 2, 3)
+    assert_same_tensors(whole, tmp_path / "run")
 
 
 def test_datasets_without_classes_are_refused(tiny, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Muon against singular value decompositions and torch's own, and the promises of every optimizer here."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +12,8 @@ from dia_diffusion.training.muon import Muon, hidden_matrices, muon_groups, orth
 from dia_diffusion.training.optimizer import parameter_groups
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
-from tests.training.run_files import assert_same_run, weights
+from tests.training.run_files import weights
 from tests.training.test_finite import same, spoil, states_of_steps
-from tests.training.test_processes import in_float64 as set_float64
-from tests.training.test_processes import launch, losses
 
 MUON = ("--optimizer.name", "muon")
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -167,28 +162,13 @@ def test_a_step_that_is_not_finite_touches_nothing(tiny, monkeypatch: pytest.Mon
         assert unchanged == found[step].keys() if step in (1, 4) else not unchanged & changing
 
 
-def test_a_run_resumes_bit_for_bit_with_its_state_by_name(tiny, train, tmp_path: Path) -> None:
-    options = (*MUON, "--optimizer.unit_learning_rate", "1e-4", "--optimizer.muon_learning_rate", "5e-4")
-    train(tiny("whole", *options))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-00000006")
-    trainer = train(tiny("cut", *options))
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    shapes = {name: parameter.shape for name, parameter in trainer.model.named_parameters()}
-    for key, tensor in weights(tmp_path / "whole", 6, "optimizer").items():
+def test_checkpoints_have_its_state_by_name(tiny, finished) -> None:
+    run, model = finished("run", *MUON), DiffusionTask(tiny("run", *MUON)).build_model()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for key, tensor in weights(run, 6, "optimizer").items():
         name, quantity = key.rsplit("/", 1)
         assert tensor.shape == (() if quantity == "step" else shapes[name])
-        assert (quantity == "momentum_buffer") == (name in hidden_matrices(trainer.model))
-    with pytest.raises(InputError, match=r"optimizer\.muon_learning_rate: 0\.0005 -> None"):
-        Trainer(tiny("whole", *options[:-2]))
-
-
-def test_two_processes_train_what_one_trains(in_float64, tiny, train, tmp_path: Path) -> None:
-    train(tiny("one", *MUON))
-    one, two = tmp_path / "one", launch(tmp_path, "two", 2, *MUON, prepare=set_float64)
-    alone, shared = weights(one, 6), weights(two, 6)
-    assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-9
-    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+        assert (quantity == "momentum_buffer") == (name in hidden_matrices(model))
 
 
 def test_it_orthogonalizes_in_the_precision_of_the_run(tiny) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
-from safetensors.torch import load_file
 
 from dia_diffusion.training import run_folder
 from dia_diffusion.training.run_folder import read_metrics
 from tests.processes import Forked, connected, free_port, hold_steps, start_connected, wait_for
 from tests.training.conftest import TINY
+from tests.training.run_files import weights
+from tests.training.test_backbones import BACKBONES
 
 MAIN = """
 import sys
@@ -66,7 +67,7 @@ def launch(
     return tmp_path / name
 
 
-def in_float64() -> None:
+def set_float64() -> None:
     torch.set_default_dtype(torch.float64)
 
 
@@ -74,35 +75,40 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    options = ["--train.max_steps", "50", "--train.checkpoint_every", "50"]
-    one, two = launch(tmp_path, "one", 1, *options), launch(tmp_path, "two", 2, *options)
-    assert len(losses(one)) == 50
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+SPLITS = {
+    "UViT": ((), 4, 2),
+    "UNet, SSIA": ((*BACKBONES["unet2d"], "--ssia.weight", "0.5"), 2, 1),
+    "DiT, Muon": ((*BACKBONES["dit"], "--optimizer.name", "muon"), 2, 1),
+}
 
 
-def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(tmp_path: Path) -> None:
-    one = launch(tmp_path, "one", 1, prepare=in_float64)
-    four = launch(tmp_path, "four", 4, "--train.accumulation", "2", prepare=in_float64)
-    checkpointed = launch(tmp_path, "three", 2, "--train.gradient_checkpointing", "true", prepare=in_float64)
-    nodes = launch(tmp_path, "nodes", 2, prepare=in_float64, nodes=2)
-    expected = load_file(one / "checkpoints" / "step-00000006" / "model.safetensors")
-    for run in (four, checkpointed, nodes):
-        weights = load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
-        assert max(float((expected[key] - weights[key]).abs().max()) for key in expected) < 1e-9
-        assert losses(run) == pytest.approx(losses(one), rel=1e-9)
+@pytest.mark.parametrize(("options", "processes", "nodes"), SPLITS.values(), ids=SPLITS)
+def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(
+    options: tuple[str, ...], processes: int, nodes: int, in_float64, tiny, train, tmp_path: Path
+) -> None:
+    train(tiny("one", *options))
+    parts = ("--train.accumulation", "2", "--train.gradient_checkpointing", "true")
+    one, several = (
+        tmp_path / "one",
+        launch(tmp_path, "several", processes, *options, *parts, prepare=set_float64, nodes=nodes),
+    )
+    expected, found = weights(one, 6), weights(several, 6)
+    assert max(float((expected[key] - found[key]).abs().max()) for key in expected) < 1e-9
+    assert losses(several) == pytest.approx(losses(one), rel=1e-9)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    unit = ["--model.attention", "block-channels", "--optimizer.unit_learning_rate", "1e-2"]
-    whole = launch(tmp_path, "whole", 1, *unit, prepare=in_float64)
-    launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", prepare=in_float64)
-    part = launch(tmp_path, "part", 1, *unit, prepare=in_float64)
-    assert losses(part) == pytest.approx(losses(whole), rel=1e-9)
+def test_a_run_goes_on_with_another_number_of_processes(in_float64, tiny, train, tmp_path: Path) -> None:
+    unit = ("--model.attention", "block-channels", "--optimizer.unit_learning_rate", "1e-2")
+    train(tiny("whole", *unit))
+    part = launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", prepare=set_float64)
+    train(tiny("part", *unit))
+    assert losses(part) == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
 
 
-def test_refusals_are_told_once_and_end_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch(tmp_path, "run", 2, "--train.max_steps", "3")
+def test_refusals_are_told_once_and_end_every_process(
+    finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished("run")
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
     launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="must be a multiple of 2")
     # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.

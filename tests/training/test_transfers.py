@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dia_diffusion.training.classification import ClassificationTask
-from dia_diffusion.training.config import ClassifyExperiment, Experiment
+from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.task import Task
 from dia_diffusion.training.trainer import Trainer
@@ -118,39 +118,21 @@ def waits_of_steps(experiment: Experiment | Task, monkeypatch: pytest.MonkeyPatc
 
 
 UNCOMPILED = ["--train.compile", "false"]
-BY_CLASS = ["--model.num_classes", "10", "--data.label_dropout", "0.1"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--train.accumulation", "2"],
-        ["--noise.schedule", "cosine", "--noise.prediction_type", "v_prediction", "--noise.loss_weighting", "min-snr"],
-        [*BY_CLASS, "--ssia.weight", "0.1", "--train.clip_grad_norm", "1"],
-    ],
-    ids=["accumulation", "min-snr", "classes, SSIA and clipping"],
-)
-def test_a_diffusion_step_waits_for_nothing(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diffusion_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
+    options = ["--noise.schedule", "cosine", "--noise.prediction_type", "v_prediction"]
+    options += ["--noise.loss_weighting", "min-snr", "--train.accumulation", "2", "--train.clip_grad_norm", "1"]
+    options += ["--model.num_classes", "10", "--data.label_dropout", "0.1", "--ssia.weight", "0.1"]
     experiment = read_experiment(str(recipe), ["--output", str(tmp_path / "run"), *UNCOMPILED, *options])
     waits = waits_of_steps(experiment, monkeypatch)
     assert waits.copies > 0 and not waits.found
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--train.label_smoothing", "0.1", "--data.cutout", "4"],
-        ["--data.border", "reflected", "--train.channels_last", "true"],
-    ],
-    ids=["cutout", "reflected border"],
-)
-def test_a_classification_step_waits_for_nothing(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experiment: ClassifyExperiment = classify.tiny(tmp_path, "run", *UNCOMPILED, *options)
-    waits = waits_of_steps(ClassificationTask(experiment), monkeypatch)
+def test_a_classification_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--train.label_smoothing", "0.1", "--data.cutout", "4"]
+    options += ["--data.border", "reflected", "--train.channels_last", "true"]
+    waits = waits_of_steps(ClassificationTask(classify.tiny(tmp_path, "run", *UNCOMPILED, *options)), monkeypatch)
     assert waits.copies > 0 and not waits.found
