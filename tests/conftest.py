@@ -1,10 +1,12 @@
 """All tests: one thread each, so that two run side by side, and no state of Accelerate from one to the next."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 
 from dia_diffusion.training.compilation import separate_kernel_cache
 
@@ -16,3 +18,15 @@ separate_kernel_cache()
 def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves figures coarsely and without a layout, which take most of their time; test_figures.py saves whole ones."""
+    savefig = Figure.savefig
+
+    def coarse(self: Figure, *args: Any, **kwargs: Any) -> None:
+        self.set_layout_engine("none")
+        savefig(self, *args, **{**kwargs, "dpi": 40})
+
+    monkeypatch.setattr(Figure, "savefig", coarse)

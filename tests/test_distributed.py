@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -20,7 +19,6 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.distributed import (
     all_agree,
     broadcast_from_rank_zero,
-    first_on_each_machine,
     lost_a_process,
     on_all_ranks,
     on_rank_zero,
@@ -30,12 +28,6 @@ from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.launch import check_launch, choose_gloo_interface
 from tests.processes import on_two_processes
 from tests.training.conftest import TINY
-
-
-def test_one_process_does_the_work_once() -> None:
-    calls: list[int] = []
-    assert first_on_each_machine(Accelerator(cpu=True), lambda: calls.append(1) or len(calls)) == 1
-    assert calls == [1]
 
 
 def impatient() -> None:
@@ -203,9 +195,3 @@ def test_gloo_gets_an_interface_that_other_machines_reach(
     else:
         choose_gloo_interface()
         assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
-
-
-def test_addresses_of_this_machine() -> None:
-    assert launch._is_loopback(launch._address("localhost"))
-    assert launch._address("no-such-host.invalid") is None
-    assert launch._local_address("127.0.0.1") == "127.0.0.1"

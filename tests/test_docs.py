@@ -46,7 +46,7 @@ SHORT = {
     "train": f"{TRAIN} --train.sample_every 6 --samples.count 4 --samples.steps 2 --optimizer.warmup_steps 0",
     "classify": f"{TRAIN} --train.evaluate_every 6 --optimizer.warmup_steps 0",
     "quickstart": "--steps 6",
-    "sample": "--steps 2",
+    "sample": "--steps 2 --seeds 0-3",
 }
 """Options that are appended to the commands that run."""
 

@@ -119,6 +119,8 @@ class TrialOptions(Strict):
     """Times to measure it at, distributed as in training."""
     seeds: list[int] = Field([0, 1, 2])
     """Of first weights, images, times and noise."""
+    jobs: int = Field(1, ge=1)
+    """Processes that train at the same time, which share the cores, or have a GPU each."""
     plan: bool = False
     """Only print what is there and what is missing."""
 

@@ -36,6 +36,8 @@ COMMANDS = {
     "push": "send a pipeline folder to the Hugging Face Hub, after showing what will be sent",
     "env": "print versions, devices and speed of this machine, for a bug report",
 }
+INTERNAL = ("trials",)
+"""Commands that others start in child processes; the list of commands leaves them out."""
 # Commands of earlier versions that are scripts of the repository now.
 SCRIPTS = {"distortions": "tools/distortions.py", "train-features": "tools/train_features.py"}
 
@@ -135,7 +137,7 @@ def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
     """
     if name in SCRIPTS:
         raise InputError(f"`{name}` is now a script: run `python {SCRIPTS[name]}` in a clone of the repository")
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in INTERNAL:
         raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
     module = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
     if hasattr(module, "parse"):

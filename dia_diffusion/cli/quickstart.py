@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     )
     study = Study("quickstart", config, protocol := EvalProtocol.read(PROTOCOL), None, runs)
     inventory, num = scan(study), protocol.num_samples
-    check_runs(inventory)
+    check_runs(inventory.states)
     options.out.mkdir(parents=True, exist_ok=True)
     console.print(
         "Training two UViTs with the same seed on handwritten digits, one without attention unit and one with\n"

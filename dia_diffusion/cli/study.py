@@ -38,9 +38,9 @@ def run_study_command(options: Options) -> None:
     """Plans, runs or draws the study."""
     refuse_launcher("a study starts its own processes; run it without a launcher, with --jobs N")
     study, precision = in_one_precision(_read(options))
-    check_recipes(study)
+    check_recipes(study.runs, study.protocols)
     inventory = scan(study)
-    check_runs(inventory)
+    check_runs(inventory.states)
     if options.only_plot:
         _draw(inventory)
         return
@@ -110,7 +110,7 @@ def print_results(results: Results) -> None:
 
 
 def _plan(inventory: Inventory, jobs: int) -> None:
-    study, threads, seconds = inventory.study, threads_per_job(jobs), list[float]()
+    study, threads = inventory.study, threads_per_job(jobs)
     with console.status("timing each unit and batch size"):
         groups = make_plan(inventory, threads)
     columns = ["batch size", "unit", "runs", "trained", "steps left", "a step", "training left"]
@@ -118,14 +118,14 @@ def _plan(inventory: Inventory, jobs: int) -> None:
     rows = []
     for group in groups:
         run, states = group.states[0].run, group.states
-        training, measuring = zip(*((group.training_left(s), group.measuring_left(s)) for s in states), strict=True)
-        seconds += map(sum, zip(training, measuring, strict=True))
+        training, measuring = map(sum, zip(*group.seconds_left, strict=True))
         evaluations = sum(len(state.unmeasured) + state.final_unmeasured for state in states)
         cells = [f"{run.batch_size}", run.unit, f"{len(states)}", f"{sum(state.trained for state in states)}"]
         cells += [f"{sum(state.steps_left for state in states):,}", f"{1000 * group.seconds_of_step:.1f} ms"]
-        rows.append([*cells, format_time(sum(training)), f"{evaluations}", format_time(sum(measuring))])
+        rows.append([*cells, format_time(training), f"{evaluations}", format_time(measuring)])
     console.print(Table(columns, rows).to_rich())
 
+    seconds = [sum(left) for group in groups for left in group.seconds_left]
     complete = sum(state.complete for state in inventory.states)
     gpu, disk = torch.cuda.is_available(), sum(group.bytes for group in groups)
     free = shutil.disk_usage(next(path for path in study.folder.absolute().parents if path.is_dir())).free

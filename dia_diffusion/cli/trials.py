@@ -3,20 +3,19 @@
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from dia_diffusion.cli.analyze import PlacementOptions, StabilityOptions, TrialOptions, refuse_file
-from dia_diffusion.cli.console import Counter, console
+from dia_diffusion.cli.console import ConsoleProgress, Counter, console
+from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.study import SweepCounter, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.io import FolderLock, write_json
 from dia_diffusion.sweeps.figures import draw_placement, draw_stability
+from dia_diffusion.sweeps.outcome import TRAINED, Result, finished, open_held_out, train_trials
 from dia_diffusion.sweeps.sweep import Run
 from dia_diffusion.sweeps.trials import (
-    TRAINED,
-    finished,
     measure_trials,
-    open_held_out,
     placement_trials,
     run_trials,
     stability_trials,
@@ -24,14 +23,35 @@ from dia_diffusion.sweeps.trials import (
     summarize_stability,
 )
 from dia_diffusion.tables import Table
+from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.run_folder import RunFolder
+from dia_diffusion.validation import Strict
 
-Value = TypeVar("Value")
 COMMON = ("recipe", "held_out")
 """Of each trial's result what the record says once, or the trial's own folder."""
 DIVERGED = (
     "not finite: a loss or gradient; no better: at the end, the held-out loss is not below that of the best constant, "
     "one image for all samples of a time"
 )
+Value = TypeVar("Value")
+
+
+class Options(Strict):
+    """Trains trials in this process, one after the other; `analyze stability` and `analyze placement` start it."""
+
+    runs: Annotated[tuple[str, ...], Positional("RUN")]
+    """Folders with the recipes, as config.yaml."""
+    held_out: str | None = None
+    images: int
+    times: int
+
+
+def run(options: Options) -> None:
+    """Trains the trials and measures their held-out losses."""
+    experiments = [read_experiment(str(RunFolder(run).config)) for run in options.runs]
+    held_out = open_held_out(experiments[0], options.held_out, options.images, options.times)
+    with ConsoleProgress() as progress:
+        train_trials(experiments, held_out, progress)
 
 
 def stability(options: StabilityOptions) -> None:
@@ -49,8 +69,7 @@ def stability(options: StabilityOptions) -> None:
         steps=options.steps,
         keys=_keys(options),
     )
-    results = _trained(options, trials)
-    if results is None:
+    if (results := _trained(options, trials)) is None:
         return
     protocol = {"batch_size": options.batch_size, "schedule": "constant, no warm-up"}
     rows = summarize_stability(results)
@@ -70,13 +89,12 @@ def placement(options: PlacementOptions) -> None:
         steps=options.steps,
         keys=_keys(options),
     )
-    results = _trained(options, trials)
-    if results is None:
+    if (results := _trained(options, trials)) is None:
         return
     metric = None
     if protocol is not None:
         with Counter("measuring distances", "trials") as counter:
-            metric = measure_trials(trials, results, protocol, str(options.protocol), counter)
+            metric = measure_trials(trials, results, protocol, str(options.protocol), options.jobs, counter)
     rows = summarize_placement(results, trials[0].experiment.to_dict()["model"]["num_layers"])
     _write(options, "placement", {"unit": options.unit, "metric": metric}, results, rows, draw_placement)
     _print_placement(rows, metric)
@@ -84,7 +102,7 @@ def placement(options: PlacementOptions) -> None:
 
 def _check(options: TrialOptions) -> None:
     refuse_file(options.out)
-    refuse_launcher("these trainings are run one after the other by one process; run it without a launcher")
+    refuse_launcher("this analysis starts its own processes; run it without a launcher, with --jobs N")
 
 
 def _unique(values: Sequence[Value]) -> list[Value]:
@@ -95,7 +113,7 @@ def _keys(options: TrialOptions) -> dict[str, Any]:
     return {} if options.data is None else {"data.source": options.data}
 
 
-def _trained(options: StabilityOptions | PlacementOptions, trials: list[Run]) -> list[dict[str, Any]] | None:
+def _trained(options: StabilityOptions | PlacementOptions, trials: list[Run]) -> list[Result] | None:
     """The trials' results; None if only the plan is asked for."""
     missing = [trial for trial in trials if finished(trial) is None]
     folder = trials[0].folder.parent
@@ -105,14 +123,14 @@ def _trained(options: StabilityOptions | PlacementOptions, trials: list[Run]) ->
         return None
     held_out = open_held_out(trials[0].experiment, options.held_out, options.images, options.times)
     with FolderLock(folder), SweepCounter("training", "steps") as counter:
-        return run_trials(trials, held_out, counter)
+        return run_trials(trials, held_out, options.jobs, counter)
 
 
 def _write(
     options: StabilityOptions | PlacementOptions,
     analysis: str,
     protocol: dict[str, Any],
-    results: list[dict[str, Any]],
+    results: list[Result],
     rows: list[dict[str, Any]],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:

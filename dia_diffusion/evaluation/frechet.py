@@ -188,7 +188,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     """
     for one, other in ((a, b), (b, a)):
         products = _products(one, other)
-        values = np.linalg.eigvalsh(products)  # (rank,), ascending
+        values = _eigenvalues(products)  # (rank,), ascending
         if not (values > 0).all():
             continue
         roots, eps = np.sqrt(values), np.finfo(values.dtype).eps
@@ -197,6 +197,11 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     (root_a, order_a), (root_b, order_b) = _root(a), _root(b)
     in_place_a, in_place_b = root_a[np.argsort(order_a)], root_b[np.argsort(order_b)]
     return float(np.linalg.svd(in_place_a.T @ in_place_b, compute_uv=False).sum())
+
+
+def _eigenvalues(symmetric: np.ndarray) -> np.ndarray:
+    """Of the lower triangle (n, n), ascending; torch's LAPACK takes half the time of NumPy's on Intel CPUs."""
+    return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).numpy()
 
 
 def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -215,7 +220,7 @@ def _root(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sorts what follows by size, without which small eigenvalues would drown in the rounding of large ones.
     """
     factor, pivots, rank, _ = lapack.dpstrf(covariance.T, lower=1)
-    return np.tril(factor)[:, :rank], pivots - 1
+    return np.triu(factor.T).T[:, :rank], pivots - 1  # Fortran's order, as LAPACK takes it
 
 
 BLOCK = 8192  # rows multiplied at once in float64
@@ -314,7 +319,7 @@ class _ResampledDistance:
             for start in range(0, len(chosen), BLOCK):
                 rows = self._rows(chosen[start : start + BLOCK], times, center)
                 product += rows.T @ rows
-        values = np.linalg.eigvalsh(product / (self.count - 1))
+        values = _eigenvalues(product / (self.count - 1))
         return float(np.sqrt(values.clip(min=0)).sum())
 
     def _rows(self, chosen: np.ndarray, times: np.ndarray, center: np.ndarray) -> np.ndarray:

@@ -84,11 +84,11 @@ class Row:
     parameters: int
     results: list[ClassifierResult]
     """In order of their seeds."""
-    difference: float | None
+    difference: float | None = None
     """Of the mean accuracies, from the baseline's."""
-    p: float | None
+    p: float | None = None
     """Student's two-sample test with the baseline's seeds."""
-    p_holm: float | None
+    p_holm: float | None = None
     """The same after Holm's correction for the tests of all rows."""
 
     @property
@@ -187,16 +187,16 @@ def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> l
         for first, second in pairwise(group):
             if first.seed == second.seed:
                 raise InputError(f"{first.path} and {second.path} are both {unit} of seed {first.seed}; leave one out")
-    base = next((group for unit, group in groups.items() if _is(baseline, unit)), [])
-    theirs = [result.accuracy for result in base if result.accuracy is not None]
-    rows = []
-    for unit, group in groups.items():
-        own = [result.accuracy for result in group if result.accuracy is not None]
-        compared = group is not base and bool(own) and bool(theirs)
-        difference = float(np.mean(own) - np.mean(theirs)) if compared else None
-        p = student_test(own, theirs) if compared else None
-        rows.append(Row(setting, unit, group[0].parameters, group, difference, p, None))
-    return rows
+    rows = [Row(setting, unit, group[0].parameters, group) for unit, group in groups.items()]
+    base = next((row for row in rows if _is(baseline, row.unit)), None)
+    return [row if row is base or base is None else _compared(row, base) for row in rows]
+
+
+def _compared(row: Row, base: Row) -> Row:
+    """With difference and p, where both have accuracies."""
+    if row.mean is None or base.mean is None:
+        return row
+    return replace(row, difference=row.mean - base.mean, p=student_test(row.accuracies, base.accuracies))
 
 
 def _is(name: str, unit: str) -> bool:

@@ -1,6 +1,6 @@
 """What a study is refused for before hours are spent: recipes, runs, records, images, features and references."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import numpy as np
@@ -26,10 +26,10 @@ OpenImages = Callable[[str, int, int, str], ImageSet]
 """Images of a source, size, channels and split."""
 
 
-def check_recipes(study: Study) -> None:
+def check_recipes(runs: Iterable[Run], protocols: Sequence[EvalProtocol] = ()) -> None:
     """Raises InputError for a network that can't be built, a batch size that can't run, or an unusable protocol."""
     checked = []
-    for run in study.runs:
+    for run in runs:
         experiment = run.experiment
         shape = (experiment.model, experiment.noise, experiment.samples, run.batch_size)
         if shape in checked:
@@ -39,7 +39,7 @@ def check_recipes(study: Study) -> None:
             check_samples(experiment)
             micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
             check_trackers(experiment.trackers)
-            for protocol in study.protocols:
+            for protocol in protocols:
                 _check_classes(protocol, experiment)
         except InputError as error:
             raise InputError(f"unit {run.unit}: {error}") from None
@@ -55,12 +55,12 @@ def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
         raise InputError(f"protocol {protocol.name} has guidance, which needs data.label_dropout; the recipe has none")
 
 
-def check_runs(inventory: Inventory) -> None:
+def check_runs(states: Sequence[RunState]) -> None:
     """Raises InputError for an existing run of another recipe, of other images than the others, or without a needed
     pipeline."""
-    for state in inventory.states:
+    for state in states:
         _check_run(state)
-    trained = [(state.run, state.origin["data"]["fingerprint"]) for state in inventory.states if state.origin]
+    trained = [(state.run, state.origin["data"]["fingerprint"]) for state in states if state.origin]
     for run, fingerprint in trained[1:]:
         if fingerprint != trained[0][1]:
             raise InputError(
@@ -75,7 +75,7 @@ def _check_run(state: RunState) -> None:
     refuse_changes(origin["recipe"], run.experiment, run.folder)
     if origin["step"] > run.max_steps:
         raise InputError(
-            f"{run.folder} is trained for {origin['step']:,} steps; the study's runs end after {run.max_steps:,}"
+            f"{run.folder} is trained for {origin['step']:,} steps; now its training ends after {run.max_steps:,}"
         )
     if not folder.newest_checkpoint() and not state.trained:
         check_new_run(folder, run.experiment)
@@ -83,8 +83,8 @@ def _check_run(state: RunState) -> None:
     for step in sorted(state.to_measure - step_folders(folder.pipelines).keys()):
         if step <= origin["step"]:
             raise InputError(
-                f"{run.folder} has passed step {step:,} without leaving a pipeline there, which the study's curve "
-                "needs; use the points that it was started with, or choose another output"
+                f"{run.folder} has passed step {step:,} without leaving a pipeline there, which is to be measured; use "
+                "the points that it was started with, or choose another output"
             )
 
 

@@ -107,8 +107,10 @@ class RunState:
     """Steps of its curve without a record."""
     final_unmeasured: bool
     """Whether there is a final protocol without a record of its last step."""
+    to_measure: set[int]
+    """Steps whose pipelines are still needed."""
     trained: bool
-    """Whether the pipelines that are still to be measured exist."""
+    """Whether these pipelines exist."""
 
     @property
     def steps_left(self) -> int:
@@ -117,11 +119,6 @@ class RunState:
     @property
     def complete(self) -> bool:
         return self.trained and not self.unmeasured and not self.final_unmeasured
-
-    @property
-    def to_measure(self) -> set[int]:
-        """Steps whose pipelines are still needed."""
-        return {*self.unmeasured, self.run.max_steps} if self.final_unmeasured else {*self.unmeasured}
 
     @cached_property
     def origin(self) -> dict[str, Any] | None:
@@ -159,11 +156,10 @@ def scan(study: Study) -> Inventory:
         folder = RunFolder(run.folder)
         unmeasured = [step for step in run.steps if (run.name, step) not in curve_steps]
         final_unmeasured = final_protocol is not None and run.name not in final_runs
-        step = max(step_folders(folder.checkpoints), default=0)
-        state = RunState(run, step, unmeasured, final_unmeasured, trained=False)
-        if state.to_measure <= step_folders(folder.pipelines).keys():
-            state = RunState(run, run.max_steps, unmeasured, final_unmeasured, trained=True)
-        states.append(state)
+        to_measure = {*unmeasured, *([run.max_steps] if final_unmeasured else [])}
+        trained = to_measure <= step_folders(folder.pipelines).keys()
+        step = run.max_steps if trained else max(step_folders(folder.checkpoints), default=0)
+        states.append(RunState(run, step, unmeasured, final_unmeasured, to_measure, trained))
     return Inventory(study, states, curve, final)
 
 

@@ -26,9 +26,9 @@ from dia_diffusion.io import step_name
 from dia_diffusion.plotting import save_figure
 from dia_diffusion.sweeps.accuracies import Row
 from dia_diffusion.sweeps.collect import Point
+from dia_diffusion.sweeps.outcome import NO_BETTER, NOT_FINITE, TRAINED
 from dia_diffusion.sweeps.stats import Estimate, comparable, curve_of, estimate
 from dia_diffusion.sweeps.sweep import Run, Study
-from dia_diffusion.sweeps.trials import NO_BETTER, NOT_FINITE, TRAINED
 from dia_diffusion.training.run_folder import RunFolder
 
 INTERVAL_FROM = 3

@@ -16,11 +16,11 @@ from dia_diffusion.environment import usable_cores
 from dia_diffusion.errors import InputError, RunError, Stopped
 from dia_diffusion.evaluation.record import count_records
 from dia_diffusion.sweeps.collect import Inventory, RunState, measured
-from dia_diffusion.sweeps.sweep import Study
+from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.training.run_folder import RunFolder, logged_step
 
 POLL_SECONDS = 0.5
-DOING = {"train": "training", "fid": "measuring"}
+DOING = {"train": "training", "trials": "training", "fid": "measuring"}
 PASSES_OF_STEP = 3
 """What a training step costs an image, in passes through the network: forward, and twice that backward."""
 
@@ -36,6 +36,8 @@ class Job:
     """Has their logs: COMMAND.log, which each call adds to."""
     commands: list[list[str]]
     """As ["train", "--config", ...]."""
+    log_suffix: str = ""
+    """Tells the logs of jobs in one folder apart: COMMAND-1.log."""
 
 
 class _Child:
@@ -60,7 +62,7 @@ class _Child:
 
     @property
     def log(self) -> Path:
-        return self.job.folder / f"{self.command[0]}.log"
+        return self.job.folder / f"{self.command[0]}{self.job.log_suffix}.log"
 
     def ended(self, stopping: bool) -> bool:
         """Whether the job has; after a command that succeeded the next one is started, unless all are to stop."""
@@ -184,24 +186,25 @@ def commands(study: Study, state: RunState, fid_options: Sequence[str] = ()) -> 
 
 def _job(study: Study, state: RunState, fid_options: Sequence[str]) -> Job:
     if not state.trained:
-        folder = RunFolder(state.run.folder)
-        folder.lock()
-        try:
-            folder.write_config(state.run.experiment)
-        finally:
-            folder.unlock()
+        write_config(state.run)
     return Job(state.run.folder, commands(study, state, fid_options))
+
+
+def write_config(run: Run) -> None:
+    """Writes the recipe of a run that is to be trained. Raises InputError if another process works in its folder."""
+    folder = RunFolder(run.folder)
+    folder.lock()
+    try:
+        folder.write_config(run.experiment)
+    finally:
+        folder.unlock()
 
 
 class _Passes:
     """How far a study is, in passes of an image through a network, by the files of its runs."""
 
     def __init__(self, inventory: Inventory):
-        self.states, study = inventory.states, inventory.study
-        self.point, self.final = (
-            0 if protocol is None else protocol.num_samples * protocol.steps
-            for protocol in (study.protocol, study.final_protocol)
-        )
+        self.states, (self.point, self.final) = inventory.states, inventory.study.sampler_steps
         self.records = {state.run.name: self._count_records(state) for state in self.states}
         self.started = {state.run.folder for state in self.states if state.complete}
 

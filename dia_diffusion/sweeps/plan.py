@@ -2,119 +2,91 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import load_guide
-from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sweeps.collect import Inventory, RunState
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model, build_pipeline
 from dia_diffusion.training.recipe import override
 from dia_diffusion.training.trainer import Trainer
 
-STEPS = 10
-"""Timed, at most."""
-ENOUGH_SECONDS = 10.0
-"""After which fewer steps will do."""
-TENSORS_OF_CHECKPOINT = 4
-"""Per parameter, float32: itself, its average, and AdamW's two."""
+STEPS, ENOUGH_SECONDS = 10, 10.0  # steps to time, and the time after which fewer will do
+TENSORS_OF_CHECKPOINT = 4  # per parameter: itself, its average, and AdamW's two
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of a unit at a batch size, and what they take; seconds are those of one job."""
+    """The runs of a unit at a batch size, and what they take on one job."""
 
-    states: Sequence[RunState]
+    states: list[RunState]
     seconds_of_step: float
     """With its share of the sample grids."""
-    seconds_of_point: float
-    """Of a measurement by the study's protocol."""
-    seconds_of_final: float
-    """Of one by the final protocol; 0 if there is none."""
+    seconds_left: list[tuple[float, float]]
+    """Of each run: to train and to measure what is missing."""
     bytes: int
     """On disk, once all its runs are complete."""
-
-    def training_left(self, state: RunState) -> float:
-        """Seconds to train what is missing of a run."""
-        return state.steps_left * self.seconds_of_step
-
-    def measuring_left(self, state: RunState) -> float:
-        """Seconds to measure what is missing of a run."""
-        return len(state.unmeasured) * self.seconds_of_point + state.final_unmeasured * self.seconds_of_final
 
 
 def make_plan(inventory: Inventory, threads: int) -> list[Group]:
     """Times training and sampling steps for each unit and batch size, with this many threads."""
     torch.set_num_threads(threads)
-    study, by_group = inventory.study, dict[tuple[str, int], list[RunState]]()
+    by_group: dict[tuple[str, int], list[RunState]] = {}
     for state in inventory.states:
         by_group.setdefault((state.run.unit, state.run.batch_size), []).append(state)
     groups = []
     for states in by_group.values():
         run, experiment = states[0].run, states[0].run.experiment
-        asked = study.protocol
-        sampling = seconds_of_sampler_step(experiment, asked.sampling, asked.precision, asked.guide)
-        point, final = (
-            0.0 if protocol is None else protocol.num_samples * protocol.sampling.steps * sampling
-            for protocol in (study.protocol, study.final_protocol)
-        )
-        grids = len(run.steps) * experiment.samples.count * experiment.samples.steps * sampling
+        sampler_step = seconds_of_sampler_step(experiment, inventory.study.protocol)
+        grids = len(run.steps) * experiment.samples.count * experiment.samples.steps * sampler_step
         step = seconds_of_step(experiment) + grids / run.max_steps
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in build_model(experiment.model).parameters())
+        point, final = (count * sampler_step for count in inventory.study.sampler_steps)
+        left = [(s.steps_left * step, len(s.unmeasured) * point + s.final_unmeasured * final) for s in states]
         copies = experiment.train.keep_last * TENSORS_OF_CHECKPOINT + len(run.steps)
-        disk = len(states) * copies * parameters * torch.float32.itemsize
-        groups.append(Group(states, step, point, final, disk))
+        with torch.device("meta"):
+            one = sum(parameter.nbytes for parameter in build_model(experiment.model).parameters())
+        groups.append(Group(states, step, left, len(states) * copies * one))
     return groups
 
 
 def seconds_of_step(experiment: Experiment) -> float:
     """Of an optimizer step of the trainer on random images."""
+    AcceleratorState._reset_state()  # a study's variants can differ in precision
+    torch.compiler.reset()
     model, count = experiment.model, max(256, 2 * experiment.train.batch_size)
-    shape = (count, model.sample_size, model.sample_size, model.in_channels)
-    arrays: dict[str, Any] = {"images": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
-    if model.num_classes is not None:
-        arrays["labels"] = np.arange(count) % model.num_classes
+    pixels = np.random.default_rng(0).integers(0, 256, (count, model.sample_size, model.sample_size, model.in_channels))
     with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder) / "images.npz"
-        np.savez(images, **arrays)
-        keys: dict[str, Any] = {"output": f"{folder}/run", "init_from": None, "trackers": []}
-        AcceleratorState._reset_state()  # a study's variants can differ in precision
-        torch.compiler.reset()
-        trainer = Trainer(override(experiment, keys | {"data.source": str(images), "data.split": "train"}))
+        source = f"{folder}/images.npz"
+        np.savez(source, images=pixels.astype(np.uint8), labels=np.arange(count) % (model.num_classes or 1))
+        keys = {"data.source": source, "data.split": "train", "output": f"{folder}/run"}
+        trainer = Trainer(override(experiment, {**keys, "init_from": None, "trackers": []}))
+        trainer.folder.unlock()
 
         def seconds(steps: int) -> float:
             started = time.perf_counter()
             losses = [trainer.train_step().loss for _ in range(steps)]
             float(losses[-1])  # waits for the device
-            return time.perf_counter() - started
+            return (time.perf_counter() - started) / steps
 
         seconds(2)  # the first compiles
-        steps = min(STEPS, int(ENOUGH_SECONDS / seconds(1)) + 1)
-        timed = seconds(steps) / steps
-        trainer.folder.unlock()
-        AcceleratorState._reset_state()
-    return timed
+        return seconds(min(STEPS, int(ENOUGH_SECONDS / seconds(1)) + 1))
 
 
-def seconds_of_sampler_step(
-    experiment: Experiment, settings: SamplingSettings, precision: str, guide: str | None = None
-) -> float:
+def seconds_of_sampler_step(experiment: Experiment, protocol: EvalProtocol) -> float:
     """Of one of the sampler's steps for an image, many images at once."""
     device, count = ("cuda", 64) if torch.cuda.is_available() else ("cpu", 16)
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, protocol.precision)
     pipeline.unet.to(dtype)
-    few = replace(settings, steps=min(settings.steps, 8))
-    adapted = adapt_pipeline(pipeline, few, None if guide is None else load_guide(guide, device, dtype))
+    few = replace(protocol.sampling, steps=min(protocol.steps, 8))
+    guide = None if protocol.guide is None else load_guide(protocol.guide, device, dtype)
+    adapted = adapt_pipeline(pipeline, few, guide)
     for _ in range(2):  # the first warms up
         started = time.perf_counter()
         list(generate(adapted, range(count), batch_size=count))

@@ -53,9 +53,7 @@ def student_test(first: Sequence[float], second: Sequence[float]) -> float | Non
 
     None where it says nothing: fewer than two values on a side, or values that don't vary on either.
     """
-    if min(len(first), len(second)) < 2 or not (_vary(first, first) or _vary(second, second)):
-        return None
-    return _known(stats.ttest_ind, first, second)
+    return _unpaired_test(stats.ttest_ind, first, second)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -82,9 +80,13 @@ def brown_forsythe(first: Sequence[float], second: Sequence[float]) -> float | N
 
     None where it says nothing: fewer than two values on a side, or values that don't vary on either.
     """
+    return _unpaired_test(partial(stats.levene, center="median"), first, second)
+
+
+def _unpaired_test(test: object, first: Sequence[float], second: Sequence[float]) -> float | None:
     if min(len(first), len(second)) < 2 or not (_vary(first, first) or _vary(second, second)):
         return None
-    return _known(partial(stats.levene, center="median"), first, second)
+    return _known(test, first, second)
 
 
 def detectable_difference(count: int, power: float = 0.8, alpha: float = 0.05) -> float:

@@ -136,6 +136,12 @@ class Study:
         return [protocol for protocol in (self.protocol, self.final_protocol) if protocol is not None]
 
     @property
+    def sampler_steps(self) -> tuple[int, int]:
+        """Of all images of a measurement by each protocol; 0 for no final one."""
+        counts = [protocol.num_samples * protocol.steps for protocol in self.protocols]
+        return counts[0], sum(counts[1:])
+
+    @property
     def units(self) -> list[str]:
         """In order of first mention."""
         return list(dict.fromkeys(run.unit for run in self.runs))

@@ -190,13 +190,13 @@ class Trainer:
         """
         try:
             self._start()
-            with StopSignal(self.accelerator) as stop:
+            with StopSignal(self.accelerator) as self.stop:
                 while self.step < self.config.max_steps:
                     result = self.train_step()
                     for callback in self.callbacks:
                         if callback.due(self.step):
                             self._call(callback, result)
-                    if (signal := stop.agreed()) and self.step < self.config.max_steps:
+                    if (signal := self.stop.agreed()) and self.step < self.config.max_steps:
                         self.save_checkpoint()
                         raise Stopped(signal, f"stopped after step {self.step:,}; the same command resumes from there")
             self._end(None)

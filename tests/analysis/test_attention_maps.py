@@ -16,7 +16,6 @@ from dia_diffusion.analysis.attention_maps import (
 )
 from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.attention import UNITS
-from dia_diffusion.errors import InputError
 from tests.analysis.conftest import MakeRun, noisy
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
@@ -38,11 +37,6 @@ def test_maps_are_what_features_are_multiplied_with(unit: str) -> None:
         scales = (recalibrated / features)[:, 1:]  # of the patches; with maps over places each has its own
         assert torch.allclose(h, scales.mean(1), rtol=1e-5, atol=1e-7)
     assert not model.unit._forward_hooks
-
-
-def test_a_model_without_unit_has_no_maps() -> None:
-    with pytest.raises(InputError, match="no attention unit"):
-        attention_maps(UViT(**SMALL, attention=None), torch.randn(1, 3, 8, 8), torch.zeros(1))
 
 
 def test_the_terms_add_up_to_the_variance() -> None:
@@ -125,6 +119,8 @@ def test_a_known_share() -> None:
     assert record["share"] == pytest.approx(0.2) and record["share_by_chance"] == pytest.approx(1 / 7)
     assert record["adjusted"] == pytest.approx(1 - 0.8 * 7 / 6)
     assert record["share_by_block"] == pytest.approx([0.2])
+    constant = classes_of([np.ones((1, 1, 3, 2))], np.array([0, 1, 2]))
+    assert constant["share"] == 0 and constant["adjusted"] is None
 
 
 def test_random_classes_reach_their_share_by_chance() -> None:
@@ -134,8 +130,3 @@ def test_random_classes_reach_their_share_by_chance() -> None:
     assert record["share"] == pytest.approx(3 / 39, rel=0.05) and abs(record["adjusted"]) < 0.01
     assert len(record["share_by_block"]) == 3
     assert np.mean(record["share_by_block"]) == pytest.approx(record["share"], rel=0.02)
-
-
-def test_no_variance_has_no_adjusted_share() -> None:
-    record = classes_of([np.ones((1, 1, 3, 2))], np.array([0, 1, 2]))
-    assert record["share"] == 0 and record["adjusted"] is None

@@ -1,6 +1,7 @@
 """Importance on maps whose origin is known, and that scores are of other images than fits."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,24 +21,26 @@ def drawn(seed: int, count: int = 1500) -> np.ndarray:
     return h
 
 
-def test_what_a_block_is_made_of_is_found() -> None:
-    second, third, fourth = importances(drawn(0), drawn(1), scale=0.5)
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return importances(drawn(0), drawn(1), scale=0.5)
+
+
+def test_what_a_block_is_made_of_is_found(rows: list[dict[str, Any]]) -> None:
+    second, third, fourth = rows
     assert third["importance"][0] > 0.95 and third["r2"] > 0.99
     assert second["r2"] < LEAST_R2 and second["importance"] == [1.0]  # though its forest predicts nothing
     assert fourth["r2"] < 0.05 and sum(fourth["importance"]) == pytest.approx(1)
 
 
-def test_forests_are_seeded_and_scored_on_the_others() -> None:
-    fit, score = drawn(0, 400), drawn(1, 400)
+def test_forests_are_seeded_and_scored_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dia_diffusion.analysis.importance.TREES", 10)
+    fit, score = drawn(0, 100), drawn(1, 100)
     assert importances(fit, score, 0.5, seed=3) == importances(fit, score, 0.5, seed=3)
     assert importances(fit, score, 0.5, seed=3) != importances(fit, score, 0.5, seed=4)
     assert importances(fit, fit, 0.5)[2]["r2"] > 0.3  # its own samples it knows, noise or not
-
-
-def test_a_constant_block_has_nothing_to_be_told() -> None:
-    fit = drawn(0, 200)
     fit[:, 1] = 0.25 + 1e-9 * fit[:, 0]
-    assert importances(fit, drawn(1, 200), scale=0.25)[0] == {"importance": [0.0], "r2": None}
+    assert importances(fit, score, 0.25)[0] == {"importance": [0.0], "r2": None}, "a constant block"
 
 
 def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
@@ -54,11 +57,10 @@ def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     assert len(whole["maps"]) == 4 * 2 * 16
 
 
-def test_rows_that_predict_nothing_are_hatched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_predict_nothing_are_hatched(rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     hatched = []
     add = Axes.add_patch
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: (hatched.append(patch), add(self, patch))[1])
-    rows = importances(drawn(0), drawn(1), scale=0.5)
     stage = {"name": "", "blocks": ["1", "2", "3", "4"], "samples": 1500, "maps": rows, "centred": rows}
     run = {"run": "made", "least_r2": LEAST_R2, "steps": [{"step": 1, "stages": [stage]}]}
     draw([run])

@@ -42,11 +42,6 @@ def test_srm_saves_what_its_batch_norms_leave() -> None:
     assert added_parameters(RESNET164, "srm", share_norm=False).saving == pytest.approx(17 / 36)
 
 
-def test_the_lstm_of_depth_is_one_by_nature() -> None:
-    added = added_parameters(RESNET164, "dia-lstm")
-    assert (added.shared, added.individual, added.saving) == (218_848, None, None)
-
-
 @pytest.mark.parametrize("unit", ["dia-lstm", "srm", "block-channels"])
 def test_counted_is_what_a_built_network_has(unit: str) -> None:
     name = "cifar-resnet20-basic"

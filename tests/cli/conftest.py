@@ -15,9 +15,9 @@ from tests.training.conftest import TINY
 __all__ = ["children", "hub", "save"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fid")
+    folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(TINY)
     assert main(["train", "--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]) == 0
     return folder / "run"

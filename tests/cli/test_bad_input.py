@@ -92,6 +92,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "batch size": (["sample", run, "--batch-size", "0", "--out", folder / "out"], "must be 1 or more, got 0"),
         "config without value": (["train", "--config"], "`--config` needs one argument"),
         "nothing to write": (["sample", run], "give --grid"),
+        "out is a file": (["sample", run, "--out", corrupt / "a.png"], "got a file"),
         "grid is a folder": (["sample", run, "--grid", folder / "empty"], "must be a file ending in .png"),
         "unknown sampler": (["sample", run, "--sampler", "plms", "--grid", "g.png"], "`sampler` must be one of ddpm"),
         "no such pipeline": (["sample", folder / "none", "--grid", "g.png"], "does not exist"),

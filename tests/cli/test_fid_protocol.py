@@ -17,6 +17,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import read_records
 from dia_diffusion.io import shipped_names
+from tests.cli.one_line import error_of
 
 SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, reference_split: test, reference_count: 596}"
 OPTIONS = ["--features", "digits", "--num", "80", "--sampler", "ddim", "--steps", "2", "--reference-split", "test"]
@@ -27,14 +28,6 @@ def mine(tmp_path: Path) -> Path:
     """A protocol of one's own."""
     (tmp_path / "mine.yaml").write_text(SETTINGS)
     return tmp_path / "mine.yaml"
-
-
-def line_of(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 def test_help_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,15 +58,10 @@ def test_it_is_the_options_that_it_stands_for(
     records = read_records(run / "evaluations.jsonl")
     assert [(each.step, each.protocol_name) for each in records] == [(6, None), (6, "mine"), (6, "again"), (3, "mine")]
     assert len(sampled) == 160
+    assert main([*named, "--metrics", "prc"]) == main(named) == 0
+    assert read_records(run / "evaluations.jsonl")[4].protocol_name == "mine"
     card = (run / "pipelines" / "step-00000003" / "README.md").read_text()
     assert f"| FD(digits) | {records[3].distance:.3f} | 80 | digits (test) | ddim | 2 | mine |" in card
-
-
-def test_other_metrics_are_measured_under_the_name(run: Path, mine: Path) -> None:
-    named = ["fid", str(run), "--protocol", str(mine)]
-    assert main(named) == main([*named, "--metrics", "prc"]) == main(named) == 0
-    first, second = read_records(run / "evaluations.jsonl")
-    assert first.protocol_name == second.protocol_name == "mine" and second.metrics
 
 
 def test_a_changed_protocol_and_a_record_cut_short(
@@ -83,11 +71,11 @@ def test_a_changed_protocol_and_a_record_cut_short(
     assert main([str(argument) for argument in named]) == 0
     before, content = EvalProtocol.read(str(mine)).hash()[:8], records.read_text()
     mine.write_text(SETTINGS.replace("steps: 2", "steps: 3"))
-    assert f"mine with other settings (hash {before}, now" in line_of([*named, "--every-step"], capsys)
+    assert f"mine with other settings (hash {before}, now" in error_of([*named, "--every-step"], capsys)
     mine.write_text(SETTINGS)
     records.write_text(content[:-30])
-    assert "line 1: not a whole evaluation record" in line_of(named, capsys)
-    assert "line 1: not a whole evaluation record" in line_of(["curves", run], capsys)
+    assert "line 1: not a whole evaluation record" in error_of(named, capsys)
+    assert "line 1: not a whole evaluation record" in error_of(["curves", run], capsys)
     assert records.read_text() == content[:-30] and len(sampled) == 80
 
 
@@ -105,27 +93,27 @@ def test_what_it_refuses(
         ("--guidance-scale", "2.0", "1.0"),
         ("--reference-split", "train", "test"),
     ):
-        assert f"{option} {value}: protocol mine says {decided}; leave it out" in line_of(
+        assert f"{option} {value}: protocol mine says {decided}; leave it out" in error_of(
             [*named, option, value], capsys
         )
     mine.write_text(SETTINGS.replace("596", "1201"))
-    assert "must have 1,201 images for protocol mine, got 596" in line_of(named, capsys)
+    assert "must have 1,201 images for protocol mine, got 596" in error_of(named, capsys)
     mine.write_text(SETTINGS)
     np.savez(tmp_path / "m.npz", mu=np.zeros(64), sigma=np.eye(64))
-    unknown = line_of([*named, "--reference", tmp_path / "m.npz"], capsys)
+    unknown = error_of([*named, "--reference", tmp_path / "m.npz"], capsys)
     assert "`reference_split` of protocol mine" in unknown and "no part that it names" in unknown
-    few = line_of(["fid", "digits", "--reference", "digits", "--protocol", "fd2k-dpm25"], capsys)
+    few = error_of(["fid", "digits", "--reference", "digits", "--protocol", "fd2k-dpm25"], capsys)
     assert "`num_samples` of protocol fd2k-dpm25 must be 1201 or less" in few
 
     pipeline = run / "pipelines" / "step-00000006"
     training = json.loads((pipeline / "training.json").read_text())
     gone = {**training, "recipe": {**training["recipe"], "data": {"source": "photos.zip"}}}
     (pipeline / "training.json").write_text(json.dumps(gone))
-    assert "was trained on photos.zip, which isn't here; give --reference" in line_of(named, capsys)
+    assert "was trained on photos.zip, which isn't here; give --reference" in error_of(named, capsys)
     (pipeline / "training.json").write_text(json.dumps({**training, "weights": "raw"}))
-    assert "holds raw weights; protocol mine measures ema" in line_of(named, capsys)
+    assert "holds raw weights; protocol mine measures ema" in error_of(named, capsys)
     (pipeline / "training.json").unlink()
-    assert "doesn't say what it was trained on; give --reference" in line_of(named, capsys)
+    assert "doesn't say what it was trained on; give --reference" in error_of(named, capsys)
     assert not sampled and not (run / "evaluations.jsonl").exists()
 
 

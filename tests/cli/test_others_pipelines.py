@@ -3,19 +3,17 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, ScoreSdeVePipeline, ScoreSdeVeScheduler
-from PIL import Image
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.io import sha256_of_file
-from dia_diffusion.pipelines.folder import model_hash
+from dia_diffusion.pipelines.folder import model_hash, weights_hash
 from dia_diffusion.training.config import DataConfig, Experiment, ModelConfig
 from dia_diffusion.training.recipe import resolve
+from tests.cli.one_line import error_of
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae
 
 
@@ -32,21 +30,6 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, pipeline in made.items():
         pipeline.save_pretrained(folder / name)
     return folder
-
-
-def test_sample_gives_the_images_of_the_pipeline_itself(pipelines: Path, tmp_path: Path) -> None:
-    own = ["--sampler", "own", "--steps", "4"]
-    assert main(["sample", str(pipelines / "pixels"), *own, "--seeds", "3,8", "--out", str(tmp_path / "out")]) == 0
-    theirs = DDPMPipeline.from_pretrained(pipelines / "pixels")
-    theirs.set_progress_bar_config(disable=True)
-    for seed in (3, 8):
-        image = theirs(generator=torch.Generator().manual_seed(seed), num_inference_steps=4).images[0]
-        written = np.asarray(Image.open(tmp_path / "out" / f"{seed:08d}.png"))
-        assert np.abs(written.astype(int) - np.asarray(image)).max() <= 1
-    manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert manifest["weights"] == sha256_of_file(pipelines / "pixels" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert manifest["scheduler"]["class"] == "DDPMScheduler"
-    assert manifest["model"] == model_hash(pipelines / "pixels")
 
 
 @pytest.mark.parametrize(
@@ -68,8 +51,10 @@ def test_fid_measures_the_images_that_sample_writes(
     options = [*options, "--steps", "2"]
     out, file = tmp_path / "images", tmp_path / "records.jsonl"
     measured = ["--reference", "digits", "--record", str(file)]
-    assert main(["fid", str(pipelines / name), *options, "--num", "70", *measured]) == 0
-    assert main(["sample", str(pipelines / name), *options, "--seeds", "0-69", "--out", str(out)]) == 0
+    assert main(["fid", str(pipelines / name), *options, "--num", "8", *measured]) == 0
+    assert main(["sample", str(pipelines / name), *options, "--seeds", "0-7", "--out", str(out)]) == 0
+    manifest = json.loads((out / "samples.json").read_text())
+    assert manifest["weights"] == weights_hash(pipelines / name) and manifest["model"] == model_hash(pipelines / name)
     assert main(["fid", str(out), *measured]) == 0
     stream, files = read_records(file)
     assert stream.distance == pytest.approx(files.distance, rel=1e-3)
@@ -86,7 +71,7 @@ def test_one_protocol_for_this_projects_pipelines_and_others(pipelines: Path, tm
     unet = UViT(sample_size=8, patch_size=4, hidden_size=32, num_layers=3, num_attention_heads=2)
     UViTPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "ours")
     file = tmp_path / "records.jsonl"
-    common = ["--steps", "2", "--reference", "digits", "--num", "70", "--record", str(file)]
+    common = ["--steps", "2", "--reference", "digits", "--num", "8", "--record", str(file)]
     for folder in (tmp_path / "ours", pipelines / "pixels", pipelines / "pixels"):
         assert main(["fid", str(folder), *common]) == 0
     ours, theirs = read_records(file)  # what is on record is not measured again
@@ -115,16 +100,10 @@ def test_what_does_not_fit_is_one_line(pipelines: Path, tmp_path: Path, capsys: 
     for arguments, said in (
         (["sample", prompted, *grid], "a StableDiffusionPipeline, which needs a prompt"),
         (["fid", prompted, "--reference", "digits"], "which needs a prompt"),
-        (["sample", pipelines / "pixels", "--classes", "1", *grid], "unconditional"),
-        (["sample", pipelines / "pixels", "--guidance-scale", "2", *grid], "unconditional"),
         (["sample", pipelines / "latents", "--classes", "3", *grid], "`classes` must be one or more of 0 to 2"),
-        (["sample", pipelines / "latents", "--guidance-scale", "0", *grid], "must be 1, which is none, or more, got 0"),
         (["sample", pipelines / "classes", "--guidance-scale", "2", *grid], "without a null label"),
         (["sample", pipelines / "sde", *grid], "`sampler` must be own"),
         (["fid", pipelines / "wide", "--reference", "digits"], "must have square images, got 8x16"),
     ):
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+        assert said in error_of(arguments, capsys)
     assert not (tmp_path / "grid.png").exists()

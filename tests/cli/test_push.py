@@ -8,6 +8,7 @@ import pytest
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.sharing.export import export_pipeline
+from tests.cli.one_line import error_of
 from tests.pipelines.conftest import contents
 from tests.pipelines.hub import Hub, asked_private
 
@@ -24,25 +25,18 @@ def folder(save: Callable[..., Path], tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("answer", ["n\n", "\n", "", "no\n", "yse\n"])
 def test_nothing_is_sent_without_a_yes(
-    answer: str,
-    folder: Path,
-    hub: Hub,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", Terminal(answer))
-    assert main(["push", str(folder), "me/model"]) == 0
-    assert "nothing was sent" in capsys.readouterr().out
+    for answer in ("n\n", "\n", "", "no\n", "yse\n"):
+        monkeypatch.setattr("sys.stdin", Terminal(answer))
+        assert main(["push", str(folder), "me/model"]) == 0
+        assert "nothing was sent" in capsys.readouterr().out
     assert not hub.requests
 
 
 def test_shows_and_sends_after_a_yes(
-    folder: Path,
-    hub: Hub,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", Terminal("y\n"))
     assert main(["push", str(folder), "me/model", "--private"]) == 0
@@ -69,24 +63,21 @@ def test_of_a_run_the_newest_goes(folder: Path, hub: Hub, tmp_path: Path) -> Non
 
 
 def test_ends_in_one_line(
-    folder: Path,
-    hub: Hub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    folder: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def end_of(*arguments: str, code: int) -> str:
-        assert main(["push", str(folder), *arguments]) == code
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.startswith("dia-diffusion push: "), error
-        return error
+        return error_of(["push", folder, *arguments], capsys, code)
 
     assert "--yes sends without asking" in end_of("me/model", code=2)
     assert not hub.requests
-    hub.broken = "/commit/"
-    assert "(500)" in end_of("me/model", "--yes", code=1)
+    # The client tries again with growing pauses, which a test needn't sit through.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    for hub.broken in ("/upload/", "/commit/", "/api/repos"):
+        assert "500" in end_of("me/model", "--yes", code=1)
+    hub.broken = None
     monkeypatch.setenv("HF_TOKEN", "hf_wrong_token")
-    assert "refuses the token" in end_of("me/model", "--yes", code=2)
+    refused = end_of("me/model", "--yes", code=2)
+    assert "refuses the token for me/model (401)" in refused and "hf_wrong_token" not in refused
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert "can't be reached" in end_of("me/model", "--yes", code=1)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -15,7 +15,7 @@ from tests.processes import Child, wait_for
 def test_quickstart_leaves_what_it_says(
     children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = "{features: digits, num_samples: 596, sampler: dpmsolver++, steps: 3, reference_split: test}"
+    protocol = "{features: digits, num_samples: 100, sampler: dpmsolver++, steps: 3, reference_split: test}"
     (tmp_path / "quick.yaml").write_text(protocol)
     monkeypatch.setattr("dia_diffusion.cli.quickstart.PROTOCOL", str(tmp_path / "quick.yaml"))
     out = tmp_path / "quickstart"

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dia_diffusion.cli.analyze import PARTS as ANALYSES
 from dia_diffusion.cli.main import COMMANDS
 from dia_diffusion.cli.options import options_parser
@@ -55,9 +57,10 @@ def test_help_and_mistyped_options_import_nothing_slow() -> None:
         assert not modules & SLOW, command
 
 
+@pytest.mark.long
 def test_sampling_imports_the_package_but_nothing_to_draw_figures_or_measure_with(run: Path, tmp_path: Path) -> None:
-    grid = str(tmp_path / "grid.png")
-    ((code, modules),) = imported_by(["sample", str(run), "--seeds", "0-1", "--steps", "1", "--grid", grid])
+    sample = ["sample", str(run), "--seeds", "0-1", "--steps", "1", "--grid", str(tmp_path / "grid.png")]
+    ((code, modules),) = imported_by(sample)
     assert code == 0 and {"torch", "dia_diffusion.models.attached"} <= modules
     assert not modules & DRAWING
     assert not {"dia_diffusion.evaluation", "dia_diffusion.data"} & modules

@@ -9,20 +9,13 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.frechet import FeatureStatistics
 from dia_diffusion.evaluation.record import read_records
+from tests.cli.one_line import error_of
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-
-def line_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
 
 
 def test_make_show_compare_and_measure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +45,7 @@ def test_features_are_those_of_the_file_of_statistics(tmp_path: Path, capsys: py
     statistics, provenance = FeatureStatistics.load("digits.safetensors")
     statistics.save("other.safetensors", {**provenance, "features": "my:Module"})
     fid = ["fid", "digits", "--reference", "other.safetensors"]
-    assert "in features my:Module; name them with --features" in line_of(fid, capsys)
+    assert "in features my:Module; name them with --features" in error_of(fid, capsys)
 
 
 def test_a_source_without_parts_is_recorded_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,14 +84,14 @@ def test_another_programs_npz(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.safetensors").write_text("mine")
-    assert "exists already" in line_of(["stats", "make", "digits", "mine.safetensors"], capsys)
+    assert "exists already" in error_of(["stats", "make", "digits", "mine.safetensors"], capsys)
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
     assert main(["stats", "make", "digits", "test.safetensors", "--split", "test"]) == 0
     split = ["fid", "digits", "--num", "50", "--reference-split", "test", "--reference"]
     assert main(["stats", "make", "digits", "train.safetensors"]) == 0
-    assert "train.safetensors, train" in line_of([*split, "train.safetensors"], capsys)
+    assert "train.safetensors, train" in error_of([*split, "train.safetensors"], capsys)
     split[split.index("test")] = "train"
-    assert "test.safetensors, test" in line_of([*split, "test.safetensors"], capsys)
+    assert "test.safetensors, test" in error_of([*split, "test.safetensors"], capsys)
     np.savez("moments.npz", mu=np.zeros(64), sigma=np.eye(64))
-    assert "no part that it names" in line_of([*split, "moments.npz", "--features", "digits"], capsys)
+    assert "no part that it names" in error_of([*split, "moments.npz", "--features", "digits"], capsys)
     assert not list(tmp_path.glob("*.jsonl"))

@@ -7,9 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 import yaml
-from sklearn.datasets import load_sample_image
 from torch_fidelity import FeatureExtractorBase
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.adm import inception_score, precision_recall
@@ -111,20 +109,6 @@ def test_features_too_large_for_float16_are_compared_in_float32() -> None:
     samples, real = (rng.normal(50, 10, (count, 64)).astype("f") for count in (200, 150))
     found = precision_recall(torch.from_numpy(samples), torch.from_numpy(real), 3)
     assert found == pytest.approx(prc(samples, real, np.float64), abs=0.005)
-
-
-@pytest.mark.parametrize("size", [32, 256])
-def test_images_are_resized_as_by_tensorflow_1(size: int) -> None:
-    """Bilinear without aligned corners or half-pixel centers: pixel i lies at i * size / 299."""
-    image = load_sample_image("china.jpg")[:256, :256][:: 256 // size, :: 256 // size].astype(np.float64)
-    places = np.arange(299) * size / 299
-    low = places.astype(int)
-    high, part = np.minimum(low + 1, size - 1), places - low
-    rows = image[low] + (image[high] - image[low]) * part[:, None, None]
-    expected = rows[:, low] + (rows[:, high] - rows[:, low]) * part[:, None]
-    given = torch.from_numpy(image.transpose(2, 0, 1)).float()[None]
-    found = interpolate_bilinear_2d_like_tensorflow1x(given, size=(299, 299), align_corners=False)
-    np.testing.assert_allclose(found[0].numpy().transpose(1, 2, 0), expected, atol=0.003)
 
 
 @pytest.fixture

@@ -39,46 +39,34 @@ def test_a_resample_has_the_distance_of_its_rows(count):
         assert resampled(np.bincount(chosen, minlength=count)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_blocks_do_not_change_it(monkeypatch):
-    features = draw(np.random.default_rng(2), 300)
-    whole = bootstrap_interval(features, REFERENCE, 1.0, 10)
-    monkeypatch.setattr("dia_diffusion.evaluation.frechet.BLOCK", 64)
-    parts = bootstrap_interval(features, REFERENCE, 1.0, 10)
-    assert vars(parts) == pytest.approx(vars(whole), rel=1e-6)
-
-
-def test_the_interval_is_seeded_and_reports_its_progress():
-    features, reported = draw(np.random.default_rng(3), 100), []
+def test_the_interval_is_seeded_the_same_in_blocks_and_reports_its_progress(monkeypatch):
+    features, reported = draw(np.random.default_rng(3), 300), []
     first = bootstrap_interval(features, REFERENCE, 1.0, 12, lambda *counts: reported.append(counts))
     assert first == bootstrap_interval(features, REFERENCE, 1.0, 12)
     assert reported == [(index, 12) for index in range(12)]
+    monkeypatch.setattr("dia_diffusion.evaluation.frechet.BLOCK", 64)
+    assert vars(bootstrap_interval(features, REFERENCE, 1.0, 12)) == pytest.approx(vars(first), rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("width", "shift", "too_wide", "held_by_percentiles"),
-    [(16, 0.3, 1.0, 54), (32, 0.1, 1.09, 40)],  # 7 and 17 % of the distance is bias
+    ("width", "shift", "too_wide"),
+    [(16, 0.3, 1.0), pytest.param(32, 0.1, 1.09, marks=pytest.mark.long)],  # 7 and 17 % of the distance is bias
 )
-def test_intervals_agree_with_fresh_sets_of_images(width, shift, too_wide, held_by_percentiles):
+def test_intervals_agree_with_fresh_sets_of_images(width, shift, too_wide):
     """1,500 fresh sets have a mean and a spread, which the intervals of 60 sets must cover and show.
 
-    Of 60 intervals of 95 %, 57 +- 1.7 hold the mean; of the plain percentiles fewer do, the more so the more bias.
+    Of 60 intervals of 95 %, 57 +- 1.7 hold the mean.
     """
-    generator, count = np.random.default_rng(4), 400
+    generator, count = np.random.default_rng(5), 400
     fresh = np.array([distance_of(draw(generator, count, width, shift)) for _ in range(1500)])
-    held, percentiles_held, errors, widths = 0, 0, [], []
+    held, errors, widths = 0, [], []
     for _ in range(60):
         features = draw(generator, count, width, shift)
-        distance = distance_of(features)
-        interval = bootstrap_interval(features, reference_of(width), distance, 100)
+        interval = bootstrap_interval(features, reference_of(width), distance_of(features), 100)
         held += interval.low <= fresh.mean() <= interval.high
         errors.append(interval.standard_error)
         widths.append(interval.high - interval.low)
-        resampled = _ResampledDistance(features, reference_of(width))
-        times = [np.bincount(generator.integers(count, size=count), minlength=count) for _ in range(100)]
-        low, high = np.quantile([resampled(each) for each in times], [0.025, 0.975])
-        percentiles_held += low <= fresh.mean() <= high
     low, high = np.quantile(fresh, [0.025, 0.975])
     assert np.mean(errors) / fresh.std(ddof=1) == pytest.approx(too_wide, rel=0.08)  # its own error is 2 to 3 %
     assert np.mean(widths) / (high - low) == pytest.approx(too_wide, rel=0.15)
     assert 53 <= held <= 60
-    assert percentiles_held <= held_by_percentiles

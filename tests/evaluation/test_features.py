@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
 from train_features import accuracy
@@ -13,12 +12,11 @@ from train_features import accuracy
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import PACKAGED, build_features
-from dia_diffusion.evaluation.features.extractor import fold_normalisations, load_weights
+from dia_diffusion.evaluation.features.extractor import load_weights
 from dia_diffusion.evaluation.features.packaged import Cifar10Classifier, DigitsClassifier
 from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.io import sha256_of_file
-from tests.evaluation.torch_images import Images
 
 WEIGHTS = PACKAGED["digits"].weights
 
@@ -53,17 +51,12 @@ def test_features_do_not_depend_on_the_batch(extractor, digits):
     torch.testing.assert_close(extractor(images.flip(0)).flip(0), together, rtol=1e-5, atol=1e-5)
 
 
-def test_features_do_not_depend_on_an_autocast_around_them(extractor, digits):
-    images = torch.from_numpy(digits.images[:8])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        features = extractor(images)
-    assert torch.equal(features, extractor(images))
-
-
-def test_features_do_not_depend_on_a_coarser_float32_around_them(extractor, digits):
+def test_features_do_not_depend_on_an_autocast_or_a_coarser_float32_around_them(extractor, digits):
     """A CPU with bfloat16 products computes convolutions in it then; a GPU does in TF32."""
     images = torch.from_numpy(digits.images[:8])
     exact = extractor(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(extractor(images), exact)
     try:
         for precision in ("bf16", "tf32"):
             torch.backends.fp32_precision = precision
@@ -89,27 +82,6 @@ def test_larger_images_are_reduced_as_pillow_reduces_them(extractor, digits):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def test_torch_fidelity_finds_it_by_name_and_agrees_on_the_distance(extractor, digits):
-    first, second = digits.subset(range(300)), digits.subset(range(300, 596))
-    theirs = torch_fidelity.calculate_metrics(
-        input1=Images(first.images),
-        input2=Images(second.images),
-        feature_extractor="digits",
-        fid=True,
-        isc=True,
-        cuda=False,
-        cache=False,
-        save_cpu_ram=True,  # no worker processes
-        verbose=False,
-        batch_size=50,
-    )
-    ours = frechet_distance(
-        reference_statistics(first, extractor).statistics, reference_statistics(second, extractor).statistics
-    )
-    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
-    assert 5 < theirs["inception_score_mean"] < 10
-
-
 def test_distance_grows_with_damage(extractor, digits):
     train = open_images("digits", split="train")
     reference = reference_statistics(digits, extractor)
@@ -128,18 +100,6 @@ def test_distance_grows_with_damage(extractor, digits):
     assert missing[1] > 2 * missing[0]
 
 
-def test_folded_normalisations_change_nothing():
-    torch.manual_seed(0)
-    network = Cifar10Classifier()
-    network(torch.rand(64, 3, 32, 32))  # moves the running moments away from 0 and 1
-    network.eval()
-    images = torch.rand(9, 3, 32, 32)
-    expected = network(images)
-    fold_normalisations(network)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
-    torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_unknown_name_is_told_which_exist():
     with pytest.raises(InputError, match="`features` must be one of digits"):
         build_features("inceptoin")
@@ -154,43 +114,16 @@ def test_other_tensors_are_refused(extractor, images):
         extractor(images)
 
 
-def _one_line(caught, path):
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("with_card", [True, False])
-def test_weights_cut_short_are_refused(tmp_path, with_card):
-    path = tmp_path / "digits.safetensors"
+def test_other_files_of_weights_are_refused_by_name(tmp_path):
+    path = tmp_path / "w.safetensors"
+    shutil.copy(WEIGHTS.with_suffix(".json"), path.with_suffix(".json"))
     path.write_bytes(WEIGHTS.read_bytes()[:-1000])
-    if with_card:
-        shutil.copy(WEIGHTS.with_suffix(".json"), tmp_path)
-    expected = sha256_of_file(WEIGHTS) if with_card else "truncated"
-    with pytest.raises(InputError, match=expected) as caught:
+    with pytest.raises(InputError, match=f"{path}.* {sha256_of_file(WEIGHTS)}"):
         build_features("digits", weights=path)
-    _one_line(caught, path)
-
-
-def test_weights_of_another_network_are_refused(tmp_path):
-    path = tmp_path / "other.safetensors"
+    path.with_suffix(".json").unlink()
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="another network's") as caught:
+    with pytest.raises(InputError, match=f"{path}.* another network's"):
         build_features("digits", weights=path)
-    _one_line(caught, path)
-
-
-def test_a_card_that_says_nothing_is_refused(tmp_path):
-    shutil.copy(WEIGHTS, tmp_path / "w.safetensors")
-    (tmp_path / "w.json").write_text("{}")
-    with pytest.raises(InputError, match="says no sha256") as caught:
-        build_features("digits", weights=tmp_path / "w.safetensors")
-    _one_line(caught, tmp_path / "w.json")
-
-
-def test_missing_weights_are_refused(tmp_path):
-    with pytest.raises(InputError, match="missing") as caught:
-        build_features("digits", weights=tmp_path / "none.safetensors")
-    _one_line(caught, tmp_path)
 
 
 def test_color_features_are_the_mean_over_image_and_mirror_of_the_mean_over_the_last_map():

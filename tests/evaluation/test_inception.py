@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -18,7 +18,7 @@ from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.evaluate import Evaluator, measure_together
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features, inception
-from dia_diffusion.evaluation.features.inception import InceptionExtractor, build_inception, unreleased
+from dia_diffusion.evaluation.features.inception import build_inception, unreleased
 from dia_diffusion.evaluation.frechet import frechet_distance, measure, sums
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name
@@ -64,17 +64,31 @@ def weights(network, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def extractor(weights):
+    return build_features("inception", weights=weights)
+
+
+class Small(torch.nn.Linear):
+    """A network of two tensors in Inception's place."""
+
+    def __init__(self, features_list, weights):
+        super().__init__(60, 20)
+        self.load_state_dict(weights)
+
+
 @pytest.fixture
-def released(weights, tmp_path, monkeypatch):
-    """These weights as if they were the release, to be had from a URL; an empty hub folder; nothing else downloads."""
+def released(tmp_path, monkeypatch):
+    """A small network's file as if it were the release, to be had from a URL; the empty place of it in torch's hub."""
+    monkeypatch.setattr(inception, "InceptionExtractor", Small)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", None)
     monkeypatch.setattr("dia_diffusion.download._check_secure", lambda url: None)  # of a file here
-    download = Download(weights.as_uri(), sha256_of_file(weights), weights.stat().st_size)
-    monkeypatch.setattr(inception, "RELEASED", download)
+    file = tmp_path / "weights.pth"
+    torch.save(torch.nn.Linear(60, 20).state_dict(), file)
+    monkeypatch.setattr(inception, "RELEASED", Download(file.as_uri(), sha256_of_file(file), file.stat().st_size))
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     hub.mkdir(parents=True)
-    return hub / weights.name
+    return file, hub / file.name
 
 
 def images(count, seed):
@@ -85,40 +99,37 @@ def images(count, seed):
     return (mean + noise).clamp(0, 255).to(torch.uint8)
 
 
-@pytest.mark.parametrize(
-    ("layer", "count"), [("64", 24), pytest.param("2048", 12, marks=pytest.mark.long)], ids=["early", "full"]
-)
-def test_distance_equals_torch_fidelitys(weights, layer, count):
-    first, second = images(count, 1), images(count, 2)
+@pytest.mark.long
+def test_distance_equals_torch_fidelitys(weights, extractor):
+    """In the short run features and, elsewhere, distances of equal features are compared."""
+    first, second = images(12, 1), images(12, 2)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(first),
         input2=Images(second),
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
-        feature_layer_fid=layer,
         fid=True,
         cuda=False,
         cache=False,
         save_cpu_ram=True,  # no worker processes
         verbose=False,
-        batch_size=count,
+        batch_size=12,
     )
-    extractor = FeatureExtractor(*build_inception(weights, features_list=[layer]), "cpu")
     ours = frechet_distance(measure(first.split(7), extractor), measure(second.split(5), extractor))
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
 
 
-def test_features_and_logits_are_torch_fidelitys(network, weights):
-    """Ours in channels_last; and a batch of one is as good as a batch of three."""
+def test_features_and_logits_are_torch_fidelitys(network, extractor, monkeypatch):
+    """Ours in channels_last, and in parts as large as a CPU takes at once."""
+    monkeypatch.setattr(inception, "CPU_BATCH", 2)
     batch = images(3, 0)
     features, logits = network(batch)
-    extractor = build_features("inception", weights=weights)
     assert (extractor.num_features, extractor.num_classes) == (2048, 1008)
     ours, our_logits, _ = extractor.layers(batch).values()
     assert features.std() > 0.1
     torch.testing.assert_close(ours, features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(extractor(batch[1:2]), features[1:2], rtol=1e-4, atol=1e-4)
+    assert extractor(batch[:0]).shape == (0, 2048)
 
 
 def spatial_features(network, batch):
@@ -132,16 +143,15 @@ def spatial_features(network, batch):
     return branch.bn(branch.conv(pixels)).relu().numpy().transpose(0, 2, 3, 1)[..., :7].reshape(len(batch), -1)
 
 
-def test_spatial_features_are_adms_and_sfid_their_distance(network, weights, tmp_path, monkeypatch):
-    extractor = build_features("inception", weights=weights)
-    batches = images(4, 1), images(5, 2)
+def test_spatial_features_are_adms_and_sfid_their_distance(network, extractor, tmp_path, monkeypatch):
+    batches = images(2, 1), images(3, 2)
     first, second = (spatial_features(network, batch) for batch in batches)
     assert extractor.widths == {"features": 2048, "logits": 1008, "spatial": 2023} and first.std() > 0.1
     np.testing.assert_allclose(extractor.layers(batches[0])["spatial"], first, rtol=1e-4, atol=1e-4)
     for name, batch in zip(("fake", "real"), batches, strict=True):
         np.save(tmp_path / f"{name}.npy", batch.permute(0, 2, 3, 1).numpy())
     fake, real = (open_images(str(tmp_path / f"{name}.npy"), channels=3) for name in ("fake", "real"))
-    protocol = EvalProtocol(features="inception", num_samples=4, sampler="ddim", steps=1, metrics=["sfid"])
+    protocol = EvalProtocol(features="inception", num_samples=2, sampler="ddim", steps=1, metrics=["sfid"])
     reference = measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress())
     evaluator = Evaluator(protocol, extractor, reference, Accelerator(cpu=True))
     record = measure_together([evaluator], images_source(fake), [None])[0]
@@ -149,49 +159,27 @@ def test_spatial_features_are_adms_and_sfid_their_distance(network, weights, tmp
     assert record.metrics == {f"sFD({extractor.name})": pytest.approx(expected, rel=1e-4)}
     assert protocol.metric_labels("inception") == ["sFID"]
     monkeypatch.setattr(FeatureExtractor, "layers", None)  # both statistics of the reference are kept
-    assert measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress()).spatial.count == 5
+    assert measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress()).spatial.count == 3
 
 
-def test_a_batch_larger_than_a_cpu_takes_at_once_is_torch_fidelitys(network, weights):
-    batch = images(inception.CPU_BATCH + 2, 0)
-    early = Unfilled(["64"])
-    FeatureExtractorInceptionV3.load_state_dict(early, network.state_dict())
-    (expected,) = early(batch)
-    _, extractor, _ = build_inception(weights, features_list=["64"])
-    torch.testing.assert_close(extractor(batch)[0], expected, rtol=1e-4, atol=1e-4)
-    assert extractor(batch[:0])[0].shape == (0, 64)
-
-
-def test_both_formats_have_one_hash(weights, tmp_path):
-    tensors = torch.load(weights, weights_only=True)
-    save_file(tensors, tmp_path / "same.safetensors")
-    tensors["fc.bias"][0] += 1
-    save_file(tensors, tmp_path / "other.safetensors")
-    first, same, other = (
-        build_inception(path, features_list=["64"])[2]
-        for path in (weights, tmp_path / "same.safetensors", tmp_path / "other.safetensors")
-    )
-    assert first == same
-    assert first != other
-
-
-def test_only_the_released_weights_are_called_inception(weights, released, own_cache, tmp_path):
+def test_only_the_released_weights_are_called_inception(released, own_cache, tmp_path):
+    weights, in_hub = released
     tensors = torch.load(weights, weights_only=True)
     save_file(tensors, tmp_path / "same.safetensors", metadata={"sha256": sha256_of_file(weights)})  # anybody's claim
-    tensors["fc.bias"][0] += 1
+    tensors["bias"][0] += 1
     torch.save(tensors, tmp_path / "other.pth")
     save_file(tensors, tmp_path / "other.safetensors")
 
     def name(path=None):
-        return build_inception(path, features_list=["64"])[0]
+        return build_inception(path)[0]
 
     assert name(weights) == "inception"
     other = name(tmp_path / "other.pth")
-    assert other == f"inception-{build_inception(tmp_path / 'other.pth', features_list=['64'])[2][:8]}"
-    assert name(tmp_path / "other.safetensors") == other
+    assert other == f"inception-{build_inception(tmp_path / 'other.pth')[2][:8]}"
+    assert name(tmp_path / "other.safetensors") == other, "both formats have one hash"
     assert distance_name(other) == f"FD({other})"
     assert name(tmp_path / "same.safetensors").startswith("inception-")  # whose tensors they are isn't known yet
-    shutil.copy(weights, released)
+    shutil.copy(weights, in_hub)
     assert name() == name() == "inception"  # of the release, then of what the cache has made of it
     (cached,) = own_cache.rglob("*.*")
     assert name(cached) == name(tmp_path / "same.safetensors") == "inception"
@@ -201,82 +189,53 @@ def test_only_the_released_weights_are_called_inception(weights, released, own_c
     assert unreleased("inception", weights) is None
 
 
-def test_torchs_hub_folder_is_read_once_and_safetensors_afterwards(weights, released, own_cache, monkeypatch):
-    shutil.copy(weights, released)
-    *_, expected = build_inception(weights, features_list=["64"])
-    assert build_inception(features_list=["64"])[2] == expected
+def test_the_release_is_unpickled_once_and_a_damaged_cache_is_made_again(released, own_cache, monkeypatch):
+    weights, in_hub = released
+    shutil.copy(weights, in_hub)
+    expected = build_inception(weights)[2]
+    assert build_inception()[2] == expected
     (cached,) = own_cache.rglob("*.*")
-    assert load_file(cached).keys() == torch.load(weights, weights_only=True).keys()
-    released.unlink()
-    monkeypatch.setattr(torch, "load", lambda *_, **kwargs: {} if not kwargs["weights_only"] else 1 / 0)
-    assert build_inception(features_list=["64"])[2] == expected
-
-
-def test_a_damaged_cache_is_made_again(weights, released, own_cache):
-    shutil.copy(weights, released)
-    *_, expected = build_inception(features_list=["64"])
-    (cached,) = own_cache.rglob("*.*")
-    data = bytearray(cached.read_bytes())
-    data[-5] ^= 1
-    for damaged in (data, data[:1000]):
+    whole = cached.read_bytes()
+    for damaged in (whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], whole[:1000]):
         cached.write_bytes(damaged)
-        assert build_inception(features_list=["64"])[2] == expected
-        assert cached.stat().st_size == len(data)
+        assert build_inception()[2] == expected
+        assert cached.stat().st_size == len(whole)
+    in_hub.unlink()
+    monkeypatch.setattr(torch, "load", None)
+    assert build_inception()[2] == expected
 
 
-def test_what_is_nowhere_is_downloaded_and_checked(weights, released, own_cache, monkeypatch):
-    told = []
-    *_, found = build_inception(features_list=["64"], progress=lambda *done: told.append(done))
-    assert found == build_inception(weights, features_list=["64"])[2]
-    assert told[-1] == (weights.stat().st_size, weights.stat().st_size)
+def test_what_is_nowhere_is_downloaded_and_checked(released, own_cache, monkeypatch):
+    weights, in_hub = released
+    size, told = weights.stat().st_size, []
+    assert build_inception(progress=lambda *done: told.append(done))[2] == build_inception(weights)[2]
+    assert told[-1] == (size, size)
     shutil.rmtree(own_cache)
-    monkeypatch.setattr(inception, "RELEASED", Download(weights.as_uri(), "0" * 64, weights.stat().st_size))
+    monkeypatch.setattr(inception, "RELEASED", Download(weights.as_uri(), "0" * 64, size))
     with pytest.raises(RunError, match="by --inception-weights"):
         build_inception()
     assert not list(own_cache.rglob("*.*"))
-
-
-def test_a_damaged_file_in_torchs_folder_is_named_and_kept(released):
-    released.write_bytes(b"PK")
+    in_hub.write_bytes(b"PK")
     with pytest.raises(InputError, match="is damaged") as caught:
         build_inception()
-    assert str(released) in str(caught.value) and released.read_bytes() == b"PK"
+    assert str(in_hub) in str(caught.value) and in_hub.read_bytes() == b"PK"
 
 
-def test_other_files_are_refused_with_the_expected_hash(weights, tmp_path):
-    whole = weights.read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    save_file({"weight": torch.zeros(3)}, tmp_path / "cut.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
-    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("other.pth", "another network's"), ("cut.pth", "truncated"), ("none.pth", "No such file")],
+)
+def test_other_files_are_refused_with_the_expected_hash(name, said, tmp_path):
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
-    (tmp_path / "text.pth").write_text("no weights")
-    said = {
-        "cut.pth": "truncated",
-        "cut.safetensors": "truncated",
-        "other.safetensors": "another network's",
-        "other.pth": "another network's",
-        "module.pth": "no file of tensors",
-        "numbers.pth": "must hold tensors by name",
-        "text.pth": "no file of tensors",
-        "none.pth": "No such file",
-    }
-    for name, text in said.items():
-        with pytest.raises(InputError, match=text) as caught:
-            build_features("inception", weights=tmp_path / name)
-        message = str(caught.value)
-        assert str(tmp_path / name) in message and "\n" not in message
-        assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in message
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:-5000])
+    with pytest.raises(InputError, match=said) as caught:
+        build_features("inception", weights=tmp_path / name)
+    message = str(caught.value)
+    assert str(tmp_path / name) in message and "\n" not in message
+    assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in message
 
 
 def test_the_pinned_release_is_the_one_its_name_says():
     released = inception.RELEASED
     assert released.url.startswith("https://") and released.url.endswith(f"-{released.sha256[:8]}.pth")
     assert len(bytes.fromhex(released.sha256)) == 32
-
-
-def test_finds_the_layers_asked_for(network):
-    extractor = InceptionExtractor(["192", "64"], network.state_dict())
-    assert [layer.shape[1] for layer in extractor(images(1, 0))] == [192, 64]

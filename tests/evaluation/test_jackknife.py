@@ -28,7 +28,7 @@ def truth(width, shift=0.3):
     return width * shift**2 + ((SCALE - 1) ** 2 * deviations(width) ** 2).sum()
 
 
-@pytest.mark.parametrize(("width", "count"), [(2, 200), (16, 200)])
+@pytest.mark.parametrize(("width", "count"), [pytest.param(2, 200, marks=pytest.mark.long), (16, 200)])
 def test_extrapolation_removes_the_bias_and_its_interval_holds_the_truth(width, count):
     generator, reference = np.random.default_rng(width), reference_of(width)
     plain, found, held = [], [], 0

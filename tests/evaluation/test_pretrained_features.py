@@ -324,8 +324,9 @@ def test_a_distance_is_called_by_its_features(
     clip_files: dict[str, Path], own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(FEATURES._rows, "clip-vit-b-32", partial(SMALL_CLIP.load, "clip-vit-b-32"))
-    fid = ["fid", "digits", "--num", "50", "--split", "test", "--reference", "digits", "--reference-split", "test"]
-    fid += ["--features", "clip-vit-b-32", "--record", str(tmp_path / "r.jsonl")]
+    np.save(tmp_path / "noise.npy", images(6).permute(0, 2, 3, 1).numpy())
+    noise = str(tmp_path / "noise.npy")
+    fid = ["fid", noise, "--reference", noise, "--features", "clip-vit-b-32", "--record", str(tmp_path / "r.jsonl")]
     assert main([*fid, "--weights", str(clip_files["half"])]) == 0
     (record,) = read_records(tmp_path / "r.jsonl")
     assert record.metric == "FD(clip-vit-b-32)"

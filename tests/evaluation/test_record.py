@@ -27,15 +27,12 @@ def test_records_come_back_as_they_were(tmp_path, record):
         append_record(tmp_path / "evaluations.jsonl", each)
     assert read_records(tmp_path / "evaluations.jsonl") == written
     line = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[0])
+    assert [record(features=name).metric for name in ("inception", "cifar10")] == ["FID", "FD(cifar10)"]
     assert (line["metric"], line["distance"], line["run"], line["record_version"]) == ("FD(digits)", 3.25, "a", 2)
     assert (line["unit"], line["batch_size"], line["seed"], line["step"]) == ("dia-lstm", 32, 0, 100)
     assert line["protocol"]["features_hash"] == "f" * 64 and line["images_seen"] == 3200
     assert "torch-fidelity" in line["versions"] and line["time"].endswith("+00:00")
     assert not {"guidance_interval", "guide"} & line["protocol"].keys()
-
-
-def test_only_inceptions_distance_is_called_fid(record):
-    assert [record(features=name).metric for name in ("inception", "cifar10")] == ["FID", "FD(cifar10)"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +80,9 @@ def test_a_newer_version_is_named(tmp_path, record):
         read_records(path)
 
 
+assert len(RESULTS) >= 5
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_published_records_are_read_and_drawn(file, tmp_path):
     records = read_records(file)
@@ -93,10 +93,6 @@ def test_published_records_are_read_and_drawn(file, tmp_path):
     if all(each.images_seen for each in records):
         drawn = draw_curves([("a", records)], tmp_path / "a.png")
         assert {point["distance"] for point in drawn} <= {each.distance for each in records}
-
-
-def test_there_are_published_records():
-    assert len(RESULTS) >= 5
 
 
 def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
@@ -120,21 +116,10 @@ def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record
     assert old.metrics == {} and old.low is old.model_hash is old.protocol_name is old.protocol_file_hash is None
 
 
-@pytest.mark.parametrize("damage", [lambda line: line[:-20], lambda line: "{}", lambda line: "", lambda line: "[1]"])
-def test_a_line_cut_short_is_named(tmp_path, damage, record):
-    path = tmp_path / "evaluations.jsonl"
-    append_record(path, record())
-    append_record(path, record(step=200))
-    first, second = path.read_text().splitlines()
-    path.write_text(first + "\n" + damage(second) + "\n")
-    with pytest.raises(InputError, match="line 2: not a whole evaluation record") as caught:
-        read_records(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_protocol_changed_afterwards_is_named(tmp_path, record):
     path = tmp_path / "evaluations.jsonl"
+    with pytest.raises(InputError, match=r"evaluations\.jsonl"):
+        read_records(path)
     append_record(path, record())
     path.write_text(path.read_text().replace('"num_samples": 500', '"num_samples": 5000'))
     with pytest.raises(InputError, match=r"line 1: not a whole evaluation record, .*its checksum differs"):
@@ -144,8 +129,3 @@ def test_a_protocol_changed_afterwards_is_named(tmp_path, record):
     path.write_text(json.dumps(altered))
     with pytest.raises(InputError, match="line 1: the protocol was changed"):
         read_records(path)
-
-
-def test_no_file_is_bad_input(tmp_path):
-    with pytest.raises(InputError, match=r"none\.jsonl"):
-        read_records(tmp_path / "none.jsonl")

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import PACKAGED, build_features
-from dia_diffusion.evaluation.frechet import frechet_distance
 from dia_diffusion.evaluation.reference import open_reference, reference_statistics
 from dia_diffusion.evaluation.statistics_file import (
     is_statistics_file,
@@ -65,78 +64,39 @@ def test_moments_of_pytorch_fid(path, reference, extractor, tmp_path):
     refuse_incomparable(read_statistics(path), read_statistics(tmp_path / "a.npz"))
 
 
-def test_features_of_score_sde(extractor, digits, tmp_path):
-    features = extractor(torch.from_numpy(digits.images)).numpy()
-    np.savez_compressed(tmp_path / "stats.npz", pool_3=features, logits=np.zeros((596, 10)))
-    found = read_statistics(tmp_path / "stats.npz").statistics
-    assert found.count == 596
-    expected = SimpleNamespace(
-        mean=features.astype(float).mean(0), covariance=np.cov(features.astype(float), rowvar=False)
-    )
-    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(found.covariance, expected.covariance, atol=1e-10)
-    assert frechet_distance(found, expected) < 1e-9
-
-
 def test_npz_files_that_are_not_moments(tmp_path):
-    eye = np.eye(4)
-    arrays = {
-        "objects": {"mu": np.array([{}] * 4, dtype=object), "sigma": eye},
-        "keys": {"mean": np.zeros(4), "cov": eye},
-        "mu-alone": {"mu": np.zeros(4)},
-        "not-finite": {"mu": np.full(4, np.nan), "sigma": eye},
-        "infinite": {"mu": np.zeros(4), "sigma": np.diag([np.inf] * 4)},
-        "asymmetric": {"mu": np.zeros(4), "sigma": eye + np.eye(4, k=1)},
-        "negative": {"mu": np.zeros(4), "sigma": -eye},
-        "indefinite": {"mu": np.zeros(4), "sigma": eye + 2 * (np.eye(4, k=2) + np.eye(4, k=-2))},
-        "shapes": {"mu": np.zeros(5), "sigma": eye},
-        "square": {"mu": eye, "sigma": eye},
-        "texts": {"mu": np.array(["1"] * 4), "sigma": eye},
-        "complex": {"mu": np.zeros(4), "sigma": eye + 0j},
-        "one": {"pool_3": np.zeros((1, 4))},
-        "maps": {"pool_3": np.zeros((8, 4, 1, 1))},
-        "infinite-features": {"pool_3": np.full((8, 4), np.inf)},
-    }
-    said = {
-        "objects": "holds objects",
-        "keys": "must be mu and sigma .* or pool_3 .*got mean, cov",
-        "mu-alone": "must be mu and sigma .*got mu",
-        "not-finite": "aren't finite",
-        "infinite": "aren't finite",
-        "asymmetric": "isn't symmetric",
-        "negative": "negative numbers on its diagonal",
-        "indefinite": "got -1 to 3",
-        "shapes": r"got \(5,\) and \(4, 4\)",
-        "square": r"got \(4, 4\) and \(4, 4\)",
-        "texts": "mu in .* got <U1",
-        "complex": "sigma in .* got complex128",
-        "one": r"got \(1, 4\)",
-        "maps": r"got \(8, 4, 1, 1\)",
-        "infinite-features": "aren't finite",
-    }
-    for name, content in arrays.items():
-        np.savez(tmp_path / f"{name}.npz", **content)
-        refused(tmp_path / f"{name}.npz", said[name])
+    zero, eye = np.zeros(4), np.eye(4)
+    indefinite = eye + 2 * (np.eye(4, k=2) + np.eye(4, k=-2))
+    for arrays, said in (
+        ({"mean": zero, "cov": eye}, "must be mu and sigma .* or pool_3 .*got mean, cov"),
+        ({"mu": zero}, "must be mu and sigma .*got mu"),
+        ({"mu": zero, "sigma": eye + np.eye(4, k=1)}, "isn't symmetric"),
+        ({"mu": zero, "sigma": -eye}, "negative numbers on its diagonal"),
+        ({"mu": zero, "sigma": indefinite}, "got -1 to 3"),
+        ({"mu": np.zeros(5), "sigma": eye}, r"got \(5,\) and \(4, 4\)"),
+        ({"mu": eye, "sigma": eye}, r"got \(4, 4\) and \(4, 4\)"),
+        ({"pool_3": np.zeros((1, 4))}, r"got \(1, 4\)"),
+        ({"pool_3": np.zeros((8, 4, 1, 1))}, r"got \(8, 4, 1, 1\)"),
+    ):
+        np.savez(tmp_path / "a.npz", **arrays)
+        refused(tmp_path / "a.npz", said)
 
 
 def test_damaged_and_other_files(path, tmp_path):
     np.savez(tmp_path / "whole.npz", mu=np.zeros(64), sigma=np.eye(64))
-    whole, ours = (tmp_path / "whole.npz").read_bytes(), path.read_bytes()
-    flipped = bytearray(whole)
+    flipped = bytearray((tmp_path / "whole.npz").read_bytes())
     flipped[-5000] ^= 255
     (tmp_path / "flipped.npz").write_bytes(flipped)
     refused(tmp_path / "flipped.npz", "CRC")
-    for kept in (0, 3, 100, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "cut.npz").write_bytes(whole[:kept])
+    for kept in (0, 3, 100, len(flipped) // 2, len(flipped) - 1):
+        (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:kept])
         refused(tmp_path / "cut.npz", "truncated")
-    for kept in (0, 5, len(ours) // 2, len(ours) - 1):
-        (tmp_path / "cut.safetensors").write_bytes(ours[:kept])
-        refused(tmp_path / "cut.safetensors", "not a whole file")
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(path, "not a whole file")
     with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.eye(3))
     refused(tmp_path / "array.npz", "no npz")
     refused(tmp_path / "none.npz", "no such file")
-    refused(PACKAGED["digits"].weights, "not a whole file")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +107,6 @@ def test_damaged_and_other_files(path, tmp_path):
         ({"statistics_version": 0}, {}, "of version 0, this program's are 1"),
         ({}, {"count": torch.tensor(1)}, "of 2 images or more, got 1"),
         ({}, {"sum": torch.zeros(3)}, r"got \(3,\) and \(64, 64\)"),
-        ({}, {"outer": torch.full((64, 64), torch.nan)}, "aren't finite"),
-        ({}, {"outer": torch.ones(64, 64).triu()}, "isn't symmetric"),
     ],
 )
 def test_our_own_files_are_checked(path, changes, tensors, said):
@@ -170,8 +128,8 @@ def test_a_reference_of_other_features_weights_and_images_is_refused(path, extra
     refused(path, "of other weights", lambda p: open_reference(p, other, (3, 8, 8)))
     inception = SimpleNamespace(name="inception", weights_hash="0" * 64, num_features=2048)
     refused(path, "in features digits; measured: inception", lambda p: open_reference(p, inception, (3, 8, 8)))
-    np.savez(tmp_path / "cifar.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    refused(tmp_path / "cifar.npz", "2048 features; digits has 64", lambda p: open_reference(p, extractor, (3, 8, 8)))
+    np.savez(tmp_path / "cifar.npz", mu=np.zeros(256), sigma=np.eye(256))
+    refused(tmp_path / "cifar.npz", "256 features; digits has 64", lambda p: open_reference(p, extractor, (3, 8, 8)))
     np.savez(tmp_path / "three.npz", mu=np.zeros(3), sigma=np.eye(3))
     three = read_statistics(tmp_path / "three.npz")
     refused(path, "64 features, .*three.npz of 3", lambda p: refuse_incomparable(read_statistics(p), three))

@@ -19,8 +19,9 @@ from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_file import read_statistics, write_statistics
 from dia_diffusion.io import step_folders, with_checksum, write_json
 from dia_diffusion.sweeps.accuracies import read_result
-from dia_diffusion.sweeps.trials import RESULT_FILE as TRIAL
-from dia_diffusion.sweeps.trials import base_recipe, finished, make_trial
+from dia_diffusion.sweeps.outcome import RESULT_FILE as TRIAL
+from dia_diffusion.sweeps.outcome import finished
+from dia_diffusion.sweeps.trials import base_recipe, make_trial
 from dia_diffusion.training.checkpoint import (
     check_checkpoint,
     load_checkpoint,

@@ -1,12 +1,10 @@
 import hashlib
 import importlib.util
 import os
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
@@ -21,6 +19,10 @@ PUBLISHED = {  # width, blocks less one, patch, image, classes, millions of para
     "imagenet64-M/4": (768, 16, 4, 64, 1000, 131),
     "imagenet64-L/4": (1024, 20, 4, 64, 1000, 287),
 }
+SHORT_AND_LONG = [
+    *("cifar10-S/2", "imagenet64-M/4"),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("celeba64-S/4", "imagenet64-L/4")),
+]
 FULL = {"qkv_bias": True, "time_mlp": True, "label_rows": 6}
 BARE = {"conv": False, "skip": False}
 
@@ -118,7 +120,7 @@ def test_is_the_same_function(kind, saved):
     assert ours.std() > 0.1
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SHORT_AND_LONG)
 def test_published_shapes(name, saved, monkeypatch):
     monkeypatch.setattr("dia_diffusion.reading.EXPANDED_LIMIT", 1 << 40)  # whose tensors share their numbers
     width, depth, patch, size, classes, millions = PUBLISHED[name]
@@ -190,71 +192,23 @@ def test_tensors_missing_left_over_or_of_other_shapes_are_named(saved):
     assert "not a square" in refusal(saved({**weights, "pos_embed": torch.zeros(1, 16, WIDTH)}))
 
 
-class Malicious:
-    def __reduce__(self):
-        return print, ("executed",)
-
-
-def test_files_that_are_no_weights_execute_nothing(saved, tmp_path, capsys):
-    assert "must be a file" in refusal(tmp_path / "nowhere.pth")
-    assert "can't be read" in refusal(saved({"pos_embed": Malicious()}))
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious()))
-    assert "can't be read" in refusal(tmp_path / "plain.pth")
-    path = saved(official_weights())
-    path.write_bytes(path.read_bytes()[:-5000])
-    assert "can't be read" in refusal(path)
-    assert "must be a state dict" in refusal(saved([torch.zeros(2)]))
-    assert "must be a state dict" in refusal(saved({"pos_embed": 3}))
-    assert "executed" not in capsys.readouterr().out
-
-
 def test_pipeline_folder(saved, tmp_path):
     path = saved(official_weights())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
     pipeline = UViTPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     model = convert_official(path, heads=HEADS)
     for name, tensor in pipeline.unet.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=0, atol=0)
-    images = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=1000, output_type="pt").images
+    images = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=3, output_type="pt").images
     assert images.isfinite().all()
     with pytest.raises(InputError, match="exists"):
         convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
     with pytest.raises(InputError, match=r"must be a model of images .* latents with 4"):
         convert_to_pipeline(saved(official_weights(channels=4)), tmp_path / "latent", heads=HEADS)
     assert not (tmp_path / "latent").exists()
-
-
-def test_classes_and_guidance_of_a_converted_pipeline(saved, tmp_path):
-    """One step of DDIM's from pure noise gives the predicted image, which guidance moves along a straight line."""
-    convert_to_pipeline(saved(official_weights(label_rows=6)), tmp_path / "pipeline", heads=HEADS)
-    pipeline = UViTPipeline.from_pretrained(tmp_path / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline.unet.num_classes == 6
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    pipeline.scheduler.register_to_config(clip_sample=False)
-    predicted = []
-
-    def keep(pipe, step, time, tensors):
-        predicted.append(tensors["latents"])
-        return {}
-
-    for labels, scale in ((None, 1.0), ([4, 1], 1.0), ([4, 1], 3.0)):
-        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        options = {"batch_size": 2, "num_inference_steps": 1, "callback_on_step_end": keep}
-        pipeline(generator=generators, class_labels=labels, guidance_scale=scale, **options)
-    null, conditional, guided = predicted
-    assert (conditional - null).abs().max() > 1e-2 * null.abs().max()
-    torch.testing.assert_close(guided, null + 3 * (conditional - null), rtol=1e-4, atol=1e-4)
-    with pytest.raises(InputError, match="must be integers, 0 to 5"):
-        pipeline(class_labels=6)
-
-
-def test_card(saved, tmp_path):
-    path = saved(official_weights(label_rows=6))
-    convert_to_pipeline(path, tmp_path / "pipeline", heads=HEADS)
     card = (tmp_path / "pipeline" / "README.md").read_text()
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     assert f"Converted from the official U-ViT weights `official.pth` (sha256 `{sha256}`)" in card
-    assert "A 6-class UViT (16 wide, 5 blocks, 8x8 images) with no attention unit" in card
+    assert "An unconditional UViT (16 wide, 5 blocks, 8x8 images) with no attention unit" in card
     assert str(tmp_path) not in card

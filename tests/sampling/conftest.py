@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from diffusers import ConfigMixin, DPMSolverMultistepScheduler, ModelMixin
@@ -9,29 +11,40 @@ from dia_diffusion.models.uvit import UViTOutput
 from dia_diffusion.noise import NoiseProcess
 
 
+def alpha_sigma(schedule: str, timestep: float) -> tuple[float, float]:
+    """Of x_t = alpha image + sigma noise, in closed form: U-ViT's VP process, or the flow."""
+    if schedule == "flow":
+        return 1 - timestep / 1000, timestep / 1000
+    t = timestep / 999
+    alpha = math.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2))
+    return alpha, (1 - alpha**2) ** 0.5
+
+
 class GaussianDenoiser(ModelMixin, ConfigMixin):
     """The exact network for pixels drawn from N(data_mean, data_std^2); notes how its inputs deviate from x_t's law."""
 
     data_mean, data_std = 0.1, 0.2
 
     @register_to_config
-    def __init__(self, prediction_type: str = "epsilon", sample_size: int = 128):
+    def __init__(self, prediction_type: str = "epsilon", sample_size: int = 128, schedule: str = "vp-continuous"):
         super().__init__()
         self.in_channels, self.sample_size, self.num_classes = 1, sample_size, None
         self.weight = torch.nn.Parameter(torch.zeros(1))  # diffusers asks it for dtype and device
         self.timesteps: list[float] = []
         self.std_errors: list[float] = []
 
+    def alpha_sigma(self, timestep: float) -> tuple[float, float]:
+        return alpha_sigma(self.config.schedule, timestep)
+
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> UViTOutput:
-        t = float(timestep) / 999
-        alpha = torch.exp(-0.5 * torch.tensor(0.1 * t + 0.5 * 19.9 * t**2, dtype=torch.float64)).item()
-        sigma = (1 - alpha**2) ** 0.5
+        alpha, sigma = self.alpha_sigma(float(timestep))
         variance = alpha**2 * self.data_std**2 + sigma**2
         noise = sigma * (sample - alpha * self.data_mean) / variance
         image = self.data_mean + alpha * self.data_std**2 * (sample - alpha * self.data_mean) / variance
         self.timesteps.append(float(timestep))
         self.std_errors.append(float(sample.std()) / variance**0.5 - 1)
-        outputs = {"epsilon": noise, "sample": image, "v_prediction": alpha * noise - sigma * image}
+        velocities = {"v_prediction": alpha * noise - sigma * image, "velocity": noise - image}
+        outputs = {"epsilon": noise, "sample": image, **velocities}
         return UViTOutput(sample=outputs[self.config.prediction_type])
 
 

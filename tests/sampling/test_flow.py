@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    UniPCMultistepScheduler,
-)
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
@@ -20,22 +17,10 @@ from tests.sampling.conftest import GaussianDenoiser
 TOLERANCE_AT_50 = {"dpmsolver++": 0.02, "dpmsolver++sde": 0.05, "unipc": 0.015, "euler": 0.06, "heun": 0.01}
 
 
-class FlowDenoiser(GaussianDenoiser):
-    """The exact network of the flow for pixels from N(data_mean, data_std^2), in either prediction type."""
-
-    def forward(self, sample, timestep, class_labels=None):
-        t = float(timestep) / 1000
-        alpha, variance = 1 - t, ((1 - t) * self.data_std) ** 2 + t**2
-        image = self.data_mean + alpha * self.data_std**2 * (sample - alpha * self.data_mean) / variance
-        noise = t * (sample - alpha * self.data_mean) / variance
-        self.timesteps.append(float(timestep))
-        self.std_errors.append(float(sample.std()) / variance**0.5 - 1)
-        return UViTOutput(sample={"velocity": noise - image, "sample": image}[self.config.prediction_type])
-
-
 def flow_pipeline(prediction_type="velocity", shift=1.0):
     process = NoiseProcess("flow", prediction_type, shift=shift)
-    pipeline = UViTPipeline(FlowDenoiser(prediction_type), process.build_scheduler(), prediction_type)
+    network = GaussianDenoiser(prediction_type, schedule="flow")
+    pipeline = UViTPipeline(network, process.build_scheduler(), prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -80,7 +65,7 @@ def test_the_network_is_called_at_1000_sigma(name):
     assert sorted(set(adapted.runner.unet.timesteps)) == pytest.approx(sorted(set((1000 * sigmas).tolist())))
 
 
-@pytest.mark.parametrize("steps", [1, 3, 1000])
+@pytest.mark.parametrize("steps", [1, 3, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", [*TOLERANCE_AT_50, OWN_SAMPLER])
 def test_numbers_of_steps(name, steps):
     pipeline = flow_pipeline("sample")
@@ -122,7 +107,7 @@ def test_samplers_take_over_the_shift(name):
 def test_a_predicted_image_is_not_worse_in_the_end(name):
     """A velocity near t = 0 has many times the error of the image that it comes from."""
 
-    class Biased(FlowDenoiser):
+    class Biased(GaussianDenoiser):
         def forward(self, sample, timestep, class_labels=None):
             return UViTOutput(sample=super().forward(sample, timestep).sample + 0.1)
 

@@ -1,19 +1,16 @@
-import copy
-
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from dia_diffusion.distributed import shard
-from dia_diffusion.errors import InputError, RunError
+from dia_diffusion.errors import RunError
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSettings, build_scheduler
-from tests.sampling.tiny_models import small_unet
 
 
-def adapted(pipeline, steps=10, sampler=OWN_SAMPLER, **settings):
+def adapted(pipeline, steps=7, sampler=OWN_SAMPLER, **settings):
     return adapt_pipeline(pipeline, SamplingSettings(sampler, steps, **settings))
 
 
@@ -41,7 +38,6 @@ def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
     assert largest_difference(whole, images_of(pipeline, seeds[::-1], sampler=name, batch_size=2)) <= 1
     shares = [images_of(pipeline, shard(seeds, rank, 3), sampler=name, batch_size=4) for rank in range(3)]
     assert largest_difference(whole, shares[0] | shares[1] | shares[2]) <= 1
-    assert largest_difference({3: whole[3]}, images_of(pipeline, [3], sampler=name, batch_size=1)) <= 1
 
 
 @pytest.mark.parametrize("name", ["euler-maruyama", "dpmsolver++"])
@@ -53,13 +49,13 @@ def test_batches_from_1_to_64_draw_the_same_in_float64(name, tiny_pipeline):
         parts = []
         for start in range(0, 64, size):
             generators = [torch.Generator().manual_seed(seed) for seed in range(start, start + size)]
-            options = {"num_inference_steps": 5, "output_type": "pt"}
+            options = {"num_inference_steps": 3, "output_type": "pt"}
             parts.append(pipeline(batch_size=size, generator=generators, **options).images)
         return torch.cat(parts)
 
     whole = drawn(64)
     assert whole.dtype == torch.float64 and whole.std() > 0.1
-    for size in (1, 4, 16):
+    for size in (1, 16):
         torch.testing.assert_close(drawn(size), whole, rtol=0, atol=1e-9)
 
 
@@ -74,28 +70,16 @@ def test_discrete_processes_too(name, schedule, tiny_pipeline):
     assert torch.stack(list(images.values())).float().std() > 20
 
 
-def test_equals_the_pipeline_itself(tiny_pipeline):
+def test_equals_the_pipeline_itself_and_leaves_it_as_it_is(tiny_pipeline):
     pipeline = tiny_pipeline()
+    before = set(pipeline.scheduler.__dict__)
     ours = images_of(pipeline, [3, 4])
+    assert set(pipeline.scheduler.__dict__) == before and pipeline.scheduler.num_inference_steps is None
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=10).images
+    theirs = pipeline(batch_size=2, generator=generators, num_inference_steps=7).images
     for image, seed in zip(theirs, (3, 4), strict=True):
         assert np.array_equal(np.asarray(image.convert("RGB")), ours[seed].permute(1, 2, 0))
-
-
-def test_leaves_the_pipeline_as_it_is(tiny_pipeline):
-    pipeline = tiny_pipeline()
-    before = copy.deepcopy(pipeline.scheduler.__dict__)
-    images_of(pipeline, [0])
-    assert pipeline.scheduler.__dict__.keys() == before.keys()
-    assert pipeline.scheduler.num_inference_steps is None
-
-
-def test_others_pipelines_take_every_sampler_but_ours():
-    pipeline = DDIMPipeline(unet=small_unet(), scheduler=DDPMScheduler())
-    for name in sorted(set(SAMPLERS) - {"euler-maruyama"}):
-        images_of(pipeline, [0], sampler=name)
 
 
 def test_labels_go_with_their_seeds(tiny_pipeline):
@@ -116,17 +100,7 @@ def test_progress_adds_up_to_the_images(name, tiny_pipeline):
     done = []
     images_of(pipeline, range(5), progress=done.append)
     assert sum(done) == pytest.approx(5)
-    assert len(done) == 3 * (10 if name == "dpmsolver++" else 19)
-
-
-def test_bad_input_raises_before_anything_runs(tiny_pipeline):
-    pipeline = tiny_pipeline()
-    with pytest.raises(InputError, match="`batch_size` must be 1 or more, got 0"):
-        generate(adapted(pipeline), [0], batch_size=0)
-    with pytest.raises(InputError, match="`seeds` must be 0 to 4294967295, got 4294967296"):
-        generate(adapted(pipeline), [0, 2**32])
-    with pytest.raises(InputError, match=r"`steps` must be 1 to 1000 .*, got 1001"):
-        adapted(pipeline, steps=1001)
+    assert len(done) == 3 * (7 if name == "dpmsolver++" else 13)
 
 
 def test_non_finite_samples_raise(tiny_pipeline):

@@ -28,6 +28,7 @@ from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import adapt_pipeline, generate
 from dia_diffusion.sampling.load import Guide
 from dia_diffusion.sampling.samplers import OWN_SAMPLER, SamplingSettings, build_scheduler
+from tests.sampling.conftest import alpha_sigma
 from tests.sampling.tiny_models import small_dit, small_unet, small_vae
 
 Law = tuple[float, float]
@@ -42,14 +43,6 @@ def expectations(law: Law, x: Any, alpha: float, sigma: float) -> tuple[Any, Any
     mean, std = law
     away = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
     return mean + alpha * std**2 * away, sigma * away
-
-
-def alpha_sigma(schedule: str, timestep: float) -> tuple[float, float]:
-    if schedule == "flow":
-        return 1 - timestep / 1000, timestep / 1000
-    t = timestep / 999
-    alpha = float(np.exp(-0.5 * (0.1 * t + 0.5 * 19.9 * t**2)))
-    return alpha, float(np.sqrt(1 - alpha**2))
 
 
 class ClassGaussians(ModelMixin, ConfigMixin):

@@ -91,6 +91,7 @@ def largest_difference(images, others):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
+    """Three in one batch, and one by one: so an image belongs to its seed."""
     pipeline = MAKE[kind]()
     ours = drawn(pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -100,15 +101,7 @@ def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
     ]
     assert ours.shape[1:] == SHAPES.get(kind, (3, 8, 8)) == adapt(pipeline).image_shape
     assert largest_difference(ours, as_uint8(theirs)) <= 1
-    assert ours.float().std() > 1
-
-
-def test_a_ddpm_pipeline_given_the_same_generators_gives_the_same_values():
-    pipeline = MAKE["ddpm"]()
-    ours = adapt(pipeline).draw(SEEDS)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(batch_size=3, generator=generators(), num_inference_steps=5, output_type="np").images
-    torch.testing.assert_close(ours, as_channels_first(theirs), rtol=0, atol=0)
+    assert ours.float().std() > 1 and largest_difference(ours[:1], ours[1:2]) > 2
 
 
 @pytest.mark.parametrize("out_channels", [4, 8])
@@ -120,7 +113,7 @@ def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(labels, scale, generators(), num_inference_steps=5, output_type="np").images
     torch.testing.assert_close(ours, as_channels_first(theirs), rtol=1e-4, atol=1e-4)
-    assert ours.std() > 0.01
+    assert ours.std() > 0.01 and adapt(pipeline).num_classes == NULL_LABEL
     assert (ours - adapt(pipeline, classes=(1, 2, 3), guidance_scale=scale).draw(SEEDS)).abs().max() > 0.01
 
 
@@ -172,9 +165,8 @@ def test_an_image_belongs_to_its_seed_where_a_loop_draws_from_the_global_generat
     assert whole.min() >= 2 * 255 / 4 - 1, "the seeds are odd, so theirs is the second class"
 
 
-@pytest.mark.parametrize("kind", [*MAKE, "dit"])
-def test_an_image_belongs_to_its_seed(kind):
-    pipeline = dit_pipeline(DDPMScheduler(), num_classes=3) if kind == "dit" else MAKE[kind]()
+def test_an_image_of_latents_belongs_to_its_seed():
+    pipeline = dit_pipeline(DDPMScheduler(), num_classes=3)
     whole = drawn(pipeline)
     assert largest_difference(whole[:1], whole[1:2]) > 2
     assert largest_difference(whole.flip(0), drawn(pipeline, seeds=SEEDS[::-1], batch_size=2)) <= 1
@@ -305,24 +297,9 @@ def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes
         adapt(Brighter(**parts))
 
 
-def test_guidance_leaves_a_learned_variance_alone():
-    pipeline = adapt(dit_pipeline(DDPMScheduler(variance_type="learned_range"), num_classes=3)).runner
-    x, labels = torch.randn(2, 4, 4, 4), torch.tensor([0, 2])
-    with torch.no_grad():
-        plain, null = (pipeline._predict(x, torch.tensor(5), given, 1.0) for given in (labels, torch.tensor([3, 3])))
-        guided = pipeline._predict(x, torch.tensor(5), labels, 3.0)
-    torch.testing.assert_close(guided[:, 4:], plain[:, 4:])
-    torch.testing.assert_close(guided[:, :4], (null + 3 * (plain - null))[:, :4], rtol=1e-4, atol=1e-4)
-    assert (plain - null)[:, 4:].abs().max() > 0.01
-
-
 def test_what_others_code_raises_is_one_line():
     pipeline = MAKE["sde"]()
     pipeline.unet.to(torch.bfloat16)  # its loop draws float32
     with pytest.raises(RunError, match="ScoreSdeVePipeline failed while sampling: ") as error:
         drawn(pipeline)
     assert "\n" not in str(error.value)
-
-
-def test_the_null_label_is_the_one_of_dit_pipeline():
-    assert adapt(dit_pipeline()).num_classes == NULL_LABEL

@@ -7,7 +7,6 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 from dia_diffusion import UViTPipeline
 from dia_diffusion.errors import InputError
-from dia_diffusion.models.uvit import UViTOutput
 from dia_diffusion.noise import NoiseProcess
 from dia_diffusion.sampling.generate import adapt_pipeline
 from dia_diffusion.sampling.samplers import (
@@ -60,15 +59,11 @@ ALPHA_BARS = DDPMScheduler(**NoiseProcess().scheduler_config()).alphas_cumprod.d
 
 
 class TypedDenoiser(GaussianDenoiser):
-    """That of Gaussian data in a process of given betas, the same function in each prediction type."""
+    """With the alpha and sigma of the betas, as the scheduler has them."""
 
-    def forward(self, sample, timestep, class_labels=None):
-        alpha_bar = ALPHA_BARS[int(timestep)]
-        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        image = 0.1 + alpha * 0.2**2 * (sample - alpha * 0.1) / (alpha**2 * 0.2**2 + sigma**2)
-        noise = (sample - alpha * image) / sigma
-        outputs = {"epsilon": noise, "sample": image, "v_prediction": alpha * noise - sigma * image}
-        return UViTOutput(sample=outputs[self.config.prediction_type])
+    def alpha_sigma(self, timestep):
+        alpha_bar = float(ALPHA_BARS[int(timestep)])
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
 
 def typed_images(given, name):
@@ -105,33 +100,29 @@ def test_noise_ratio_is_sigma_over_alpha(name):
     torch.testing.assert_close(noise_ratio(scheduler)(timesteps).double(), sigma / alpha, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize(("steps", "tolerance"), [(250, 0.08), pytest.param(1000, 0.025, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_thousand_steps_follow_the_process(name, gaussian_pipeline):
-    pixels, network = sample(gaussian_pipeline(), name, 1000)
+def test_many_steps_follow_the_process(name, steps, tolerance, gaussian_pipeline):
+    pixels, network = sample(gaussian_pipeline(), name, steps)
     assert abs(pixels.mean() - network.data_mean) < 0.01
-    assert abs(pixels.std() / network.data_std - 1) < 0.025
+    assert abs(pixels.std() / network.data_std - 1) < tolerance
     # What the network sees has, at every one of its timesteps, the deviation of x_t: right scale and right time.
-    assert max(map(abs, network.std_errors)) < 0.025
+    assert max(map(abs, network.std_errors)) < tolerance
     assert network.timesteps[0] >= 998
     assert network.timesteps == sorted(network.timesteps, reverse=True)
-    assert network.timesteps[-1] <= 1
+    assert network.timesteps[-1] <= 1000 / steps
 
 
-@pytest.mark.parametrize("steps", [1, 2, 10])
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"heun"}))
+@pytest.mark.parametrize(
+    ("name", "steps"), [("heun", 7), *itertools.product(sorted(set(SAMPLERS) - {"heun"}), (1, 2, 10))]
+)
 def test_few_steps_are_finite_and_start_from_pure_noise(name, steps, gaussian_pipeline):
     pixels, network = sample(gaussian_pipeline(), name, steps)
     assert pixels.isfinite().all()
-    assert len(network.timesteps) == steps
+    assert len(network.timesteps) == (13 if name == "heun" else steps)
+    assert name != "heun" or any(not timestep.is_integer() for timestep in network.timesteps)
     assert network.timesteps[0] >= 998
     assert abs(network.std_errors[0]) < 0.02
-
-
-def test_heun_calls_the_network_twice_a_step_at_fractional_times(gaussian_pipeline):
-    pixels, network = sample(gaussian_pipeline(), "heun", 7)
-    assert pixels.isfinite().all()
-    assert len(network.timesteps) == 13
-    assert any(not timestep.is_integer() for timestep in network.timesteps)
 
 
 def test_ddim_is_ddim():
@@ -191,7 +182,7 @@ def test_impossible_numbers_of_steps(name, steps, accepted):
 def test_accepted_numbers_of_steps_are_that_many(name):
     scheduler = build_scheduler(name, DDPMScheduler(**NoiseProcess().scheduler_config()))
     refused = 0
-    for steps in range(7, 1001, 31):
+    for steps in range(7, 1001, 97):
         try:
             check_steps(scheduler, steps)
         except InputError:
@@ -199,4 +190,4 @@ def test_accepted_numbers_of_steps_are_that_many(name):
             continue
         assert len(scheduler.timesteps) == (2 * steps - 1 if name == "heun" else steps)
         assert 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() <= 999
-    assert refused < 5
+    assert refused <= 1

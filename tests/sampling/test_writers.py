@@ -1,12 +1,10 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.sampling.writers import open_folder, png_path, save_grid, save_npz, save_png
+from dia_diffusion.sampling.writers import png_path, save_grid, save_npz, save_png
 
 
 def random_images(count, channels=3, size=4):
@@ -38,28 +36,6 @@ def test_npz_is_in_order_of_seed_and_never_replaced(tmp_path):
     with pytest.raises(InputError, match=r"out\.npz exists"):
         save_npz(tmp_path / "out.npz", [1], images[:1])
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
-
-
-def test_a_folder_is_one_protocols(tmp_path):
-    protocol = {"weights": "abc", "sampler": "ddim", "steps": 50, "labels": (1, 2)}
-    for _ in range(2):
-        open_folder(tmp_path / "out", protocol)
-    assert json.loads((tmp_path / "out" / "samples.json").read_text())["sampler"] == "ddim"
-    save_png(tmp_path / "out", 1, random_images(1)[0])
-    with pytest.raises(InputError, match="another sampler, steps"):
-        open_folder(tmp_path / "out", {**protocol, "sampler": "ddpm", "steps": 1000})
-    assert png_path(tmp_path / "out", 1).exists()
-
-
-def test_folders_of_other_things_are_left_alone(tmp_path):
-    (tmp_path / "photo.png").write_bytes(b"x")
-    with pytest.raises(InputError, match="must be new, empty"):
-        open_folder(tmp_path, {})
-    with pytest.raises(InputError, match="got a file"):
-        open_folder(tmp_path / "photo.png", {})
-    (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(InputError, match="not JSON"):
-        open_folder(tmp_path, {})
 
 
 def test_grid_shows_each_image_enlarged_between_grey_lines(tmp_path):

@@ -29,9 +29,10 @@ from dia_diffusion.sampling.writers import open_folder
 from dia_diffusion.sharing.card import write_card
 from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.sweeps.accuracies import read_result
+from dia_diffusion.sweeps.outcome import finished
 from dia_diffusion.sweeps.results import _known_floors
 from dia_diffusion.sweeps.sweep import read_study
-from dia_diffusion.sweeps.trials import finished, make_trial
+from dia_diffusion.sweeps.trials import make_trial
 from dia_diffusion.training.checkpoint import Checkpoint, load_checkpoint, read_state, save_checkpoint
 from dia_diffusion.training.config import ClassifyExperiment
 from dia_diffusion.training.recipe import read_experiment

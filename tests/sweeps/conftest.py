@@ -1,5 +1,6 @@
-"""The trainings' fixtures, for the studies that are made of them."""
+"""Fixtures of trainings and of child processes, for the sweeps that are made of them."""
 
+from tests.processes import children
 from tests.training.conftest import tiny, train
 
-__all__ = ["tiny", "train"]
+__all__ = ["children", "tiny", "train"]

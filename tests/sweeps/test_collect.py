@@ -72,9 +72,9 @@ def study(trained: Path, tmp_path: Path) -> Read:
 
 def check(study: Study) -> Inventory:
     """All that is checked before images are opened."""
-    check_recipes(study)
+    check_recipes(study.runs, study.protocols)
     inventory = scan(study)
-    check_runs(inventory)
+    check_runs(inventory.states)
     return inventory
 
 
@@ -110,7 +110,7 @@ def test_a_run_without_checkpoints_is_complete_while_its_pipelines_are(study: Re
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (("steps: 4", "steps: 2"), "trained for 4 steps; the study's runs end after 2"),
+        (("steps: 4", "steps: 2"), "trained for 4 steps; now its training ends after 2"),
         (("points: 2", "points: 4"), "passed step 1 without leaving a pipeline"),
         (("protocol: fd-digits", "protocol: fd-digits\noverrides: {ema.decay: 0.9}"), "ema.decay: 0.9999 -> 0.9"),
     ],
@@ -236,7 +236,7 @@ def test_protocols_that_can_not_be_used(settings: str, said: str, study: Read, t
     file.write_text(f"{{features: digits, num_samples: 70, sampler: ddim, {settings}}}")
     key = "final_protocol" if "differ" in said else "protocol"
     with pytest.raises(InputError, match=said):
-        check_recipes(study(changes={key: str(file)}))
+        check(study(changes={key: str(file)}))
 
 
 def test_records_that_can_not_be_read(study: Read) -> None:
@@ -261,8 +261,8 @@ def test_the_plan_adds_up(study: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [state.trained for group in (none, unit) for state in group.states] == [True, False]
     measuring = (2 * 596 + 2000) * 25 * 0.125  # points and the final protocol
     grids = 2 * 2 * 2 * 0.125  # points, images and steps
-    assert (none.training_left(none.states[0]), none.measuring_left(none.states[0])) == (0, measuring)
-    assert unit.training_left(unit.states[0]) == pytest.approx(4 * 3 + grids)
+    assert none.seconds_left == [(0, measuring)]
+    assert unit.seconds_left == [pytest.approx((4 * 3 + grids, measuring))]
     files = [
         path for kind in ("pipelines", "checkpoints") for path in (here.runs[0].folder / kind).rglob("*.safetensors")
     ]

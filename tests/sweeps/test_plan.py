@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
-from dia_diffusion.sampling.samplers import SamplingSettings
 from dia_diffusion.sweeps.plan import seconds_of_sampler_step, seconds_of_step
 from dia_diffusion.training import trainer
 from dia_diffusion.training.config import Experiment
@@ -61,7 +61,9 @@ def test_images_are_drawn_as_the_settings_say(
 
     monkeypatch.setattr(UViTPipeline, "__call__", call)
     experiment = tiny("run", "--model.num_classes", "10", "--data.label_dropout", "0.1")
-    seconds_of_sampler_step(experiment, SamplingSettings("euler-maruyama", 50, (3,), guidance), "bfloat16")
+    asked = {"features": "digits", "num_samples": 70, "sampler": "euler-maruyama", "steps": 50, "classes": [3]}
+    protocol = EvalProtocol.model_validate({**asked, "guidance_scale": guidance, "precision": "bfloat16"})
+    seconds_of_sampler_step(experiment, protocol)
     for options in calls:
         assert (options["dtype"], options["guidance_scale"]) == (torch.bfloat16, guidance)
         assert options["num_inference_steps"] == 8 and set(options["class_labels"]) == {3}

@@ -53,7 +53,7 @@ def test_a_twin_is_that_of_the_same_seed(tmp_path):
 
 
 def test_one_seed_has_a_difference_and_no_p(tmp_path):
-    study = make_study(tmp_path, seeds=[4])
+    study = make_study(tmp_path, seeds=[4], batch_sizes=[8])
     add_records(study, distance)
     rows = rows_of(study)
     comparison = rows[8, "dia-lstm"].comparison
@@ -66,7 +66,7 @@ def test_one_seed_has_a_difference_and_no_p(tmp_path):
 
 
 def test_a_study_without_the_twin_compares_nothing(tmp_path):
-    study = make_study(tmp_path, units=["dia-lstm", "dia-lstm-light"])
+    study = make_study(tmp_path, units=["dia-lstm", "dia-lstm-light"], batch_sizes=[8])
     add_records(study, distance)
     rows = list(rows_of(study).values())
     assert all(row.comparison is None for row in rows)
@@ -99,22 +99,14 @@ def test_what_is_begun_only_has_a_curve_and_no_end(tmp_path):
     assert rows[8, "dia-lstm"].best is None
 
 
-def test_a_training_that_is_not_finished_has_no_cost(tmp_path):
-    study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0])
+@pytest.mark.parametrize(("steps", "last"), [(600, 600), (620, 600)])
+def test_a_training_has_a_cost_from_its_last_logged_line_on(steps, last, tmp_path):
+    study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0], steps=steps)
     (run,) = study.runs
+    assert run.experiment.train.log_every == 50
     assert training_cost(run) is None
     RunFolder(run.folder).log_metrics({"step": 300, "images": 2400, "images_per_second": 100.0})
     assert training_cost(run) is None
-    RunFolder(run.folder).log_metrics({"step": 600, "images": 4800, "images_per_second": 200.0})
+    RunFolder(run.folder).log_metrics({"step": last, "images": 4800, "images_per_second": 200.0})
     assert training_cost(run).seconds == pytest.approx(24 + 12)
     assert training_cost(run).peak_memory_mib is None
-
-
-def test_a_training_that_ends_between_two_logged_lines_has_a_cost(tmp_path):
-    study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0], steps=620)
-    (run,) = study.runs
-    assert run.experiment.train.log_every == 50
-    RunFolder(run.folder).log_metrics({"step": 550, "images": 4400, "images_per_second": 100.0})
-    assert training_cost(run) is None
-    RunFolder(run.folder).log_metrics({"step": 600, "images": 4800, "images_per_second": 100.0})
-    assert training_cost(run).seconds == pytest.approx(48)

@@ -76,7 +76,7 @@ def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path
 def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))
     assert read_study(f"eval/curves/{name}.yaml", output=str(tmp_path)) == study
-    check_recipes(study)  # its units are built, its protocols read
+    check_recipes(study.runs, study.protocols)  # its units are built, its protocols read
     assert study.protocol == EvalProtocol.read(study.config.protocol)
 
 
@@ -140,6 +140,7 @@ def test_what_a_study_is_refused_for(changes: list[tuple[str, str]], more: str, 
 )
 def test_what_can_not_run_is_refused(changes: list[tuple[str, str]], more: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
-        check_recipes(read_study(written(tmp_path, *changes, more=more)))
+        study = read_study(written(tmp_path, *changes, more=more))
+        check_recipes(study.runs, study.protocols)
     assert said in str(refused.value) and "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()

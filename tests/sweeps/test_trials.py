@@ -1,6 +1,9 @@
 """Trials: outcomes that are known, held-out losses by hand, and what is done again and what isn't."""
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,13 @@ import torch
 from dia_diffusion import UViTPipeline
 from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
-from dia_diffusion.errors import DivergedError, InputError
+from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.noise import NoiseProcess
-from dia_diffusion.sweeps import trials as module
+from dia_diffusion.sweeps.outcome import constant_loss, finished, open_held_out, train_trials
 from dia_diffusion.sweeps.sweep import Run
 from dia_diffusion.sweeps.trials import (
     base_recipe,
-    constant_loss,
     make_trial,
-    open_held_out,
     placement_trials,
     placements,
     run_trials,
@@ -29,6 +30,7 @@ from dia_diffusion.sweeps.trials import (
 )
 from dia_diffusion.training.randomness import draw_step
 from dia_diffusion.training.trainer import Trainer
+from tests.processes import Child, wait_for
 from tests.training.conftest import TINY, Recorder
 from tests.training.run_files import make_version_1
 
@@ -49,12 +51,17 @@ def trial(recipe: str, tmp_path: Path) -> Any:
     return make
 
 
-def silent(done: int, total: int, name: str) -> None:
-    pass
-
-
 def measure(trials: list[Run]) -> list[dict[str, Any]]:
-    return run_trials(trials, open_held_out(trials[0].experiment, None, 32, 4), silent)
+    """In this process, as one of the children does it."""
+    held_out = open_held_out(trials[0].experiment, None, 32, 4)
+    train_trials([trial.experiment for trial in trials if not finished(trial)], held_out, Recorder())
+    return check(trials)
+
+
+def check(trials: list[Run], num_times: int = 4) -> list[dict[str, Any]]:
+    """The results that there are, checked as before any training."""
+    held_out = open_held_out(trials[0].experiment, None, 32, num_times)
+    return run_trials(trials, held_out, 1, lambda *_: None)
 
 
 def test_best_constant_is_beaten_by_no_other() -> None:
@@ -109,24 +116,33 @@ def test_outcomes(trial: Any) -> None:
     assert results[2]["not_finite_at"] == error.value.step > 1 and results[2]["held_out_loss"] is None
 
 
-def test_goes_on_where_it_was_stopped(trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    three = [trial(name, seed=seed) for seed, name in enumerate(("a", "b", "c"))]
-    trained, real = [], module.Trainer
+def test_stopped_and_resumed(trial: Any, children: type[Child], tmp_path: Path) -> None:
+    """Three trials of 6 steps: stopped in the third step of b, then in its last one."""
+    a, b, c = trials = [trial(name, seed=seed) for seed, name in enumerate("abc")]
+    held_out, log = open_held_out(a.experiment, None, 32, 4), tmp_path / "out" / "trials-0.log"
+    shown: list[tuple[int, int, str]] = []
 
-    class Stopping(real):  # type: ignore[misc, valid-type]
-        def run(self) -> None:
-            trained.append(Path(self.experiment.output).name)
-            if trained == ["a", "b"]:
-                raise KeyboardInterrupt
-            super().run()
+    def run() -> list[dict[str, Any]]:
+        return run_trials(trials, held_out, 1, lambda *progress: shown.append(progress))
 
-    monkeypatch.setattr(module, "Trainer", Stopping)
-    with pytest.raises(KeyboardInterrupt):
-        measure(three)
-    results = measure(three)
-    assert trained == ["a", "b", "b", "c"]
-    assert results == measure(three) and trained == ["a", "b", "b", "c"]
-    assert [result["trial"]["unit"] for result in results] == ["a", "b", "c"]
+    for held_step, results in ((9, [a]), (3, [a, b])):
+        children.held_step = held_step
+        threading.Thread(target=interrupt, args=(log.with_suffix(".gate"),), daemon=True).start()
+        with pytest.raises(Stopped, match="the same command resumes"):
+            run()
+        assert [one for one in trials if finished(one)] == results and not (c.folder / "metrics.jsonl").exists()
+    assert (6 + 2, 18, "b") in shown and "resuming from step 3" in log.read_text()
+    children.held_step = None
+    results = run()
+    assert [result["trial"]["unit"] for result in results] == ["a", "b", "c"] and shown[-1] == (18, 18, "")
+    assert log.read_text().count("/step-00000006") == 3, "each is trained once"
+    (again,) = measure([trial("again", seed=1)])
+    assert results[1]["held_out_loss"] == pytest.approx(again["held_out_loss"], rel=1e-5)
+
+
+def interrupt(gate: Path) -> None:
+    wait_for(gate.exists)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_nothing_is_trained_beside_a_trial_of_randomness_1(trial: Any) -> None:
@@ -134,10 +150,10 @@ def test_nothing_is_trained_beside_a_trial_of_randomness_1(trial: Any) -> None:
     results = measure([a])
     assert results[0]["randomness"] == 2
     make_version_1(a.folder)
-    assert measure([a]) == [{key: value for key, value in results[0].items() if key != "randomness"}]
+    assert check([a]) == [{key: value for key, value in results[0].items() if key != "randomness"}]
     for case in ("result", "checkpoint"):
         with pytest.raises(InputError, match=rf"{a.folder} was trained with randomness 1"):
-            measure([b, a])
+            check([b, a])
         assert not b.folder.exists(), case
         (a.folder / "trial.json").unlink(missing_ok=True)
 
@@ -145,14 +161,20 @@ def test_nothing_is_trained_beside_a_trial_of_randomness_1(trial: Any) -> None:
 def test_refuses_another_trials_folder(trial: Any) -> None:
     measure([trial("a")])
     with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.01"):
-        measure([trial("a", **{"optimizer.learning_rate": 0.01})])
+        check([trial("a", **{"optimizer.learning_rate": 0.01})])
     with pytest.raises(InputError, match=r"train\.max_steps: 6 -> 7"):
-        measure([trial("a", **{"train.max_steps": 7})])
+        check([trial("a", **{"train.max_steps": 7})])
     with pytest.raises(InputError, match="other --images, --times or --held-out"):
-        run_trials([trial("a")], open_held_out(trial("a").experiment, None, 32, 5), silent)
-    (trial("a").folder / "trial.json").write_text("{")
+        check([trial("a")], num_times=5)
+    result, config = (trial("a").folder / name for name in ("trial.json", "config.yaml"))
+    result.write_text("{")
     with pytest.raises(InputError, match="truncated or corrupted"):
-        measure([trial("a")])
+        check([trial("a")])
+    result.unlink()
+    recipe = config.read_text()
+    with pytest.raises(InputError, match=r"another recipe \(optimizer\.learning_rate: 0\.001 -> 0\.01\)"):
+        check([trial("a", **{"optimizer.learning_rate": 0.01})])
+    assert config.read_text() == recipe
 
 
 def test_placements_of_five_blocks() -> None:
@@ -220,13 +242,15 @@ def test_stability_changes_what_it_says(recipe: str, tmp_path: Path) -> None:
     assert row["held_out_loss"] == 0.25 and row["seeds"] == 3 and row["not_finite_at"] == [7]
 
 
-def test_commands_write_figure_and_numbers(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_write_figure_and_numbers(
+    recipe: str, children: type[Child], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "analysis"
     common = ["--config", recipe, "--steps", "2", "--seeds", "0", "--images", "8", "--times", "2", "--out", str(out)]
     stability = ["analyze", "stability", "--units", "none", "--variants", "as-is", "--learning-rates", "1e-3,1e30"]
     assert main([*stability, *common, "--plan"]) == 0 and not out.exists()
     assert "2 trainings" in capsys.readouterr().out
-    assert main([*stability, *common]) == 0
+    assert main([*stability, *common, "--jobs", "2"]) == 0
     assert main(["analyze", "placement", *common]) == 0
     for name, count in (("stability", 2), ("placement", 6)):
         record = json.loads((out / f"{name}.json").read_text())
