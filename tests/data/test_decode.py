@@ -128,6 +128,13 @@ def test_what_is_no_image_is_named():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_truncated_image_is_named(pixels, format):
+    data = encoded(Image.fromarray(np.tile(pixels[0], (9, 9, 1))), format)
+    with pytest.raises(InputError, match=r"^cut can't be read \("):
+        read_image(data[: len(data) * 2 // 3], "cut")
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(InputError, match=r"^gone can't be read \(No such file"):
         read_image(Path("/nowhere/gone.png"), "gone")
