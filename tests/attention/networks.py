@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
+SAMS = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
+
 
 class Block(nn.Module):
     def __init__(self, channels: int):
@@ -47,6 +49,11 @@ class Network(nn.Module):
                 x = x + branch
             x = x.tanh()
         return x
+
+
+def count(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def is_branch(name: str, module: nn.Module) -> bool:

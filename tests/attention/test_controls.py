@@ -9,15 +9,11 @@ from dia_diffusion import UViT, attach
 from dia_diffusion.analysis.attention_maps import attention_maps
 from dia_diffusion.attention import build_attention
 from dia_diffusion.errors import InputError
-from tests.attention.networks import tiny_unet
+from tests.attention.networks import count, tiny_unet
 
 COUNTS = {"fixed-scale": 0, "block-scale": 3, "block-channels": 3 * 32}
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
 TIME = "block-channels-time"
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("name", COUNTS)

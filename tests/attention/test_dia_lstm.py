@@ -5,12 +5,9 @@ import pytest
 import torch
 
 from dia_diffusion.attention import DIALSTM
+from tests.attention.networks import count
 
 CELLS = ("dia-lstm", "dia-lstm-light", "lstm")
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("n", [16, 64, 512])
@@ -142,20 +139,3 @@ def test_light_weights_start_with_the_variance_of_the_map_they_replace() -> None
     variance = float(linear.weight.detach().var())
     assert float(light.input_weight.detach().var()) == pytest.approx(n / r * variance, rel=0.05)
     assert float(light.input_bias.detach().var()) == pytest.approx(r / n / 3, rel=0.05)
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradients_are_the_numerical_ones(cell: str) -> None:
-    """Through three blocks, for the features and every parameter."""
-    torch.manual_seed(5)
-    unit = DIALSTM(4, reduction=2, cell=cell).double()
-    names = [name for name, _ in unit.named_parameters()]
-
-    def blocks(features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        state, named = None, dict(zip(names, parameters, strict=True))
-        for block in features:
-            recalibrated, state = torch.func.functional_call(unit, named, (block, state))
-        return recalibrated
-
-    features = torch.randn(3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(blocks, (features, *unit.parameters()))

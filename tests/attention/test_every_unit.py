@@ -9,8 +9,8 @@ import torch
 from dia_diffusion import UViT
 from dia_diffusion.attention import DIALSTM, UNITS, build_attention
 from dia_diffusion.errors import InputError
+from tests.attention.networks import SAMS
 
-SAMS = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
 BLIND = ("fixed-scale", "block-scale", "block-channels", "block-channels-time")  # controls, which read no features
 WITHOUT_TIME = [name for name in UNITS if name != "block-channels-time"]
 OPTIONS = [

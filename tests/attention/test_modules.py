@@ -7,15 +7,11 @@ from scipy.signal import correlate2d
 from torchvision.ops import SqueezeExcitation as TorchvisionSE
 
 from dia_diffusion.attention import build_attention
+from tests.attention.networks import SAMS, count
 
-MODULES = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
 N, B, SIDE, R, G = 8, 3, 5, 2, 4
 OPTIONS = {"se": {"reduction": R}, "cbam": {"reduction": R}, "spa": {"reduction": R}, "sem": {"reduction": R}}
 OPTIONS |= {"sge": {"groups": G}}
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def scrambled(name: str, channels: int = N, num_blocks: int = 1, **kwargs: object) -> torch.nn.Module:
@@ -89,7 +85,7 @@ def reference_map(name: str, unit: torch.nn.Module, image: np.ndarray) -> np.nda
     return np.broadcast_to(channel[:, None, None], image.shape)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SAMS)
 def test_by_its_formula(name: str) -> None:
     torch.manual_seed(0)
     unit = scrambled(name).eval()
@@ -123,7 +119,7 @@ def test_parameter_counts_by_formula(n: int) -> None:
     mlp_of = 2 * n * n // r + n // r + n
     expected = {"se": mlp_of, "eca": k, "cbam": mlp_of + 98, "srm": 4 * n, "spa": 22 * n * n // r}
     expected |= {"sem": mlp_of + 3 * n + 3 + k + 2 * n, "spem": 4 * n + 2, "sge": 128}
-    assert {name: count(build_attention(name, n, num_blocks=1)) for name in MODULES} == expected
+    assert {name: count(build_attention(name, n, num_blocks=1)) for name in SAMS} == expected
     assert count(build_attention("se", n, bias=False)) == 2 * n * n // r
 
 
@@ -134,7 +130,7 @@ def test_where_the_published_code_starts() -> None:
         assert torch.allclose(unit(maps)[0], maps * start)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", SAMS)
 def test_gradients_are_finite_where_features_are_constant(name: str) -> None:
     unit = scrambled(name)
     maps = torch.zeros(2, N, 4, 4, dtype=torch.float64, requires_grad=True)

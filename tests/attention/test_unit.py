@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from dia_diffusion import UViT
 from dia_diffusion.attention import build_attention
 from dia_diffusion.errors import InputError
+from tests.attention.networks import SAMS, count
 
-MODULES = ("se", "eca", "cbam", "srm", "spa", "sem", "spem", "sge")
 # Those that have BatchNorms too.
-CASES = [(name, {}) for name in MODULES] + [("cbam", {"spatial_norm": True})]
+CASES = [(name, {}) for name in SAMS] + [("cbam", {"spatial_norm": True})]
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 4}
 
 
@@ -20,10 +20,6 @@ def scramble(unit: torch.nn.Module) -> torch.nn.Module:
     for parameter in unit.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return unit
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def model_with(name: str, sharing: str = "shared", **options: object) -> UViT:

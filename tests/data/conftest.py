@@ -1,7 +1,5 @@
 """Encoded images, and folders and zips of them."""
 
-import io
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.security.hostile import write_zip
+from tests.security.hostile_images import encoded
+
 
 def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels))
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
@@ -22,13 +21,6 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return folder
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
 
 
 @pytest.fixture

@@ -122,25 +122,10 @@ def test_more_pixels_than_the_limit_are_refused_before_decoding(side):
         read_image(png_of(side, side), "huge.png")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "not an image of the formats PNG, JPEG"),
-        (b"GIF89a", "broken|not an image|cannot|truncated"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image of the formats"),
-    ],
-)
-def test_what_is_no_image_is_named(data, message):
-    with pytest.raises(InputError, match=rf"^dog\.png can't be read \(.*({message})") as error:
-        read_image(data, "dog.png")
+def test_what_is_no_image_is_named():
+    with pytest.raises(InputError, match=r"^dog\.png can't be read \(not an image of the formats PNG, JPEG") as error:
+        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n", "dog.png")
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_a_truncated_image_is_named(pixels, format):
-    data = encoded(Image.fromarray(np.tile(pixels[0], (9, 9, 1))), format)
-    with pytest.raises(InputError, match=r"^cut can't be read \("):
-        read_image(data[: len(data) * 2 // 3], "cut")
 
 
 def test_a_missing_file_is_named():

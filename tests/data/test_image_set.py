@@ -7,8 +7,9 @@ import pytest
 
 from dia_diffusion.data import ImageSet, open_images
 from dia_diffusion.errors import InputError, RunError
-from tests.data.conftest import png, write_folder, write_zip
+from tests.data.conftest import png, write_folder
 from tests.processes import PATIENCE
+from tests.security.hostile import write_zip
 
 
 @pytest.fixture

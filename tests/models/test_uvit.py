@@ -10,13 +10,10 @@ import torch
 from dia_diffusion import UViT
 from dia_diffusion.attention import UNITS
 from dia_diffusion.errors import InputError
+from tests.attention.networks import count
 from tests.models.reference_uvit import official, u_vit
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 5, "num_attention_heads": 4}
-
-
-def count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_published_counts() -> None:

@@ -1,6 +1,7 @@
 """Hostile files: texts, pickles, arrays and archives, all made when a test asks for them."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GIGABYTES = 1 << 29  # half of one, which is more than watch.MEMORY_LIMIT
+GIGABYTES = (1 << 29) + 1  # half of one: more than watch.MEMORY_LIMIT, and than any file that is read at once
 
 
 # Texts
@@ -56,6 +57,11 @@ def put_json(path: Path, kind: str) -> None:
         put_sparse(path)
     else:
         path.write_bytes(JSON_TEXTS[kind])
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Replaces values of a file that holds a JSON object."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def put_sparse(path: Path, size: int = GIGABYTES) -> None:
@@ -193,6 +199,18 @@ def npy_header(header: str, data: bytes = b"") -> bytes:
 
 def npy_of(shape: str, descr: str = "'|u1'", data: bytes = b"\0" * 64) -> bytes:
     return npy_header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}", data)
+
+
+# .npy files that no reader takes
+ARRAYS: dict[str, Callable[[Path], bytes]] = {
+    "objects": lambda marker: npy(object_array(marker)),
+    "pickle": pickled,
+    "header of code": lambda _: npy_header("__import__('os').system('touch x')"),
+    "header deep": lambda _: npy_header("(" * 100),
+    "texts": lambda _: npy(np.array(["1"] * 4)),
+    "complex": lambda _: npy(np.zeros((2, 8, 8, 3), complex)),
+    "one number": lambda _: npy(np.uint8(1)),
+}
 
 
 # Archives

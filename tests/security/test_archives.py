@@ -1,7 +1,6 @@
 """Zips, numpy's files and tars that point outside, unpack without end or hold what is no picture."""
 
 import gzip
-import io
 import stat
 import struct
 import tarfile
@@ -66,8 +65,7 @@ def test_a_zip_of_many_empty_entries(sandbox: Sandbox) -> None:
 
 
 ARRAYS: dict[str, Callable[[Path], bytes]] = {
-    "objects": lambda marker: hostile.npy(hostile.object_array(marker)),
-    "pickle": hostile.pickled,
+    **hostile.ARRAYS,
     "shape of gigabytes": lambda _: npy_of("(1000000, 1000, 1000, 3)"),
     "shape of 2^70": lambda _: npy_of(f"({1 << 70}, 1, 1, 3)"),
     "shape overflows": lambda _: npy_of(f"({1 << 32}, {1 << 32}, 1, 3)"),
@@ -78,19 +76,14 @@ ARRAYS: dict[str, Callable[[Path], bytes]] = {
     "objects' type": lambda _: npy_of("(2,)", "'|O'"),
     "records": lambda _: npy_of("(2,)", "[('a', '|O')]"),
     "unknown type": lambda _: npy_of("(2,)", "'|z9'"),
-    "header of code": lambda _: hostile.npy_header("__import__('os').system('touch x')"),
-    "header deep": lambda _: hostile.npy_header("(" * 100),
     "header of nothing": lambda _: hostile.npy_header(""),
     "no more keys": lambda _: hostile.npy_header("{'descr': '|u1'}"),
     "header of 60,000 bytes": lambda _: b"\x93NUMPY\x01\x00" + struct.pack("<H", 60000) + b"(" * 60000,
     "header of 4 GB": lambda _: b"\x93NUMPY\x02\x00" + struct.pack("<I", 0xFFFFFFF0) + b"{",
     "version 9": lambda _: b"\x93NUMPY\x09\x00" + bytes(100),
     "floats": lambda _: hostile.npy(np.zeros((2, 8, 8, 3))),
-    "complex": lambda _: hostile.npy(np.zeros((2, 8, 8, 3), complex)),
-    "texts": lambda _: hostile.npy(np.array(["a", "b"])),
     "no images": lambda _: hostile.npy(np.zeros((0, 8, 8, 3), np.uint8)),
     "no pixels": lambda _: hostile.npy(np.zeros((2, 0, 8, 3), np.uint8)),
-    "one number": lambda _: hostile.npy(np.uint8(3)),
     "cut short": lambda _: hostile.npy(np.zeros((2, 8, 8, 3), np.uint8))[:-50],
     "signature": lambda _: b"\x93NUMPY",
 }
@@ -120,14 +113,6 @@ def test_array_bombs(sandbox: Sandbox) -> None:
         sandbox.refused(lambda given=given: open_images(given), given)
 
 
-def write_tar(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for member, data in members:
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return path
-
-
 def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
     made = tarfile.TarInfo(name)
     made.type, made.linkname = kind, link
@@ -148,7 +133,9 @@ TAR_MEMBERS = {
 
 @pytest.mark.parametrize("kind", TAR_MEMBERS)
 def test_tar_members_that_are_no_files_within(kind: str, sandbox: Sandbox) -> None:
-    given = write_tar(sandbox.folder / "cifar-10-python.tar.gz", (TAR_MEMBERS[kind], b""))
+    given = sandbox.folder / "cifar-10-python.tar.gz"
+    with tarfile.open(given, "w:gz") as archive:
+        archive.addfile(TAR_MEMBERS[kind])
     sandbox.refused(lambda: open_images(given), given)
 
 

@@ -1,6 +1,5 @@
 """Commands given hostile files: one line, exit code 2, no traceback, and nothing run."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,24 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dia_diffusion.cli.main import COMMANDS
 from tests.cli.one_line import error_of
 from tests.security import hostile, readers
-from tests.security.hostile import laughs, pickled_weights, put_json
+from tests.security.hostile import change_json, laughs, pickled_weights, put_json
 from tests.security.watch import Sandbox
 
 
 def gigantic(folder: Path) -> Path:
     place = readers.pipeline(folder)
-    config = place / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 1 << 20, "num_attention_heads": 1}))
+    change_json(place / "unet" / "config.json", hidden_size=1 << 20, num_attention_heads=1)
     return place
 
 
 def not_finite(folder: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
     place = readers.pipeline(folder)
     file = place / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -43,8 +40,7 @@ def pickled_pipeline(folder: Path) -> Path:
 
 def classes_of_os(folder: Path) -> Path:
     place = readers.pipeline(folder)
-    index = place / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "unet": ["os", "system"]}))
+    change_json(place / "model_index.json", unet=["os", "system"])
     return place
 
 

@@ -17,6 +17,7 @@ from dia_diffusion.sharing.export import check_pipeline, export_pipeline
 from dia_diffusion.sharing.push import prepare
 from tests.sampling.tiny_models import small_unet
 from tests.security import hostile
+from tests.security.hostile import change_json
 from tests.security.readers import classifier, pipeline
 from tests.security.watch import Sandbox
 
@@ -51,11 +52,6 @@ def test_shards_that_point_elsewhere(kind: str, read: Callable[[Path], Any], san
         sandbox.refused(lambda: read(place), place)
 
 
-def changed_config(place: Path, **changes: Any) -> None:
-    file = place / "unet" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 GIGANTIC: dict[str, dict[str, Any]] = {
     "width": {"hidden_size": 1 << 30, "num_attention_heads": 1},
     "width of 20 GB": {"hidden_size": 20_000, "num_attention_heads": 1},
@@ -80,7 +76,7 @@ def test_gigantic_networks_are_refused_before_they_are_made(
     kind: str, read: Callable[[Path], Any], sandbox: Sandbox
 ) -> None:
     place = pipeline(sandbox.folder)
-    changed_config(place, **GIGANTIC[kind])
+    change_json(place / "unet" / "config.json", **GIGANTIC[kind])
     sandbox.refused(lambda: read(place), place)
 
 
@@ -99,7 +95,7 @@ def test_gigantic_networks_are_refused_before_they_are_made(
 def test_gigantic_and_odd_networks_of_diffusers(changes: dict[str, Any], sandbox: Sandbox) -> None:
     place = sandbox.folder / "ddpm"
     DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()).save_pretrained(place)
-    changed_config(place, **changes)
+    change_json(place / "unet" / "config.json", **changes)
     sandbox.refused(lambda: load_pipeline(place), place)
 
 
@@ -122,16 +118,14 @@ def test_gigantic_and_odd_networks_of_diffusers(changes: dict[str, Any], sandbox
 )
 def test_gigantic_and_odd_classifiers(changes: dict[str, Any], sandbox: Sandbox) -> None:
     place = classifier(sandbox.folder)
-    file = place / "config.json"
-    about = json.loads(file.read_text())
-    file.write_text(json.dumps({**about, "model": {**about["model"], **changes}}))
+    model = json.loads((place / "config.json").read_text())["model"]
+    change_json(place / "config.json", model={**model, **changes})
     sandbox.refused(lambda: load_classifier(place))
 
 
 def test_class_names_of_another_number_than_the_classes(sandbox: Sandbox) -> None:
     place = classifier(sandbox.folder)
-    file = place / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "class_names": ["cat"]}))
+    change_json(place / "config.json", class_names=["cat"])
     sandbox.refused(lambda: load_classifier(place))
 
 
@@ -160,12 +154,10 @@ def test_classes_that_are_none_of_a_pipelines(kind: str, part: str, sandbox: San
     for name in ("model.py", "pipeline.py", "unet/model.py", "scheduler/model.py"):
         (place / name).write_text(code)
     (sandbox.outside / "code.py").write_text(code)
-    index = json.loads((place / "model_index.json").read_text())
-    value = CLASSES[kind]
-    (place / "model_index.json").write_text(json.dumps({**index, part: value}))
+    change_json(place / "model_index.json", **{part: CLASSES[kind]})
     sandbox.refused(lambda: load_pipeline(place), place)
     sandbox.survived(lambda: check_pipeline(place))
-    (place / "model_index.json").write_text(json.dumps({**index, part: value[1]}))
+    change_json(place / "model_index.json", **{part: CLASSES[kind][1]})
     sandbox.survived(lambda: load_pipeline(place))
 
 
@@ -187,10 +179,9 @@ def test_keys_that_ask_for_code(changes: dict[str, Any], sandbox: Sandbox, capfd
     place = pipeline(sandbox.folder)
     for name in ("code.py", "unet/code.py", "pipeline.py"):
         (place / name).write_text(f"import os\nos.system('touch {sandbox.marker}')\n")
-    index = place / "model_index.json"
-    changed_config(place, **changes)
+    change_json(place / "unet" / "config.json", **changes)
     if "_class_name" not in changes:
-        index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
+        change_json(place / "model_index.json", **changes)
     sandbox.survived(lambda: load_pipeline(place))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -203,8 +194,7 @@ def test_code_runs_by_diffusers_own_flag_alone(sandbox: Sandbox) -> None:
 
     place = pipeline(sandbox.folder)
     (place / "pipeline_x.py").write_text(f"import os\nos.system('touch {sandbox.marker}')\n")
-    index = json.loads((place / "model_index.json").read_text())
-    (place / "model_index.json").write_text(json.dumps({**index, "_class_name": ["pipeline_x", "UViTPipeline"]}))
+    change_json(place / "model_index.json", _class_name=["pipeline_x", "UViTPipeline"])
     assert type(sandbox.watch(lambda: load_pipeline(place))).__name__ == "UViTPipeline"
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(place)

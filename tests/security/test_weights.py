@@ -19,57 +19,29 @@ from dia_diffusion.training.checkpoint import load_checkpoint
 from tests.pipelines.test_convert import official_weights
 from tests.security import hostile
 from tests.security.hostile_weights import LYING_WEIGHTS, put_weights
-from tests.security.readers import checkpoint, classifier, pipeline
+from tests.security.readers import Reader, checkpoint, classifier, export, pipeline, within
 from tests.security.watch import Sandbox
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+digits = PACKAGED["digits"].network
 
 
-def of_pipeline(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    place = pipeline(folder)
-    return place / "unet" / WEIGHTS, lambda: load_pipeline(place)
-
-
-def of_export(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    place = pipeline(folder)
-    return place / "unet" / WEIGHTS, lambda: export_pipeline(place, folder / "out")
-
-
-def of_classifier(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    place = classifier(folder)
-    return place / "model.safetensors", lambda: load_classifier(place)
-
-
-def of_checkpoint(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    place = checkpoint(folder)
-    return place / "model.safetensors", lambda: load_checkpoint(place)
-
-
-def of_features(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    file = folder / "features.safetensors"
-    return file, lambda: load_weights(PACKAGED["digits"].network(), file)
-
-
-def of_inception(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    return folder / "inception.safetensors", lambda: build_inception(folder / "inception.safetensors")
-
-
-READERS = {
-    "pipeline": of_pipeline,
-    "export": of_export,
-    "classifier": of_classifier,
-    "checkpoint": of_checkpoint,
-    "features": of_features,
-    "Inception": of_inception,
+READERS: dict[str, Callable[[Path], Reader]] = {
+    "pipeline": within(pipeline, f"unet/{WEIGHTS}", load_pipeline),
+    "export": within(pipeline, f"unet/{WEIGHTS}", export),
+    "classifier": within(classifier, "model.safetensors", load_classifier),
+    "checkpoint": within(checkpoint, "model.safetensors", load_checkpoint),
+    "features": within(Path, "x.safetensors", lambda p: load_weights(digits(), p / "x.safetensors")),
+    "Inception": within(Path, "x.safetensors", lambda p: build_inception(p / "x.safetensors")),
 }
 
 
 @pytest.mark.parametrize("kind", LYING_WEIGHTS)
 @pytest.mark.parametrize("name", READERS)
 def test_weights_that_are_none(name: str, kind: str, sandbox: Sandbox) -> None:
-    file, read = READERS[name](sandbox.folder)
-    put_weights(file, kind, sandbox.marker)
-    sandbox.refused(read, file.name)
+    reader = READERS[name](sandbox.folder)
+    put_weights(reader.file, kind, sandbox.marker)
+    sandbox.refused(reader.read, reader.file.name)
 
 
 PICKLES: dict[str, Callable[[Path], bytes]] = {
@@ -176,10 +148,10 @@ NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("name", ["pipeline", "classifier", "features"])
 def test_numbers_that_are_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
-    file, read = READERS[name](sandbox.folder)
+    reader = READERS[name](sandbox.folder)
     if name == "features":
-        save_file(PACKAGED["digits"].network().state_dict(), file)
-    tensors = load_file(file)
+        save_file(digits().state_dict(), reader.file)
+    tensors = load_file(reader.file)
     first = min(key for key, tensor in tensors.items() if tensor.is_floating_point())
-    save_file({**tensors, first: NUMBERS[kind](tensors[first]).contiguous()}, file, metadata={"format": "pt"})
-    sandbox.refused(read, file.parent)
+    save_file({**tensors, first: NUMBERS[kind](tensors[first]).contiguous()}, reader.file, metadata={"format": "pt"})
+    sandbox.refused(reader.read, reader.file.parent)

@@ -81,31 +81,6 @@ def test_first_weights_of_a_pipeline_of_diffusers(tiny: Tiny, tmp_path: Path) ->
         Trainer(tiny("two", *start, "--model.backbone_kwargs", str(changed)), Recorder())
 
 
-@BOTH
-def test_twins_start_alike(backbone: str, tiny: Tiny) -> None:
-    found = []
-    for unit in ("none", "dia-lstm", "srm"):
-        torch.manual_seed(0)
-        model = build_model(tiny("run", *BACKBONES[backbone], "--model.attention", unit).model)
-        found.append({name: w for name, w in model.state_dict().items() if "attention_units" not in name})
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "error"),
-    [
-        (["--model.patch_size", "4"], "`model.patch_size` must be left out for backbone unet2d, got 4"),
-        (["--model.pool_tokens", "patch"], "`model.pool_tokens` must be left out for backbone unet2d, got 'patch'"),
-        (["--model.backbone", "uvit"], "`model.backbone_kwargs` must be left out for backbone uvit"),
-        (["--model.backbone", "resnet"], "backbone"),
-    ],
-)
-def test_keys_of_the_other_backbone_are_refused(overrides: list[str], error: str, tiny: Tiny) -> None:
-    with pytest.raises(InputError, match=error):
-        tiny("run", *BACKBONES["unet2d"], *overrides)
-
-
 def test_shipped_recipes_have_the_published_sizes() -> None:
     # Ho et al. 2020, Appendix B: 35.7 million.
     counts = {"cifar10_unet2d": 35_746_307, "cifar10_unet2d_dia": 35_746_307 + 2 * 44_144 + 161_824}

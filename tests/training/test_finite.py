@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dia_diffusion.errors import DivergedError
-from dia_diffusion.sweeps.accuracies import read_result
 from dia_diffusion.training.checkpoint import optimizer_tensors
 from dia_diffusion.training.classification import ClassificationTask
 from dia_diffusion.training.diffusion import DiffusionTask
@@ -169,11 +168,3 @@ def test_a_streak_that_nobody_has_asked_about_goes_on(tmp_path: Path) -> None:
     assert skipped == [False, True, True, True, True] and int(watch.skipped) == 2
     streak = watch.streak()
     assert streak is not None and streak.step == 1
-
-
-def test_a_diverged_run_with_lines_in_its_streak_is_read(tmp_path: Path) -> None:
-    options = ("--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--train.max_skipped_steps", "4")
-    with pytest.raises(DivergedError):
-        classify.train(classify.tiny(tmp_path, "run", *options))
-    assert metrics(tmp_path / "run")[-1]["step"] == 4
-    assert read_result(tmp_path / "run").diverged_at == 2

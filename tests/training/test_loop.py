@@ -11,7 +11,6 @@ from PIL import Image
 
 from dia_diffusion import UViT, UViTPipeline
 from dia_diffusion.data import open_images
-from dia_diffusion.distributed import micro_batch_size
 from dia_diffusion.errors import InputError
 from dia_diffusion.training.diffusion import DiffusionTask
 from dia_diffusion.training.randomness import WEIGHTS, StepDraws, derive, draw_step
@@ -155,6 +154,15 @@ def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monke
     assert sorted(drawn) == sorted([*here, *((step, 4, 8, False) for step in (1, 2, 3, 5))])
 
 
+def test_only_networks_with_stochastic_depth_draw_for_it(tiny) -> None:
+    for options, expected in (((), None), (("--model.drop_path", "0.5"), (3, 3, 2))):
+        task = DiffusionTask(tiny("run", *options))
+        task.images = type("Images", (), {"shape": (1, 8, 8), "__len__": lambda self: 100})()
+        draws, plain = task.draw(2, 1, 4), draw_step(0, 2, 8, 100, (1, 8, 8), 1, 4)
+        assert torch.equal(draws.noise, plain.noise) and torch.equal(draws.uniform, plain.uniform)
+        assert (None if draws.depth is None else draws.depth.shape) == expected
+
+
 def test_class_conditional_training_drops_labels(tiny) -> None:
     """The network's label embedding is given the images' labels, one in so many of them the null label."""
     options = ("--model.num_classes", "10", "--data.label_dropout", "0.25", "--train.batch_size", "64")
@@ -211,12 +219,6 @@ def test_a_grid_that_can_not_be_drawn_costs_neither_pipeline_nor_checkpoint(
     assert (tmp_path / "run" / "pipelines" / "step-00000006").is_dir()
     assert not list((tmp_path / "run" / "samples").glob("*"))
     assert_same_tensors(whole, tmp_path / "run")
-
-
-def test_batches_that_cannot_be_split_are_refused() -> None:
-    assert micro_batch_size(32, 2, 4) == 4
-    with pytest.raises(InputError, match="a multiple of 6"):
-        micro_batch_size(32, 2, 3)
 
 
 def test_datasets_without_classes_are_refused(tiny, tmp_path: Path) -> None:

@@ -81,12 +81,6 @@ def test_muons_momentum_decays_as_the_first_beta(batch_size: int, beta1_in_image
     assert (config.betas[0], config.muon_momentum) == pytest.approx((0.9**exponent, 0.95**exponent))
 
 
-def test_without_a_reference_nothing_changes() -> None:
-    for plain in (task(4, reference=None), task(32, reference=32)):
-        assert plain.optimizer_config == plain.experiment.optimizer
-        assert plain.reference_steps == 1
-
-
 def test_a_run_at_its_reference_is_the_run_without_one(tiny, train, finished, tmp_path: Path) -> None:
     train(tiny("same", "--ema.warmup", "true", "--train.reference_batch_size", "8"))
     assert_same_tensors(finished("plain", "--ema.warmup", "true"), tmp_path / "same")

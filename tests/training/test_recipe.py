@@ -110,90 +110,72 @@ def test_overrides_reach_every_type(tmp_path: Path) -> None:
     assert experiment.model.attention_kwargs == {"reduction": 8} and experiment.trackers == ["tensorboard"]
 
 
+BAD_RECIPES = {
+    "train: {batchsize: 8}": "unknown key `train.batchsize`; did you mean `train.batch_size`?",
+    "trian: {}": "unknown key `trian`; did you mean ",
+    "1: 2": "unknown key `1`; did you mean ",
+    "model: {hiden_size: 8}": "unknown key `model.hiden_size`; did you mean `model.hidden_size`?",
+    "train: {max_steps: true}": "`train.max_steps` must be a whole number, got True",
+    "train: {max_steps: 8.0}": "`train.max_steps` must be a whole number, got 8.0",
+    "train: {max_steps: '8'}": "`train.max_steps` must be a whole number, got '8'",
+    "train: 8": "`train` must be a mapping, got 8",
+    "seed: 9223372036854775808": "`seed` must be below 9223372036854775808, got 9223372036854775808",
+    "train: {mixed_precision: bf8}": "`train.mixed_precision` must be one of auto, none, bf16, fp16, got 'bf8'",
+    "train: {compile: 1}": "`train.compile` must be one of auto, cuda-graphs or true or false, got 1",
+    "train: {batch_size: 0}": "`train.batch_size` must be 1 or more, got 0",
+    "train: {batch_size: null}": "`train.batch_size` must be a whole number, got null",
+    "ema: {decay: 1.5}": "`ema.decay` must be below 1, got 1.5",
+    "ema: {decay: .nan}": "`ema.decay` must be a finite number, got nan",
+    "optimizer: {learning_rate: .inf}": "`optimizer.learning_rate` must be a finite number, got inf",
+    "optimizer: {betas: [0.9, 1]}": "each of `optimizer.betas` must be below 1, got 1",
+    "optimizer: {betas: [0.9]}": "`optimizer.betas` must be a list of 2 or more, got [0.9]",
+    "trackers: tensorboard": "`trackers` must be a list, got 'tensorboard'",
+    "noise: {schedule: linear}": "'linear'",
+    "model: {backbone: vit}": "`model.backbone` must be one of uvit, unet2d, dit",
+    "model: {attention_at: [x]}": "`model.attention_at` must be left out for backbone uvit, got ['x']",
+    "model: {backbone: dit, hidden_size: 8}": "`model.hidden_size` must be left out for backbone dit, got 8",
+    "model: {hidden_size: 8.5}": "`model.hidden_size` must be a whole number, got 8.5",
+    "model: {attention_blocks: [a]}": "each of `model.attention_blocks` must be a whole number, got 'a'",
+    "data: {label_dropout: 0.1}": "`data.label_dropout` must be 0 without `model.num_classes`, got 0.1",
+    "samples: {guidance_scale: 2}": "must be 1 without `model.num_classes` and `data.label_dropout`, got 2.0",
+    "samples: {guidance_scale: 0.5}": "`samples.guidance_scale` must be 1 or more, got 0.5",
+    "init_from: ''": "`init_from` must be text of 1 or more characters, got ''",
+    "data: {source: 's3://me:hunter2@x'}": "`data.source` must be a path or a name, got 's3://***@x'",
+    "optimizer: {unit_learning_rate: 0}": "`optimizer.unit_learning_rate` must be above 0, got 0",
+    "model: {attention: none}\noptimizer: {unit_learning_rate: 1e-3}": "null with `model.attention` none, got 0.001",
+    "optimizer: {name: sgd}": "`optimizer.name` must be one of adamw, muon, got 'sgd'",
+    "optimizer: {muon_learning_rate: 1e-3}": "must be null without `optimizer.name` muon, got 0.001",
+    "optimizer: {decay_fraction: 0}": "`optimizer.decay_fraction` must be above 0, got 0",
+    "optimizer: {schedule: warmup-stable-decay}\ntrain: {max_steps: 3000}": (
+        "`optimizer.warmup_steps` must be at most 2,400, where `optimizer.decay_fraction` begins, got 2,500"
+    ),
+    "ema: {power_widths: [0.1], snapshot_every: 60}\ntrain: {max_steps: 50}": "at most `train.max_steps` 50, got 60",
+    "train: {reference_batch_size: 0}": "`train.reference_batch_size` must be 1 or more, got 0",
+    "optimizer: {beta1_in_images: true}": "must be false without `train.reference_batch_size`, got true",
+    "- a list": "must be a recipe with keys such as data, model, train, got list",
+    "a: [": "not a YAML recipe",
+    "seed: !!python/object/apply:os.system [true]": "not a YAML recipe",
+}
+BAD_OPTIONS = {
+    "--train.max_step 3": "unknown key `train.max_step`; did you mean `train.max_steps`?",
+    "--train.max_steps many": "`train.max_steps` must be a whole number, got 'many'",
+    "--train.max_steps": "`--train.max_steps` needs a value",
+    "--train.max_steps [3": "`train.max_steps` must be YAML, got '[3' ",
+    "train.max_steps 3": "options must be of the form --KEY VALUE, got 'train.max_steps'",
+}
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("train: {batchsize: 8}", "", "unknown key `train.batchsize`; did you mean `train.batch_size`?"),
-        ("trian: {}", "", "unknown key `trian`; did you mean "),
-        ("1: 2", "", "unknown key `1`; did you mean "),
-        ("model: {hiden_size: 8}", "", "unknown key `model.hiden_size`; did you mean `model.hidden_size`?"),
-        ("", "--train.max_step 3", "unknown key `train.max_step`; did you mean `train.max_steps`?"),
-        ("", "--train.max_steps many", "`train.max_steps` must be a whole number, got 'many'"),
-        ("", "--train.max_steps", "`--train.max_steps` needs a value"),
-        ("", "--train.max_steps [3", "`train.max_steps` must be YAML, got '[3' "),
-        ("", "train.max_steps 3", "options must be of the form --KEY VALUE, got 'train.max_steps'"),
-        ("train: {max_steps: true}", "", "`train.max_steps` must be a whole number, got True"),
-        ("train: {max_steps: 8.0}", "", "`train.max_steps` must be a whole number, got 8.0"),
-        ("train: {max_steps: '8'}", "", "`train.max_steps` must be a whole number, got '8'"),
-        ("train: 8", "", "`train` must be a mapping, got 8"),
+        *((text, "", message) for text, message in BAD_RECIPES.items()),
+        *(("{}", overrides, message) for overrides, message in BAD_OPTIONS.items()),
         ("train: 8", "--train.max_steps 3", "`train` must be a mapping where `train.max_steps` is given, got 8"),
-        ("seed: 9223372036854775808", "", "`seed` must be below 9223372036854775808, got 9223372036854775808"),
-        (
-            "train: {mixed_precision: bf8}",
-            "",
-            "`train.mixed_precision` must be one of auto, none, bf16, fp16, got 'bf8'",
-        ),
-        ("train: {compile: 1}", "", "`train.compile` must be one of auto, cuda-graphs or true or false, got 1"),
-        ("train: {batch_size: 0}", "", "`train.batch_size` must be 1 or more, got 0"),
-        ("train: {batch_size: null}", "", "`train.batch_size` must be a whole number, got null"),
-        ("ema: {decay: 1.5}", "", "`ema.decay` must be below 1, got 1.5"),
-        ("ema: {decay: .nan}", "", "`ema.decay` must be a finite number, got nan"),
-        ("optimizer: {learning_rate: .inf}", "", "`optimizer.learning_rate` must be a finite number, got inf"),
-        ("optimizer: {betas: [0.9, 1]}", "", "each of `optimizer.betas` must be below 1, got 1"),
-        ("optimizer: {betas: [0.9]}", "", "`optimizer.betas` must be a list of 2 or more, got [0.9]"),
-        ("trackers: tensorboard", "", "`trackers` must be a list, got 'tensorboard'"),
-        ("noise: {schedule: linear}", "", "'linear'"),
-        ("model: {backbone: vit}", "", "`model.backbone` must be one of uvit, unet2d, dit"),
-        ("model: {attention_at: [x]}", "", "`model.attention_at` must be left out for backbone uvit, got ['x']"),
-        (
-            "model: {backbone: dit, hidden_size: 8}",
-            "",
-            "`model.hidden_size` must be left out for backbone dit, got 8",
-        ),
-        ("model: {hidden_size: 8.5}", "", "`model.hidden_size` must be a whole number, got 8.5"),
-        ("model: {attention_blocks: [a]}", "", "each of `model.attention_blocks` must be a whole number, got 'a'"),
-        ("data: {label_dropout: 0.1}", "", "`data.label_dropout` must be 0 without `model.num_classes`, got 0.1"),
-        (
-            "samples: {guidance_scale: 2}",
-            "",
-            "`samples.guidance_scale` must be 1 without `model.num_classes` and `data.label_dropout`, got 2.0",
-        ),
-        ("samples: {guidance_scale: 0.5}", "", "`samples.guidance_scale` must be 1 or more, got 0.5"),
-        ("init_from: ''", "", "`init_from` must be text of 1 or more characters, got ''"),
-        ("data: {source: 's3://me:hunter2@x'}", "", "`data.source` must be a path or a name, got 's3://***@x'"),
-        ("optimizer: {unit_learning_rate: 0}", "", "`optimizer.unit_learning_rate` must be above 0, got 0"),
-        (
-            "model: {attention: none}\noptimizer: {unit_learning_rate: 1e-3}",
-            "",
-            "`optimizer.unit_learning_rate` must be null with `model.attention` none, got 0.001",
-        ),
-        ("optimizer: {name: sgd}", "", "`optimizer.name` must be one of adamw, muon, got 'sgd'"),
-        (
-            "optimizer: {muon_learning_rate: 1e-3}",
-            "",
-            "`optimizer.muon_learning_rate` must be null without `optimizer.name` muon, got 0.001",
-        ),
-        ("optimizer: {decay_fraction: 0}", "", "`optimizer.decay_fraction` must be above 0, got 0"),
-        (
-            "optimizer: {schedule: warmup-stable-decay}",
-            "--train.max_steps 3000",
-            "`optimizer.warmup_steps` must be at most 2,400, where `optimizer.decay_fraction` begins, got 2,500",
-        ),
-        (
-            "ema: {power_widths: [0.1], snapshot_every: 60}",
-            "--train.max_steps 50",
-            "`ema.snapshot_every` must be at most `train.max_steps` 50, got 60",
-        ),
-        ("train: {reference_batch_size: 0}", "", "`train.reference_batch_size` must be 1 or more, got 0"),
-        ("optimizer: {beta1_in_images: true}", "", "must be false without `train.reference_batch_size`, got true"),
-        ("- a list", "", "must be a recipe with keys such as data, model, train, got list"),
-        ("a: [", "", "not a YAML recipe"),
-        ("seed: !!python/object/apply:os.system [true]", "", "not a YAML recipe"),
     ],
 )
 def test_bad_recipes_are_one_line(text: str, overrides: str, message: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(text or "{}")
+    recipe.write_text(text)
     with pytest.raises(InputError) as error:
         read_experiment(str(recipe), overrides.split())
     assert message in str(error.value) and "\n" not in str(error.value)
