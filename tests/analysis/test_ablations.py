@@ -130,6 +130,17 @@ def test_lines_are_least_squares() -> None:
     assert summary["input_deviation_by_block"] == pytest.approx(list(deviations))
 
 
+def test_a_unit_that_never_changes_is_a_constant() -> None:
+    fit = LineFit(UViT(**SMALL, attention=None))
+    for block in range(3):
+        x = torch.randn(4, 5, 128)
+        x[..., 0] = 1.0
+        fit.add(block, x, F.gelu(x))
+    intercepts, slopes = fit.lines()
+    assert torch.allclose(intercepts[:, 0] + slopes[:, 0], F.gelu(torch.ones(3)))
+    assert 0 < fit.summary()["explained"] < 1
+
+
 @torch.no_grad()
 def test_gelu_is_what_is_seen_and_replaced() -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from dia_diffusion.analysis.attention_maps import (
 )
 from dia_diffusion.analysis.run import Coverage, open_runs
 from dia_diffusion.attention import UNITS
+from dia_diffusion.errors import InputError
 from tests.analysis.conftest import MakeRun, noisy
 
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4}
@@ -37,6 +38,11 @@ def test_maps_are_what_features_are_multiplied_with(unit: str) -> None:
         scales = (recalibrated / features)[:, 1:]  # of the patches; with maps over places each has its own
         assert torch.allclose(h, scales.mean(1), rtol=1e-5, atol=1e-7)
     assert not model.unit._forward_hooks
+
+
+def test_a_model_without_unit_has_no_maps() -> None:
+    with pytest.raises(InputError, match="no attention unit"):
+        attention_maps(UViT(**SMALL, attention=None), torch.randn(1, 3, 8, 8), torch.zeros(1))
 
 
 def test_the_terms_add_up_to_the_variance() -> None:

@@ -111,10 +111,16 @@ def test_a_runs_noise_is_that_of_its_own_loss(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     record = GRADIENT_NOISE.of_run(run, [6], GradientBatches(3, 4, seed=5))
     groups = record["steps"][0]["groups"]
-    assert groups["MLPs"]["parameters"] == 3 * (16 * 64 + 64 + 64 * 16 + 16)
+    model = run.model(6).requires_grad_(True)
+    parts = {"unit": [model.unit], "attention": [block.attn for block in uvit_blocks(model)]}
+    sizes = {
+        name: sum(parameter.numel() for module in modules for parameter in module.parameters())
+        for name, modules in parts.items()
+    }
+    sizes |= {"MLPs": 3 * (16 * 64 + 64 + 64 * 16 + 16), "norms": 7 * 2 * 16}
+    assert {name: groups[name]["parameters"] for name in sizes} == sizes
     own = [value["covariance_trace"] for name, value in groups.items() if name != "all"]
     assert min(own) > 0 and sum(own) == pytest.approx(groups["all"]["covariance_trace"])
-    model = run.model(6).requires_grad_(True)
     mlps = [parameter for block in uvit_blocks(model) for parameter in block.mlp.parameters()]
     gradients = []
     for number in range(3):
