@@ -1,7 +1,8 @@
 """A table, rendered by rich for the console, as Markdown, and by the template of the HTML page."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import rich.table
 
@@ -15,8 +16,14 @@ class Table:
     title: str = ""
     left: Collection[str] = ("unit",)
     """Names of the columns that are flush left; numbers are flush right."""
-    folded: bool = False
-    """Whether the HTML page shows the title alone until it is clicked."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, str]], title: str = "", **how: Any) -> "Table":
+        """Of rows as column -> cell, without the columns that are empty in all of them."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        return cls(
+            columns, [[row.get(name, "") for name in columns] for row in rows], title, **how
+        ).without_empty_columns()
 
     def without_empty_columns(self) -> "Table":
         """The table without the columns that are empty in all rows."""

@@ -1,132 +1,131 @@
-"""Figures on the page: their description, as the data and layout that plotly draws."""
+"""Panels as the data and layout that plotly draws."""
 
+import html
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from dia_diffusion.figures import DASHES, GRAY, LOG_DIGITS, MARKERS, Axis, Level, Panel, Series
+from dia_diffusion.figures import DASHES, GRAY, MARKERS, Axis, Level, Panel, Series
 
-# plotly's names of these markers and dashes.
+# plotly's names of these markers, dashes and forms of numbers.
 SYMBOLS = dict(zip(MARKERS, ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"), strict=True))
 DASH_NAMES = dict(zip(DASHES, ("solid", "dash", "dot"), strict=True))
-
-LAYOUT: dict[str, Any] = {
-    "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12},
-    "paper_bgcolor": "rgba(0,0,0,0)",
-    "plot_bgcolor": "rgba(0,0,0,0)",
-    "hoversubplots": "axis",
-    "modebar": {"bgcolor": "rgba(0,0,0,0)"},
-    "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
-}
-"""The page's style sheet colors text and grid, for light and dark."""
+FORMATS = {"plain": "", "si": "~s", "percent": ".0%"}
 
 
-def to_plotly(panels: Sequence[Panel], height: int, legend: bool = True) -> dict[str, Any]:
-    """Data and layout of plotly for panels below each other over one x axis: their series, levels and notes.
+@dataclass
+class Plot:
+    """A plot on the page."""
+
+    title: str
+    description: str
+    """What it shows, for those who can't see it."""
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+
+
+def to_plotly(panels: Sequence[Panel], title: str = "", height: int = 400) -> Plot:
+    """Panels below each other over one x axis: their series, levels and notes.
 
     Args:
-        panels: from the top.
+        panels: from the top. All have the labels of the first, which are in the legend.
+        title: above the plot.
         height: of all panels together, in pixels.
-        legend: whether there is one, if there are two lines.
     """
-    x = panels[-1].x
-    layout: dict[str, Any] = LAYOUT | {
+    x, names = panels[-1].x, ["y", *(f"y{number}" for number in range(2, len(panels) + 1))]
+    layout: dict[str, Any] = {
         "height": height,
+        "font": {"family": "system-ui, sans-serif", "color": "#1c2024"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#59616a"},
         "hovermode": "x unified" if x.ticks is None else "closest",
-        "xaxis": _axis(x) | {"anchor": _name(len(panels) - 1)},
+        "hoverlabel": {"bgcolor": "white"},
+        "grid": {"rows": len(panels), "columns": 1, "subplots": [[f"x{name}"] for name in names]},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "xaxis": _axis(x),
+        "shapes": [],
+        "annotations": [],
     }
-    layout["shapes"], layout["annotations"], traces = [], [], []
-    between = 0.08 if len(panels) > 1 else 0
-    share = (1 - between * (len(panels) - 1)) / len(panels)
-    for index, panel in enumerate(panels):
-        y, top = _name(index), 1 - index * (share + between)
-        layout[y.replace("y", "yaxis")] = _axis(panel.y) | {"domain": [max(0.0, top - share), top]}
+    bands, lines, shown = [], [], []
+    for name, panel in zip(names, panels, strict=True):
+        layout[name.replace("y", "yaxis")] = _axis(panel.y)
         for item in panel.items:
             match item:
                 case Series():
-                    drawn = [*(_band(item) if item.has_band else ()), _series(item, panel.x.step_images)]
-                    traces += [trace | {"yaxis": y} for trace in drawn]
+                    bands += [_band(item) | {"yaxis": name}] if item.has_band else []
+                    lines.append(_line(item, panel.x.step_images) | {"yaxis": name})
+                    lines[-1]["showlegend"] &= panel is panels[0]
+                    values = [value for value in item.y if value is not None]
+                    if item.label and values and not item.pale:
+                        shown.append(f"{panel.y.label}, {item.label}: from {values[0]:.4g} to {values[-1]:.4g}")
                 case Level(value, label, "y"):
-                    line = {"color": GRAY, "dash": "dash", "width": 1.2}
-                    shape = {"type": "line", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line}
-                    shape |= {"xref": "x domain", "yref": y, "name": _escape(label)}
-                    layout["shapes"].append(shape | {"showlegend": True})
+                    line = {"type": "line", "line": {"color": GRAY, "dash": "dash", "width": 1.2}, "showlegend": True}
+                    ends = {"x0": 0, "x1": 1, "xref": "x domain", "y0": value, "y1": value, "yref": name}
+                    layout["shapes"].append({"name": _escape(label), **line, **ends})
                 case _:
                     raise TypeError(f"the page has no {type(item).__name__}")
         if panel.note:
-            place = {"xref": "x domain", "yref": f"{y} domain", "x": 1, "y": 1, "align": "right"}
-            layout["annotations"].append({"text": _escape(panel.note), "showarrow": False, **place})
-    labels = [trace for trace in traces + layout["shapes"] if trace.get("showlegend", True)]
-    layout["showlegend"] = legend and len(labels) > 1
+            corner = {"x": 1, "xref": "x domain", "y": 1, "yref": f"{name} domain", "align": "right"}
+            layout["annotations"].append({"text": _escape(panel.note), "showarrow": False, **corner})
+    layout["showlegend"] = sum(entry["showlegend"] for entry in lines + layout["shapes"]) > 1
+    layout["hoversubplots"] = "overlaying" if layout["showlegend"] else "axis"  # values of all panels, if few
     layout["margin"] = {"l": 64, "r": 12, "t": 34 if layout["showlegend"] else 12, "b": 48}
-    # Bands first, so that no band covers a line.
-    return {"data": sorted(traces, key=lambda trace: trace["line"]["width"] > 0), "layout": layout}
-
-
-def _name(index: int) -> str:
-    """plotly's name of a panel's y axis."""
-    return f"y{index + 1}" if index else "y"
+    return Plot(title, f"Over {x.label}: {'; '.join(shown)}", bands + lines, layout)
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    position = math.log10 if axis.scale == "log" else float
-    low, high = (None if end is None else position(end) for end in (axis.low, axis.high))
     described: dict[str, Any] = {
         "title": {"text": _escape(axis.label), "standoff": 8},
         "type": axis.scale,
-        "range": [low, high],
-        "tickformat": {"plain": "", "si": "~s", "percent": ".0%"}[axis.form],
+        "range": [axis.low, axis.high],
+        "tickformat": FORMATS[axis.form],
         "hoverformat": "," if axis.form == "si" else "",
         "exponentformat": "power",
         "showgrid": axis.grid,
         "gridcolor": "#d9dcdf",
-        "linecolor": "#59616a",
-        "showline": axis.form == "si" or axis.ticks is not None,
-        "zeroline": False,
+        "zeroline": axis.ticks is None,
+        "zerolinecolor": "#59616a",
     }
-    ticks = axis.ticks
-    if axis.scale == "log" and axis.low and axis.high:
-        digits = LOG_DIGITS if axis.high < 1000 * axis.low else (1,)
-        powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
-        ticks = {digit * 10.0**power: f"{digit * 10.0**power:g}" for power in powers for digit in digits}
-    if ticks is not None:
-        described |= {"tickvals": list(ticks), "ticktext": [_escape(text) for text in ticks.values()]}
+    if axis.scale == "log":
+        low, high = (None if end is None else math.log10(end) for end in (axis.low, axis.high))
+        narrow = low is not None and high is not None and high - low < 3
+        described |= {"range": [low, high], "tickformat": "~g", "dtick": "D2" if narrow else 1}  # D2: 1, 2, 5, 10, ...
+    if axis.ticks is not None:
+        described |= {"tickvals": list(axis.ticks), "ticktext": [_escape(text) for text in axis.ticks.values()]}
     return described
 
 
-def _series(series: Series, step_images: int | None) -> dict[str, Any]:
-    style = series.look
+def _line(series: Series, step_images: int | None) -> dict[str, Any]:
+    style, name = series.look, _escape(series.label)
     hover = series.hover or [f"step {round(x / step_images):,}" for x in series.x if step_images]
     trace: dict[str, Any] = {
-        "type": "scatter",
         "x": list(series.x),
         "y": list(series.y),
-        "name": _escape(series.label),
+        "name": name,
+        "legendgroup": name,
+        "showlegend": bool(name) and not series.pale,
         "mode": "+".join(["lines"] * series.lines + ["markers"] * series.markers),
         "line": {"color": style["color"], "dash": DASH_NAMES[style["linestyle"]], "width": 1.0 if series.pale else 1.8},
         "marker": {"symbol": SYMBOLS[style["marker"]], "size": 4 if series.pale else 7},
         "opacity": 0.35 if series.pale else 1,
+        "hoverinfo": "all" if name else "skip",
         "hovertemplate": "%{y:.4g} (%{text})" if hover else "%{y:.4g}",
         "text": [_escape(text) for text in hover],
     }
-    if series.pale:
-        trace["showlegend"] = False
-    if not series.label:
-        trace |= {"showlegend": False, "hoverinfo": "skip", "hovertemplate": None}
     if (errors := series.errors) is not None:
         trace["error_y"] = {"type": "data", "symmetric": False, "arrayminus": errors[0], "array": errors[1]}
     return trace
 
 
-def _band(series: Series) -> list[dict[str, Any]]:
-    """The interval as an area behind the line."""
-    red, green, blue = (int(series.look["color"][place : place + 2], 16) for place in (1, 3, 5))
-    shared: dict[str, Any] = {"type": "scatter", "x": list(series.x), "mode": "lines", "line": {"width": 0}}
-    shared |= {"showlegend": False, "hoverinfo": "skip"}
-    area = {"fill": "tonexty", "fillcolor": f"rgba({red}, {green}, {blue}, 0.22)"}
-    return [shared | {"y": list(series.low or ())}, shared | {"y": list(series.high or ())} | area]
+def _band(series: Series) -> dict[str, Any]:
+    """The interval as an area behind the line: along its lower end, and back along its upper one."""
+    x, low, high = list(series.x), list(series.low or ()), list(series.high or ())
+    area = {"fill": "toself", "fillcolor": series.look["color"], "opacity": 0.22, "mode": "none", "hoverinfo": "skip"}
+    return {"x": x + x[::-1], "y": low + high[::-1], "legendgroup": _escape(series.label), "showlegend": False, **area}
 
 
 def _escape(text: str) -> str:
     """plotly takes some tags for markup; it shows entities as the characters that they stand for."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")
+    return html.escape(text, quote=False).replace("\n", "<br>")

@@ -13,111 +13,82 @@ from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import flatten, nest
 from dia_diffusion.training.run_folder import RunFolder
 
-OWN_KEYS = ("output",)
-"""Of a recipe: different for each run, without effect on what it trains."""
-
 
 def protocol_label(record: EvaluationRecord) -> str:
     """The start of its hash, and its name if it has one."""
-    return _join([record.protocol_hash()[:8], record.protocol_name], " ")
-
-
-def guidance_text(scale: float | None, interval: Sequence[float] | None, guide: Mapping[str, Any] | None = None) -> str:
-    """Guidance in words, such as "guidance 2 in (0.3, 5] by 1a2b3c4d"; empty for none."""
-    if scale in (None, 1):
-        return ""
-    within = "" if interval is None else f" in ({interval[0]:g}, {interval[1]:g}]"
-    return f"guidance {scale:g}{within}" + ("" if guide is None else f" by {guide['weights_hash'][:8]}")
-
-
-def protocols_table(records: Sequence[EvaluationRecord]) -> Table:
-    """One row per protocol, in order of first use."""
-    columns = ["protocol", "metric", "samples", "reference", "sampler", "weights", "seeds", "labels"]
-    rows = {}
-    for record in records:
-        protocol = record.protocol
-        guidance = guidance_text(protocol.guidance_scale, protocol.guidance_interval, protocol.guide)
-        shape = "x".join(map(str, (protocol.reference_shape or ())[1:]))
-        rows[record.protocol_hash()] = [
-            protocol_label(record),
-            record.metric,
-            f"{protocol.num_samples:,}",
-            _join([protocol.reference, protocol.reference_split, _count(protocol.reference_count), shape]),
-            "" if protocol.sampler is None else f"{protocol.sampler}, {protocol.num_inference_steps} steps",
-            _join([protocol.weights, protocol.dtype]),
-            protocol.seeds or "",
-            _join([protocol.class_labels, guidance]),
-        ]
-    title = "Protocols. Distances of different protocols can't be compared."
-    left = [name for name in columns if name != "samples"]
-    return Table(columns, list(rows.values()), title, left).without_empty_columns()
+    return " ".join(filter(None, (record.protocol_hash()[:8], record.protocol_name)))
 
 
 def results_table(records: Sequence[EvaluationRecord]) -> Table:
     """One row per record, in order of step; further metrics have columns of their own."""
-    names = list(dict.fromkeys(name for record in records for name in numbers_of(record)))
-    columns = ["step", "images seen", "metric", "distance", "95 % interval", *names, "seconds", "protocol"]
-    rows = []
-    for record in sorted(records, key=lambda record: (record.step or 0, record.time)):
-        interval = "" if record.low is None or record.high is None else f"[{record.low:.3f}, {record.high:.3f}]"
-        place = [_count(record.step), _count(record.images_seen)]
-        metrics = [describe_number(record, name) for name in names]
-        distance = [record.metric, f"{record.distance:.3f}", interval]
-        rows.append([*place, *distance, *metrics, f"{record.seconds:,.0f}", protocol_label(record)])
-    return Table(columns, rows, "Every evaluation on record.", left=("metric", "protocol"))
+    rows = [
+        {
+            "step": _count(record.step),
+            "images seen": _count(record.images_seen),
+            "metric": record.metric,
+            "distance": f"{record.distance:.3f}",
+            "95 % interval": "" if record.low is None else f"[{record.low:.3f}, {record.high:.3f}]",
+            **{name: describe_number(record, name) for name in numbers_of(record)},
+            "seconds": f"{record.seconds:,.0f}",
+            "protocol": protocol_label(record),
+        }
+        for record in sorted(records, key=lambda record: (record.step or 0, record.time))
+    ]
+    return Table.of(rows, "Every evaluation on record.", left=("metric", "protocol"))
+
+
+def protocols_table(records: Iterable[EvaluationRecord]) -> Table:
+    """A column per protocol, in order of first use."""
+    protocols = {protocol_label(record): {"metric": record.metric, **record.protocol.to_dict()} for record in records}
+    keys = list(dict.fromkeys(key for protocol in protocols.values() for key in protocol))
+    return _side_by_side("Protocols. Distances of different protocols can't be compared.", keys, protocols)
 
 
 def environment_table(folders: Iterable[RunFolder], records: Iterable[EvaluationRecord]) -> Table:
     """What runs were last trained with, what distances were measured with, and what made this page."""
-    columns = {
-        "training": _distinct(_environment_of(folder) for folder in folders if folder.path.is_dir()),
-        "evaluations": _distinct(record.versions for record in records),
+    used = {
+        "training": [_environment_of(folder) for folder in folders if folder.path.is_dir()],
+        "evaluations": [record.versions for record in records],
         "this page": [environment()],
     }
-    names = [f"{name} ({n + 1})" if n else name for name, group in columns.items() for n in range(len(group))]
-    described = [one for group in columns.values() for one in group]
-    rows = [[key, *(one.get(key, "not on record") for one in described)] for key in environment()]
-    return Table(["", *names], rows, "What was trained, measured and shown with.", left=("", *names))
+    columns = {}
+    for name, all_of_them in used.items():
+        for number, one in enumerate({str(one): one for one in all_of_them}.values(), start=1):
+            columns[name if number == 1 else f"{name} ({number})"] = dict.fromkeys(environment(), "not on record") | one
+    return _side_by_side("What was trained, measured and shown with.", list(environment()), columns)
 
 
-def differing_keys(experiments: Mapping[str, Experiment]) -> list[str]:
-    """Keys of recipes that differ between runs, in the recipe's order."""
-    recipes = [flatten(experiment.to_dict()) for experiment in experiments.values()]
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in OWN_KEYS)
-    return [key for key in keys if any(recipe.get(key) != recipes[0].get(key) for recipe in recipes)]
+def recipe_tables(experiments: Mapping[str, Experiment]) -> tuple[str, Table]:
+    """What the runs' recipes have in common, as YAML, and a row per run of where they differ, without `output`."""
+    recipes = {name: flatten(experiment.to_dict()) for name, experiment in experiments.items()}
+    first, *others = recipes.values()
+    keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
+    different = [key for key in keys if any(other.get(key) != first.get(key) for other in others)]
+    shared = nest({key: value for key, value in first.items() if key not in different})
+    rows = []
+    for name, recipe in recipes.items():
+        values = {key: recipe.get(key) for key in different if key != "output"}
+        rows.append({"run": name} | {key: "null" if value is None else str(value) for key, value in values.items()})
+    return yaml.safe_dump(shared, sort_keys=False), Table.of(rows, "Where the runs' recipes differ.", left=("run",))
 
 
-def differences_table(experiments: Mapping[str, Experiment]) -> Table:
-    """A row per run: its values of the keys that differ between runs."""
-    keys, rows = differing_keys(experiments), []
-    for name, experiment in experiments.items():
-        values = flatten(experiment.to_dict())
-        rows.append([name, *("null" if values.get(key) is None else str(values[key]) for key in keys)])
-    return Table(["run", *keys], rows, "Where the runs' recipes differ.", left=("run",), folded=True)
+def _side_by_side(title: str, keys: Sequence[str], columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row per key that has a value, a column per mapping; of a hash, the start."""
+    rows = []
+    for key in keys:
+        values = {name: column.get(key) for name, column in columns.items()}
+        texts = {name: "" if value is None else str(value) for name, value in values.items()}
+        if any(texts.values()):
+            rows.append({"": key} | {name: text[:8] if key.endswith("_hash") else text for name, text in texts.items()})
+    return Table.of(rows, title, left=("", *columns))
 
 
-def shared_recipe(experiments: Mapping[str, Experiment]) -> str:
-    """The recipe that all runs have in common, as YAML."""
-    own = {*differing_keys(experiments), *OWN_KEYS}
-    recipe = flatten(next(iter(experiments.values())).to_dict())
-    return yaml.safe_dump(nest({key: value for key, value in recipe.items() if key not in own}), sort_keys=False)
-
-
-def _environment_of(folder: RunFolder) -> dict[str, str]:
+def _environment_of(folder: RunFolder) -> dict[str, Any]:
     try:
-        values = read_json_object(folder.environment)
+        return read_json_object(folder.environment)
     except (OSError, Unreadable):
         return {}  # an older run
-    return {name: str(value) for name, value in values.items()}
-
-
-def _distinct(groups: Iterable[dict[str, str]]) -> list[dict[str, str]]:
-    return list({tuple(one.items()): one for one in groups}.values())
 
 
 def _count(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _join(parts: Iterable[str | None], separator: str = ", ") -> str:
-    return separator.join(filter(None, parts))

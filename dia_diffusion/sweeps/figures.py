@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from dia_diffusion.sweeps.outcome import NO_BETTER, NOT_FINITE, TRAINED
 from dia_diffusion.sweeps.stats import Estimate, comparable, curve_of, estimate
 from dia_diffusion.sweeps.sweep import Run, Study
 from dia_diffusion.training.run_folder import RunFolder
+
+R = TypeVar("R", bound=Run)
 
 INTERVAL_FROM = 3
 """The seeds from which an interval is drawn: that of two is 13 standard errors wide and hides all else."""
@@ -152,10 +154,10 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
     save_figure(Figure([panels], (4 * len(grids), 4.4)), path, dpi=160)
 
 
-def twins(study: Study, batch_size: int, has_grids: Callable[[Run], bool]) -> list[Run]:
+def twins(runs: Sequence[R], batch_size: int, has_grids: Callable[[R], bool]) -> list[R]:
     """One run per unit, with grids and of one seed of training: the first seed that the most units have."""
-    by_seed: dict[int, list[Run]] = {}
-    for run in study.runs:
+    by_seed: dict[int, list[R]] = {}
+    for run in runs:
         if run.batch_size == batch_size and has_grids(run):
             by_seed.setdefault(run.seed, []).append(run)
     return max(by_seed.values(), key=len, default=[])
@@ -168,7 +170,7 @@ def draw_grids_of_study(study: Study) -> list[Path]:
     """
     drawn = []
     for batch_size in study.batch_sizes:
-        if runs := twins(study, batch_size, lambda run: _last_grid(run).is_file()):
+        if runs := twins(study.runs, batch_size, lambda run: _last_grid(run).is_file()):
             drawn.append(study.folder / f"grids-b{batch_size}.png")
             draw_grids({run.unit: _last_grid(run) for run in runs}, drawn[-1])
     return drawn

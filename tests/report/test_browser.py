@@ -39,9 +39,9 @@ def test_a_browser_draws_the_page_and_has_nothing_to_say(tmp_path: Path, write_r
     shown, said = opened(page)
     assert said == []
     assert shown.count('class="main-svg"') >= len(written.plots) == 2
-    # Two evaluations are two markers; loss and gradient norm are two lines each, the rate is one, the distance one.
+    # Two evaluations are two markers; loss, gradient norm and learning rate are two lines each, the distance is one.
     assert len(re.findall(r'class="point"', shown)) == 2
-    assert len(re.findall(r'class="js-line"', shown)) == 6
+    assert len(re.findall(r'class="js-line"', shown)) == 7
     tags = parse(shown).tags
     (slider,) = [attributes for tag, attributes in tags if tag == "input"]
     assert (slider["type"], slider["aria-valuetext"]) == ("range", "step 6, 48 images")

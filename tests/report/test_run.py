@@ -14,7 +14,6 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.uvit import UViT
 from dia_diffusion.report.page import render
 from dia_diffusion.report.subjects import run_page
-from dia_diffusion.report.tables import guidance_text
 from tests.report.conftest import parse
 
 
@@ -48,8 +47,8 @@ def test_a_page_shows_what_the_run_has(tmp_path: Path, write_run: Callable[..., 
 def test_intervals_are_a_band_where_all_points_have_one(tmp_path: Path, write_run, record) -> None:
     first, second = (replace(record(9.5, 3, 8), low=9.0, high=10.0), replace(record(4.25, 6, 8), low=4.0, high=4.5))
     all_of_them = parse(render(run_page(write_run(tmp_path / "all", records=[first, second]))))
-    low, high, line = all_of_them.plots[0]["data"]
-    assert (low["y"], high["y"], line["y"]) == ([9.0, 4.0], [10.0, 4.5], [9.5, 4.25])
+    band, line = all_of_them.plots[0]["data"]
+    assert (band["y"], line["y"]) == ([9.0, 4.0, 4.5, 10.0], [9.5, 4.25])
     assert "[9.000, 10.000]" in all_of_them.text
 
     some = parse(render(run_page(write_run(tmp_path / "some", records=[replace(first, low=None, high=None), second]))))
@@ -127,8 +126,13 @@ def test_a_record_cut_short_is_refused(tmp_path: Path, write_run, record) -> Non
         run_page(folder)
 
 
-def test_guidance_in_words() -> None:
-    assert guidance_text(None, None) == guidance_text(1.0, None) == ""
-    assert guidance_text(1.5, None) == "guidance 1.5"
+def test_guidance_of_grids_and_of_distances_is_shown(tmp_path: Path, write_run, record) -> None:
     guide = {"weights_hash": "1a2b3c4d5e6f", "model_hash": "0"}
-    assert guidance_text(2.0, [0.3, 5.0], guide) == "guidance 2 in (0.3, 5] by 1a2b3c4d"
+    guided = record(9, 3, 8, guidance_scale=2.5, guidance_interval=[0.25, 4.0], guide=guide)
+    overrides = ["--model.num_classes", "10", "--data.label_dropout", "0.1", "--samples.guidance_scale", "1.5"]
+    overrides += ["--samples.guidance_interval", "[0.5, 3.0]"]
+    page = parse(render(run_page(write_run(tmp_path / "run", overrides, [guided]))))
+    assert "guidance 1.5 in [0.5, 3.0]" in page.text
+    rows = dict(page.tables["Protocols. Distances of different protocols can't be compared."][1:])
+    assert (rows["guidance_scale"], rows["guidance_interval"]) == ("2.5", "[0.25, 4.0]")
+    assert "1a2b3c4d" in rows["guide"] and rows["num_samples"] == str(guided.protocol.num_samples)
