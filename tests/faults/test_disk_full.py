@@ -94,7 +94,6 @@ def test_no_room_for_a_record(
     assert re.search(r"No space left on device \(.* are free\): .*evaluations.unfinished", error), error
 
     (disk / "filler").unlink()
-    capsys.readouterr()
+    monkeypatch.delattr("dia_diffusion.evaluation.feature_store.FeatureStore.write")  # all features were kept
     assert main([*fid, "--num", "71"]) == 0
-    assert "resuming after 71 of 71 images" in capsys.readouterr().out
     assert read_records(run / "evaluations.jsonl")[-1].protocol.num_samples == 71
