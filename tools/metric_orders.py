@@ -1,7 +1,8 @@
 """`python tools/metric_orders.py RUN --reference DATA`: how metrics order checkpoints at several numbers of samples.
 
-Each pipeline draws its images once; each metric is computed from the first N of them. Kendall's tau compares the order
-of the pipelines with the metric's own order at the largest N, and with the order of the Frechet distance there.
+Each pipeline draws its images once; each metric is computed from each N of them in turn. Kendall's tau compares the
+order of the pipelines with the metric's own order at the largest N, and with the order of the Frechet distance there:
+with images of the same seeds for all pipelines, and, on average over 1,000 draws, of other seeds for each.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from accelerate import Accelerator
 from scipy.stats import kendalltau
@@ -38,8 +40,10 @@ from dia_diffusion.training.run_folder import RunFolder
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-Values = dict[str, dict[int, list[float]]]
-"""Metric -> number of samples -> a number per pipeline, in order of step."""
+Values = dict[str, dict[int, list[list[float]]]]
+"""Metric -> number of samples N -> for each pipeline, in order of step, a number for each N of its samples."""
+DRAWS = 1000
+"""Of seeds for each pipeline."""
 
 
 def main() -> int:
@@ -51,8 +55,7 @@ def main() -> int:
         print(f"metric_orders: error: {error}", file=sys.stderr)
         return 2
     rows = orders(values)
-    columns = ("metric", "samples", "tau with its own order", "tau with FD's")
-    console.print(Table(columns, rows, left=("metric",)).to_rich())
+    console.print(Table(COLUMNS, rows, left=("metric",)).to_rich())
     write_json(options.out.with_suffix(".json"), {"steps": steps, "values": values, "environment": environment()})
     _draw(steps, values, options.out.with_suffix(".png"))
     console.print(f"{options.out.with_suffix('.json')}")
@@ -100,9 +103,11 @@ def _measure(options: argparse.Namespace) -> tuple[list[int], Values]:
             features = kept.read("features")
         compute = partial(_numbers, options.metrics.split(","), counts[0], reference, real, extractor)
         for count in counts:
-            for name, number in compute(features[:count]).items():
-                values[name].setdefault(count, []).append(number)
-        console.print(f"{folder.name}: " + ", ".join(f"{name} {values[name][counts[-1]][-1]:.4f}" for name in values))
+            blocks = [compute(block) for block in features.split(count) if len(block) == count]
+            for name, of_metric in values.items():
+                of_metric.setdefault(count, []).append([numbers[name] for numbers in blocks])
+        last = {name: of_metric[counts[-1]][-1][0] for name, of_metric in values.items()}
+        console.print(f"{folder.name}: " + ", ".join(f"{name} {number:.4f}" for name, number in last.items()))
     return list(folders), values
 
 
@@ -125,26 +130,40 @@ def _numbers(
     return numbers
 
 
+COLUMNS = ("metric", "samples", "seeds", "tau with its own order", "tau with FD's")
+
+
 def orders(values: Values) -> list[list[Any]]:
-    """Rows of metric, number of samples, and Kendall's tau with the metric's own order and with FD's at the largest."""
+    """Rows of COLUMNS; the orders at the largest number of samples are those of its first samples."""
     most = max(next(iter(values.values())))
-    last = values.get("FD", {}).get(most)
+    final = {name: [blocks[0] for blocks in by_count[most]] for name, by_count in values.items()}
+    with_fd = final.get("FD")
     rows = []
     for name, by_count in values.items():
         for count, numbers in by_count.items():
-            own = kendalltau(numbers, by_count[most]).statistic
-            with_fd = "" if last is None else f"{kendalltau(numbers, last).statistic:.3f}"
-            rows.append([name, f"{count:,}", f"{own:.3f}", with_fd])
+            blocks = np.array(numbers)  # (pipelines, blocks)
+            chosen = np.random.default_rng(0).integers(blocks.shape[1], size=(DRAWS, len(blocks)))
+            draws = np.take_along_axis(blocks[None], chosen[:, :, None], axis=2)[:, :, 0]  # (DRAWS, pipelines)
+            kinds = {"the same": blocks[:, :1].T} | ({"other": draws} if blocks.shape[1] > 1 else {})
+            for kind, sets in kinds.items():
+                taus = (_mean_tau(sets, final[name]), "" if with_fd is None else _mean_tau(sets, with_fd))
+                rows.append([name, f"{count:,}", kind, *taus])
     return rows
 
 
+def _mean_tau(sets: np.ndarray, order: Sequence[float]) -> str:
+    return f"{np.mean([kendalltau(numbers, order).statistic for numbers in sets]):.3f}"
+
+
 def _draw(steps: Sequence[int], values: Values, path: Path) -> None:
-    """One panel per metric, one line per number of samples."""
+    """One panel per metric, per number of samples the mean over all samples' parts and their range."""
     figure, panels = plt.subplots(1, len(values), figsize=(4 * len(values), 3.2), layout="constrained", squeeze=False)
     for panel, (name, by_count) in zip(panels[0], values.items(), strict=True):
         for count, numbers in by_count.items():
-            panel.plot(steps, numbers, marker="o", markersize=3, label=f"{count:,} samples")
-        scale = "log" if min(map(min, by_count.values())) > 0 else "linear"
+            blocks = np.array(numbers)
+            panel.plot(steps, blocks.mean(1), marker="o", markersize=3, label=f"{count:,} samples")
+            panel.fill_between(steps, blocks.min(1), blocks.max(1), alpha=0.2)
+        scale = "log" if min(np.min(numbers) for numbers in by_count.values()) > 0 else "linear"
         panel.set(title=name, xlabel="training steps", yscale=scale)
     panels[0][0].legend()
     figure.savefig(path, dpi=120)
