@@ -39,7 +39,7 @@ def to_plotly(panels: Sequence[Panel], title: str = "", height: int = 400) -> Pl
         "font": {"family": "system-ui, sans-serif", "color": "#1c2024"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#59616a"},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": "#a0a9b2", "activecolor": "#59616a"},
         "hovermode": "x unified" if x.ticks is None else "closest",
         "hoverlabel": {"bgcolor": "white"},
         "grid": {"rows": len(panels), "columns": 1, "subplots": [[f"x{name}"] for name in names]},
