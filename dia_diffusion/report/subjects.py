@@ -17,7 +17,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import curve_panel, distance_label, points_of
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.figures import Axis, Panel, Series, images_axis, value_axis
-from dia_diffusion.io import STEP_FOLDER
+from dia_diffusion.io import STEP_FOLDER, shipped_names
 from dia_diffusion.models.registry import BACKBONES
 from dia_diffusion.report.metrics import Curve, mean_of_runs, metric, running_mean, spread, thin
 from dia_diffusion.report.page import Page, blocks
@@ -118,8 +118,11 @@ def page_of(subject: str) -> tuple[Page, Path]:
         return run_page(Path(subject)), Path(subject)
     try:
         study_path(subject)
-    except InputError as error:
-        raise InputError(f"`RUN_OR_STUDY` must be a run's folder, with a config.yaml, or a study; {error}") from None
+    except InputError:
+        raise InputError(
+            f"`RUN_OR_STUDY` must be a run's folder, which has a config.yaml, a study's folder, which has a "
+            f"{STUDY_FILE}, a study's YAML file, or one of {', '.join(shipped_names('curves'))}, got {subject}"
+        ) from None
     study = read_study(subject)
     if not study.folder.is_dir():
         raise InputError(f"nothing of study {subject} is in {study.folder}; `dia-diffusion curves {subject}` makes it")

@@ -120,7 +120,7 @@ def test_a_study_is_found_by_its_folder_too(unmeasured: Study, study: Study, tmp
     page, folder = page_of(str(study.folder))
     assert (page.title, folder) == ("twins", study.folder)
     assert "No evaluations by protocol fd-digits yet; dia-diffusion curves" in parse(render(page)).text
-    with pytest.raises(InputError, match=r"must be a run's folder.* or a study.*runs"):
+    with pytest.raises(InputError, match=r"must be a run's folder.*study\.yaml.*runs"):
         page_of(str(unmeasured.folder))
     file = tmp_path / "new.yaml"
     config = yaml.safe_load((unmeasured.folder.parent / "twins.yaml").read_text())
