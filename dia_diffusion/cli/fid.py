@@ -5,7 +5,7 @@ The route: options -> protocol -> features -> reference -> images -> distances -
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -127,13 +127,14 @@ def _measure(
             ]
             judges = [replace(each, protocol=p.protocols[index]) for each, p in zip(evaluators, plans, strict=True)]
             file = plans[0].files[source.folder]
-            show_all = _show(plans[0], judges, source, shape, progress) if plans[0].options.show else nullcontext()
-            with show_all:
-                measured = record_together(judges, source, file, _measuring(progress))
+            pages = _show(plans[0], judges, source, shape, progress) if plans[0].options.show else []
+            measured = record_together(judges, source, file, _measuring(progress))
             for own, (record, _) in zip(records, measured, strict=True):
                 own.append(record)
             if any(added for _, added in measured) and source.folder is None and accelerator.is_main_process:
                 console.print(f"recorded in {file}")
+            if pages and accelerator.is_main_process:
+                console.print("samples: " + ", ".join(map(str, pages)))
     if accelerator.is_main_process:
         for plan, extractor, own in zip(plans, extractors, records, strict=True):
             show(own, plan.protocols[0])
@@ -156,28 +157,21 @@ def _load_features(plan: _Plan, accelerator: "Accelerator") -> "FeatureExtractor
     return extractor
 
 
-@contextmanager
 def _show(
     plan: _Plan,
     evaluators: "Sequence[Evaluator]",
     source: "ImageSource",
     shape: tuple[int, int, int],
     progress: Progress,
-) -> Iterator[None]:
-    """Writes pages of the samples; within the context, measuring them takes the features that the pages took."""
+) -> list[Path]:
+    """Writes pages of the samples; the features stay in the work folders for the measurement."""
     from dia_diffusion.cli.fid_show import show_samples
-    from dia_diffusion.evaluation.evaluate import discard_work
 
     accelerator, file = evaluators[0].accelerator, plan.files[source.folder]
     images = reference_images(plan.options, plan.protocols[0], plan.reference_data, shape, accelerator, progress)
     works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in evaluators]
     with _measuring(progress)(works[0]):
-        pages = show_samples(evaluators, source, works, plan.options.show, images, progress, file.parent)
-    yield
-    if accelerator.is_main_process:
-        console.print("samples: " + ", ".join(map(str, pages)))
-        for work in works:
-            discard_work(work)  # of what was on record already
+        return show_samples(evaluators, source, works, plan.options.show, images, progress, file.parent)
 
 
 def _evaluator(

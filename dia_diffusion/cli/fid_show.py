@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,19 +57,25 @@ def show_samples(
             page = folder / f"show-{source.name}-{name.replace(':', '-')}.html"
             real_features = reference_features(reference, evaluator.extractor, accelerator, progress)
 
-            def write(
-                store: "FeatureStore | None" = store,
-                real_features: torch.Tensor | None = real_features,
-                name: str = name,
-                page: Path = page,
-            ) -> None:
-                assert store is not None and real_features is not None
-                found = find_neighbors(store.read("features"), real_features, accelerator.device)
-                write_text(page, _page(source, name, found, count, reference))
-
+            write = partial(_write, page, source, name, store, real_features, accelerator.device, count, reference)
             on_rank_zero(accelerator, write)
             pages.append(page)
     return pages
+
+
+def _write(
+    page: Path,
+    source: ImageSource,
+    features: str,
+    store: "FeatureStore | None",
+    real_features: torch.Tensor | None,
+    device: torch.device,
+    count: int,
+    reference: "ImageSet",
+) -> None:
+    assert store is not None and real_features is not None  # on rank 0
+    found = find_neighbors(store.read("features"), real_features, device)
+    write_text(page, _page(source, features, found, count, reference))
 
 
 def _page(source: ImageSource, features: str, found: Neighbors, count: int, reference: "ImageSet") -> str:

@@ -186,12 +186,13 @@ def record_together(
         None if fields is None else EvaluationRecord.from_dict(fields)
         for fields in broadcast_from_rank_zero(accelerator, known)
     ]
-    new = [evaluator for evaluator, record in zip(evaluators, before, strict=True) if record is None]
-    works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in new]
+    works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in evaluators]
     measured: Iterator[EvaluationRecord] = iter(())
-    if new:
-        with measuring(works[0]) as progress:
-            measured = iter(measure_together(new, source, works, progress))
+    if None in before:
+        pairs = zip(evaluators, works, strict=True)
+        new, new_works = zip(*(pair for pair, record in zip(pairs, before, strict=True) if record is None), strict=True)
+        with measuring(new_works[0]) as progress:
+            measured = iter(measure_together(new, source, new_works, progress))
     records = [
         under_name(record or next(measured), evaluator.protocol)
         for evaluator, record in zip(evaluators, before, strict=True)

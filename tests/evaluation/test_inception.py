@@ -184,8 +184,10 @@ def test_only_the_released_weights_are_called_inception(released, own_cache, tmp
     (cached,) = own_cache.rglob("*.*")
     assert name(cached) == name(tmp_path / "same.safetensors") == "inception"
     assert name(tmp_path / "other.safetensors") == other
-    told = unreleased(other, tmp_path / "other.pth")
-    assert sha256_of_file(tmp_path / "other.pth") in told and sha256_of_file(weights) in told and other in told
+    reported = unreleased(other, tmp_path / "other.pth")
+    assert (
+        sha256_of_file(tmp_path / "other.pth") in reported and sha256_of_file(weights) in reported and other in reported
+    )
     assert unreleased("inception", weights) is None
 
 
@@ -207,9 +209,9 @@ def test_the_release_is_unpickled_once_and_a_damaged_cache_is_made_again(release
 
 def test_what_is_nowhere_is_downloaded_and_checked(released, own_cache, monkeypatch):
     weights, in_hub = released
-    size, told = weights.stat().st_size, []
-    assert build_inception(progress=lambda *done: told.append(done))[2] == build_inception(weights)[2]
-    assert told[-1] == (size, size)
+    size, reported = weights.stat().st_size, []
+    assert build_inception(progress=lambda *done: reported.append(done))[2] == build_inception(weights)[2]
+    assert reported[-1] == (size, size)
     shutil.rmtree(own_cache)
     monkeypatch.setattr(inception, "RELEASED", Download(weights.as_uri(), "0" * 64, size))
     with pytest.raises(RunError, match="by --inception-weights"):

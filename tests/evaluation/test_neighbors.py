@@ -36,8 +36,14 @@ def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for index, image in enumerate(images):
         Image.fromarray(image[0]).save(folder / f"{index:02d}.png")
     monkeypatch.chdir(tmp_path)
-    assert main(["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "8"]) == 0
-    html = (tmp_path / "show-images-digits.html").read_text()
+    command = ["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "8"]
+    assert main(command) == 0
+    page = tmp_path / "show-images-digits.html"
+    html = page.read_text()
+    page.unlink()
+    assert main(command) == 0 and page.read_text() == html  # the distance is on record by now
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
     captions = re.findall("<figcaption>(.*?)</figcaption>", html)
     assert captions[0] == "image 7: 0.0000, 0 %"
     assert len(captions) == 8 + 2 + 2 and html.count("data:image/png") == 16 + 4

@@ -26,7 +26,7 @@ NAMES = [
     *("PNG image", "JPEG image", "GIF image", "TIFF image", "BMP image", "WEBP image", "PPM image", "zip of images"),
     *("array", "arrays in npz", "binary archive", "python archive", "binary batch", "python batch", "pickled weights"),
 ]
-# Whose reading takes so long that few files are tried.
+# Slow to read, so only a few files are tried.
 SLOW = ["recipe", "classifier's recipe", "study", "metrics on a page", "pipeline's index", "network's config"]
 SLOW += ["network's weights", "classifier's config"]
 

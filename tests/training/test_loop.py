@@ -164,7 +164,7 @@ def test_only_networks_with_stochastic_depth_draw_for_it(tiny) -> None:
 
 
 def test_class_conditional_training_drops_labels(tiny) -> None:
-    """The network's label embedding is given the images' labels, one in so many of them the null label."""
+    """The network's label embedding is given the images' labels, and some of them the null label."""
     options = ("--model.num_classes", "10", "--data.label_dropout", "0.25", "--train.batch_size", "64")
     digits = open_images("digits", size=8, channels=1)
     expected = []
