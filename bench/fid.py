@@ -31,6 +31,8 @@ IMAGE_SIZE = 32
 SMALL_NETWORK = 25
 """The small network is given so many times the images that Inception is."""
 DIMENSIONS, SAMPLES = 2048, 5000
+CHECKED = 64
+"""Images in the folders by which it is checked that contenders find the same distance."""
 AGREEMENT = 1e-4
 """How far the distances of contenders may be apart in exact float32, of themselves."""
 
@@ -50,33 +52,34 @@ def measure(images: int, rounds: int, device: torch.device) -> list[Found]:
         weights = work / "inception.pth"
         save_inception(weights)
         many = SMALL_NETWORK * images
-        return [
-            side_by_side(
-                f"Distance of {images} PNGs to {images}, Inception's features (seeded weights)",
-                of_folders(*make_folders(work, images), "inception", weights, work),
-                2 * images,
-                rounds,
-                device,
-            ),
-            side_by_side(
-                f"Distance of {many} PNGs to {many}, the features `cifar10`",
-                of_folders(*make_folders(work, many), "cifar10", None, work),
-                2 * many,
-                rounds,
-                device,
-            ),
-            side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device),
-            Found(f"Precision and recall of {many} images to {many}, in 256 features", [precision_recall(many)]),
-        ]
+        tables = []
+        for title, features, given, count in (
+            ("Inception's features (seeded weights)", "inception", weights, images),
+            ("the features `cifar10`", "cifar10", None, many),
+        ):
+            check_agreement(of_folders(*make_folders(work, CHECKED), features, given, work))
+            runs = of_folders(*make_folders(work, count), features, given, work)
+            tables.append(
+                side_by_side(f"Distance of {count} PNGs to {count}, {title}", runs, 2 * count, rounds, device)
+            )
+        check_agreement(of_statistics())
+        tables.append(side_by_side(f"Frechet distance in {DIMENSIONS} dimensions", of_statistics(), 1, rounds, device))
+        rows = [precision_recall(many)]
+        return [*tables, Found(f"Precision and recall of {many} images to {many}, in 256 features", rows)]
 
 
-def side_by_side(title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device) -> Found:
-    """The seconds of contenders that take turns, and how they compare to ours."""
+def check_agreement(runs: dict[str, Run]) -> None:
+    """Runs each contender once, which also warms it up. Raises AssertionError where their distances differ."""
     with exact_float32():  # torch-fidelity by itself lets a GPU compute in TF32, and is timed so
         distances = {name: run() for name, run in runs.items()}
     found = [distance for distance in distances.values() if not np.isnan(distance)]
     assert max(found) - min(found) <= AGREEMENT * max(found), f"they disagree: {distances}"
-    timings = interleave([Contender(name, run, images) for name, run in runs.items()], rounds, device)
+
+
+def side_by_side(title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device) -> Found:
+    """The seconds of contenders that take turns, and how they compare to ours."""
+    contenders = [Contender(name, run, images) for name, run in runs.items()]
+    timings = interleave(contenders, rounds, device, warm_up=False)  # their check has
     return Found(title, rows_of(timings, timings[0]), timings)
 
 

@@ -78,13 +78,15 @@ def interleave(
     rounds: int,
     device: torch.device,
     most: int = 1,
+    warm_up: bool = True,
 ) -> list[Timing]:
     """Warms each contender up, then times a block of runs of each in turn, `rounds` times.
 
     most: runs in a block on a GPU; fewer on a CPU where they take long.
+    warm_up: no if they are warm and their runs long; blocks are then of one run.
     """
     timings = [Timing(contender.name, contender.images, contender.flops) for contender in contenders]
-    for contender, timing in zip(contenders, timings, strict=True):
+    for contender, timing in zip(contenders, timings, strict=True) if warm_up else ():
         note(f"warming up: {contender.name}")
         timing.first = seconds_of(contender.run, device)
         if most > 1:
