@@ -1,4 +1,4 @@
-"""A finished tiny run of each kind, for each unit that a test asks for."""
+"""A finished tiny run of each kind, for each requested unit."""
 
 from collections.abc import Callable
 from functools import partial
@@ -45,7 +45,7 @@ optimizer: {learning_rate: 0.1, schedule: constant}
 
 
 def noisy(run: TrainedRun, draws: StepDraws, image: int, u: float) -> tuple[Tensor, Tensor]:
-    """A drawn image (1, C, H, W) with its noise at time u in (0, 1), by vp-continuous, and the network's time (1,)."""
+    """A drawn image (1, C, H, W) noised at time u in (0, 1) by vp-continuous, and the network's time (1,)."""
     alpha = np.exp(-(0.1 * u + 19.9 * u**2 / 2) / 2)
     x = torch.from_numpy(run.images.images[draws.indices[image]]).float() / 127.5 - 1
     x = x.flip(-1) if draws.flips[image] else x
@@ -53,7 +53,7 @@ def noisy(run: TrainedRun, draws: StepDraws, image: int, u: float) -> tuple[Tens
 
 
 def train(folder: Path, recipe: str, unit: str) -> Path:
-    """The folder of a run of this recipe with this unit, trained where it isn't there yet."""
+    """The folder of a run of this recipe with this unit, trained if it doesn't exist yet."""
     run = folder / unit
     if run.exists():
         return run
@@ -72,17 +72,17 @@ def train(folder: Path, recipe: str, unit: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """tiny_run("dia-lstm") is the folder of a UViT's run with pipelines of steps 3 and 6."""
+    """tiny_run("dia-lstm") is the folder of a UViT run with pipelines at steps 3 and 6."""
     return partial(train, tmp_path_factory.mktemp("uvit"), TINY)
 
 
 @pytest.fixture(scope="session")
 def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """tiny_unet("dia-lstm") is the folder of a UNet's run with a pipeline of step 2."""
+    """tiny_unet("dia-lstm") is the folder of a UNet run with a pipeline at step 2."""
     return partial(train, tmp_path_factory.mktemp("unet"), TINY_UNET)
 
 
 @pytest.fixture(scope="session")
 def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """tiny_classifier("se") is the folder of a run with classifiers of steps 2 and 4; SE is individual."""
+    """tiny_classifier("se") is the folder of a run with classifiers at steps 2 and 4; SE has individual sharing."""
     return partial(train, tmp_path_factory.mktemp("classifier"), TINY_CLASSIFIER)

@@ -1,4 +1,4 @@
-"""Replaced maps against controls with the same numbers, lines for GELU against least squares, losses against scipy."""
+"""Replaced maps against controls with the same scales, lines for GELU against least squares, losses against scipy."""
 
 import numpy as np
 import pytest
@@ -31,13 +31,13 @@ def test_replaced_maps_are_a_learned_scale() -> None:
         before = model(x, t).sample
         with replaced_maps([model.unit], [maps]):
             model(x, t)
-            replaced = model(x, t).sample  # the blocks are counted anew in each pass
+            replaced = model(x, t).sample  # the block count restarts in each pass
         assert torch.allclose(replaced, control(x, t).sample, atol=1e-6)
         assert not torch.allclose(replaced, before, atol=1e-3)
         assert torch.equal(model(x, t).sample, before)
 
 
-def test_replacements_are_means_over_what_they_are_not_named_for() -> None:
+def test_replacements_average_over_the_axes_not_in_their_name() -> None:
     mean = np.random.default_rng(0).normal(size=(2, 3, 4))  # L, T, N
     moments = MapMoments(mean, np.zeros_like(mean))
     by = {name: replacement(moments, axes).numpy() for name, axes in REPLACEMENTS.items()}
@@ -67,12 +67,12 @@ def test_differences_are_paired_by_image() -> None:
     ("unit", "unchanged"),
     [("block-channels", {"h by block, time, channel", "h by block, channel"}), ("block-scale", set(REPLACEMENTS))],
 )
-def test_a_control_is_its_own_mean(
+def test_replacing_a_control_by_its_mean_changes_nothing(
     unit: str, unchanged: set[str], tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run,) = open_runs([tiny_run(unit)])
     model = run.model(6)
-    # Six steps of training leave the scales alike, and the MLPs without effect on the loss.
+    # After six training steps the scales are still nearly equal and the MLPs have no effect on the loss.
     torch.manual_seed(0)
     torch.nn.init.normal_(model.unit.scale)
     for module in (*(block.mlp.fc2 for block in uvit_blocks(model)), model.decoder):
@@ -85,7 +85,7 @@ def test_a_control_is_its_own_mean(
         assert apart < 1e-6 if name in unchanged else apart > 1e-4, name
 
 
-def test_means_are_of_other_images_than_losses(tiny_run: MakeRun) -> None:
+def test_means_and_losses_use_different_images(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     (step,) = ABLATIONS.of_run(run, [6], Coverage(4, 2, seed=3))["steps"]
     model, draws = run.model(6), run.draw(3, 1, 4)
@@ -142,7 +142,7 @@ def test_a_unit_that_never_changes_is_a_constant() -> None:
 
 
 @torch.no_grad()
-def test_gelu_is_what_is_seen_and_replaced() -> None:
+def test_at_activations_sees_and_replaces_gelu() -> None:
     torch.manual_seed(0)
     model = UViT(**SMALL, attention="dia-lstm").eval()
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0])
@@ -157,7 +157,7 @@ def test_gelu_is_what_is_seen_and_replaced() -> None:
     with at_activations(model, lines_instead(a, b)):
         replaced = model(x, t).sample
     assert torch.equal(model(x, t).sample, before)
-    for index, block in enumerate(uvit_blocks(model)):  # a + b x as weights of a linear map of what fc1 is given
+    for index, block in enumerate(uvit_blocks(model)):  # folds a + b x into one linear map of fc1's input
         one, two = block.mlp.fc1, block.mlp.fc2
         weight = two.weight @ (b[index][:, None] * one.weight)
         bias = two.bias + two.weight @ (a[index] + b[index] * one.bias)
@@ -166,12 +166,12 @@ def test_gelu_is_what_is_seen_and_replaced() -> None:
 
 
 def with_inputs_scaled(run: TrainedRun, factor: float) -> TrainedRun:
-    """The run with weights whose GELUs are fed so much less or more."""
+    """The run with the inputs of its GELUs multiplied by `factor`."""
     model = run.model(6)
     for block in uvit_blocks(model):
         block.mlp.fc1.weight.data *= factor
         block.mlp.fc1.bias.data *= factor
-        block.mlp.fc2.weight.data *= 30 / factor  # six steps of training leave the MLPs without effect on the loss
+        block.mlp.fc2.weight.data *= 30 / factor  # after six training steps the MLPs have no effect on the loss
     model.decoder.weight.data *= 30
     run.model = lambda step, weights: model
     return run
@@ -191,4 +191,4 @@ def test_tiny_inputs_are_linear_and_large_ones_are_not(tiny_run: MakeRun) -> Non
     assert abs(tiny["losses"][lines]["difference"]) < 1e-4 * tiny["losses"]["own"]["loss"]
     assert abs(large["losses"][lines]["difference"]) > 1e-3 * large["losses"]["own"]["loss"]
     ratios = np.divide(large["input_deviation_by_block"], tiny["input_deviation_by_block"])
-    assert ratios[0] == pytest.approx(30.0 / 1e-3, rel=1e-3)  # of the first block, whose features are the same
+    assert ratios[0] == pytest.approx(30.0 / 1e-3, rel=1e-3)  # first block: both runs have the same features there

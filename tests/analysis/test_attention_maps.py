@@ -1,4 +1,4 @@
-"""Attention maps against what units do to features; their variance, and what classes explain of it, against numpy."""
+"""Attention maps against the scaling of features; their variance, and its share explained by classes, against numpy."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 32, "num_layers": 3, 
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_maps_are_what_features_are_multiplied_with(unit: str) -> None:
+def test_maps_are_the_scales_applied_to_features(unit: str) -> None:
     torch.manual_seed(0)
     model = UViT(**SMALL, attention=unit).eval()
     for parameter in model.unit.parameters():
@@ -35,7 +35,7 @@ def test_maps_are_what_features_are_multiplied_with(unit: str) -> None:
     hook.remove()
     assert maps.shape == (3, 2, 32) and len(calls) == 3
     for h, (features, recalibrated) in zip(maps, calls, strict=True):
-        scales = (recalibrated / features)[:, 1:]  # of the patches; with maps over places each has its own
+        scales = (recalibrated / features)[:, 1:]  # of the patches; with spatial maps each patch has its own
         assert torch.allclose(h, scales.mean(1), rtol=1e-5, atol=1e-7)
     assert not model.unit._forward_hooks
 
@@ -50,7 +50,7 @@ def test_the_terms_add_up_to_the_variance() -> None:
     moments = MapMoments(h.mean(axis=2), h.var(axis=2))
     assert sum(split_variance([moments]).values()) == pytest.approx(h.var())
     assert sum(split_variance([moments.block(1)]).values()) == pytest.approx(h[1].var())
-    # Written out with loops, as the law says it.
+    # The law of total variance, written out with loops.
     channels = [np.var([h[b, :, :, n].mean() for n in range(6)]) for b in range(3)]
     times = [np.var([h[b, t, :, n].mean() for t in range(4)]) for b in range(3) for n in range(6)]
     images = [np.var(h[b, t, :, n]) for b in range(3) for t in range(4) for n in range(6)]
@@ -61,7 +61,7 @@ def test_the_terms_add_up_to_the_variance() -> None:
     assert summary([moments])["shares"] == pytest.approx(shares)
 
 
-def test_moments_of_a_run_are_those_of_image_after_image(tiny_run: MakeRun) -> None:
+def test_batched_moments_match_single_images(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     model = run.model(6)
     seen: list[int] = []
@@ -97,7 +97,7 @@ def test_blocks_of_all_stages_follow_each_other(tiny_classifier: MakeRun) -> Non
 
 
 def classes_of(stages: list[np.ndarray], labels: np.ndarray, batch: int = 7) -> dict:
-    """The record of maps (L, T, I, N) of each stage and the classes (I,), added batch after batch."""
+    """The record for the maps (L, T, I, N) of each stage and the classes (I,), added batch by batch."""
     classes = [ClassMeans(h.shape[0], h.shape[1], h.shape[3]) for h in stages]
     for each, h in zip(classes, stages, strict=True):
         for start in range(0, len(labels), batch):
@@ -107,7 +107,7 @@ def classes_of(stages: list[np.ndarray], labels: np.ndarray, batch: int = 7) -> 
     return ClassMeans.summary(classes, moments, ["a", "b", "c", "d"])
 
 
-def test_a_map_of_the_class_alone_is_explained_whole() -> None:
+def test_a_map_determined_by_the_class_is_fully_explained() -> None:
     labels = np.array([0, 1, 3, 1, 0, 3, 3, 0])
     h = np.random.default_rng(0).random((2, 3, 4, 5))[:, :, labels]
     record = classes_of([h], labels)
@@ -118,7 +118,7 @@ def test_a_map_of_the_class_alone_is_explained_whole() -> None:
 
 
 def test_a_known_share() -> None:
-    """Class means -1 and 1 with deviation 2 within: 1 / (1 + 4) of the variance."""
+    """Class means -1 and 1, standard deviation 2 within a class: classes explain 1 / (1 + 4) of the variance."""
     within = np.array([-2.0, 2.0, -2.0, 2.0])
     h = np.concatenate([within - 1, within + 1])[None, None, :, None]
     record = classes_of([h], np.repeat([0, 1], 4))
@@ -129,7 +129,7 @@ def test_a_known_share() -> None:
     assert constant["share"] == 0 and constant["adjusted"] is None
 
 
-def test_random_classes_reach_their_share_by_chance() -> None:
+def test_random_classes_explain_only_the_share_by_chance() -> None:
     random = np.random.default_rng(2)
     stages = [random.normal(size=(2, 2, 40, 50)), random.normal(size=(1, 2, 40, 100))]
     record = classes_of(stages, np.arange(40) % 4)

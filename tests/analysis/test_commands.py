@@ -1,4 +1,4 @@
-"""`dia-diffusion analyze` on runs of all kinds: figures, records, what is printed, and what is refused."""
+"""`dia-diffusion analyze` on runs of all kinds: figures, records, printed lines and refusals."""
 
 import json
 from pathlib import Path

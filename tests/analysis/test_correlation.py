@@ -1,4 +1,4 @@
-"""Correlations of maps against numpy.corrcoef, and runs whose maps are known to be alike or constant."""
+"""Correlations of maps against numpy.corrcoef, and runs whose maps are known to be equal or constant."""
 
 import numpy as np
 import pytest
@@ -11,18 +11,18 @@ from tests.analysis.conftest import MakeRun
 
 
 def by_hand() -> np.ndarray:
-    """Maps (4, 3, 7) of which the last block's are the first's times -2 plus 1, and the third's are constant."""
+    """Maps (4, 3, 7): the last block's are 1 - 2 times the first's, and the third's are constant."""
     h = np.random.default_rng(0).random((4, 3, 7))
     h[2] = 0.25
     h[3] = 1 - 2 * h[0]
     return h
 
 
-def test_the_distribution_is_that_of_all_images_and_pairs() -> None:
+def test_the_distribution_covers_all_images_and_pairs() -> None:
     random = np.random.default_rng(1)
     h = random.random((5, 400, 12)) + random.random((5, 1, 12))
     coefficients = Coefficients(5)
-    for start in range(0, 400, 150):  # batch after batch
+    for start in range(0, 400, 150):  # batch by batch
         part = h[:, start : start + 150]
         coefficients.add(pearson(part, np.ones(part.shape[:2])))
     record = coefficients.summary()
@@ -46,7 +46,7 @@ def test_constant_maps_are_counted_and_have_no_mean() -> None:
     assert nothing.summary()["mean"] is None and nothing.summary()["quantiles"] is None
 
 
-def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: MakeRun) -> None:
+def test_batched_correlations_match_single_images(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     seen: list[int] = []
     record = ANALYSIS.of_run(run, [6], Coverage(5, 2, seed=3, batch_size=2, progress=seen.append))
@@ -68,8 +68,8 @@ def test_a_runs_correlations_are_those_of_image_after_image(tiny_run: MakeRun) -
         assert record["steps"][0]["mean"][variant] == pytest.approx(expected[np.triu_indices(3, 1)].mean(), abs=1e-4)
 
 
-def test_learned_channels_are_alike_only_as_channels(tiny_run: MakeRun) -> None:
-    """Vectors of channels know no image: nothing is left of their correlation once their mean is gone."""
+def test_block_channels_correlate_only_before_centering(tiny_run: MakeRun) -> None:
+    """Learned channel scales don't depend on the image: nothing is left to correlate without their mean over images."""
     runs = open_runs([tiny_run("block-channels"), tiny_run("block-scale")])
     (channels,) = ANALYSIS.of_run(runs[0], [6], Coverage(4, 2))["steps"]
     expected = np.corrcoef(runs[0].model(6).unit.scale.detach().double().numpy())
@@ -79,7 +79,7 @@ def test_learned_channels_are_alike_only_as_channels(tiny_run: MakeRun) -> None:
     assert numbers["mean"] == {"maps": None, "centred": None}
 
 
-def test_stages_are_correlated_apart(tiny_classifier: MakeRun) -> None:
+def test_each_stage_is_correlated_separately(tiny_classifier: MakeRun) -> None:
     (run,) = open_runs([tiny_classifier("se")])
     (step,) = ANALYSIS.of_run(run, [4], Coverage(6, 16, batch_size=4))["steps"]
     model, draws = run.model(4), run.draw(0, 0, 6)

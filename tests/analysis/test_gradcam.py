@@ -1,4 +1,4 @@
-"""Heat maps against Grad-CAM written out, for maps and tokens, and the command's figure."""
+"""Heat maps against a written-out Grad-CAM, for maps and tokens, and the command's figure."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def saved(place: Path, config: BackboneConfig, seed: int = 0) -> Path:
 
 
 def by_hand(classifier: SavedClassifier, images: torch.Tensor, numbers: list[int]) -> np.ndarray:
-    """Channels weighted by their mean gradient, the negative cut, grown to the images' size, from 0 to 1."""
+    """Channels weighted by their mean gradient, clipped at 0, resized to the images, scaled to [0, 1]."""
     layer, is_tokens = last_block(classifier.model)
     kept = []
     hook = layer.register_forward_hook(lambda _, __, output: kept.append(output))
@@ -45,7 +45,7 @@ def by_hand(classifier: SavedClassifier, images: torch.Tensor, numbers: list[int
 
 
 @pytest.mark.parametrize("config", [RESNET, VIT], ids=["maps", "tokens"])
-def test_heat_maps_are_those_of_the_formula(config: BackboneConfig, tmp_path: Path) -> None:
+def test_heat_maps_match_the_formula(config: BackboneConfig, tmp_path: Path) -> None:
     classifier = load_classifier(saved(tmp_path / "one", config))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     found = heat_maps("one", classifier, images, [0, 3, 7])
@@ -54,7 +54,7 @@ def test_heat_maps_are_those_of_the_formula(config: BackboneConfig, tmp_path: Pa
     softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert np.allclose(found.scores, softmax[range(3), [0, 3, 7]], atol=1e-6)
     assert (found.predicted == logits.argmax(axis=1)).all()
-    assert not any(module._forward_hooks for module in [last_block(classifier.model)[0]])  # left as it was
+    assert not any(module._forward_hooks for module in [last_block(classifier.model)[0]])  # no hook is left behind
 
 
 def test_tokens_keep_their_places() -> None:
@@ -71,7 +71,7 @@ def test_command_draws_classifiers_side_by_side(tmp_path: Path, capsys: pytest.C
     assert "of images.npz" in capsys.readouterr().out
     assert main(["gradcam", places[0], *command[1:-1], str(tmp_path / "b.png")]) == 2
     assert "classifiers must have folders of different names" in capsys.readouterr().err
-    for more, told in (
+    for more, message in (
         ([], "exists"),
         (["--out", str(tmp_path / "b.png"), "--class", "10"], "`--class` must be 0 to 9 for none, got 10"),
         (["--out", str(tmp_path / "b.what")], "must have the suffix of a figure format"),
@@ -79,11 +79,11 @@ def test_command_draws_classifiers_side_by_side(tmp_path: Path, capsys: pytest.C
     ):
         assert main([*command, *more]) == 2
         error = capsys.readouterr().err
-        assert told in error and error.count("\n") == 1
+        assert message in error and error.count("\n") == 1
     assert not (tmp_path / "b.png").exists()
 
 
-def test_classes_are_known_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_folders_are_matched_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = str(saved(tmp_path / "none", RESNET))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for folder, name in (("some", "class3"), ("some", "class7"), ("other", "class3"), ("other", "zebra")):

@@ -1,4 +1,4 @@
-"""Sizes and noise of gradients against given values whose statistics are known, and against autograd by hand."""
+"""Sizes and noise of gradients against values with known statistics and against explicit autograd calls."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from dia_diffusion.training.diffusion import diffusion_loss
 from tests.analysis.conftest import MakeRun
 
 
-def test_the_distribution_is_that_of_the_elements() -> None:
+def test_the_distribution_of_the_elements_matches_numpy() -> None:
     values = np.random.default_rng(0).normal(size=5000) * np.geomspace(1e-9, 1e3, 5000)
     magnitudes = Magnitudes()
     for part in np.split(values, 5):
@@ -34,7 +34,7 @@ def test_the_distribution_is_that_of_the_elements() -> None:
     assert nothing.summary()["mean"] == 0 and nothing.summary()["quantiles"] is None
 
 
-def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: MakeRun) -> None:
+def test_run_gradients_match_autograd_at_the_blocks(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     record = GRADIENTS.of_run(run, [0, 6], GradientBatches(2, 4, seed=5), "raw")
     assert [step["step"] for step in record["steps"]] == [0, 6] and record["measured_batch_size"] == 4
@@ -62,11 +62,11 @@ def test_a_runs_gradients_are_those_of_its_loss_at_the_blocks(tiny_run: MakeRun)
             middle = np.median(expected[expected > 0])
             assert measured["quantiles"]["0.5"] == pytest.approx(middle, rel=0.05)
     last = record["steps"][1]["blocks"][2]
-    assert last["ends_stage"] and last["zeros"] == 2 * 4 * 16  # the time token, which the decoder leaves out
+    assert last["ends_stage"] and last["zeros"] == 2 * 4 * 16  # the time token, which the decoder drops
 
 
 class Line(nn.Module):
-    """A loss whose gradient is the mean of what it is given."""
+    """A weight vector for losses that are linear in it, so that their gradients can be chosen."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -74,13 +74,13 @@ class Line(nn.Module):
 
 
 def noise_of(gradients: np.ndarray, batch_size: int) -> dict:
-    """The record of batches (K, P) of given gradients."""
+    """The record for given gradients (K, P), one per batch."""
     line = Line(gradients.shape[1])
     given = [torch.from_numpy(gradient) for gradient in gradients]
     return gradient_noise(line, [lambda g=g: line.weight @ g for g in given], batch_size)["all"]
 
 
-def test_estimates_are_those_of_numpy() -> None:
+def test_estimates_match_numpy() -> None:
     gradients = np.random.default_rng(0).normal(0.3, 1.0, size=(13, 7))
     record = noise_of(gradients, 4)
     spread = gradients.var(axis=0, ddof=1).sum()
@@ -92,8 +92,8 @@ def test_estimates_are_those_of_numpy() -> None:
     assert record["batch_gradient_norm"] == pytest.approx(np.sqrt(np.square(gradients).sum(axis=1).mean()))
 
 
-def test_the_noise_scale_of_a_known_distribution_lies_in_its_range() -> None:
-    """One image's gradient has mean 0.1 and covariance 4 I in 50 dimensions: tr 200, |G|^2 0.5."""
+def test_the_interval_holds_the_noise_scale_of_a_known_distribution() -> None:
+    """One image's gradient has mean 0.1 and covariance 4 I in 50 dimensions: trace 200, |G|^2 0.5."""
     draw = np.random.default_rng(1)
     inside, estimates = 0, []
     for _ in range(40):
@@ -102,12 +102,12 @@ def test_the_noise_scale_of_a_known_distribution_lies_in_its_range() -> None:
         high = record["noise_scale_high"] or np.inf
         inside += record["noise_scale_low"] < 400 < high
     assert np.mean(estimates, axis=0) == pytest.approx([200, 0.5], rel=0.05)
-    assert inside >= 33  # two standard errors, themselves from 8 parts
+    assert inside >= 33  # two standard errors, estimated from 8 parts
     nothing = noise_of(np.repeat(np.eye(4), 4, axis=0) * np.tile([1, 1, -1, -1], 4)[:, None], 1)
     assert nothing["noise_scale"] is None and nothing["noise_scale_high"] is None
 
 
-def test_a_runs_noise_is_that_of_its_own_loss(tiny_run: MakeRun) -> None:
+def test_run_gradient_noise_matches_autograd(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("dia-lstm")])
     record = GRADIENT_NOISE.of_run(run, [6], GradientBatches(3, 4, seed=5))
     groups = record["steps"][0]["groups"]

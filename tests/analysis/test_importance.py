@@ -1,4 +1,4 @@
-"""Importance on maps whose origin is known, and that scores are of other images than fits."""
+"""Importances of maps with known dependencies; scores are computed on other images than the fits."""
 
 from dataclasses import replace
 from typing import Any
@@ -26,19 +26,19 @@ def rows() -> list[dict[str, Any]]:
     return importances(drawn(0), drawn(1), scale=0.5)
 
 
-def test_what_a_block_is_made_of_is_found(rows: list[dict[str, Any]]) -> None:
+def test_importance_finds_the_block_that_a_map_is_computed_from(rows: list[dict[str, Any]]) -> None:
     second, third, fourth = rows
     assert third["importance"][0] > 0.95 and third["r2"] > 0.99
-    assert second["r2"] < LEAST_R2 and second["importance"] == [1.0]  # though its forest predicts nothing
+    assert second["r2"] < LEAST_R2 and second["importance"] == [1.0]  # although its forest predicts nothing
     assert fourth["r2"] < 0.05 and sum(fourth["importance"]) == pytest.approx(1)
 
 
-def test_forests_are_seeded_and_scored_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forests_are_seeded_and_scored_on_other_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dia_diffusion.analysis.importance.TREES", 10)
     fit, score = drawn(0, 100), drawn(1, 100)
     assert importances(fit, score, 0.5, seed=3) == importances(fit, score, 0.5, seed=3)
     assert importances(fit, score, 0.5, seed=3) != importances(fit, score, 0.5, seed=4)
-    assert importances(fit, fit, 0.5)[2]["r2"] > 0.3  # its own samples it knows, noise or not
+    assert importances(fit, fit, 0.5)[2]["r2"] > 0.3  # it fits its own samples even if they are noise
     fit[:, 1] = 0.25 + 1e-9 * fit[:, 0]
     assert importances(fit, score, 0.25)[0] == {"importance": [0.0], "r2": None}, "a constant block"
 
@@ -47,11 +47,12 @@ def test_samples_are_channels_of_images_at_times(tiny_run: MakeRun) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
     model, coverage = run.model(6), Coverage(4, 2, batch_size=3, num_samples=40)
     moments = measure_maps(run, model, coverage)
-    (found,) = draw_samples(run, model, coverage, 0, moments)  # 5 of 16 channels for each image and time
+    (found,) = draw_samples(run, model, coverage, 0, moments)  # 5 of the 16 channels per image and time
     assert found["maps"].shape == (40, 3) and np.abs(found["centred"]).max() < 1e-7
     scale = model.unit.scale.detach().numpy()  # (L, N), the same for every image
     chosen = [{tuple(row) for row in found["maps"][start : start + 5].round(6)} for start in range(0, 40, 5)]
-    assert all(len(rows) == 5 for rows in chosen) and len(set(map(frozenset, chosen))) > 1  # none twice, others anew
+    # No channel twice, and not always the same channels.
+    assert all(len(rows) == 5 for rows in chosen) and len(set(map(frozenset, chosen))) > 1
     assert set.union(*chosen) <= {tuple(row) for row in scale.T.astype(np.float64).round(6)}
     (whole,) = draw_samples(run, model, replace(coverage, num_samples=10_000), 0, moments)
     assert len(whole["maps"]) == 4 * 2 * 16

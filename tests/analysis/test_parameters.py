@@ -1,4 +1,4 @@
-"""What units add: against the paper's printed counts, its saving, closed forms, and networks that are really built."""
+"""Parameters that units add, against the paper's counts and savings, closed forms and built networks."""
 
 import pytest
 
@@ -27,12 +27,12 @@ def test_printed_counts(number: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["se", "eca", "cbam", "spa", "sem", "spem", "sge"])
-def test_savings_are_the_papers(unit: str) -> None:
+def test_savings_match_the_paper(unit: str) -> None:
     assert f"{100 * added_parameters(RESNET164, unit).saving:.1f}" == "94.4"
     assert f"{100 * added_parameters(RESNET83, unit).saving:.1f}" == "88.9"
 
 
-def test_srm_saves_what_its_batch_norms_leave() -> None:
+def test_srm_saving_excludes_its_batch_norms() -> None:
     for stages, blocks in ((RESNET164, 18), (RESNET83, 9)):
         channels = 64 + 128 + 256
         added = added_parameters(stages, "srm")
@@ -43,7 +43,7 @@ def test_srm_saves_what_its_batch_norms_leave() -> None:
 
 
 @pytest.mark.parametrize("unit", ["dia-lstm", "srm", "block-channels"])
-def test_counted_is_what_a_built_network_has(unit: str) -> None:
+def test_counts_match_built_networks(unit: str) -> None:
     name = "cifar-resnet20-basic"
     stages = stages_of(model_named(name))
     assert sizes(stages) == [(16, 3), (32, 3), (64, 3)]
@@ -59,15 +59,15 @@ def test_counted_is_what_a_built_network_has(unit: str) -> None:
 
 
 def test_models_by_name() -> None:
-    # The official U-ViT-S/2's count, torchvision's own, and a recipe's.
+    # Counts of the official U-ViT-S/2, of torchvision's networks and of a recipe.
     expected = {"S/2": 44_255_328, "resnet50": 25_557_032, "vit_b_16": 86_567_656, "cifar10_uvit_s2_dia": 44_255_328}
     assert {name: count_parameters(model_named(name)) for name in expected} == expected
-    # ResNet-20 with projections, of a recipe of classify.
+    # ResNet-20 with projections, from a recipe of `classify`.
     assert count_parameters(model_named("cifar10_resnet20_cpu")) == 272_474
     assert sizes(stages_of(model_named("resnet50"))) == [(256, 3), (512, 4), (1024, 6), (2048, 3)]
 
 
-def test_the_command_prints_a_row_a_unit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_one_row_per_unit(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["params", "--model", "tiny/2", "--unit", "se", "dia-lstm", "--kwargs", "{reduction: 8}"]
     assert main(arguments) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -77,7 +77,7 @@ def test_the_command_prints_a_row_a_unit(capsys: pytest.CaptureFixture[str]) -> 
     assert rows[2] == ["dia-lstm", f"{10 * 128 * 128 // 8 + 2 * 16 + 8 * 128:,}", "-", "-"]
 
 
-def test_the_command_sets_ours_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_compares_with_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["params", "--table", "XII"]) == 0
     out = capsys.readouterr().out
     r_1 = "XII ResNet164 DIA-LSTM, r = 1 2.59 2.59 0 2,591,924 r 1"

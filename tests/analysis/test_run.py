@@ -1,4 +1,4 @@
-"""Runs of both kinds as the analyses see them: images, losses and weights, against networks that are called by hand."""
+"""The images, losses and weights of diffusion and classification runs, against networks called directly."""
 
 import shutil
 from pathlib import Path
@@ -20,8 +20,8 @@ from dia_diffusion.training.randomness import image_order
 from tests.analysis.conftest import MakeRun, noisy
 
 
-def test_losses_of_a_diffusion_run_are_those_of_each_image(tiny_run: MakeRun) -> None:
-    """vp-continuous noise, uniform weights, noise predicted: the loss is the mean squared error of the noise."""
+def test_diffusion_losses_are_per_image(tiny_run: MakeRun) -> None:
+    """With vp-continuous noise, uniform weights and noise prediction, the loss is the noise's mean squared error."""
     (run,) = open_runs([tiny_run("dia-lstm")])
     model = run.model(6)
     draws = run.draw(2, 1, 5)
@@ -36,7 +36,7 @@ def test_losses_of_a_diffusion_run_are_those_of_each_image(tiny_run: MakeRun) ->
         assert float(measured[time, image]) == pytest.approx(float((predicted - draws.noise[image]).square().mean()))
 
 
-def test_losses_of_a_classifier_are_those_of_its_augmented_images(tiny_classifier: MakeRun) -> None:
+def test_classifier_losses_use_augmented_images(tiny_classifier: MakeRun) -> None:
     (run,) = open_runs([tiny_classifier("se")])
     draws = run.draw(1, 0, 5)
     pixels = torch.from_numpy(run.images.images[draws.indices])
@@ -47,10 +47,10 @@ def test_losses_of_a_classifier_are_those_of_its_augmented_images(tiny_classifie
     with torch.no_grad():
         assert torch.allclose(run.training_losses(run.model(4), draws), expected, atol=1e-6)
     parts = losses(run, run.model(4), draws, Coverage(5, 16, batch_size=2))
-    assert parts.shape == (1, 5) and torch.allclose(parts[0].float(), expected, atol=1e-5)  # it has no times
+    assert parts.shape == (1, 5) and torch.allclose(parts[0].float(), expected, atol=1e-5)  # a classifier has no times
 
 
-def test_raw_weights_are_those_of_checkpoints(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_raw_weights_come_from_checkpoints(tiny_run: MakeRun, tmp_path: Path) -> None:
     (run,) = open_runs([tiny_run("block-channels")])
     averaged, raw = run.model(6).state_dict(), run.model(6, "raw").state_dict()
     assert averaged.keys() == raw.keys() and not torch.equal(averaged["unit.scale"], raw["unit.scale"])
@@ -69,7 +69,7 @@ def test_raw_weights_are_those_of_checkpoints(tiny_run: MakeRun, tmp_path: Path)
         run.choose_steps(None, "raw")
 
 
-def test_first_weights_of_batch_norm_are_measured_in_training_mode_alone(tiny_classifier: MakeRun) -> None:
+def test_initial_weights_with_batch_norm_are_measured_only_in_training_mode(tiny_classifier: MakeRun) -> None:
     runs = open_runs([tiny_classifier("none"), tiny_classifier("se")])
     assert runs[1].with_first(None) == [2, 4] and runs[1].with_first([0, 2]) == [0, 2]
     for record in [GRADIENTS.of_run(run, over=GradientBatches(2)) for run in runs]:
@@ -81,7 +81,7 @@ def test_first_weights_of_batch_norm_are_measured_in_training_mode_alone(tiny_cl
         runs[0].model(3)
 
 
-def test_what_does_not_fit_a_run_is_refused(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_a_run_are_refused(tiny_run: MakeRun, tmp_path: Path) -> None:
     plain, with_unit = open_runs([tiny_run("none"), tiny_run("block-scale")])
     with pytest.raises(InputError, match="without attention unit"):
         MAPS.of_run(plain, over=Coverage(2, 2))

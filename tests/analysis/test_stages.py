@@ -1,4 +1,4 @@
-"""Stages, blocks and maps of networks with attached units, against what their modules say."""
+"""Stages, blocks and maps of networks with attached units, against their modules."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_a_resnet_has_three_stages_with_and_without_unit() -> None:
         attended_stages(plain)
 
 
-def test_maps_of_stages_are_what_branches_are_multiplied_with() -> None:
+def test_stage_maps_are_the_scales_applied_to_branches() -> None:
     model = resnet()
     attach(model, "se", reduction=4, sharing="individual")
     images = torch.randn(2, 3, 16, 16)
@@ -63,7 +63,7 @@ def test_a_part_of_the_blocks_can_carry_the_unit() -> None:
     assert maps.shape == (2, 2, 16)
 
 
-def test_units_at_places_of_ones_own_are_stages() -> None:
+def test_units_at_custom_positions_form_stages() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
     with pytest.raises(InputError, match="whose blocks attach"):
         stages_of(model)
@@ -94,12 +94,12 @@ def test_gradients_reach_the_ends_of_residual_blocks() -> None:
 def test_stages_follow_the_channels_in_order_of_execution(tiny_unet: MakeRun) -> None:
     (run,) = open_runs([tiny_unet("block-channels")])
     (step,) = CORRELATION.of_run(run, [2], Coverage(3, 2))["steps"]
-    # Down: 8 and 16 channels, the middle's two blocks and the first up's two 16, the last up's two 8.
+    # Down: 8 and 16 channels; the two mid blocks and the first two up blocks have 16, the last two up blocks 8.
     assert [(stage["channels"], len(stage["blocks"])) for stage in step["stages"]] == [(8, 1), (16, 5), (8, 2)]
     scale = run.model(2).unit[1].scale.detach().double()
     pairs = torch.corrcoef(scale)[tuple(torch.triu_indices(5, 5, 1))]
     assert step["stages"][1]["maps"]["mean"] == pytest.approx(float(pairs.mean()), abs=1e-3)
-    assert step["stages"][0]["maps"]["mean"] is None  # one block makes no pair
+    assert step["stages"][0]["maps"]["mean"] is None  # there is no pair of blocks
 
 
 def test_gradients_with_and_without_unit_are_at_the_same_blocks(tiny_unet: MakeRun) -> None:
