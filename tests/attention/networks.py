@@ -20,7 +20,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Two stages of residual blocks, 8 and 16 wide; `unit_of` is how the units are written in place, for reference."""
+    """Two stages of residual blocks, 8 and 16 wide; `written_out` is the same network with units written in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Network(nn.Module):
 
 
 def count(module: nn.Module) -> int:
-    """Parameters."""
+    """The number of parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -61,7 +61,7 @@ def is_branch(name: str, module: nn.Module) -> bool:
 
 
 def gradients(model: nn.Module, *losses: Tensor) -> Tensor:
-    """Of the sum, each taken by a backward pass of its own."""
+    """Gradients of the losses' sum, with one backward pass per loss."""
     model.zero_grad()
     for loss in losses:
         loss.backward()

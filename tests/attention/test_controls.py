@@ -1,4 +1,4 @@
-"""The controls against their formulas in loops over blocks and channels."""
+"""The controls against their formulas, as loops over blocks and channels."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_each_block_has_its_own_scale(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_they_start_where_dia_lstm_does_unless_asked_otherwise(name: str) -> None:
+def test_controls_start_at_dia_lstms_initial_scale_by_default(name: str) -> None:
     features = torch.randn(2, 4, 6)
     zero, _ = build_attention("dia-lstm", 6, reduction=2, initialization="zero")(features)
     assert torch.equal(build_attention(name, 6, num_blocks=3)(features)[0], zero)
@@ -56,7 +56,7 @@ def test_weight_decay_pulls_scales_to_decay_to(name: str, decay_to: float) -> No
     assert torch.allclose(unit.attention_map(2), torch.tensor(expected), rtol=1e-6)
 
 
-def test_scales_of_the_time_are_their_formula_and_the_same_for_every_image() -> None:
+def test_time_dependent_scales_match_their_formula_and_ignore_the_image() -> None:
     torch.manual_seed(0)
     model, times = UViT(**SMALL, attention=TIME).eval(), [3.5, 700.0]
     unit = model.unit
@@ -77,7 +77,7 @@ def test_scales_of_the_time_are_their_formula_and_the_same_for_every_image() -> 
                 assert maps[block, i, n].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-def test_scales_of_the_time_are_of_blocks_that_carry_them_in_a_uvit() -> None:
+def test_time_dependent_scales_exist_only_for_the_chosen_blocks_of_a_uvit() -> None:
     unit = UViT(**SMALL, attention=TIME, attention_blocks=[0, 2]).unit
     assert unit.bias.shape == (2, 32) and count(unit) == 32 * 8 + 8 + 2 * (32 * 8 + 32)
     with pytest.raises(InputError, match=f"must not need the time, which only a UViT gives its unit, got '{TIME}'"):

@@ -1,4 +1,4 @@
-"""Attached ResNet-50s inside torchvision's detectors: train, save with the unit once, and load (IV-C of the paper)."""
+"""ResNet-50s with attached units inside torchvision's detectors: train, save each unit once, load (paper, IV-C)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ STAGES = {256: 3, 512: 4, 1024: 6, 2048: 3}  # channels -> bottlenecks of a ResN
 
 
 def detector(build: Callable[..., nn.Module], seed: int) -> tuple[nn.Module, int]:
-    """With DIA-LSTM on its backbone, and how many parameters it has without."""
+    """A detector with DIA-LSTM on its backbone, and its number of parameters without the unit."""
     torch.manual_seed(seed)
     size = {"min_size": 64, "max_size": 64}
     model = build(weights=None, weights_backbone=None, num_classes=3, **size)
@@ -27,9 +27,9 @@ def detector(build: Callable[..., nn.Module], seed: int) -> tuple[nn.Module, int
 @pytest.mark.parametrize(
     "build", [retinanet_resnet50_fpn, pytest.param(fasterrcnn_resnet50_fpn, marks=pytest.mark.long)]
 )
-def test_detector_trains_and_comes_back_from_its_file(build: Callable[..., nn.Module], tmp_path: Path) -> None:
+def test_detector_trains_and_reloads(build: Callable[..., nn.Module], tmp_path: Path) -> None:
     model, plain = detector(build, seed=0)
-    # 10 N^2 / r weights and 2 N / r + 8 N biases of a unit, one a stage (III-C).
+    # 10 N^2 / r weights and 2 N / r + 8 N biases per unit, one unit per stage (III-C).
     added = sum(10 * n * n // 16 + 2 * n // 16 + 8 * n for n in STAGES)
     assert sum(p.numel() for p in model.parameters()) == plain + added
 
@@ -40,12 +40,12 @@ def test_detector_trains_and_comes_back_from_its_file(build: Callable[..., nn.Mo
     target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
     losses = model.train()(images, [target, target])
     sum(losses.values()).backward()
-    # Every bottleneck's call, stage by stage, the state starting anew with each stage.
+    # One call per bottleneck, stage by stage; the state restarts with each stage.
     assert calls == [(n, block == 0) for n, blocks in STAGES.items() for block in range(blocks)]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.attention_units.parameters())
     assert all(any(p.grad.any() for p in unit.parameters()) for unit in model.attention_units)
 
-    save_file(model.state_dict(), tmp_path / "detector.safetensors")  # refuses tensors that are held twice
+    save_file(model.state_dict(), tmp_path / "detector.safetensors")  # raises an error for shared tensors
     again, _ = detector(build, seed=1)
     again.load_state_dict(load_file(tmp_path / "detector.safetensors"))
     with torch.no_grad():

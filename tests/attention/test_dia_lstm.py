@@ -12,7 +12,7 @@ CELLS = ("dia-lstm", "dia-lstm-light", "lstm")
 
 @pytest.mark.parametrize("n", [16, 64, 512])
 @pytest.mark.parametrize("r", [1, 4, 16])
-def test_parameter_counts_are_the_papers(n: int, r: int) -> None:
+def test_parameter_counts_match_the_paper(n: int, r: int) -> None:
     assert count(DIALSTM(n, r, "lstm")) == 8 * n * n + 8 * n
     assert count(DIALSTM(n, r, "dia-lstm")) == 10 * n * n // r + 2 * n // r + 8 * n
     assert count(DIALSTM(n, r, "dia-lstm-light")) == 2 * n * n // r + 2 * n // r + 16 * n
@@ -105,7 +105,7 @@ def test_stacked_cells_run_on_the_hidden_state_below() -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_zero_initialization_starts_every_block_at_a_quarter(cell: str) -> None:
-    """And what the loss says of h reaches the parameters next to the gates."""
+    """The gradient of h still reaches the parameters that feed the gates."""
     unit = DIALSTM(8, cell=cell, activation="sigmoid", num_cells=2, initialization="zero")
     state, features = None, torch.randn(3, 2, 5, 8)
     for block in features:
@@ -135,7 +135,7 @@ def test_light_weights_start_with_the_variance_of_the_map_they_replace() -> None
     light = DIALSTM(n, r, "dia-lstm-light").cells[0]
     linear = torch.nn.Linear(n // r, 64)
     assert light.input_weight.abs().max() <= 1
-    # Sums over n / r inputs of variance v against one input of variance v.
+    # A sum over n / r weights of variance v, against one weight.
     variance = float(linear.weight.detach().var())
     assert float(light.input_weight.detach().var()) == pytest.approx(n / r * variance, rel=0.05)
     assert float(light.input_bias.detach().var()) == pytest.approx(r / n / 3, rel=0.05)

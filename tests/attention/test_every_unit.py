@@ -1,4 +1,4 @@
-"""What every unit promises: precision, saving, recomputing, compiling, layout of features, arguments."""
+"""Guarantees of every unit: precision, saving, recomputation, compilation, feature layouts and argument checks."""
 
 import copy
 from pathlib import Path
@@ -11,7 +11,7 @@ from dia_diffusion.attention import DIALSTM, UNITS, build_attention
 from dia_diffusion.errors import InputError
 from tests.attention.networks import SAMS
 
-BLIND = ("fixed-scale", "block-scale", "block-channels", "block-channels-time")  # controls, which read no features
+BLIND = ("fixed-scale", "block-scale", "block-channels", "block-channels-time")  # controls: they read no features
 WITHOUT_TIME = [name for name in UNITS if name != "block-channels-time"]
 OPTIONS = [
     *((name, {}) for name in UNITS),
@@ -27,7 +27,7 @@ X, T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torc
 
 
 def scrambled(unit: torch.nn.Module) -> torch.nn.Module:
-    """Moves parameters and running statistics away from where they start."""
+    """Randomizes parameters and running statistics."""
     for parameter in unit.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     for name, buffer in unit.named_buffers():
@@ -44,7 +44,7 @@ def uvit_with(name: str, options: dict) -> UViT:
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_saved_and_loaded_it_is_the_same_function(name: str, options: dict, tmp_path: Path) -> None:
+def test_saving_and_loading_keep_the_outputs(name: str, options: dict, tmp_path: Path) -> None:
     model = uvit_with(name, options).eval()
     model.save_pretrained(tmp_path)
     loaded = UViT.from_pretrained(tmp_path)
@@ -54,7 +54,7 @@ def test_saved_and_loaded_it_is_the_same_function(name: str, options: dict, tmp_
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_features_keep_their_precision_and_maps_float32(name: str, options: dict) -> None:
+def test_features_keep_their_precision_and_maps_are_float32(name: str, options: dict) -> None:
     model = uvit_with(name, options)
     exact = model(X, T).sample
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,13 +70,13 @@ def test_features_keep_their_precision_and_maps_float32(name: str, options: dict
         recalibrated, state = unit(features.bfloat16(), start, 0, 1)
         assert recalibrated.dtype == torch.bfloat16
         assert (unit is half.unit and name in BLIND) or unit.attention_map(state).dtype == torch.float32
-    # Whatever autocast would do to a unit's own layers.
+    # Autocast doesn't reach the unit's own layers.
     expected, _ = model.unit(features, start, 0, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.unit(features, start, 0, 1)[0], expected)
 
 
-# Compiling takes seconds: those with the most to trace stand for all.
+# Compiling takes seconds: only the units with the most to trace are compiled.
 WAYS = [("checkpointed", *case) for case in OPTIONS if "sharing" not in case[1]]
 WAYS += [
     ("compiled", name, options) for name, options in (("block-channels-time", {}), ("cbam", {"spatial_norm": True}))
@@ -85,13 +85,13 @@ WAYS += [("compiled and checkpointed", "srm", {})]
 
 
 @pytest.mark.parametrize(("how", "name", "options"), WAYS)
-def test_checkpointed_and_compiled_it_is_the_same(how: str, name: str, options: dict) -> None:
+def test_checkpointing_and_compiling_keep_the_gradients(how: str, name: str, options: dict) -> None:
     torch._dynamo.reset()
     model = uvit_with(name, options)
     twin = copy.deepcopy(model)
     if "checkpointed" in how:
         model.enable_gradient_checkpointing()
-    # In one piece, without an optimizing backend, which would need a C compiler; recomputing takes a traced backward.
+    # As one graph, without an optimizing backend, which needs a C compiler; recomputation needs a traced backward.
     backend = "aot_eager" if "checkpointed" in how else "eager"
     run = torch.compile(model, fullgraph=True, backend=backend) if "compiled" in how else model
     for network in (run, twin):
@@ -99,7 +99,7 @@ def test_checkpointed_and_compiled_it_is_the_same(how: str, name: str, options: 
     for (key, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         close = {"rtol": 1e-4, "atol": 1e-6} if "compiled" in how else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(ours.grad, theirs.grad, **close, msg=key)
-    # Running statistics count a batch that is computed twice once.
+    # A batch that is computed twice updates the running statistics once.
     torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
 
 
@@ -127,7 +127,7 @@ def test_leading_tokens_are_pooled_only_where_asked(name: str) -> None:
     other[:, 0] += 10
     patches = [[unit(x, None, unpooled, 1)[0][:, 1:] for x in (tokens, other)] for unpooled in (0, 1)]
     assert torch.equal(*patches[1])
-    # The statistics of SPA and SGE are of patches alone.
+    # SPA and SGE compute statistics of patches only.
     assert torch.equal(*patches[0]) == (name in ("spa", "sge", *BLIND))
 
 
@@ -157,7 +157,7 @@ def test_units_are_built_by_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["cbam", "spa", "sge"])
-def test_tokens_on_no_square_are_named(name: str) -> None:
+def test_tokens_that_form_no_square_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=r"must form a square grid .*, got 12 tokens after 1 prefix tokens"):
         build_attention(name, 16)(torch.randn(2, 13, 16), None, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Units that start as the identity: at first a network is, to the bit, the network without a unit."""
+"""Units that start as the identity: a new network equals the network without a unit bit for bit."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_each_blocks_features_pass_unchanged(name: str, kwargs: dict, shape: tup
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", [*IDENTITIES, "block-channels-time"])
-def test_a_uvit_is_at_first_the_one_without_unit(name: str, autocast: bool) -> None:
+def test_a_new_uvit_equals_the_one_without_unit(name: str, autocast: bool) -> None:
     outputs, gradients = [], []
     for attention in (None, name):
         torch.manual_seed(0)
@@ -50,7 +50,7 @@ def test_a_uvit_is_at_first_the_one_without_unit(name: str, autocast: bool) -> N
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
-def test_it_is_dia_lstm_with_its_options(name: str) -> None:
+def test_identity_units_are_dia_lstm_with_scale_4(name: str) -> None:
     torch.manual_seed(0)
     unit = build_attention(name, 32)
     twin = build_attention(name.removesuffix("-identity"), 32, scale=4.0)

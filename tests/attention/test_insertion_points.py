@@ -1,4 +1,4 @@
-"""Where units go in known networks and in others, and the places that are refused by name."""
+"""Where units are inserted into known and other networks, and which places are refused."""
 
 from collections.abc import Callable
 
@@ -69,7 +69,7 @@ def test_known_networks_train_with_a_unit(build: Callable[[], nn.Module], inputs
         ([3], "Positions, got 3"),
     ],
 )
-def test_places_that_there_are_not(at: object, error: str) -> None:
+def test_unknown_places_are_refused(at: object, error: str) -> None:
     with pytest.raises(InputError, match=error):
         attach(Network(), at=at)
 
@@ -84,7 +84,7 @@ def test_places_that_there_are_not(at: object, error: str) -> None:
         (["pair"], r"the output of pair must have shape .*, got a tuple"),
     ],
 )
-def test_places_that_a_pass_does_not_run_as_said(at: list, error: str) -> None:
+def test_places_that_a_pass_does_not_run_as_declared_are_refused(at: list, error: str) -> None:
     class Odd(Network):
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +102,7 @@ def test_places_that_a_pass_does_not_run_as_said(at: list, error: str) -> None:
             model(torch.randn(2, 8, 4, 2))
 
 
-def test_a_sequential_runs_its_own_modules_alone() -> None:
+def test_a_sequential_does_not_run_the_units_as_layers() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
     images = torch.randn(2, 3, 8, 8)
     plain = model(images)

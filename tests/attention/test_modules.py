@@ -15,7 +15,7 @@ OPTIONS |= {"sge": {"groups": G}}
 
 
 def scrambled(name: str, channels: int = N, num_blocks: int = 1, **kwargs: object) -> torch.nn.Module:
-    """A unit whose parameters and running statistics no longer stand where they start, in float64."""
+    """A unit with random parameters and running statistics, in float64."""
     unit = build_attention(name, channels, num_blocks=num_blocks, **OPTIONS.get(name, {}), **kwargs).double()
     for parameter in unit.parameters():
         torch.nn.init.normal_(parameter)
@@ -38,7 +38,7 @@ def mlp(sam: torch.nn.Module, pooled: np.ndarray) -> np.ndarray:
 
 
 def reference_map(name: str, unit: torch.nn.Module, image: np.ndarray) -> np.ndarray:
-    """What one image (N, H, W) is multiplied with, in the same shape, by its paper's formula in numpy."""
+    """The scales of one image (N, H, W), in its shape, by the formula of the module's paper in numpy."""
     sam = unit.sams[0]
     weights = {key: value.numpy() for key, value in sam.named_parameters()}
     flat = image.reshape(N, -1)
@@ -86,7 +86,7 @@ def reference_map(name: str, unit: torch.nn.Module, image: np.ndarray) -> np.nda
 
 
 @pytest.mark.parametrize("name", SAMS)
-def test_by_its_formula(name: str) -> None:
+def test_each_module_matches_its_formula(name: str) -> None:
     torch.manual_seed(0)
     unit = scrambled(name).eval()
     maps = torch.randn(B, N, SIDE, SIDE, dtype=torch.float64)
@@ -100,7 +100,7 @@ def test_by_its_formula(name: str) -> None:
     assert torch.allclose(attention_map.expand_as(maps), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_se_is_torchvisions() -> None:
+def test_se_matches_torchvision() -> None:
     torch.manual_seed(3)
     unit = build_attention("se", 32, reduction=4)
     theirs = TorchvisionSE(32, 8)
@@ -123,7 +123,7 @@ def test_parameter_counts_by_formula(n: int) -> None:
     assert count(build_attention("se", n, bias=False)) == 2 * n * n // r
 
 
-def test_where_the_published_code_starts() -> None:
+def test_initial_scales_match_the_published_code() -> None:
     maps = torch.randn(4, 64, 3, 3)
     for name, start in (("srm", 0.5), ("spem", float(sigmoid(-2) * sigmoid(-1))), ("sge", float(sigmoid(1)))):
         unit = build_attention(name, 64, num_blocks=1)

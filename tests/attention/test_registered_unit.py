@@ -1,4 +1,4 @@
-"""A unit that a program registers, without a change to the library, works wherever the library's own do."""
+"""A unit registered from outside the library works wherever the built-in units do."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ ema: {decay: 0.0}
 
 
 class Gain(nn.Module):
-    """Features times a learned scale per channel, plus `step` times the calls before; the state counts the calls."""
+    """Features times a learned scale per channel plus `step` times the number of earlier calls, which is the state."""
 
     def __init__(self, channels: int, step: float = 0.0, start: float = 1.0):
         super().__init__()
@@ -49,7 +49,7 @@ class Gain(nn.Module):
 
 
 class TimeGain(Gain):
-    """The same, plus the mean of the time embedding; the state is the number of calls and that mean."""
+    """Features times a learned scale per channel plus the mean of the time embedding, which is the state."""
 
     def first_state(self, embedding: Tensor) -> Tensor:
         return embedding.mean(dim=1)[:, None, None]

@@ -1,4 +1,4 @@
-"""What sharing means: one module for all blocks or one a block, BatchNorms that belong to blocks, in every setting."""
+"""Sharing: one module for all blocks or one per block, with BatchNorms per block, in every setting."""
 
 import copy
 
@@ -11,7 +11,7 @@ from dia_diffusion.attention import build_attention
 from dia_diffusion.errors import InputError
 from tests.attention.networks import SAMS, count
 
-# Those that have BatchNorms too.
+# The last one adds a BatchNorm to CBAM.
 CASES = [(name, {}) for name in SAMS] + [("cbam", {"spatial_norm": True})]
 SMALL = {"sample_size": 8, "patch_size": 2, "hidden_size": 16, "num_layers": 3, "num_attention_heads": 4}
 
@@ -30,12 +30,12 @@ def model_with(name: str, sharing: str = "shared", **options: object) -> UViT:
 
 
 def norm_counts(name: str, options: dict) -> int:
-    """Parameters of a block's BatchNorm, weights and biases of each channel."""
+    """The number of parameters of a block's BatchNorm: a weight and a bias per channel."""
     return {"srm": 2 * 16, "cbam": 2}[name] if name == "srm" or options else 0
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_individual_is_as_many_separate_modules(name: str, options: dict) -> None:
+def test_individual_sharing_equals_separate_modules(name: str, options: dict) -> None:
     torch.manual_seed(0)
     unit = scramble(build_attention(name, 16, num_blocks=3, sharing="individual", **options))
     separate = [build_attention(name, 16, num_blocks=1, **options) for _ in range(3)]
@@ -53,7 +53,7 @@ def test_individual_is_as_many_separate_modules(name: str, options: dict) -> Non
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_sharing_divides_the_parameters_by_the_blocks_but_for_batch_norms(name: str, options: dict) -> None:
+def test_sharing_divides_the_parameters_by_the_number_of_blocks_except_batch_norms(name: str, options: dict) -> None:
     single = count(build_attention(name, 16, num_blocks=1, **options))
     norm = norm_counts(name, options)
     counts = {
@@ -66,7 +66,7 @@ def test_sharing_divides_the_parameters_by_the_blocks_but_for_batch_norms(name: 
         assert counts["shared"] / counts["individual"] == pytest.approx(1 - 0.944, abs=5e-4)  # III-A, ResNet164
 
 
-def test_each_block_has_running_statistics_of_its_own_unless_told() -> None:
+def test_each_block_has_its_own_running_statistics_by_default() -> None:
     torch.manual_seed(1)
     features = [torch.randn(8, 16, 3, 3) + block for block in range(3)]
     for share_norm in (False, True):
@@ -113,7 +113,7 @@ def test_in_evaluation_nothing_updates() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_one_value_a_channel_is_refused_in_training() -> None:
+def test_one_value_per_channel_is_refused_in_training() -> None:
     unit = build_attention("srm", 4, num_blocks=1)
     with pytest.raises(InputError, match="batches must have 2 images or more"):
         unit(torch.randn(1, 9, 4))
