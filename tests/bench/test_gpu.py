@@ -1,4 +1,4 @@
-"""The script for a GPU, on a CPU with tiny settings: pieces that go on, and the page that they leave."""
+"""bench/gpu.py on a CPU with tiny settings: pieces that resume, and the page that they write."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def options(out: Path, **changes: Any) -> Any:
     return SimpleNamespace(**given | changes)
 
 
-def test_tasks_are_resumed_in_order_and_not_tried_twice_but_for_a_study(
+def test_tasks_resume_in_order_and_only_a_study_takes_more_than_one_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
@@ -78,14 +78,14 @@ def test_a_task_is_stopped_by_a_signal_when_its_time_is_over(tmp_path: Path) -> 
     assert code is None and seconds < 10
     begun, *written, child = (tmp_path / "study.log").read_text().split()
     assert (begun, written) == ("begun", ["checkpoint", "written"])
-    with pytest.raises(ProcessLookupError):  # what it left running is ended, too
+    with pytest.raises(ProcessLookupError):  # its child process has ended, too
         for _ in range(50):
             os.kill(int(child), 0)
             time.sleep(0.1)
 
 
 def test_steps_fit_into_the_minutes_that_training_is_given(tmp_path: Path) -> None:
-    """Two runs of 0.03 s a step in 20 minutes: 20,000 steps, in whole hundreds at each of 5 points."""
+    """Two runs at 0.03 s per step in 20 minutes: 20,000 steps, in whole hundreds at each of 5 points."""
     rows = [{"what": "dia-diffusion", "seconds": 9.0}, {"what": "dia-diffusion, DIA-LSTM, compiled", "seconds": 0.0305}]
     (tmp_path / "before-train-b32.json").write_text(json.dumps({"tables": [{"figures": rows}]}))
     state = gpu.State()
@@ -96,7 +96,7 @@ def test_steps_fit_into_the_minutes_that_training_is_given(tmp_path: Path) -> No
     assert study.runs[0].steps == [3900, 7800, 11_700, 15_600, 19_500]
 
 
-def test_the_page_sets_after_against_before(tmp_path: Path) -> None:
+def test_the_page_compares_after_with_before(tmp_path: Path) -> None:
     about = {"processor": "p", "precision": "bfloat16 (it has it)", "environment": {"device": "Card"}}
     for name, seconds in (("before-train-b32", 0.02), ("after-train-b32", 0.025)):
         timing = {"name": "ours", "seconds": [seconds, 2 * seconds, seconds], "block": 20}

@@ -1,4 +1,4 @@
-"""Nothing grows with time or faster than the images: a short load, measured as docs/results/load.md is."""
+"""Nothing grows with time, or faster than the images: a short version of the load test in docs/results/load.md."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from load import ROOT, Seen, ends_of
 
 INDEXED = 1500
-"""Bytes of an image's name, place and stamp, at the most."""
+"""Bytes of an image's name, place and stamp, at most."""
 
 
 def test_a_process_that_grows_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""Who runs when, which ratios, exponents and counts come out, in which precision, and whether distances agree."""
+"""The order of the contenders, the ratios, exponents, counts and precision reported, and the agreement of distances."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_short_runs_are_timed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    """A machine that gets slower by half between rounds changes no ratio."""
+    """A machine that slows down by half between rounds changes no ratio."""
     slow, fast = Timing("slow", 8, 6e9, seconds=[2.0, 3.0, 2.0]), Timing("fast", 8, 6e9, seconds=[1.0, 1.5, 1.0])
     assert slow.ratio_to(fast) == (2.0, 2.0, 2.0)
     row = rows_of([slow], fast, peak=1e10)[0]
@@ -97,7 +97,7 @@ def test_fp16_is_refused_without_a_gpu() -> None:
 
 
 def test_the_peak_is_measured_in_the_precision_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of matrices of 64 rows, a product takes 2 x 64^3 operations."""
+    """A product of 64x64 matrices takes 2 x 64^3 operations."""
     seen: set[torch.dtype] = set()
 
     def seconds(run, device, times=1) -> float:  # type: ignore[no-untyped-def]
@@ -114,7 +114,7 @@ backends: Any = torch.backends
 
 @pytest.fixture
 def coarse() -> Iterator[None]:
-    """Convolutions in bfloat16 where a CPU has it: what TF32 is on a GPU."""
+    """Convolutions in bfloat16 if the CPU has it: the counterpart of TF32 on a GPU."""
     backends.mkldnn.conv.fp32_precision = "bf16"
     yield
     backends.mkldnn.conv.fp32_precision = "none"
@@ -140,6 +140,6 @@ def test_contenders_that_disagree_are_named() -> None:
 
 
 def test_contenders_measure_the_same_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))  # which a contender changes
+    monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))  # a contender changes it
     runs = of_folders(*make_folders(tmp_path, 4), "cifar10", None, tmp_path)
     assert runs["dia-diffusion"]() == pytest.approx(runs["torch-fidelity"](), rel=1e-4)
