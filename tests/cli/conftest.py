@@ -1,4 +1,4 @@
-"""A tiny run to be measured, and the pipelines' fixtures, for the commands that export and send them."""
+"""A tiny run to measure, and the fixtures for pipelines that are exported and sent."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run of the tiny recipe, without records, its recipe beside it, and a cache of its own."""
+    """A finished run of the tiny recipe without records, with the recipe next to it and its own cache."""
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
     shutil.copy(made.parent / "tiny.yaml", tmp_path)
     return Path(shutil.copytree(made, tmp_path / "run"))
@@ -33,7 +33,7 @@ def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collects the seeds that are sampled."""
+    """The seeds that have been sampled, in order."""
     seeds: list[int] = []
     draw = SharedLoop.draw
 

@@ -1,4 +1,4 @@
-"""What every command's errors have in common."""
+"""The format of every command's errors."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from dia_diffusion.cli.main import main
 
 
 def error_of(arguments: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """The one line that a command ends with."""
+    """Runs a command that must fail with this exit code; its one line of error output."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == code
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Bad input of every kind: one line that names it, exit code 2, and nothing on disk changed."""
+"""Bad input of every kind gives one line that names it and exit code 2, and changes nothing on disk."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.cli.one_line import error_of
 
 
 def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
-    """name -> (arguments, what the line must say)"""
+    """name -> (arguments, a part of the error line)"""
     torn = folder / "torn"
     pickled = folder / "pickled"
     for copy in (torn, pickled):

@@ -1,4 +1,4 @@
-"""`ema`: pipelines of other averages, a sweep of widths, and what is refused."""
+"""`ema`: pipelines of other averages, a sweep of widths, and refused input."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def with_snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def averages(with_snapshots: Path, tmp_path: Path) -> Path:
-    """A run of 20 steps with a snapshot of two widths after each, and two further EMAs."""
+    """A run of 20 steps with a snapshot of two widths after each step, and two further EMAs."""
     return Path(shutil.copytree(with_snapshots, tmp_path / "run"))
 
 
@@ -50,7 +50,7 @@ def test_a_pipeline_of_a_width(averages: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{out} exists; choose another name, or remove it" in line
 
 
-def test_a_tracked_width_and_a_decay_are_what_was_kept(averages: Path) -> None:
+def test_a_tracked_width_and_a_decay_match_the_saved_averages(averages: Path) -> None:
     assert main(["ema", str(averages), "--width", "0.05", "--step", "10"]) == 0
     assert main(["ema", str(averages), "--decay", "0.5,0.99", "--step", "10"]) == 0
     made = averages / "averages" / "step-00000010"
@@ -84,7 +84,7 @@ def test_a_sweep_resumes(averages: Path, sampled: list[int], capsys: pytest.Capt
 def test_a_width_of_large_weights_is_refused(with_snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dia_diffusion.training.snapshots.MAX_AMPLIFICATION", 1.01)
     snapshots = Snapshots(with_snapshots)
-    snapshots.check_width(0.1)  # one that was kept: a sum of one
+    snapshots.check_width(0.1)  # a saved width: its one weight is 1
     with pytest.raises(InputError, match=r"got 0\.15, with absolute weights of sum \d+, above 1\.01"):
         snapshots.check_width(0.15)
 

@@ -1,4 +1,4 @@
-"""Ends that are nobody's bad input: a full disk, too little memory, a signal."""
+"""Endings not caused by bad input: a full disk, too little memory, a signal."""
 
 import re
 import signal
@@ -17,7 +17,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        # What safetensors raises, seen on a full tmpfs.
+        # As safetensors raises it on a full tmpfs.
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("dia_diffusion.training.checkpoint.save_file", full)

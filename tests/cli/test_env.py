@@ -1,4 +1,4 @@
-"""`dia-diffusion env`: the lines of a bug report, on this machine and on others by simulation."""
+"""`dia-diffusion env`: the lines of a bug report, on this machine and on simulated ones."""
 
 import getpass
 import os
@@ -55,7 +55,7 @@ def test_an_emulated_product_takes_under_a_second_at_a_billion_operations_per_se
     monkeypatch.setattr(precision, "matmul_rate", rate)
     monkeypatch.setattr(precision, "best_precision", lambda _: Precision("bf16" if native else "none", "simulated"))
     assert lines_of(capsys)["bfloat16 matrix product"] == "1.0 GFLOP/s"
-    seconds = 3 * 2 * sizes[torch.bfloat16] ** 3 / 1e9  # of three products, as many as matmul_rate makes of slow ones
+    seconds = 3 * 2 * sizes[torch.bfloat16] ** 3 / 1e9  # three products: matmul_rate repeats a slow one three times
     assert (seconds < 1) is not native
     assert sizes[torch.float32] > 256
 

@@ -1,4 +1,4 @@
-"""`fid` killed in mid-run, and what it computes beside the distance."""
+"""`fid` killed in mid-run, and the metrics that it computes in addition to the distance."""
 
 import json
 from functools import partial
@@ -24,11 +24,11 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finished(run: Path) -> int:
-    """How many chunks of 500 images the unfinished work holds."""
+    """The number of finished chunks of 500 images in the unfinished work."""
     return len(list(run.glob("evaluations.unfinished/*/chunk-*.safetensors")))
 
 
-def test_killed_it_goes_on_to_the_same_number(
+def test_a_killed_fid_resumes_to_the_same_distance(
     run: Path, tmp_path: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fid = [str(run), "--reference", "digits", "--num", "1000", "--steps", "2"]
@@ -45,7 +45,7 @@ def test_killed_it_goes_on_to_the_same_number(
     assert read_records(run / "evaluations.jsonl")[0].distance == read_records(tmp_path / "whole.jsonl")[0].distance
 
 
-def test_what_is_on_record_is_measured_again_for_other_metrics_alone(
+def test_recorded_images_are_measured_again_only_for_other_metrics(
     run: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     fid = ["fid", str(run), "--reference", "digits", "--num", "120", "--steps", "2"]
@@ -77,7 +77,7 @@ def test_records_of_a_pipeline_right_below_the_root() -> None:
     assert records_file(Path("/model")) == Path("/model/evaluations.jsonl")
 
 
-def test_what_is_asked_for_is_shown_whatever_else_is_on_record(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_requested_metrics_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fid = ["fid", str(run), "--reference", "digits", "--num", "80", "--steps", "2"]
     assert main([*fid, "--step", "3", "--metrics", "isc,prc"]) == 0
     capsys.readouterr()
@@ -97,7 +97,7 @@ def test_images_on_record_are_not_measured_again(capsys: pytest.CaptureFixture[s
     assert len(read_records("evaluations.jsonl")) == 2
 
 
-def test_the_end_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_reports_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -136,7 +136,7 @@ def test_statistics_are_no_reference_for_kid(run: Path, tmp_path: Path, capsys: 
 
 
 def test_distances_relative_to_held_out_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Real images of the other split are as good as those that are held out, of which they are a part."""
+    """Real images from the held-out split are as good as the held-out images: a relative distance of 1."""
     fid = ["fid", "digits", "--split", "test", "--reference", "digits", "--metrics", "fdr"]
     assert main([*fid, "--features", f"digits,{COLORS}", "--num", "596"]) == 0
     printed = capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_distances_relative_to_held_out_images(tmp_path: Path, capsys: pytest.Ca
     assert digits.metrics["FDr(digits)"] == pytest.approx(1) and colors.metrics[f"FDr({COLORS})"] == pytest.approx(1)
     assert digits.metric_settings["fdr"]["held_out"] == "digits, test"
     assert main([*fid, "--features", "digits", "--num", "596"]) == 0
-    assert len(read_records(tmp_path / "evaluations.jsonl")) == 2  # known
+    assert len(read_records(tmp_path / "evaluations.jsonl")) == 2  # already on record
     refused = {
         "must be 596 or less for metric fdr": ["--split", "train", "--num", "600"],
         "must be given for metric fdr: the reference nothing.npz holds statistics": ["--reference", "nothing.npz"],

@@ -1,4 +1,4 @@
-"""`fid --protocol`: what it decides, when a record counts as its own, and what it refuses."""
+"""`fid --protocol`: the settings it fixes, the records that count for it, and the options it refuses."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ OPTIONS = ["--features", "digits", "--num", "80", "--sampler", "ddim", "--steps"
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A protocol of one's own."""
+    """A user-defined protocol."""
     (tmp_path / "mine.yaml").write_text(SETTINGS)
     return tmp_path / "mine.yaml"
 
@@ -36,10 +36,10 @@ def test_help_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None
     assert all(name in shown for name in shipped_names("protocols"))
 
 
-def test_it_is_the_options_that_it_stands_for(
+def test_a_protocol_equals_its_options(
     run: Path, mine: Path, sampled: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The reference too, which is what the run was trained on. What is on record isn't sampled again for a name."""
+    """The reference defaults to the run's training data. Recorded images aren't sampled again for another name."""
     assert main(["fid", str(run), "--reference", "digits", *OPTIONS]) == 0
     capsys.readouterr()
     named = ["fid", str(run), "--protocol", str(mine)]
@@ -87,7 +87,7 @@ def test_what_it_refuses(
         ("--num", "80", "80"),
         ("--features", "cifar10", "digits"),
         ("--sampler", "ddpm", "ddim"),
-        ("--steps", "50", "2"),  # the option's own default
+        ("--steps", "50", "2"),  # the option's default
         ("--precision", "bfloat16", "float32"),
         ("--classes", "1", "all"),
         ("--guidance-scale", "2.0", "1.0"),
@@ -117,7 +117,7 @@ def test_what_it_refuses(
     assert not sampled and not (run / "evaluations.jsonl").exists()
 
 
-def test_inception_of_other_weights_is_another_measure() -> None:
+def test_inception_with_other_weights_is_refused() -> None:
     options: Any = SimpleNamespace(weights_file="w.pth")
     protocol = EvalProtocol.read("fid10k-dpm50")
     check_features(options, protocol, "inception")
@@ -126,10 +126,10 @@ def test_inception_of_other_weights_is_another_measure() -> None:
         check_features(options, protocol, "inception-1a2b3c4d")
 
 
-def test_images_are_measured_by_what_applies_to_them(
+def test_image_sources_use_only_the_settings_that_apply(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a floor is: features, number and reference; the same against a file of statistics."""
+    """For a floor: features, number of images and reference. A file of statistics gives the same record."""
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
     statistics, records = tmp_path / "test.safetensors", tmp_path / "r.jsonl"
     assert main(["stats", "make", "digits", str(statistics), "--split", "test"]) == 0
@@ -140,10 +140,10 @@ def test_images_are_measured_by_what_applies_to_them(
     assert record.protocol.reference_count == 596 and record.protocol.sampler is None
 
 
-def test_statistics_of_images_without_parts_are_of_all_that_train_is(
+def test_statistics_of_images_without_splits_count_as_train(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the images themselves are opened."""
+    """A source without splits opens as split `train`; its statistics do the same."""
     np.save(tmp_path / "a.npy", open_images("digits", split="test", channels=1).images.transpose(0, 2, 3, 1))
     protocol = tmp_path / "train.yaml"
     protocol.write_text(SETTINGS.replace("reference_split: test", "reference_split: train"))

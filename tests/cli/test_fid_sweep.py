@@ -1,4 +1,4 @@
-"""`fid --sweep`: a grid of settings, each point a record."""
+"""`fid --sweep`: a grid of settings with one record per point."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("coarse_figures")
 
 
 def test_a_grid_is_measured_once(run: Path, sampled: list[int], capsys: pytest.CaptureFixture[str]) -> None:
-    """The numbers are those of single measurements, and images are drawn once for both features."""
+    """The numbers equal those of single measurements, and images are drawn once for both features."""
     features = ["--features", "digits,tests.evaluation.colors:Colors"]
     fid = ["fid", str(run), "--reference", "digits", "--num", "40", *features]
     assert main([*fid, "--steps", "3", "--sampler", "ddim"]) == 0
@@ -45,7 +45,7 @@ def test_a_grid_is_measured_once(run: Path, sampled: list[int], capsys: pytest.C
 
 
 def test_a_sweep_of_a_named_protocol_and_of_steps_of_training(run: Path, tmp_path: Path) -> None:
-    """The name is kept where nothing differs."""
+    """Points that change no setting keep the protocol's name."""
     protocol = tmp_path / "mine.yaml"
     protocol.write_text("{features: digits, num_samples: 40, sampler: ddim, steps: 2}")
     assert main(["fid", str(run), "--protocol", str(protocol), "--sweep", "steps=2,1", "step=3,6"]) == 0

@@ -35,7 +35,7 @@ def save_uvit(folder: Path, seed: int, schedule: str = "vp-continuous", hidden_s
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines "ours", "runs/other" with the steps 5 and 10, one of another process, and one with its own loop."""
+    """Pipelines "ours"; "other" with steps 5 and 10; "cosine", of another noise process; "sde", with its own loop."""
     folder = tmp_path_factory.mktemp("guidance")
     save_uvit(folder / "ours", 0)
     for step in (5, 10):
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sample_by_a_guide(folders: Path, tmp_path: Path) -> None:
-    """As the pipeline draws with a guide, which is step 5 of a run, of a smaller network."""
+    """Same images as from the pipeline itself; the guide is step 5 of a run with a smaller network."""
     guide = folders / "other" / "pipelines" / "step-00000005"
     arguments = ["sample", str(folders / "ours"), "--seeds", "3-5", *OPTIONS, "--out", str(tmp_path / "out")]
     assert main([*arguments, "--guide", f"{folders / 'other'}:5"]) == 0
@@ -63,14 +63,14 @@ def test_sample_by_a_guide(folders: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
     assert manifest["guidance_interval"] == [0.3, 8.0]
     assert manifest["guide"] == {"weights_hash": weights_hash(guide), "model_hash": model_hash(guide)}
-    assert main([*arguments, "--guide", str(folders / "other")]) == 2  # another guide, so other images
+    assert main([*arguments, "--guide", str(folders / "other")]) == 2  # another guide gives other images
     plain = ["sample", str(folders / "ours"), "--seeds", "3", "--out", str(tmp_path / "plain")]
     assert main(plain) == 0
     assert not {"guide", "guidance_interval"} & json.loads((tmp_path / "plain" / "samples.json").read_text()).keys()
 
 
 def test_fid_records_the_guide(folders: Path, tmp_path: Path, sampled: list[int]) -> None:
-    """By options or by a protocol's keys it is the same measurement; another guide, or none, is another."""
+    """Options and protocol keys give the same measurement; another guide, or none, gives a different one."""
     guide, file = f"{folders / 'other'}:5", tmp_path / "records.jsonl"
     base = ["fid", str(folders / "ours"), "--reference", "digits", "--record", str(file)]
     common = [*base, "--num", "20"]
@@ -111,7 +111,7 @@ def test_training_is_measured_with_a_guide(run: Path, tmp_path: Path, sampled: l
     assert main(["fid", str(tmp_path / "new"), "--protocol", str(protocol)]) == 0
     assert len(sampled) == 20
     for refused in (
-        ["--model.in_channels", "3", "--evaluate", str(protocol)],  # another shape than the guide's
+        ["--model.in_channels", "3", "--evaluate", str(protocol)],  # not the guide's shape
         ["--samples.guidance_interval", "[0.3, 5]"],  # without guidance
     ):
         assert main([*train[:3], "--output", str(tmp_path / "refused"), *refused]) == 2

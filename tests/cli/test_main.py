@@ -1,4 +1,4 @@
-"""The command line as a person meets it: every way it can end is a line and an exit code."""
+"""The command line as a user sees it: each outcome is a line and an exit code."""
 
 import json
 import runpy
@@ -43,7 +43,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 def test_scripts_are_the_commands(
     script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As launchers run them."""
+    """Launchers run these scripts."""
     monkeypatch.setattr("sys.argv", [script, "--help"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -98,7 +98,7 @@ def test_train_sample_fid_curves(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["curves", str(run), "--out", str(figure), "--protocol", chosen]) == 0
 
 
-def test_sampling_goes_on_in_a_folder_and_refuses_others(
+def test_sampling_resumes_in_its_folder_and_refuses_others(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "images"

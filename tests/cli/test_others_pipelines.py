@@ -1,4 +1,4 @@
-"""`sample` and `fid` with pipelines of diffusers, from folders as their authors save them."""
+"""`sample` and `fid` with pipelines saved by diffusers."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_one_protocol_for_this_projects_pipelines_and_others(pipelines: Path, tm
     common = ["--steps", "2", "--reference", "digits", "--num", "8", "--record", str(file)]
     for folder in (tmp_path / "ours", pipelines / "pixels", pipelines / "pixels"):
         assert main(["fid", str(folder), *common]) == 0
-    ours, theirs = read_records(file)  # what is on record is not measured again
+    ours, theirs = read_records(file)  # the second "pixels" was already on record
     assert ours.protocol == theirs.protocol and ours.weights_hash != theirs.weights_hash
 
 

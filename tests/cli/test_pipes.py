@@ -1,4 +1,4 @@
-"""Output that can't be written: a pipe whose reader has ended, as `| head` has, and a full disk."""
+"""Output that can't be written: to a pipe without a reader, such as `| head` that has ended, and to a full disk."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ENDED_BY_SIGPIPE = 141
 
 @pytest.fixture
 def closed_pipe() -> Iterator[TextIO]:
-    """Writes to a pipe that nothing reads."""
+    """The write end of a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     stream = os.fdopen(writer, "w")

@@ -1,4 +1,4 @@
-"""`sample` and `fid` on two connected processes: they give what one gives, and end where one of them fails."""
+"""`sample` and `fid` on two connected processes: the results of one process, and both end if one fails."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def second_process_in(folder: Path) -> None:
 
 
 def test_records_that_one_process_does_not_see_yet(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on machines whose shared disk is slow: the main process decides, and nothing is measured again."""
+    """As on a slow shared disk: the main process decides, and nothing is measured again."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     fid = ["fid", str(made), "--reference", "digits", "--num", "70", "--steps", "2", "--record", "records.jsonl"]
@@ -56,7 +56,7 @@ def test_records_that_one_process_does_not_see_yet(made: Path, tmp_path: Path, m
 
 
 def sample(run: Path, out: Path, full_disk_of: int | None) -> tuple[int, list[int]]:
-    """Draws the seeds 0 to 7 one by one; the exit code and the seeds that this process has drawn."""
+    """Draws seeds 0 to 7 one by one; returns the exit code and the seeds drawn by this process."""
     drawn = []
 
     def save(folder: Path, seed: int, image: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of `push`: a list, a question, and one line however it ends."""
+"""The output of `push`: a list, a question, and one line for every outcome."""
 
 import io
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_shows_and_sends_after_a_yes(
     assert asked_private(hub.created[0])
 
 
-def test_of_a_run_the_newest_goes(folder: Path, hub: Hub, tmp_path: Path) -> None:
+def test_push_of_a_run_sends_the_newest_pipeline(folder: Path, hub: Hub, tmp_path: Path) -> None:
     pipelines = tmp_path / "run" / "pipelines"
     for step in (3, 6):
         export_pipeline(folder, pipelines / f"step-{step:08d}", with_code=False)
@@ -70,7 +70,7 @@ def test_ends_in_one_line(
 
     assert "--yes sends without asking" in end_of("me/model", code=2)
     assert not hub.requests
-    # The client tries again with growing pauses, which a test needn't sit through.
+    # The client retries with growing pauses, which the test skips.
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     for hub.broken in ("/upload/", "/commit/", "/api/repos"):
         assert "500" in end_of("me/model", "--yes", code=1)

@@ -1,4 +1,4 @@
-"""The quickstart, a few steps long: what it leaves, going on, and being stopped."""
+"""The quickstart with a few steps: its files, a second call, and stopping it."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from dia_diffusion.cli.main import main
 from tests.processes import Child, wait_for
 
 
-def test_quickstart_leaves_what_it_says(
+def test_quickstart_writes_the_files_it_prints(
     children: type[Child], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = "{features: digits, num_samples: 100, sampler: dpmsolver++, steps: 3, reference_split: test}"

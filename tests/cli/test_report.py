@@ -1,4 +1,4 @@
-"""The command that writes a page."""
+"""The command `report`."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.report.conftest import parse, write_run
 __all__ = ["write_run"]
 
 
-def test_a_page_is_written_and_stays_where_the_next_one_fails(
+def test_a_page_is_written_and_stays_if_the_next_one_fails(
     tmp_path: Path, write_run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", records=[_record(7.5, 6, 8)])

@@ -1,6 +1,6 @@
-"""What a command imports: nothing slow for its help, and for sampling nothing that sampling has no use for.
+"""The imports of a command: nothing slow for its help, and nothing unneeded for sampling.
 
-What is imported shows only in a separate process.
+Imports can only be observed in a separate process.
 """
 
 import json
@@ -40,7 +40,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def imported_by(*commands: list[str]) -> list[tuple[int, set[str]]]:
-    """The exit code of each command in one process, and the modules that are imported after it."""
+    """Runs the commands in one process; for each, the exit code and the modules imported by then."""
     call = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, capture_output=True, text=True, check=True, env=environment)
@@ -67,7 +67,7 @@ def test_sampling_imports_the_package_but_nothing_to_draw_figures_or_measure_wit
 
 
 def test_help_names_every_sampler() -> None:
-    """It can't read the table, whose import takes seconds."""
+    """The help can't read the sampler table, which takes seconds to import."""
     shown = " ".join(options_parser(SampleOptions, "sample").format_help().split())
     listed = shown.partition("--sampler SAMPLER ddpm")[2].partition("; own")[0]
     assert set(f"ddpm{listed}".replace(" or ", ", ").split(", ")) == set(SAMPLERS)

@@ -1,4 +1,4 @@
-"""`dia-diffusion stats`, and `fid` against its files."""
+"""`dia-diffusion stats`, and `fid` against the files it writes."""
 
 from pathlib import Path
 
@@ -19,14 +19,14 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_make_show_compare_and_measure(capsys: pytest.CaptureFixture[str]) -> None:
-    """A distance is the same against a file of statistics as against its images, and one protocol with it."""
+    """Statistics and the images they were made from give the same distance under the same protocol."""
     assert main(["stats", "make", "digits", "test.safetensors", "--split", "test"]) == 0
     assert main(["stats", "make", "digits", "train.safetensors", "--num", "300", "--seed", "1"]) == 0
     capsys.readouterr()
     assert main(["stats", "show", "test.safetensors"]) == 0
     shown = capsys.readouterr().out
-    for told in ("596 images", "64 features", "3x8x8", "norm of the mean", "trace of the covariance", "created"):
-        assert told in shown
+    for expected in ("596 images", "64 features", "3x8x8", "norm of the mean", "trace of the covariance", "created"):
+        assert expected in shown
     assert main(["stats", "compare", "test.safetensors", "train.safetensors"]) == 0
     assert "FD(digits): " in capsys.readouterr().out
 
@@ -37,7 +37,7 @@ def test_make_show_compare_and_measure(capsys: pytest.CaptureFixture[str]) -> No
     assert file.distance == pytest.approx(images.distance, rel=1e-12) and file.protocol == images.protocol
 
 
-def test_features_are_those_of_the_file_of_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_default_to_those_of_the_statistics_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats", "make", "digits", "digits.safetensors"]) == 0
     assert main(["fid", "digits", "--split", "test", "--reference", "digits.safetensors", "--record", "r.jsonl"]) == 0
     (record,) = read_records("r.jsonl")
@@ -63,7 +63,7 @@ def test_a_source_without_parts_is_recorded_without_one(tmp_path: Path, capsys: 
 
 
 def test_another_programs_npz(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is known of it but its moments, and the record and the table say no more."""
+    """Only its moments are known; the record and the printed table leave the rest unknown."""
     generator = np.random.default_rng(0)
     features = generator.normal(size=(200, 64))
     np.savez("moments.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False))

@@ -1,4 +1,4 @@
-"""`curves STUDY`, whole: interrupted, gone on with, drawn; and what it refuses."""
+"""`curves STUDY` end to end: interrupted, resumed and drawn; and refused input."""
 
 import json
 import os
@@ -35,7 +35,7 @@ WEIGHTS = "pipelines/step-00000020/unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def study(tmp_path: Path) -> str:
-    """Two runs of seconds, and a protocol of as many."""
+    """A study of two runs and a protocol, each of which takes seconds."""
     (tmp_path / "tiny.yaml").write_text(
         TINY.replace("log_every: 1", "log_every: 5") + "samples: {count: 2, steps: 2}\n"
     )
@@ -44,14 +44,14 @@ def study(tmp_path: Path) -> str:
     return str(tmp_path / "mine.yaml")
 
 
-def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
+def test_an_interrupted_study_resumes_to_identical_results(
     study: str,
     children: type[Child],
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # One thread a job however many cores and jobs: with other numbers of threads sums have other last bits.
+    # One thread per job for any number of cores and jobs: the thread count changes the last bits of sums.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     first = tmp_path / "out" / "none-b8-s0"
 
@@ -95,7 +95,7 @@ def test_interrupted_and_gone_on_with_it_ends_as_if_it_never_was(
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Gives back the threads that a test sets."""
+    """Restores the number of threads after each test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -131,7 +131,7 @@ def test_options_of_the_other_kind_and_missing_things(
     assert not list((tmp_path / "out").glob("*/*"))
 
 
-def test_a_name_is_a_study_unless_a_run_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_a_study_unless_a_run_has_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert names_study("digits") and names_study("eval/curves/digits.yaml")
     Path("digits").mkdir()
