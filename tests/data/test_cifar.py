@@ -17,7 +17,7 @@ from tests.data.conftest import write_folder
 
 NAMES = {10: [f"class{k}" for k in range(10)], 100: [f"fine{k}" for k in range(100)]}
 rng = np.random.default_rng(0)
-IMAGES = rng.integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)  # two for each training file, one for test
+IMAGES = rng.integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)  # two per training file, one for test
 LABELS = {10: rng.integers(0, 10, 11).tolist(), 100: rng.integers(0, 100, 11).tolist()}
 PARTS = {10: [slice(k, k + 2) for k in range(0, 10, 2)], 100: [slice(0, 10)]}
 
@@ -124,7 +124,7 @@ def test_every_archive_as_folder_and_as_tar(tmp_path, layout):
 def test_arrays_of_every_protocol(protocol, order, module):
     array = np.asarray(IMAGES[:2, 0, :, 0], order=order)
     data = pickle.dumps({"data": array, b"data": [1, "x", None]}, protocol=protocol)
-    if protocol < 4:  # the names have no length there
+    if protocol < 4:  # there, names are stored without a length
         data = data.replace(b"numpy._core", module.encode()).replace(b"numpy.core", module.encode())
     loaded = load_arrays(data)
     assert isinstance(loaded["data"], PickledArray) and loaded[b"data"] == [1, "x", None]

@@ -66,7 +66,7 @@ def test_cmyk_is_converted():
 
 def test_exif_orientation_is_applied(pixels):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
+    exif[0x0112] = 6  # needs a clockwise rotation
     data = encoded(Image.fromarray(pixels[0, :4]), exif=exif)
     np.testing.assert_array_equal(read_image(data, "x"), np.rot90(pixels[0, :4], -1))
 
@@ -84,7 +84,7 @@ def test_crop_alone_is_the_centre_square():
 
 
 def resampling_matrix(old: int, new: int, kernel, support: float) -> np.ndarray:
-    """(new, old): the kernel, stretched when shrinking, at the distances between the pixels' centres."""
+    """(new, old): the kernel, stretched when shrinking, at the distances between the pixels' centers."""
     scale = max(1.0, old / new)
     matrix = np.zeros((new, old))
     for i in range(new):
@@ -122,7 +122,7 @@ def test_more_pixels_than_the_limit_are_refused_before_decoding(side):
         read_image(png_of(side, side), "huge.png")
 
 
-def test_what_is_no_image_is_named():
+def test_a_file_that_is_no_image_is_named():
     with pytest.raises(InputError, match=r"^dog\.png can't be read \(not an image of the formats PNG, JPEG") as error:
         read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n", "dog.png")
     assert "\n" not in str(error.value)

@@ -16,7 +16,7 @@ NAMES = ["ant", "bee", "cow"]
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Nothing is written to or found in the caches of this machine, and nothing is drawn."""
+    """Keeps tests away from this machine's caches and turns progress bars off."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf_cache")
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
     datasets.disable_progress_bars()
@@ -80,7 +80,7 @@ def test_images_are_resized_and_mapped_like_others(tmp_path, pixels):
     assert calls == [(6, 6)]
     mapped = open_images(folder, size=4, memory_limit=10)
     assert isinstance(mapped.images, np.memmap)
-    turned = labelled(pixels[::-1])  # the same names and sizes, saved over the others
+    turned = labelled(pixels[::-1])  # same names and sizes, saved over the first dataset
     del mapped
     saved(turned, folder)
     again = open_images(folder, size=4, memory_limit=10)
@@ -102,7 +102,7 @@ def test_labels_that_are_hidden_or_of_no_class(tmp_path, pixels):
     assert open_images(saved(two, tmp_path / "two")).class_names == tuple(NAMES)
 
 
-def test_what_is_no_set_of_images_is_refused(tmp_path, pixels):
+def test_datasets_without_usable_images_are_refused(tmp_path, pixels):
     images = [Image.fromarray(image) for image in pixels]
     refused = {
         "image columns image, image2": dataset({"image": images, "image2": images}),
@@ -131,7 +131,7 @@ def test_versions_that_run_scripts_are_refused(tmp_path, pixels, monkeypatch):
 
 
 def test_a_dataset_by_name(tmp_path, pixels):
-    """Of parquet files in a folder, which `datasets` opens as it does those of the hub."""
+    """The name is a folder of parquet files, which `datasets` opens like a repository of the hub."""
     (tmp_path / "animals").mkdir()
     labelled(pixels).to_parquet(tmp_path / "animals" / "train.parquet")
     name = f"hf:{tmp_path / 'animals'}"

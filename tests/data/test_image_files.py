@@ -16,7 +16,7 @@ def as_sets(images: np.ndarray) -> np.ndarray:
 
 
 def refusal(source: Path, **options) -> str:
-    """The message with which a source is refused, which is one line that names it."""
+    """The error message for a refused source: one line that names it."""
     with pytest.raises(InputError) as error:
         open_images(source, **options)
     message = str(error.value)
@@ -122,7 +122,7 @@ def test_many_threads_keep_the_order(monkeypatch, tmp_path):
     assert calls[-1] == (50, 50) and calls == sorted(calls) and len(calls) == 8
 
 
-def test_links_are_followed_but_not_round_in_circles(tmp_path, pixels):
+def test_links_are_followed_without_cycles(tmp_path, pixels):
     folder = write_folder(tmp_path / "x", {"a/1.png": png(pixels[0])})
     (folder / "a" / "up").symlink_to(folder)
     (folder / "b").symlink_to(write_folder(tmp_path / "y", {"2.png": png(pixels[1])}))

@@ -22,7 +22,7 @@ def files_in(cache: Path) -> list[str]:
 
 
 def opened(source: Path, cache: Path, **options) -> tuple[ImageSet, bool]:
-    """The images as a memory map, and whether they had to be decoded."""
+    """The images as a memory map, and whether this call decoded them."""
     calls: list[int] = []
     found = open_images(source, cache=cache, memory_limit=0, progress=lambda done, _: calls.append(done), **options)
     assert isinstance(found.images, np.memmap) and not found.images.flags.writeable
@@ -123,7 +123,7 @@ def test_an_interruption_stops_the_decoding(folder, tmp_path, monkeypatch):
 
 
 def test_two_processes_at_once(folder, tmp_path):
-    """Both begin before either has finished, and neither disturbs the other."""
+    """Both start before either finishes, and both get the right images."""
     context = multiprocessing.get_context("fork")
     begun, results = context.Barrier(2, timeout=PATIENCE), context.Queue()
 

@@ -85,7 +85,7 @@ def test_pickled_and_broken_numpy_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["cifra10", "", "/nowhere/at/all", "x\0y"])
-def test_what_is_not_there_is_named_with_what_is_accepted(source, tmp_path, monkeypatch):
+def test_an_unknown_source_is_refused_with_the_accepted_ones(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="an image source must be digits, cifar10, cifar100, hf:NAME") as error:
         open_images(source)
@@ -197,7 +197,7 @@ def test_npz_files(tmp_path, pixels, images, labels):
 
 
 def test_npz_files_that_hold_their_statistics_too(tmp_path, pixels):
-    """As ADM's reference batches."""
+    """ADM's reference batches have this format."""
     np.savez(tmp_path / "x.npz", arr_0=pixels, mu=np.zeros(4), sigma=np.eye(4))
     np.testing.assert_array_equal(open_images(tmp_path / "x.npz").images, pixels.transpose(0, 3, 1, 2))
 
