@@ -1,4 +1,4 @@
-"""Features of a user's own that take no time."""
+"""User-defined features that are fast to compute."""
 
 import torch
 from torch_fidelity import FeatureExtractorBase

@@ -1,4 +1,4 @@
-"""What the tests of this room share."""
+"""Fixtures for the evaluation tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +35,7 @@ def protocol() -> Callable[..., ResolvedProtocol]:
 
 @pytest.fixture(scope="session")
 def record() -> Callable[..., EvaluationRecord]:
-    """Builds a record; further arguments change its protocol."""
+    """Builds a record; further keyword arguments change its protocol."""
     return _record
 
 

@@ -1,4 +1,4 @@
-"""ADM's protocol against numpy and scipy: its evaluator's formulas, float16 included."""
+"""ADM's protocol against its evaluator's formulas in numpy and scipy, including float16."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def weights() -> list[np.ndarray]:
 
 
 class RandomFeatures(FeatureExtractorBase):
-    """Inception's layers, from random matrices."""
+    """Inception's layers, replaced by random matrices."""
 
     layer_names = ("features", "logits", "spatial")
 
@@ -45,7 +45,7 @@ class RandomFeatures(FeatureExtractorBase):
 
 
 def layers(images: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same of images (N, H, W, C), in numpy."""
+    """The layers of RandomFeatures for images (N, H, W, C), in numpy."""
     pixels = images.transpose(0, 3, 1, 2).reshape(len(images), -1) / 255
     first, second, third = weights()
     features = pixels @ first
@@ -68,7 +68,7 @@ def score(logits: np.ndarray, split_size: int) -> float:
 
 
 def prc(samples: np.ndarray, real: np.ndarray, dtype: type) -> tuple[float, float]:
-    """With all squared distances at once, each operation in numpy's `dtype`."""
+    """From all squared distances at once, with each operation in numpy's `dtype`."""
 
     def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b = a.astype(dtype), b.astype(dtype)
@@ -94,7 +94,7 @@ def test_inception_score_of_consecutive_splits(count: int, split_size: int) -> N
 
 @pytest.mark.parametrize("mean", [0.0, 12.0])
 def test_precision_and_recall_in_float16(mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Far from zero, float16 rounds distances by as much as they differ, and more rows are within a radius."""
+    """Far from zero, float16 rounding is as large as the differences of distances, so more rows are within a radius."""
     monkeypatch.setattr("dia_diffusion.evaluation.adm.ROWS", 128)
     rng = np.random.default_rng(3)
     samples, real = (rng.normal(mean + shift, 1, (count, 64)).astype("f") for count, shift in ((500, 0.1), (300, 0)))
@@ -113,7 +113,7 @@ def test_features_too_large_for_float16_are_compared_in_float32() -> None:
 
 @pytest.fixture
 def fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`fid` of 400 samples by the protocol adm, with fewer samples and random features in place of Inception's."""
+    """`fid` by protocol adm, but with 400 samples and random features in place of Inception's."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(FEATURES._rows, "inception", lambda *_: ("inception", RandomFeatures(), "0" * 64))
     settings = yaml.safe_load((shipped_folder("protocols") / "adm.yaml").read_text())
@@ -161,7 +161,7 @@ def test_the_whole_protocol(fid: list[str]) -> None:
     }
     assert (whole.protocol.reference_count, alone.protocol.reference_count) == (None, 200)
     assert alone.metric_settings["prc-adm"] == settings
-    assert main([*fid, "reference.npz"]) == 0 and len(read_records("evaluations.jsonl")) == 2  # known
+    assert main([*fid, "reference.npz"]) == 0 and len(read_records("evaluations.jsonl")) == 2  # already on record
 
 
 @pytest.mark.parametrize(

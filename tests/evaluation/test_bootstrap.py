@@ -8,7 +8,7 @@ from dia_diffusion.evaluation.frechet import _ResampledDistance, bootstrap_inter
 
 
 def reference_of(width: int) -> SimpleNamespace:
-    """Features whose standard deviations differ, as real ones' do."""
+    """A reference with a different standard deviation per feature, as in real features."""
     return SimpleNamespace(mean=np.zeros(width), covariance=np.diag(1 / np.arange(1, width + 1)))
 
 
@@ -16,7 +16,7 @@ REFERENCE = reference_of(16)
 
 
 def draw(generator: np.random.Generator, count: int, width: int = 16, shift: float = 0.3) -> torch.Tensor:
-    """Another Gaussian than the reference's, (count, width): four means are shifted, all deviations larger."""
+    """Samples (count, width) of a different Gaussian than the reference: four shifted means, larger deviations."""
     mean = np.where(np.arange(width) < 4, shift, 0.0)
     noise = generator.normal(size=(count, width)) / np.sqrt(np.arange(1, width + 1))
     return torch.from_numpy((mean + 1.3 * noise).astype(np.float32))
@@ -50,12 +50,13 @@ def test_the_interval_is_seeded_the_same_in_blocks_and_reports_its_progress(monk
 
 @pytest.mark.parametrize(
     ("width", "shift", "too_wide", "held_by_percentiles"),
-    [(16, 0.3, 1.0, 54), pytest.param(32, 0.1, 1.09, 40, marks=pytest.mark.long)],  # 7 and 17 % of the distance is bias
+    # The bias is 7 % and 17 % of the distance.
+    [(16, 0.3, 1.0, 54), pytest.param(32, 0.1, 1.09, 40, marks=pytest.mark.long)],
 )
 def test_intervals_agree_with_fresh_sets_of_images(width, shift, too_wide, held_by_percentiles):
-    """1,500 fresh sets have a mean and a spread, which the intervals of 60 sets must cover and show.
+    """Intervals of 60 sets must cover the mean of 1,500 fresh sets and be as wide as their spread.
 
-    Of 60 intervals of 95 %, 57 +- 1.7 hold the mean; of the plain percentiles fewer do, the more so the more bias.
+    Of 60 intervals of 95 %, 57 +- 1.7 hold the mean; plain percentiles hold it less often, and less with more bias.
     """
     generator, count = np.random.default_rng(4), 400
     fresh = np.array([distance_of(draw(generator, count, width, shift)) for _ in range(1500)])
@@ -72,7 +73,7 @@ def test_intervals_agree_with_fresh_sets_of_images(width, shift, too_wide, held_
         low, high = np.quantile([resampled(each) for each in times], [0.025, 0.975])
         percentiles_held += low <= fresh.mean() <= high
     low, high = np.quantile(fresh, [0.025, 0.975])
-    assert np.mean(errors) / fresh.std(ddof=1) == pytest.approx(too_wide, rel=0.08)  # its own error is 2 to 3 %
+    assert np.mean(errors) / fresh.std(ddof=1) == pytest.approx(too_wide, rel=0.08)  # the ratio's own error is 2 to 3 %
     assert np.mean(widths) / (high - low) == pytest.approx(too_wide, rel=0.15)
     assert 53 <= held <= 60
     assert percentiles_held <= held_by_percentiles

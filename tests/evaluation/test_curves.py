@@ -1,4 +1,4 @@
-"""Curves of runs: what is drawn, what is returned, and what can't share a figure."""
+"""Curves of runs: what is drawn, what is returned, and which runs can't share a figure."""
 
 import pytest
 from PIL import Image
@@ -10,7 +10,7 @@ from dia_diffusion.figures import Series
 
 @pytest.fixture
 def run(record):
-    """Builds a run: a label and a record every 100 steps."""
+    """Builds a run: a label, and one record every 100 steps."""
 
     def build(label, distances, batch_size=32, **changes):
         return label, [record(d, 100 * i, batch_size, **changes) for i, d in enumerate(distances, start=1)]

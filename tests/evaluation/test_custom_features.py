@@ -82,10 +82,10 @@ MODULE = """
 
 @pytest.fixture
 def module(tmp_path, monkeypatch, request):
-    """A module of the user's in the working folder, under a name that no other test has imported."""
+    """A user's module in the working folder, under a name that no other test has imported."""
     name = f"user_{abs(hash(request.node.name))}"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)  # takes the folder off the path again afterwards
+    monkeypatch.syspath_prepend(tmp_path)  # undone after the test
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(MODULE))
     return name
 
@@ -121,7 +121,7 @@ def test_logits_are_optional(module, digits):
 
 
 def test_hash_is_of_weights_and_code(module, tmp_path):
-    """Without the code, what was cached of the features before an edit would count as that of the features after it."""
+    """Without the code in the hash, results cached before an edit of the features would still be used after it."""
     text = (tmp_path / f"{module}.py").read_text()
     (tmp_path / f"{module}_edited.py").write_text(text.replace("/ 255", "/ 1"))
     (tmp_path / f"{module}_elsewhere.py").write_text(f"from {module} import Projection")
@@ -146,8 +146,8 @@ def refused(said, call, *arguments):
         ("NotFiniteInColour", "aren't finite for images of 8x8"),
     ],
 )
-def test_what_fails_on_the_images_themselves_is_told_in_one_line(module, name, said, digits):
-    extractor = build_features(f"{module}:{name}")  # which a black image of 64x64 doesn't tell
+def test_features_that_fail_on_the_images_are_reported_in_one_line(module, name, said, digits):
+    extractor = build_features(f"{module}:{name}")  # the check on a black 64x64 image passes
     refused(said, extractor, torch.from_numpy(digits.images[:4]))
 
 
@@ -163,7 +163,7 @@ def test_what_fails_on_the_images_themselves_is_told_in_one_line(module, name, s
         ("", "or MODULE:CLASS"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_one_line(module, name, said):
+def test_unusable_features_are_reported_in_one_line(module, name, said):
     refused(said, build_features, f"{module}:{name}")
 
 

@@ -46,7 +46,7 @@ def asking(**extras):
 
 PLAIN = asking()
 ORDERED = asking(bootstrap=10)
-"""Which a distance isn't, these numbers are of the images in their order: resample k chooses by index."""
+"""Bootstrap intervals depend on the order of the images, unlike distances: resample k chooses by index."""
 ALL = asking(metrics=["fid", "kid", "isc", "prc"], kid_subset_size=200, bootstrap=20)
 
 
@@ -67,7 +67,7 @@ def source_of(images_of, count, protocol):
 
 
 def in_batches(images, batch, asked=None, fail_at=None):
-    """Gives the images of indices; `asked` collects these, and from `fail_at` on someone presses Ctrl-C."""
+    """Yields the images of given indices; `asked` collects the indices, and `fail_at` raises KeyboardInterrupt."""
 
     def images_of(indices, advance):
         for start in range(0, len(indices), batch):
@@ -94,7 +94,7 @@ def run(extractor, digits, protocol):
     return evaluate_images
 
 
-def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, train, digits, protocol, run):
+def test_distance_matches_torch_fidelity_and_the_record_holds_the_settings(extractor, train, digits, protocol, run):
     found = run(train)
     features = [extractor(images).double() for images in (train, torch.from_numpy(digits.images))]
     statistics = [fid_features_to_statistics(each) for each in features]
@@ -109,7 +109,7 @@ def test_distance_is_torch_fidelitys_and_the_record_carries_the_rest(extractor, 
     assert found.low is None and found.metrics == {} == found.metric_settings
 
 
-def test_every_metric_is_torch_fidelitys(extractor, train, digits, run):
+def test_every_metric_matches_torch_fidelity(extractor, train, digits, run):
     features = reference_features(digits, extractor, Accelerator(cpu=True))
     found = run(train, extras=ALL, features=features)
     theirs = torch_fidelity.calculate_metrics(
@@ -145,16 +145,16 @@ def test_every_metric_is_torch_fidelitys(extractor, train, digits, run):
     assert found.protocol_hash() == run(train).protocol_hash()
 
 
-def test_reference_features_are_kept_and_gone_on_with(extractor, digits, own_cache, monkeypatch):
+def test_reference_features_are_cached(extractor, digits, own_cache, monkeypatch):
     expected = extractor(torch.from_numpy(digits.images))
     features = reference_features(digits, extractor, Accelerator(cpu=True))
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(type(extractor), "layers", None)  # nothing is measured a second time
+    monkeypatch.setattr(type(extractor), "layers", None)  # fails if anything is measured again
     assert torch.equal(reference_features(digits, extractor, Accelerator(cpu=True)), features)
 
 
 @pytest.mark.parametrize("extras", [PLAIN, asking(metrics=["isc"])])
-def test_what_was_stopped_goes_on_to_the_same_number(many, run, tmp_path, extras):
+def test_a_stopped_measurement_resumes_to_the_same_number(many, run, tmp_path, extras):
     whole = run(many, extras=extras)
     asked = []
     with pytest.raises(KeyboardInterrupt):
@@ -163,13 +163,13 @@ def test_what_was_stopped_goes_on_to_the_same_number(many, run, tmp_path, extras
     asked.clear()
     found = run(many, extras=extras, work=tmp_path / "work", asked=asked)
     assert (found.distance, found.metrics) == (whole.distance, whole.metrics)
-    assert len(first) > 1801 and sorted(asked) == list(range(1801, 2402))  # the last of four chunks alone
+    assert len(first) > 1801 and sorted(asked) == list(range(1801, 2402))  # only the last of four chunks
     asked.clear()
     assert run(many, extras=extras, work=tmp_path / "work", asked=asked).distance == whole.distance
     assert asked == []
 
 
-def test_torn_chunks_are_made_again(many, run, tmp_path):
+def test_damaged_chunks_are_measured_again(many, run, tmp_path):
     work, asked = tmp_path / "work", []
     whole = run(many, work=work).distance
     files = sorted(work.glob("chunk-*.safetensors"))
@@ -188,7 +188,7 @@ def test_torn_chunks_are_made_again(many, run, tmp_path):
         assert sorted(asked) == list(range(1801, 2402))
 
 
-def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp_path):
+def test_the_work_folder_is_next_to_the_records_and_depends_on_the_settings(protocol, tmp_path):
     def place(extras=PLAIN, weights="a", model="m", **changes):
         source = ImageSource("x", Origin(source="x", weights_hash=weights, model_hash=model), 9, None, {})
         evaluator = Evaluator(extras, None, None, None)
@@ -207,8 +207,8 @@ def test_work_lies_beside_the_records_and_knows_what_it_depends_on(protocol, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_metric_from_outside_is_one_row(train, run, tmp_path, monkeypatch):
-    """Its number is recorded in the features' name, with its settings."""
+def test_a_user_defined_metric_is_one_row(train, run, tmp_path, monkeypatch):
+    """Its value is recorded under the features' name, with its settings."""
     monkeypatch.setattr(METRICS, "_rows", dict(METRICS))
     row = Metric(
         ("norm",),
@@ -240,7 +240,7 @@ def test_two_measurements_do_not_share_a_folder(train, run, tmp_path):
 
 
 def test_a_second_command_waits_for_the_references_features(extractor, digits, monkeypatch):
-    """Two at once on one reference: the second goes on when the first one lets go of the cache."""
+    """Two commands on one reference: the second continues when the first releases the cache."""
     first_is_in, second, found = Event(), [], []
     fill = feature_store._fill
 
@@ -248,7 +248,7 @@ def test_a_second_command_waits_for_the_references_features(extractor, digits, m
         if not second:
             second.append(Thread(target=lambda: found.append(reference_features(digits, extractor, accelerator))))
             second[0].start()
-            assert not first_is_in.wait(0.3)  # the second one must not come this far yet
+            assert not first_is_in.wait(0.3)  # the second one must still be waiting
         else:
             first_is_in.set()
         fill(*args)
@@ -260,12 +260,12 @@ def test_a_second_command_waits_for_the_references_features(extractor, digits, m
     assert torch.equal(found[0], features)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(extractor, digits, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_skipped(extractor, digits, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "file"))
     features = reference_features(digits, extractor, Accelerator(cpu=True))
     torch.testing.assert_close(features, extractor(torch.from_numpy(digits.images)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(OSError):  # what is to be gone on with is not done without
+    with pytest.raises(OSError):  # work that must be resumable isn't skipped
         next(iter_opened(tmp_path / "file" / "work"))
 
 
@@ -290,7 +290,7 @@ def test_warns_of_fewer_images_than_features(protocol):
 
 
 def _share(rank, port, folder, images, reference, protocol):
-    """What each of two connected processes does; forked, because importing torch twice takes longer than all of it."""
+    """Run by each of two connected processes; forked, because importing torch again takes longer than the test."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     AcceleratorState._reset_state(True)
@@ -308,9 +308,7 @@ def _share(rank, port, folder, images, reference, protocol):
     accelerator.end_training()
 
 
-def test_two_processes_find_the_distance_of_one_and_go_on_with_its_work(
-    extractor, many, digits, tmp_path, protocol, run
-):
+def test_two_processes_find_the_distance_of_one_and_resume_its_work(extractor, many, digits, tmp_path, protocol, run):
     with pytest.raises(KeyboardInterrupt):
         run(many, work=tmp_path / "work", fail_at=1900)
     reference, port = reference_statistics(digits, extractor), free_port()
@@ -326,5 +324,5 @@ def test_two_processes_find_the_distance_of_one_and_go_on_with_its_work(
     alone = run(many, extras=ORDERED)
     for batch in ("1", "7", "64"):
         assert first[batch][0] == second[batch][0] == pytest.approx(alone.distance, rel=1e-6)  # 1e-3 is promised
-        assert first[batch][2:] == pytest.approx([alone.low, alone.high], rel=1e-5)  # tells the order of the images
+        assert first[batch][2:] == pytest.approx([alone.low, alone.high], rel=1e-5)  # depends on the images' order
     assert [first[batch][1] + second[batch][1] for batch in ("1", "7", "64")] == [2402, 2402, 601]

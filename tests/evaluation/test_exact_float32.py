@@ -1,4 +1,4 @@
-"""Precision settings of torch, its old and its new ones, inside and after the feature extractor's context."""
+"""Old and new precision settings of torch, inside and after the feature extractor's context."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def place(name: str) -> Any:
 
 
 def seen() -> dict[str, Any]:
-    """Every setting; those that torch refuses to read after a mix of both kinds by the refusal."""
+    """Every setting; "refused" if torch refuses to read it after old and new settings were mixed."""
     settings = {f"{name}.allow_tf32": (place(name), "allow_tf32") for name in ("cudnn", "cuda.matmul")}
     settings |= {f"cudnn.{name}": (backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark")}
     places = {"all": backends, "cudnn": backends.cudnn, "mkldnn": backends.mkldnn}
@@ -83,8 +83,8 @@ def test_float32_is_exact_inside_and_settings_are_as_before_afterwards(changes: 
     assert seen() == before
 
 
-def test_a_precision_for_all_still_reaches_what_has_none_of_its_own() -> None:
-    """An operator that read as its backend's before must not have a precision of its own afterwards."""
+def test_a_global_precision_still_reaches_operators_without_their_own() -> None:
+    """An operator that inherited its backend's precision before must still inherit it afterwards."""
     for name in PLACES:
         place(name).fp32_precision = "none"
     backends.fp32_precision = "tf32"

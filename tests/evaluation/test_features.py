@@ -52,7 +52,7 @@ def test_features_do_not_depend_on_the_batch(extractor, digits):
 
 
 def test_features_do_not_depend_on_an_autocast_or_a_coarser_float32_around_them(extractor, digits):
-    """A CPU with bfloat16 products computes convolutions in it then; a GPU does in TF32."""
+    """Under these settings, a CPU with bfloat16 support convolves in bfloat16, and a GPU in TF32."""
     images = torch.from_numpy(digits.images[:8])
     exact = extractor(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -100,7 +100,7 @@ def test_distance_grows_with_damage(extractor, digits):
     assert missing[1] > 2 * missing[0]
 
 
-def test_unknown_name_is_told_which_exist():
+def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(InputError, match="`features` must be one of digits"):
         build_features("inceptoin")
 

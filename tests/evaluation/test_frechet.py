@@ -9,7 +9,7 @@ from dia_diffusion.evaluation.frechet import frechet_distance
 
 
 def features(count, dimensions, seed, shift=0.0):
-    """Skewed and correlated, with standard deviations from 1 down to 0.02, as a network's features are."""
+    """Skewed, correlated samples with standard deviations from 1 down to 0.02, like a network's features."""
     generator = np.random.default_rng(seed)
     mixing = np.random.default_rng(dimensions).normal(size=(dimensions, dimensions)) / np.sqrt(dimensions)
     spread = np.exp(-4 * np.arange(dimensions) / dimensions)
@@ -50,7 +50,7 @@ def test_equals_the_closed_form_of_commuting_covariances():
 
 
 def steep(decades):
-    """40 variances over so many decades, in no order."""
+    """40 variances spread over `decades` orders of magnitude, shuffled."""
     return np.random.default_rng(0).permutation(10 ** -np.linspace(0, decades, 40))
 
 
@@ -74,7 +74,7 @@ def without(variances, dead):
 def test_loses_no_digits_of_steep_or_singular_covariances(a, b, rotated):
     basis = np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0] if rotated else np.eye(40)
     distance = frechet_distance(*(SimpleNamespace(mean=np.zeros(40), covariance=basis * c @ basis.T) for c in (a, b)))
-    # Rotating rounds the covariances themselves, and the root of a rounding error of a zero is 1e-8.
+    # The rotation rounds the covariances; the square root of a zero's rounding error is 1e-8.
     exactness = 1e-7 if rotated else 1e-12
     assert distance == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=exactness)
 

@@ -1,4 +1,4 @@
-"""Inception against torch-fidelity's own, with weights drawn by a seed: its release file is not needed."""
+"""Inception against torch-fidelity's, with seeded random weights: the release file is not needed."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ from tests.evaluation.torch_images import Images
 
 
 class Unfilled(FeatureExtractorInceptionV3):
-    """torch-fidelity's network as it is initialised."""
+    """torch-fidelity's network with its initial weights."""
 
     def __init__(self, features_list):
         nothing = io.BytesIO()
@@ -44,7 +44,7 @@ class Unfilled(FeatureExtractorInceptionV3):
 
 @pytest.fixture(scope="module")
 def network():
-    """Seeded weights under which features have the size of the real ones': about 1, and different for each image."""
+    """Seeded weights that give features of realistic size, about 1, that differ between images."""
     torch.manual_seed(0)
     network = Unfilled(["2048", "logits_unbiased"])
     for module in network.modules():
@@ -58,7 +58,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def weights(network, tmp_path_factory):
-    """The weights as the release has them, a .pth file."""
+    """The weights as a .pth file, like the release."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(network.state_dict(), path)
     return path
@@ -70,7 +70,7 @@ def extractor(weights):
 
 
 class Small(torch.nn.Linear):
-    """A network of two tensors in Inception's place."""
+    """A network of two tensors that replaces Inception."""
 
     def __init__(self, features_list, weights):
         super().__init__(60, 20)
@@ -79,10 +79,10 @@ class Small(torch.nn.Linear):
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """A small network's file as if it were the release, to be had from a URL; the empty place of it in torch's hub."""
+    """A small network's file that stands in for the release at a URL; the path in torch's hub where none is yet."""
     monkeypatch.setattr(inception, "InceptionExtractor", Small)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("dia_diffusion.download._check_secure", lambda url: None)  # of a file here
+    monkeypatch.setattr("dia_diffusion.download._check_secure", lambda url: None)  # allows a local file
     file = tmp_path / "weights.pth"
     torch.save(torch.nn.Linear(60, 20).state_dict(), file)
     monkeypatch.setattr(inception, "RELEASED", Download(file.as_uri(), sha256_of_file(file), file.stat().st_size))
@@ -92,7 +92,7 @@ def released(tmp_path, monkeypatch):
 
 
 def images(count, seed):
-    """Noise of a colour and contrast that differ from image to image."""
+    """Noise images (count, 3, 32, 32) whose mean color differs from image to image."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.rand(count, 3, 1, 1, generator=generator) * 255
     noise = torch.randn(count, 3, 32, 32, generator=generator) * 60
@@ -101,7 +101,7 @@ def images(count, seed):
 
 @pytest.mark.long
 def test_distance_equals_torch_fidelitys(weights, extractor):
-    """In the short run features and, elsewhere, distances of equal features are compared."""
+    """The short tests compare features here and, in other files, distances of equal features."""
     first, second = images(12, 1), images(12, 2)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(first),
@@ -119,8 +119,8 @@ def test_distance_equals_torch_fidelitys(weights, extractor):
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
 
 
-def test_features_and_logits_are_torch_fidelitys(network, extractor, monkeypatch):
-    """Ours in channels_last, and in parts as large as a CPU takes at once."""
+def test_features_and_logits_match_torch_fidelity(network, extractor, monkeypatch):
+    """Ours runs in channels_last, and in batches of at most CPU_BATCH images."""
     monkeypatch.setattr(inception, "CPU_BATCH", 2)
     batch = images(3, 0)
     features, logits = network(batch)
@@ -133,7 +133,7 @@ def test_features_and_logits_are_torch_fidelitys(network, extractor, monkeypatch
 
 
 def spatial_features(network, batch):
-    """ADM's: the first 7 channels after the ReLU of the 1x1 convolution in the third block of 17x17, channels last."""
+    """ADM's: the first 7 channels after the ReLU of the 1x1 convolution in the third 17x17 block, channels last."""
     pixels = interpolate_bilinear_2d_like_tensorflow1x(batch.float(), size=(299, 299), align_corners=False)
     pixels = (pixels - 128) / 128
     names = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2"
@@ -143,7 +143,7 @@ def spatial_features(network, batch):
     return branch.bn(branch.conv(pixels)).relu().numpy().transpose(0, 2, 3, 1)[..., :7].reshape(len(batch), -1)
 
 
-def test_spatial_features_are_adms_and_sfid_their_distance(network, extractor, tmp_path, monkeypatch):
+def test_spatial_features_match_adm_and_sfid_is_their_distance(network, extractor, tmp_path, monkeypatch):
     batches = images(2, 1), images(3, 2)
     first, second = (spatial_features(network, batch) for batch in batches)
     assert extractor.widths == {"features": 2048, "logits": 1008, "spatial": 2023} and first.std() > 0.1
@@ -165,7 +165,8 @@ def test_spatial_features_are_adms_and_sfid_their_distance(network, extractor, t
 def test_only_the_released_weights_are_called_inception(released, own_cache, tmp_path):
     weights, in_hub = released
     tensors = torch.load(weights, weights_only=True)
-    save_file(tensors, tmp_path / "same.safetensors", metadata={"sha256": sha256_of_file(weights)})  # anybody's claim
+    # The sha256 is a claim that anybody could make.
+    save_file(tensors, tmp_path / "same.safetensors", metadata={"sha256": sha256_of_file(weights)})
     tensors["bias"][0] += 1
     torch.save(tensors, tmp_path / "other.pth")
     save_file(tensors, tmp_path / "other.safetensors")
@@ -178,9 +179,9 @@ def test_only_the_released_weights_are_called_inception(released, own_cache, tmp
     assert other == f"inception-{build_inception(tmp_path / 'other.pth')[2][:8]}"
     assert name(tmp_path / "other.safetensors") == other, "both formats have one hash"
     assert distance_name(other) == f"FD({other})"
-    assert name(tmp_path / "same.safetensors").startswith("inception-")  # whose tensors they are isn't known yet
+    assert name(tmp_path / "same.safetensors").startswith("inception-")  # the release's tensors aren't known yet
     shutil.copy(weights, in_hub)
-    assert name() == name() == "inception"  # of the release, then of what the cache has made of it
+    assert name() == name() == "inception"  # from the release, then from its cached copy
     (cached,) = own_cache.rglob("*.*")
     assert name(cached) == name(tmp_path / "same.safetensors") == "inception"
     assert name(tmp_path / "other.safetensors") == other
@@ -207,7 +208,7 @@ def test_the_release_is_unpickled_once_and_a_damaged_cache_is_made_again(release
     assert build_inception()[2] == expected
 
 
-def test_what_is_nowhere_is_downloaded_and_checked(released, own_cache, monkeypatch):
+def test_missing_weights_are_downloaded_and_checked(released, own_cache, monkeypatch):
     weights, in_hub = released
     size, reported = weights.stat().st_size, []
     assert build_inception(progress=lambda *done: reported.append(done))[2] == build_inception(weights)[2]
@@ -237,7 +238,7 @@ def test_other_files_are_refused_with_the_expected_hash(name, said, tmp_path):
     assert "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2" in message
 
 
-def test_the_pinned_release_is_the_one_its_name_says():
+def test_the_pinned_hash_matches_the_file_name():
     released = inception.RELEASED
     assert released.url.startswith("https://") and released.url.endswith(f"-{released.sha256[:8]}.pth")
     assert len(bytes.fromhex(released.sha256)) == 32

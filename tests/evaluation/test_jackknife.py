@@ -1,4 +1,4 @@
-"""Distances without the bias of a finite number of images, on Gaussians at a known distance."""
+"""Distances corrected for the bias of a finite number of images, on Gaussians with a known distance."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def draw(generator, count, width, shift=0.3, scale=SCALE):
 
 
 def truth(width, shift=0.3):
-    """Between Gaussians of the same axes: |shift|^2 plus the squared differences of the deviations."""
+    """The distance of Gaussians with equal axes: |shift|^2 plus the squared differences of the deviations."""
     return width * shift**2 + ((SCALE - 1) ** 2 * deviations(width) ** 2).sum()
 
 
@@ -45,7 +45,7 @@ def test_extrapolation_removes_the_bias_and_its_interval_holds_the_truth(width, 
 
 
 def test_extrapolation_is_a_line_through_the_distances_of_parts():
-    """With a division for each image, the parts are known: here twelve images in groups of one."""
+    """With as many groups as images, the parts are known: here twelve images in groups of one."""
     features, reference = draw(np.random.default_rng(0), 12, 2), reference_of(2)
     order = np.random.default_rng(7).permutation(12)
 
@@ -53,7 +53,7 @@ def test_extrapolation_is_a_line_through_the_distances_of_parts():
         return np.mean([frechet_distance(sums([features[p]], 2), reference) for p in np.split(order, number)])
 
     value, low, high = extrapolated_distance(features, reference, (1, 2), 12, seed=7)
-    assert value == pytest.approx(2 * mean(1) - mean(2), rel=1e-6)  # Richardson's: FD(N) less the bias of FD(N / 2)
+    assert value == pytest.approx(2 * mean(1) - mean(2), rel=1e-6)  # Richardson extrapolation from FD(N) and FD(N / 2)
     assert low < value < high and (low + high) / 2 == pytest.approx(value)
     assert extrapolated_distance(features, reference, (1, 2), 12, seed=7) == (value, low, high)
 

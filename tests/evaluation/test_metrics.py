@@ -50,8 +50,8 @@ def gaussians(*sizes, width=8, shift=0.0, seed=0):
     return first + shift, *others
 
 
-def test_density_and_coverage_are_their_definition(monkeypatch):
-    """Equations 3 and 4 of Naeem et al. by all pairs in float64, in blocks that don't divide the images."""
+def test_density_and_coverage_match_their_definition(monkeypatch):
+    """Equations 3 and 4 of Naeem et al. over all pairs in float64; the blocks don't divide the number of images."""
     monkeypatch.setattr("dia_diffusion.evaluation.metrics.ROWS", 64)
     features, reference = gaussians(150, 300, shift=0.4)
     found = computed("dc", features=features, reference_features=reference)
@@ -64,7 +64,7 @@ def test_density_and_coverage_are_their_definition(monkeypatch):
 
 
 def test_mind_pairs_sorted_projections(monkeypatch):
-    """The 2-Wasserstein distance of equally many numbers, found by trying all pairings."""
+    """The 2-Wasserstein distance of two equally large sets of numbers, from the best assignment."""
     features, reference = gaussians(20, 20, width=3, shift=0.5)
     found = computed("mind", features=features, reference_features=reference)["MIND(a)"]
     directions = torch.nn.functional.normalize(torch.randn(1000, 3, generator=torch.Generator().manual_seed(2020)))
@@ -81,7 +81,7 @@ def test_mind_of_unequal_counts_uses_as_many_of_the_larger_set():
     found = computed("mind", features=features, reference_features=reference)
     chosen = torch.randperm(500, generator=torch.Generator().manual_seed(2020))[:300]
     equal = computed("mind", features=features, reference_features=reference[chosen])
-    assert found["MIND(a)"] == pytest.approx(equal["MIND(a)"], rel=0.1)  # by other directions
+    assert found["MIND(a)"] == pytest.approx(equal["MIND(a)"], rel=0.1)  # with other directions
     assert found == computed("mind", features=features, reference_features=reference)
 
 

@@ -1,4 +1,4 @@
-"""Nearest reference images against numbers known beforehand, and the page of `fid --show`."""
+"""Nearest reference images against known numbers, and the page of `fid --show`."""
 
 import re
 import urllib.request
@@ -14,7 +14,7 @@ from dia_diffusion.evaluation.neighbors import find_neighbors
 
 
 def test_copies_and_outliers() -> None:
-    """Real images lie on a line at 1000, 1001, ...: each is 1 from its nearest, whatever cdist's rounding."""
+    """Real images lie on a line at 1000, 1001, ...: each is exactly 1 from its nearest, despite cdist's rounding."""
     reference = torch.stack([torch.arange(1000.0, 1300.0), torch.zeros(300)], dim=1)
     samples = torch.tensor([[1200.0, 0.0], [1100.25, 0.0], [1299.0, 50.0]])
     found = find_neighbors(samples, reference, torch.device("cpu"))
@@ -25,7 +25,7 @@ def test_copies_and_outliers() -> None:
 
 
 def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test digits, of which one is replaced by a training digit."""
+    """Test digits, one of them replaced by a training digit."""
     from dia_diffusion.data import open_images
     from dia_diffusion.evaluation.features import build_features
 
@@ -41,7 +41,7 @@ def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = tmp_path / "show-images-digits.html"
     html = page.read_text()
     page.unlink()
-    assert main(command) == 0 and page.read_text() == html  # the distance is on record by now
+    assert main(command) == 0 and page.read_text() == html  # the distance is already on record
     assert not list(tmp_path.glob("*.unfinished"))
     assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
     captions = re.findall("<figcaption>(.*?)</figcaption>", html)

@@ -1,4 +1,4 @@
-"""DINOv2, CLIP and VGG-16 against other implementations, with weights drawn by a seed: no released file is needed."""
+"""DINOv2, CLIP and VGG-16 against other implementations, with seeded random weights: no released file is needed."""
 
 import sys
 from dataclasses import replace
@@ -49,7 +49,7 @@ def normalized(batch: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 
 def drawn(network: nn.Module) -> dict[str, torch.Tensor]:
-    """Seeded tensors of the network's shapes, under which features differ between images."""
+    """Seeded tensors in the network's shapes that give different features for different images."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: torch.randn(tensor.shape, generator=generator) / max(tensor[0].numel(), 4) ** 0.5
@@ -66,7 +66,7 @@ def cubic_weight(distance: np.ndarray) -> np.ndarray:
 
 
 def positions_by_hand(positions: np.ndarray) -> np.ndarray:
-    """37x37 position embeddings sampled at 16x16 points, 37 / 16.1 apart, edges repeated; the class token's stays."""
+    """37x37 position embeddings resampled to 16x16, 37 / 16.1 apart, edges repeated; the class token's is kept."""
     centers = (np.arange(16) + 0.5) * 37 / 16.1 - 0.5
     taps = np.floor(centers)[:, None] + np.arange(-1, 3)
     matrix = np.zeros((16, 37))
@@ -80,7 +80,7 @@ def positions_by_hand(positions: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def dinov2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded weights of ViT-S as Meta's file has them."""
+    """Seeded weights of ViT-S in the format of Meta's file."""
     tensors = drawn(timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0))
     tensors["pos_embed"] *= 500  # as large as the patches' embeddings
     path = tmp_path_factory.mktemp("dinov2") / "dinov2_vits14_pretrain.pth"
@@ -88,7 +88,7 @@ def dinov2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_dinov2_is_timms_network_at_dinov2s_positions(dinov2_file: Path) -> None:
+def test_dinov2_matches_timm_with_dinov2s_positions(dinov2_file: Path) -> None:
     tensors = torch.load(dinov2_file, weights_only=True)
     del tensors["mask_token"]
     by_hand = torch.from_numpy(positions_by_hand(tensors["pos_embed"].double().numpy())).float()
@@ -106,13 +106,13 @@ def test_dinov2_is_timms_network_at_dinov2s_positions(dinov2_file: Path) -> None
 
 
 @pytest.mark.parametrize("size", [16, 224, 300])
-def test_resizing_is_pillows(size: int) -> None:
+def test_resizing_matches_pillow(size: int) -> None:
     expected = normalized(images(2, size), (0, 0, 0), (1 / 255,) * 3)
     torch.testing.assert_close(resize_bicubic(images(2, size).float()), expected, rtol=0, atol=0.01)
 
 
 def dinov2_shapes(width: int, depth: int, hidden: int, gated: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of Meta's release."""
+    """Names and shapes of the tensors in Meta's release."""
     shapes = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1370, width),
@@ -137,7 +137,7 @@ def dinov2_shapes(width: int, depth: int, hidden: int, gated: bool) -> dict[str,
 
 
 def transformers_shapes(width: int, depth: int, patch: int, embedding: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a CLIP of transformers, the text encoder's but for one left out."""
+    """Names and shapes of the tensors in a transformers CLIP, with only one tensor of the text encoder."""
     shapes = {
         "logit_scale": (),
         "text_model.final_layer_norm.bias": (width,),
@@ -181,8 +181,8 @@ def test_released_tensors_fit(network, shapes) -> None:
     assert {name: tensor.shape for name, tensor in tensors.items()} == {name: each.shape for name, each in own.items()}
 
 
-def test_gated_layers_of_the_giant_are_dinov2s() -> None:
-    """w12 gives a gate and a value, in this order; w3 takes SiLU(gate) * value."""
+def test_gated_layers_of_the_giant_match_dinov2() -> None:
+    """w12 outputs the gate and then the value; w3 is applied to SiLU(gate) * value."""
     small = timm.create_model("vit_giant_patch14_dinov2", embed_dim=24, depth=1, num_heads=2, num_classes=0).eval()
     names = {"blocks.0.mlp.fc1.weight": "w12", "blocks.0.mlp.fc2.weight": "w3"}
     weights = {names[name]: tensor for name, tensor in small.state_dict().items() if name in names}
@@ -198,7 +198,7 @@ SMALL_CLIP = clip("openai/clip-vit-small", 32, 128, 2, 16)
 
 @pytest.fixture(scope="module")
 def clip_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Seeded weights of a CLIP of two blocks by OpenAI's names, and as transformers saves them, half and single."""
+    """Seeded weights of a two-block CLIP in OpenAI's format, and in transformers' in half and single precision."""
     folder = tmp_path_factory.mktemp("clip")
     openai = {name: tensor.half() for name, tensor in drawn(SMALL_CLIP.build()).items()}
     theirs = {
@@ -226,7 +226,7 @@ def clip_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()}
 
 
-def test_clip_is_timms(clip_files: dict[str, Path]) -> None:
+def test_clip_matches_timm(clip_files: dict[str, Path]) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     reference = timm.create_model(
@@ -258,7 +258,7 @@ class SmallVGG(nn.Module):
         return self.classifier(self.avgpool(self.features(pixels)).flatten(1))
 
 
-def test_vgg16_is_torch_fidelitys(tmp_path: Path) -> None:
+def test_vgg16_matches_torch_fidelity(tmp_path: Path) -> None:
     network = SmallVGG()
     network.load_state_dict(drawn(network))
     torch.save(network.state_dict(), tmp_path / "vgg16.pth")
@@ -295,7 +295,7 @@ def test_other_weights_are_refused(clip_files: dict[str, Path], tmp_path: Path, 
 
 def test_a_download_is_checked(clip_files: dict[str, Path], own_cache: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("dia_diffusion.download._check_secure", lambda url: None)  # of a file here
+    monkeypatch.setattr("dia_diffusion.download._check_secure", lambda url: None)  # allows a local file
     file = clip_files["half"]
     network = replace(SMALL_CLIP, release=Download(file.as_uri(), sha256_of_file(file), file.stat().st_size))
     downloaded = network.load("clip", None, None)[2]

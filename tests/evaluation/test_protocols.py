@@ -1,4 +1,4 @@
-"""Named protocols: what the shipped ones hold, what makes two the same, and what is refused."""
+"""Named protocols: the shipped ones, equality of two protocols, and refused input."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ PLAIN = {"features": "digits", "num_samples": 80, "sampler": "ddim", "steps": 2}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """write("name", steps=3) is the path of a protocol's file; a setting of None is left out."""
+    """write("name", steps=3) returns the path of a new protocol file; settings of None are left out."""
 
     def written(stem: str = "mine", /, **changes: object) -> str:
         path = tmp_path / f"{stem}.yaml"
@@ -44,7 +44,7 @@ def test_a_shipped_protocol_can_be_followed(name: str) -> None:
     assert len(scheduler.timesteps) == protocol.steps
 
 
-def test_the_papers_protocol_is_u_vits() -> None:
+def test_the_paper_protocol_matches_u_vit() -> None:
     """50,000 images, 1,000 Euler-Maruyama steps, averaged weights, Inception, against the 50,000 training images."""
     paper = EvalProtocol.read("paper-cifar10")
     assert (paper.num_samples, paper.sampler, paper.steps) == (50_000, "euler-maruyama", 1000)
@@ -52,12 +52,12 @@ def test_the_papers_protocol_is_u_vits() -> None:
     assert (paper.reference_split, paper.reference_count) == ("train", 50_000)
     half = EvalProtocol.read("paper-cifar10-fp16")
     assert half.precision == "float16" and half.model_copy(update={"name": paper.name, "precision": "float32"}) == paper
-    # Of records that are there already.
+    # Existing records have this hash.
     assert paper.hash() == "acdb55a70b86eed82bcded4476f0e2773d68494f8eec1c0292960eaa36832f05"
 
 
 def test_the_hash_is_over_the_settings_alone(write: Callable[..., str], tmp_path: Path) -> None:
-    """Written out by hand here, so that no later version gives old records another hash."""
+    """The hashed text is written out here, so that no later version changes the hash of old records."""
     settings = '{"features": "digits", "num_samples": 80, "sampler": "ddim", "steps": 2}'
     protocol = EvalProtocol.read(write())
     assert protocol.hash() == hashlib.sha256(settings.encode()).hexdigest()
@@ -151,6 +151,6 @@ def test_a_changed_protocol_needs_another_name(
     changed = EvalProtocol.read(write(steps=3))
     with pytest.raises(InputError) as caught:
         changed.refuse_changed(records, "e.jsonl")
-    told = str(caught.value)
-    assert all(text in told for text in ("e.jsonl", "mine", protocol.hash()[:8], changed.hash()[:8], "another name"))
+    message = str(caught.value)
+    assert all(text in message for text in ("e.jsonl", "mine", protocol.hash()[:8], changed.hash()[:8], "another name"))
     EvalProtocol.read(write("another", steps=3)).refuse_changed(records, "e.jsonl")

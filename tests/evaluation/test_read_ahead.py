@@ -1,4 +1,4 @@
-"""Batches that are read while the one before is measured."""
+"""Each batch is read while the previous one is measured."""
 
 from collections.abc import Sequence
 from threading import Event

@@ -58,7 +58,7 @@ def test_an_added_field_is_hashed_unless_it_has_its_default(protocol):
 
 
 def written(path, record, change):
-    """The record's line with `change(line)` made, and a checksum."""
+    """Writes the record's line after `change(line)`, with a new checksum; returns the path."""
     append_record(path, record)
     line = verify_checksum(json.loads(path.read_text()))
     change(line)
@@ -95,7 +95,7 @@ def test_published_records_are_read_and_drawn(file, tmp_path):
         assert {point["distance"] for point in drawn} <= {each.distance for each in records}
 
 
-def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
+def test_extra_metrics_do_not_change_the_protocol_hash(tmp_path, protocol):
     settings = {"kid": {"kid_subset_size": 300}, "bootstrap": {"resamples": 20}}
     plain = make_record(3.0, protocol(), Origin(source="a"), 1.0)
     metrics = {"metrics": {"KD(digits)": 0.5}, "metric_settings": settings}
@@ -109,7 +109,7 @@ def test_more_metrics_are_no_part_of_a_distances_protocol(tmp_path, protocol):
     assert not more.has({"kid": {"kid_subset_size": 1000}})
 
 
-def test_records_from_before_there_were_other_metrics_and_names(tmp_path, record):
+def test_records_without_the_later_fields_are_read(tmp_path, record):
     new = ("low", "high", "standard_error", "metrics", "metric_settings", "model_hash", "record_version")
     without = (*new, "protocol_name", "protocol_file_hash")
     (old,) = read_records(written(tmp_path / "e.jsonl", record(), lambda line: [line.pop(name) for name in without]))
@@ -125,7 +125,7 @@ def test_a_protocol_changed_afterwards_is_named(tmp_path, record):
     with pytest.raises(InputError, match=r"line 1: not a whole evaluation record, .*its checksum differs"):
         read_records(path)
     altered = json.loads(path.read_text())
-    del altered["crc32"]  # as of before there was one
+    del altered["crc32"]  # as in records from before checksums
     path.write_text(json.dumps(altered))
     with pytest.raises(InputError, match="line 1: the protocol was changed"):
         read_records(path)

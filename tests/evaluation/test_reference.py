@@ -38,7 +38,7 @@ def test_choice_is_a_function_of_the_seed_without_repetition():
         (1, "digits must have 2 images or more, got 1"),
     ],
 )
-def test_counts_that_cannot_be_are_refused_before_anything_is_measured(extractor, digits, own_cache, count, said):
+def test_impossible_counts_are_refused_before_anything_is_measured(extractor, digits, own_cache, count, said):
     with pytest.raises(InputError, match=said):
         reference_statistics(digits, extractor, count=count)
     assert not own_cache.exists()
@@ -52,7 +52,7 @@ def test_second_time_nothing_is_measured(extractor, digits, monkeypatch):
     assert torch.equal(again.statistics.outer, first.statistics.outer)
 
 
-def test_whatever_they_come_from_makes_another_file(extractor, digits, own_cache, tmp_path):
+def test_each_input_of_the_statistics_changes_the_cache_file(extractor, digits, own_cache, tmp_path):
     path = tmp_path / "other.safetensors"
     data = bytearray(PACKAGED["digits"].weights.read_bytes())
     data[-4] ^= 1
@@ -64,7 +64,7 @@ def test_whatever_they_come_from_makes_another_file(extractor, digits, own_cache
     reference_statistics(digits, other_weights, count=100)
     reference_statistics(open_images("digits", split="train"), extractor, count=100)
     assert len(cached(own_cache)) == 5
-    reference_statistics(digits, extractor, count=596)  # the whole set, by another name
+    reference_statistics(digits, extractor, count=596)  # 596 is the whole set, so the same file
     assert len(cached(own_cache)) == 5
 
 

@@ -24,7 +24,7 @@ def test_far_from_zero_the_covariance_keeps_its_digits():
     np.testing.assert_allclose(statistics_of(features).covariance, expected, atol=1e-8)
 
 
-def test_difference_is_what_is_left(features):
+def test_subtracting_a_part_leaves_the_rest(features):
     rest = statistics_of(features).merge(statistics_of(features[:40]), sign=-1)
     assert rest.count == 61
     np.testing.assert_allclose(rest.mean, features[40:].double().mean(0).numpy(), rtol=1e-12)

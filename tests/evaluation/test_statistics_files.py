@@ -43,7 +43,7 @@ def test_a_file_is_the_reference_it_was_made_of(path, reference, extractor):
     assert torch.equal(again.statistics.outer, reference.statistics.outer)
 
 
-def test_provenance_says_all_of_it(path, reference, extractor):
+def test_provenance_is_complete(path, reference, extractor):
     known = read_statistics(path).provenance
     assert known["shape"] == [3, 8, 8] and known["count"] == 596
     assert (known["features"], known["features_hash"]) == ("digits", extractor.weights_hash)
@@ -52,7 +52,7 @@ def test_provenance_says_all_of_it(path, reference, extractor):
 
 
 def test_moments_of_pytorch_fid(path, reference, extractor, tmp_path):
-    """Its files hold mu and sigma; some others' are in float32, or carry keys beside them."""
+    """pytorch-fid's files hold mu and sigma; some other programs' are in float32 or have further keys."""
     mean, covariance = reference.statistics.mean, reference.statistics.covariance
     np.savez(tmp_path / "a.npz", mu=mean, sigma=covariance)
     np.savez_compressed(tmp_path / "b.npz", mu=mean.astype("f"), sigma=covariance.astype("f"), arr_0=np.zeros(3))
@@ -135,7 +135,7 @@ def test_a_reference_of_other_features_weights_and_images_is_refused(path, extra
     refused(path, "64 features, .*three.npz of 3", lambda p: refuse_incomparable(read_statistics(p), three))
 
 
-def test_statistics_are_told_from_images(tmp_path):
+def test_statistics_files_are_distinguished_from_images(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     np.savez(tmp_path / "images.npz", images=np.zeros((2, 8, 8), dtype=np.uint8), seeds=np.arange(2))
     np.savez(tmp_path / "both.npz", arr_0=np.zeros((2, 8, 8), dtype=np.uint8), mu=np.zeros(4), sigma=np.eye(4))

@@ -1,4 +1,4 @@
-"""Images as torch-fidelity takes them."""
+"""Images as a dataset for torch-fidelity."""
 
 import numpy as np
 import torch
