@@ -1,4 +1,4 @@
-"""The recipe that the faults happen to, and runs of it."""
+"""The recipe of the fault tests, and runs of it."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of six steps and a checkpoint at each second one, and such a classifier's."""
+    """A folder with a diffusion run and a classification run of six steps each, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("damage")
     (folder / "tiny.yaml").write_text(TINY)
     recipe = ["--config", str(folder / "tiny.yaml"), "--output", str(folder / "run")]

@@ -1,4 +1,4 @@
-"""Disks that are small, or can't be written to: root may write to any folder, whatever its mode."""
+"""Small and read-only disks: a folder's mode isn't enough, since root may write to any folder."""
 
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def _mount(*arguments: object) -> None:
 
 @contextmanager
 def small_disk(place: Path, size: str) -> Iterator[Path]:
-    """A disk in memory of this size, as "1m"."""
+    """An in-memory disk of this size, such as "1m"."""
     place.mkdir()
     _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", place)
     try:
@@ -30,7 +30,7 @@ def small_disk(place: Path, size: str) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Path]:
-    """A folder beside it that shows the same files and takes none."""
+    """A read-only mount of the folder, next to it."""
     place = folder.with_name(f"{folder.name} read-only")
     place.mkdir()
     _mount("--bind", folder, place)
@@ -42,7 +42,7 @@ def read_only(folder: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """A file that takes all of a disk's space but so many bytes."""
+    """Fills a disk with one file except for `leave` bytes; returns the file."""
     filler = disk / "filler"
     with filler.open("ab", buffering=0) as file:
         try:

@@ -1,4 +1,4 @@
-"""What happens to commands in processes of their own; and what a run must have left in the end."""
+"""Commands in processes that can be killed, and checks of what a run left on disk."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Launched:
-    """Two connected processes under torchrun, each in a session of its own, as that starts them."""
+    """Two connected processes under torchrun, which starts each one in its own session."""
 
     def __init__(self, *arguments: object, log: Path, seconds_between_files: float = 0.0) -> None:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
@@ -31,11 +31,11 @@ class Launched:
             )
 
     def workers(self) -> list[psutil.Process]:
-        """In the order of their ranks."""
+        """The worker processes in the order of their ranks."""
         return sorted(psutil.Process(self.process.pid).children(), key=lambda child: child.pid)
 
     def kill(self) -> None:
-        """The launcher and its processes, at one moment."""
+        """Kills the launcher and its processes at once."""
         everyone = [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]
         for process in everyone:
             process.kill()
@@ -44,7 +44,7 @@ class Launched:
 
 
 def slow_checkpoints(seconds: float) -> None:
-    """Makes writing a checkpoint take so long after each of its files; to be called in the process that writes."""
+    """Pauses for `seconds` after each file of a checkpoint; to be called in the process that writes it."""
     from dia_diffusion.training import checkpoint
 
     save_file = checkpoint.save_file
@@ -57,7 +57,7 @@ def slow_checkpoints(seconds: float) -> None:
 
 
 def being_written(run: Path) -> list[Path]:
-    """The files of a checkpoint that has not got its name yet."""
+    """The files of a checkpoint that doesn't have its final name yet."""
     return list(run.glob("checkpoints/.step-*.partial/*"))
 
 

@@ -1,4 +1,4 @@
-"""`slow_main.py SECONDS COMMAND ...`: the command, which takes so long after each file of a checkpoint."""
+"""`slow_main.py SECONDS COMMAND ...`: runs the command with a pause of SECONDS after each file of a checkpoint."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checkpoints, records and statistics that are truncated or have a bit flipped: found and named, never read wrong."""
+"""Truncated or bit-flipped checkpoints, records and statistics are found and named, never misread."""
 
 import json
 import random
@@ -40,7 +40,7 @@ from tests.training.run_files import assert_same_run
 
 
 def cuts(file: Path) -> Iterator[bytes]:
-    """The file truncated at every kind of place."""
+    """The file's content truncated at each kind of position."""
     content = file.read_bytes()
     header = int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content) // 2
     for length in (0, 1, 4, 8, 8 + header // 2, 8 + header, (8 + header + len(content)) // 2, len(content) - 1):
@@ -49,7 +49,7 @@ def cuts(file: Path) -> Iterator[bytes]:
 
 
 def flips(content: bytes, count: int | None, seed: int = 0) -> Iterator[bytes]:
-    """The content with one bit flipped: each of them, or a number of drawn ones."""
+    """The content with one bit flipped: for each bit, or for `count` random ones."""
     bits: Any = range(8 * len(content))
     for bit in bits if count is None else random.Random(seed).sample(bits, min(count, len(bits))):
         changed = bytearray(content)
@@ -77,7 +77,7 @@ def test_every_cut_and_flip_of_a_checkpoint_is_found(run: Path) -> None:
     for file in files:
         content = file.read_bytes()
         damaged = [*cuts(file), *(flips(content, 20) if file.suffix == ".safetensors" else ())]
-        if file.name == "state.json":  # whose last byte ends a line
+        if file.name == "state.json":  # its last byte is a newline
             damaged = [text for text in damaged if text.strip() != content.strip()]
         for text in damaged:
             file.write_bytes(text)
@@ -101,22 +101,22 @@ def test_the_checkpoint_before_a_damaged_one_is_used(run: Path, trained: Path, r
 
 
 def test_processes_agree_on_the_checkpoint_that_is_used(run: Path, recipe: Path, tmp_path: Path) -> None:
-    """Of which only the main one renames and tells."""
+    """Only the main process renames and reports."""
     flip_one(run / "checkpoints" / "step-00000006" / "model.safetensors")
     command = ["train", "--config", recipe, "--output", run, "--train.checkpoint_every", 2]
     both = start_connected(*command, logs=tmp_path)
     assert [process.wait() for process in both] == [0, 0]
     assert "step-00000006.damaged" in both[0].text() and "resuming from step 4" in both[0].text()
-    # Some versions of torch tell here that gloo has connected.
+    # Some versions of torch print here that gloo has connected.
     assert not [line for line in both[1].text().splitlines() if not line.startswith("[Gloo]")]
     kept = ["step-00000006", "step-00000006.damaged"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == kept
 
 
-def test_what_is_told_of_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
+def test_the_warning_about_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
     place = run / "checkpoints" / "step-00000006"
     flip_one(place / "ema.safetensors")
-    (run / "checkpoints" / "step-00000006.damaged").mkdir()  # of an earlier time
+    (run / "checkpoints" / "step-00000006.damaged").mkdir()  # from an earlier failure
     with pytest.raises(InputError, match="seed: 0 -> 1"):
         Trainer(read_experiment(str(recipe), ["--output", str(run), "--seed", "1"]), Recorder())
     assert place.is_dir(), "what is refused changes nothing"
@@ -128,7 +128,7 @@ def test_what_is_told_of_a_damaged_checkpoint(run: Path, recipe: Path) -> None:
     )
 
 
-def test_a_classifier_goes_on_from_the_checkpoint_before(trained: Path, tmp_path: Path) -> None:
+def test_a_classifier_resumes_from_the_previous_checkpoint(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "classifier", tmp_path / "classifier")
     flip_one(tmp_path / "classifier" / "checkpoints" / "step-00000006" / "optimizer.safetensors")
     classify.train(classify.tiny(tmp_path, "classifier", "--train.checkpoint_every", "2"))
@@ -168,7 +168,7 @@ def test_a_study_sees_the_newest_state_that_can_be_read(run: Path) -> None:
 
 
 def test_a_state_without_a_checksum_is_read(run: Path) -> None:
-    """As of before it had one."""
+    """Older states have none."""
     place = run / "checkpoints" / "step-00000006"
     state = read_state(place)
     write_json(place / "state.json", state)
@@ -195,7 +195,7 @@ def test_keep_last_never_removes_the_one_that_works(run: Path, monkeypatch: pyte
     assert list(folder.iterdir()) == [kept]
     monkeypatch.undo()
 
-    (folder / "step-00000099").mkdir()  # as of a copy that was broken off
+    (folder / "step-00000099").mkdir()  # as from an interrupted copy
     save_checkpoint(folder, 8, content, keep_last=1)
     assert list(step_folders(folder)) == [8, 99]
     broken = folder / "step-00000099"
@@ -207,7 +207,7 @@ FLIPS = 100
 
 
 def assert_found(file: Path, read: Callable[[], Any], count: int | None) -> int:
-    """Whatever bit is flipped, it is refused by the file's name, or what is read is what was written; how many were."""
+    """Each flip is refused with the file's name or doesn't change what is read; returns the number of refusals."""
     whole, content, found = read(), file.read_bytes(), 0
     for text in flips(content, count):
         file.write_bytes(text)
@@ -225,7 +225,7 @@ def assert_found(file: Path, read: Callable[[], Any], count: int | None) -> int:
 def records(
     trained: Path, recipe: Path, tmp_path: Path, record: Callable[..., Any]
 ) -> list[tuple[Path, Callable[[], Any]]]:
-    """A file of each kind of record, with what reads it."""
+    """One file of each kind of record, with the function that reads it."""
     folder = Path(shutil.copytree(trained, tmp_path / "all"))
     state = folder / "run" / "checkpoints" / "step-00000006"
     metrics, evaluations = folder / "run" / "metrics.jsonl", folder / "evaluations.jsonl"
@@ -239,7 +239,7 @@ def records(
 
     def lines() -> Any:
         read = read_metrics(metrics)
-        # Without its end the last line is one that a crash truncated, and is left out.
+        # A last line without a newline counts as truncated by a crash and is left out.
         return read if metrics.read_bytes().endswith(b"\n") else [*read, last]
 
     def moments() -> Any:
@@ -276,11 +276,11 @@ def test_cut_records_and_statistics_are_named(records: list[tuple[Path, Callable
         content, whole = file.read_bytes(), read()
         for text in cuts(file):
             if file.suffix == ".jsonl" and (text == b"" or text.endswith(b"\n")):
-                continue  # a shorter file, and whole
+                continue  # a valid file with fewer lines
             file.write_bytes(text)
             if file.name == "metrics.jsonl":
                 assert read_metrics(file) == whole[: text.count(b"\n")]
-            elif text.strip() == content.strip():  # but for the end of the last line
+            elif text.strip() == content.strip():  # only the last newline is missing
                 assert read() == whole
             else:
                 with pytest.raises(InputError, match=file.name):
@@ -289,7 +289,7 @@ def test_cut_records_and_statistics_are_named(records: list[tuple[Path, Callable
 
 
 def test_metrics_without_checksums_are_read(trained: Path, tmp_path: Path) -> None:
-    """As of before there were any."""
+    """Older metrics have none."""
     lines = read_metrics(trained / "run" / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path / "metrics.jsonl") == lines

@@ -1,4 +1,4 @@
-"""A disk that fills up while something is written to it, as a small one in memory does."""
+"""A disk that fills up during a write, here a small in-memory disk."""
 
 import re
 import shutil
@@ -84,7 +84,7 @@ def test_no_room_for_a_record(
 
     with monkeypatch.context() as patch:
         patch.setattr("dia_diffusion.evaluation.evaluate.append_record", full)
-        while (run / "evaluations.jsonl").stat().st_size % 4096 < 3000:  # so that the next one needs a new page
+        while (run / "evaluations.jsonl").stat().st_size % 4096 < 3000:  # so that the next record needs a new page
             append_record(run / "evaluations.jsonl", read_records(run / "evaluations.jsonl")[0])
         before = (run / "evaluations.jsonl").read_bytes()
         error = error_of([*fid, "--num", "71"], capsys, code=1)
@@ -94,6 +94,6 @@ def test_no_room_for_a_record(
     assert re.search(r"No space left on device \(.* are free\): .*evaluations.unfinished", error), error
 
     (disk / "filler").unlink()
-    monkeypatch.delattr("dia_diffusion.evaluation.feature_store.FeatureStore.write")  # all features were kept
+    monkeypatch.delattr("dia_diffusion.evaluation.feature_store.FeatureStore.write")  # all features are already on disk
     assert main([*fid, "--num", "71"]) == 0
     assert read_records(run / "evaluations.jsonl")[-1].protocol.num_samples == 71

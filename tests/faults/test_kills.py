@@ -1,4 +1,4 @@
-"""kill -9, of all processes at any moment or of one of them: the same command goes on, and ends bit for bit alike."""
+"""kill -9 of all processes or one of them at any moment: the same command resumes and ends with identical files."""
 
 import random
 import signal
@@ -17,7 +17,7 @@ from tests.processes import FORKED, Forked, hold_checkpoints, hold_steps, start_
 from tests.training.run_files import assert_same_run
 
 KILLS = 30
-LENGTH = 1500  # steps, more than so many kills leave time for
+LENGTH = 1500  # steps, more than can be done between that many kills
 
 
 def test_killed_within_a_checkpoint_and_within_a_step(recipe: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_thirty_kills_of_two_processes(recipe: Path, tmp_path: Path) -> None:
             time.sleep(draw.uniform(0, 6))
             running.kill()
         else:
-            # What is there of steps after the checkpoint is dropped, in a new file, when training goes on.
+            # When training resumes, the metrics of steps after the checkpoint are dropped by writing a new file.
             wait_for(lambda old=before, kept=kept: file.is_file() and file.stat().st_ino != old and steps(file) > kept)
             time.sleep(draw.uniform(0, 2))
             running.kill()
@@ -82,7 +82,7 @@ def test_thirty_kills_of_two_processes(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: Path) -> None:
-    """Started by hand, so that no launcher ends it."""
+    """The processes are started without a launcher, which would end the other one."""
     run = tmp_path / "run"
     command = ["train", "--config", recipe, "--output", run, "--train.max_steps", 8, "--train.checkpoint_every", 4]
     running = start_connected(*command, logs=tmp_path, prepare=partial(hold_steps, 6, rank=victim))
@@ -90,8 +90,8 @@ def test_one_process_killed_ends_the_other(victim: int, recipe: Path, tmp_path: 
     running[victim].kill()
     survivor = running[1 - victim]
     assert survivor.wait() == 1
-    told = "failed: another process of this launch has ended or can't be reached (Connection "
-    assert told in survivor.last_line() and survivor.last_line().endswith("resumes from what is written")
+    expected = "failed: another process of this launch has ended or can't be reached (Connection "
+    assert expected in survivor.last_line() and survivor.last_line().endswith("resumes from what is written")
     assert "Traceback" not in survivor.text()
     assert checkpoints(run) == [4], "nothing is written after"
     if victim == 1:

@@ -56,7 +56,7 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_a_lock_that_another_machine_left_is_nobodys(recipe: Path, tmp_path: Path) -> None:
+def test_a_stale_lock_of_another_machine_is_ignored(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("process 1 on a-machine-that-is-gone\n0123\n")
     assert main(["train", "--config", str(recipe), "--output", str(tmp_path / "run")]) == 0

@@ -1,4 +1,4 @@
-"""Runs in unusual places: read-only, moved, under names with spaces and letters of other alphabets."""
+"""Runs in unusual places: read-only, moved, and under names with spaces and non-Latin letters."""
 
 import shutil
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_a_read_only_run_is_read_and_not_trained(
         succeeds(["report", run, "--out", tmp_path / "report.html"])
 
 
-def test_a_moved_run_goes_on(trained: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_moved_run_resumes(trained: Path, recipe: Path, tmp_path: Path) -> None:
     train = ["train", "--config", recipe, "--train.checkpoint_every", "2", "--output"]
     succeeds([*train, tmp_path / "first", "--train.max_steps", "4"])
     moved = (tmp_path / "first").rename(tmp_path / "second place")

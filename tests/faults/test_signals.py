@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: what is done is written, the exit code is 128 + n, and the last line says how to go on."""
+"""SIGINT and SIGTERM: finished work is written, the exit code is 128 + n, and the last line says how to resume."""
 
 import re
 import signal
@@ -107,7 +107,8 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
     else:
         how = "ended at once; the same command resumes from what is written"
     assert running.last_line() == f"dia-diffusion curves: {how}"
-    again = Forked("curves", tmp_path / "mine.yaml", log=log)  # the lock of a child that is alive would refuse it
+    # A child that is still alive would hold its lock, and this command would be refused.
+    again = Forked("curves", tmp_path / "mine.yaml", log=log)
     again.until(lambda: (first / "train.log").read_text().count("$ dia-diffusion train") == 2)
     again.send(signal.SIGTERM)
     assert again.wait() == 143
@@ -115,7 +116,7 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
 
 @pytest.mark.long
 def test_a_large_model_is_written_within_ten_seconds(tmp_path: Path) -> None:
-    """U-ViT-S/2, 44 million parameters, by batches of 4 on one core."""
+    """U-ViT-S/2, 44 million parameters, with batches of 4 on one core."""
     images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     run, log = tmp_path / "run", tmp_path / "log"
