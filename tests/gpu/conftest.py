@@ -1,4 +1,4 @@
-"""Tests for CUDA GPUs: `pytest -m gpu -n 0`. `DIA_TEST_DEVICE=cpu` runs their bodies where there is no GPU."""
+"""Tests for CUDA GPUs: `pytest -m gpu -n 0`. Without a GPU, `DIA_TEST_DEVICE=cpu` runs their bodies on the CPU."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Experiment]:
-    """tiny("name", "--train.batch_size", "4") is an experiment with its run folder in tmp_path, not compiled."""
+    """tiny("name", "--train.batch_size", "4") is an uncompiled experiment with run folder tmp_path/name."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
     base = ["--train.compile", "false"]
@@ -36,7 +36,7 @@ def tiny(tmp_path: Path) -> Callable[..., Experiment]:
 
 
 def train(experiment: Experiment, at_step: Callable[[int], None] = lambda step: None) -> list[float]:
-    """Trains to the end; the losses."""
+    """Trains to the end and returns the losses."""
     Trainer(experiment, Recorder(at_step)).run()
     return losses(Path(experiment.output))
 

@@ -1,4 +1,4 @@
-"""Several processes with GPUs train the model that one trains."""
+"""Several processes with GPUs train the same model as one process."""
 
 import subprocess
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from tests.gpu.conftest import ON_CPU, losses
 from tests.training.test_processes import torchrun
 
-# NCCL refuses two processes on one GPU; gloo takes their tensors over the CPU.
+# NCCL refuses two processes on one GPU; gloo transfers their tensors over the CPU.
 OVER_GLOO = """
 from accelerate.state import PartialState
 prepare = PartialState._prepare_backend
@@ -18,7 +18,7 @@ PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", prepare(s
 
 
 def run(tmp_path: Path, name: str, processes: int, setup: str = "") -> list[float]:
-    """The losses of 20 steps on so many processes."""
+    """The losses of 20 steps on this number of processes."""
     options = ["--train.compile", "false", "--train.max_steps", "20", "--train.checkpoint_every", "20"]
     command, environment = torchrun(tmp_path, name, processes, *options, setup=setup)
     if not ON_CPU:

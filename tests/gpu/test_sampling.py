@@ -1,4 +1,4 @@
-"""Sampling and measuring on a GPU: what an image or a feature is doesn't depend on batches, offloading or TF32."""
+"""Sampling and measuring on a GPU: images and features don't depend on batches, offloading or TF32."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def pipeline(sampler: str = "dpmsolver++", device: torch.device = DEVICE, **chan
 
 
 def images(drawn: UViTPipeline, seeds: list[int], batch_size: int) -> torch.Tensor:
-    """Images of the seeds, (B, 3, H, W) in grey levels."""
+    """Images of the seeds, (B, 3, H, W), int levels 0 to 255."""
     adapted = adapt_pipeline(drawn, SamplingSettings(OWN_SAMPLER, steps=10))
     parts = [part for _, part in generate(adapted, seeds, batch_size)]
     return torch.cat(parts).int()
@@ -63,12 +63,12 @@ def test_an_offloaded_pipeline_draws_the_same(way: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["allow_tf32", "fp32_precision"])
-def test_features_know_no_tf32(new: bool) -> None:
+def test_features_do_not_use_tf32(new: bool) -> None:
     drawn = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8, generator=drawn)
     extractor, on_cpu = build_features("cifar10", str(DEVICE)), build_features("cifar10", "cpu")
     exact = extractor(pixels).cpu()
-    torch.testing.assert_close(exact, on_cpu(pixels), rtol=1e-4, atol=1e-4)  # TF32 has 1e-3
+    torch.testing.assert_close(exact, on_cpu(pixels), rtol=1e-4, atol=1e-4)  # TF32 has a precision of 1e-3
     try:
         if new:
             torch.backends.fp32_precision = "tf32"

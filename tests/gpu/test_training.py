@@ -1,4 +1,4 @@
-"""Training on a GPU: it waits where a number is logged alone, and every way of taking a step takes the same one."""
+"""Training on a GPU: it synchronizes only to log, and all ways of computing a step give the same losses."""
 
 import json
 import os
@@ -24,7 +24,7 @@ QUIET = ["--train.log_every", "1000", "--train.checkpoint_every", "1000"]
 
 
 def waiting_is_an_error(step: int) -> None:
-    """From step 5, when all kernels are loaded, to step 25."""
+    """Makes synchronization an error from step 5, when all kernels are loaded, to step 25."""
     if not ON_CPU and step in (5, 25):
         torch.cuda.set_sync_debug_mode("error" if step == 5 else "default")
 
@@ -70,7 +70,7 @@ def test_compiled_and_divided_steps_have_the_losses_of_plain_ones(ways: list[str
     assert other == pytest.approx(plain, rel=1e-4)
 
 
-def test_fp16_goes_on_with_its_scaler(tiny: Tiny) -> None:
+def test_fp16_resumes_with_its_scaler(tiny: Tiny) -> None:
     precision = ["--train.mixed_precision", "bf16" if ON_CPU else "fp16", "--train.max_steps", "12"]
     whole = train(tiny("whole", *precision))
 
@@ -93,7 +93,7 @@ def test_fp16_goes_on_with_its_scaler(tiny: Tiny) -> None:
 def test_recomputation_with_units_gives_the_same_losses(backbone: str, tiny: Tiny) -> None:
     options = ["--model.attention", "dia-lstm", "--train.max_steps", "4"]
     if backbone != "uvit":
-        # The recipe's numbers are a UViT's; the others take theirs from backbone_kwargs.
+        # The recipe's sizes are for a UViT; other backbones take theirs from backbone_kwargs.
         recipe = Path(tiny("plain").output).parent / "tiny.yaml"
         shape = f"model: {{backbone: {backbone}, sample_size: 8, in_channels: 1, backbone_kwargs: {KWARGS[backbone]}}}"
         lines = [shape if line.startswith("model:") else line for line in recipe.read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_memory_is_flat_over_500_steps(tiny: Tiny) -> None:
 
 
 def memory() -> int:
-    """Bytes that tensors hold on the GPU; on a CPU those of the process."""
+    """Bytes held by tensors on the GPU; on a CPU, the memory of the process."""
     if DEVICE.type == "cuda":
         return torch.cuda.memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
