@@ -1,4 +1,4 @@
-"""U-ViT's function, written from its paper's figure and nothing else here."""
+"""U-ViT as a function, written from the figure in its paper, independently of the library."""
 
 import math
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ def u_vit(
     skip_factors: Sequence[float] | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """The network of the U-ViT paper from weights under the official names; a LayerNorm without weights is left out.
+    """The network of the U-ViT paper, from weights under the official names; a LayerNorm without weights is left out.
 
-    With their weights, ScaleLong's learned scaling and RMSNorm on queries and keys are in it.
+    ScaleLong's learned scaling and RMSNorm on queries and keys are applied if their weights are given.
 
-    skip_factors: of the long skips, in the order of the in blocks.
+    skip_factors: factors of the long skips, in the order of the in blocks.
     kept: (B, blocks, 2), factors of the attention and MLP branches.
     """
     _, num_tokens, width = weights["pos_embed"].shape

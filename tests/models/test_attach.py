@@ -1,4 +1,4 @@
-"""Units attached by hooks give what networks give that are written with the unit in place."""
+"""Units attached by hooks give the same results as networks with the units written in place."""
 
 import copy
 import gc
@@ -19,16 +19,14 @@ UNITS = [("dia-lstm", {}), ("se", {"sharing": "individual"}), ("cbam", {})]
 
 @pytest.mark.parametrize(("unit", "kwargs"), UNITS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_outputs_and_gradients_are_those_of_the_network_written_out(
-    unit: str, kwargs: dict, checkpointed: bool
-) -> None:
+def test_outputs_and_gradients_match_the_network_written_out(unit: str, kwargs: dict, checkpointed: bool) -> None:
     torch.manual_seed(0)
     model = Network().double()
     attached = attach(model, unit, is_branch, reduction=4, **kwargs)
     model.checkpointed = checkpointed
     first, second = torch.randn(2, 3, 8, 4, 4, dtype=torch.float64)
 
-    # Two forward passes before their backward passes, in both orders.
+    # Two forward passes, then their backward passes in either order.
     for order in (1, -1):
         outputs = [model(first), model(second)]
         found = gradients(model, *[output.square().sum() for output in outputs][::order])
@@ -48,13 +46,13 @@ def test_frozen_weights_and_a_loss_on_features_are_recomputed_right() -> None:
     results = []
     for model.checkpointed in (False, True):
         features.clear()
-        model(x)  # its output is dropped, and with it the graph's end
+        model(x)  # the output and the end of its graph are dropped
         gc.collect()
         results.append(gradients(attached.units[0], features[0].square().sum()))
     torch.testing.assert_close(*results)
 
 
-def test_states_kept_for_recomputation_go_with_the_graph() -> None:
+def test_states_kept_for_recomputation_are_freed_with_the_graph() -> None:
     model = Network()
     attached = attach(model, at=is_branch)
     model.checkpointed = True
@@ -77,7 +75,7 @@ def test_diffusers_checkpointing_gives_the_same_gradients(build: Callable[[], nn
     torch.manual_seed(0)
     model = build().double()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)  # a DiT's first output is 0 whatever its blocks do
+        nn.init.normal_(parameter, std=0.2)  # a new DiT's output is 0 whatever its blocks do
     twin = copy.deepcopy(model)
     attach(twin)
     if when == "before":
@@ -105,7 +103,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         model(torch.randn(2, 8, 4, 4))
 
 
-def test_a_checkpoint_around_the_whole_model_starts_anew() -> None:
+def test_a_checkpoint_around_the_whole_model_restarts_the_state() -> None:
     torch.manual_seed(0)
     model = Network().double()
     attached = attach(model, at=is_branch)
@@ -132,7 +130,7 @@ def test_a_compiled_model_is_one_graph_with_the_same_gradients() -> None:
 
 
 def test_a_compiled_model_recomputes_the_same_gradients() -> None:
-    """By a backend that traces the backward pass, which recomputes in it."""
+    """With a backend that traces the backward pass, which contains the recomputation."""
     torch.manual_seed(0)
     model = tiny_dit(num_layers=2).eval()
     for parameter in model.parameters():
@@ -146,13 +144,13 @@ def test_a_compiled_model_recomputes_the_same_gradients() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_detaching_takes_off_its_own_units_alone() -> None:
+def test_detach_removes_only_its_own_units() -> None:
     model = tiny_unet()
     attached = attach(model)
     attached.detach()
     assert "save_pretrained" not in vars(model)
     again = attach(model)
-    attached.detach()  # a second time, when other units have come
+    attached.detach()  # again, after other units were attached
     assert model.attention_units is again.units
 
 
@@ -197,7 +195,7 @@ def test_autocast_keeps_the_dtype_of_features() -> None:
     assert seen == [torch.bfloat16]
 
 
-def test_the_model_and_what_is_drawn_later_are_the_same_with_any_unit() -> None:
+def test_the_unit_changes_no_other_weights_and_no_later_draws() -> None:
     drawn = []
     for unit, kwargs in UNITS:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Networks of diffusers with attached units, as one model: called, saved, loaded and sampled."""
+"""diffusers networks with attached units as one model: called, saved, loaded and sampled."""
 
 import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ BOTH = pytest.mark.parametrize("backbone", ARGUMENTS)
 def tiny(backbone: str, **kwargs: Any) -> AttachedModel:
     torch.manual_seed(0)
     model = AttachedModel(backbone, ARGUMENTS[backbone], sample_size=8, in_channels=1, **kwargs).eval()
-    for parameter in model.parameters():  # a DiT's first output is 0 whatever its blocks do
+    for parameter in model.parameters():  # a new DiT's output is 0 whatever its blocks do
         nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -45,7 +45,7 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
     ("backbone", "num_classes", "attention"),
     [("unet2d", None, "srm"), ("unet2d", 3, "none"), ("dit", None, "dia-lstm"), ("dit", 3, "srm")],
 )
-def test_saved_and_loaded_it_is_the_same_function(
+def test_saving_and_loading_keep_the_outputs(
     tmp_path: Path, backbone: str, num_classes: int | None, attention: str
 ) -> None:
     model = tiny(backbone, num_classes=num_classes, attention=attention)
@@ -61,7 +61,7 @@ def test_saved_and_loaded_it_is_the_same_function(
 
 
 @BOTH
-def test_the_function_is_that_of_the_network_with_units_attached(backbone: str) -> None:
+def test_outputs_match_the_network_with_attached_units(backbone: str) -> None:
     model = tiny(backbone, num_classes=3)
     kind = {"unet2d": UNet2DModel, "dit": DiTTransformer2DModel}[backbone]
     classes = {"num_class_embeds": 4} if backbone == "unet2d" else {"num_embeds_ada_norm": 3}
@@ -76,7 +76,7 @@ def test_the_function_is_that_of_the_network_with_units_attached(backbone: str) 
 
 
 @BOTH
-def test_a_plain_model_with_units_saves_as_what_loads_them(tmp_path: Path, backbone: str) -> None:
+def test_a_plain_model_with_units_is_saved_as_an_attached_model(tmp_path: Path, backbone: str) -> None:
     model = tiny(backbone, num_classes=3, attention="none")
     network, labels = model.network, torch.tensor([1, 0])
     attach(network, "se", reduction=2, sharing="individual")
@@ -84,13 +84,13 @@ def test_a_plain_model_with_units_saves_as_what_loads_them(tmp_path: Path, backb
     loaded = AttachedModel.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(*inputs(), labels).sample, network(*inputs(), class_labels=labels).sample)
     assert loaded.config.attention_at is None and loaded.config.attention_kwargs["reduction"] == 2
-    # Their own classes would ignore what they don't know, and start at random.
+    # diffusers' classes would ignore the unknown weights and start the rest at random.
     for kind in (UNet2DModel, DiTTransformer2DModel):
         with pytest.raises((ValueError, NotImplementedError), match=r"dia_diffusion\.AttachedModel"):
             kind.from_pretrained(tmp_path)
 
 
-def test_units_at_places_of_ones_own_are_saved(tmp_path: Path) -> None:
+def test_units_at_custom_positions_are_saved(tmp_path: Path) -> None:
     network = tiny("unet2d", attention="none").network
     attach(network, at=lambda name, module: name.startswith("down_blocks") and name.endswith(".conv2"))
     AttachedModel.from_backbone(network).save_pretrained(tmp_path)
@@ -100,14 +100,14 @@ def test_units_at_places_of_ones_own_are_saved(tmp_path: Path) -> None:
     assert [p.module for p in loaded.attachment.positions] == [f"down_blocks.{i}.resnets.0.conv2" for i in (0, 1)]
 
 
-def test_units_that_changed_since_are_not_saved_as_others(tmp_path: Path) -> None:
+def test_replaced_units_are_not_saved_under_the_old_config(tmp_path: Path) -> None:
     model = tiny("unet2d")
     model.attachment.detach()
     with pytest.raises(InputError, match=r"must be those of attention 'dia-lstm', .*, got others"):
         model.save_pretrained(tmp_path)
     AttachedModel.from_backbone(model.network, "none").save_pretrained(tmp_path)
     assert AttachedModel.from_pretrained(tmp_path).unit is None
-    # Units of the same tensors, whose function the config would not say.
+    # Units with the same tensors but another function than the config says.
     model = tiny("unet2d", attention="fixed-scale")
     model.attachment.detach()
     attach(model.network, "fixed-scale", scale=1.0)
@@ -119,7 +119,7 @@ def test_units_that_changed_since_are_not_saved_as_others(tmp_path: Path) -> Non
 
 
 @BOTH
-def test_twins_share_the_first_weights_and_what_is_drawn_after(backbone: str) -> None:
+def test_twins_share_initial_weights_and_later_draws(backbone: str) -> None:
     found = []
     for attention in ("none", "dia-lstm", "srm"):
         torch.manual_seed(0)
@@ -143,7 +143,7 @@ def test_a_pipeline_draws_by_class_and_guided(tmp_path: Path, backbone: str) -> 
     by_class = draw(class_labels=[0, 1])
     assert by_class.shape == (2, 1, 8, 8)
     assert not torch.equal(by_class, draw()) and not torch.equal(by_class, draw(class_labels=[0, 1], guidance_scale=3))
-    # Guidance 1 + s of conditional and unconditional predictions, at one step.
+    # Guidance extrapolates from the unconditional to the conditional prediction, here in one step.
     sample, timestep = inputs()
     labels = torch.tensor([0, 1])
     null, conditional = model(sample, timestep).sample, model(sample, timestep, labels).sample
@@ -181,12 +181,12 @@ def test_a_network_saved_as_a_moving_average_is_wrapped(tmp_path: Path) -> None:
     network = tiny("unet2d", attention="none").network
     EMAModel(network.parameters(), model_cls=UNet2DModel, model_config=network.config).save_pretrained(tmp_path)
     averaged = UNet2DModel.from_pretrained(tmp_path)
-    assert "decay" in averaged.config  # as diffusers leaves it there
+    assert "decay" in averaged.config  # diffusers leaves it there
     model = AttachedModel.from_backbone(averaged, "none")
     assert torch.equal(model(*inputs()).sample, network(*inputs()).sample)
 
 
-def test_pipelines_of_diffusers_hold_what_they_say(tmp_path: Path) -> None:
+def test_a_diffusers_pipeline_with_attached_units_is_refused(tmp_path: Path) -> None:
     network = tiny("unet2d", attention="none").network
     attach(network)
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path)

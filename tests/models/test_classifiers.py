@@ -1,4 +1,4 @@
-"""Classifiers: published parameter counts, torch's own networks, and what a unit changes."""
+"""Classifiers: published parameter counts, refused options, and the effect of a unit."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dia_diffusion.models.classifier_config import BackboneConfig
 from dia_diffusion.models.classifiers import build_classifier
 
 
-# Tables IV, XIII and XVI of arXiv 2210.16101, in millions, of built networks; tests/analysis has all counts by formula.
+# Tables IV, XIII and XVI of arXiv 2210.16101, in millions, for built networks; tests/analysis has all by formula.
 @pytest.mark.parametrize(
     ("backbone", "norm", "attention", "millions"),
     [
@@ -28,7 +28,7 @@ def test_published_counts(backbone: str, norm: str, attention: str, millions: fl
 
 
 def test_a_basic_resnet20_has_the_count_of_its_paper() -> None:
-    """0.27 M in Table 6 of He et al. (2016), for 10 classes and shortcuts without parameters."""
+    """0.27 M in Table 6 of He et al. (2016), with 10 classes and parameter-free shortcuts."""
     model = build_classifier(BackboneConfig(backbone="cifar-resnet20-basic"))
     shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
     assert round((sum(p.numel() for p in model.parameters()) - shortcuts) / 1e6, 2) == 0.27
@@ -46,7 +46,7 @@ def test_vits_have_the_counts_of_deit(name: str, parameters: int) -> None:
     ["cifar-resnet29", "cifar-resnet20-basic", "cifar-wrn10-1", "cifar-resnext11-2x4", "feature-resnet"],
 )
 def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
-    """The unit stands at the end of the branches, and the backbone starts the same with and without it."""
+    """The unit is at the end of the branches, and the backbone has the same initial weights with and without it."""
     torch.manual_seed(0)
     plain = build_classifier(BackboneConfig(backbone=backbone))
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
     with_unit = build_classifier(BackboneConfig(backbone=backbone, **unit))
     images = torch.randn(4, 3, 32, 32)
     own, theirs = with_unit.state_dict(), plain.state_dict()
-    if "wrn" not in backbone:  # which has a further norm with a unit
+    if "wrn" not in backbone:  # with a unit, a WRN has a further norm
         assert torch.allclose(with_unit(images), plain(images), atol=1e-5)
         assert all(torch.equal(own[name], tensor) for name, tensor in theirs.items())
     weights = dict(plain.named_parameters())
@@ -62,8 +62,8 @@ def test_a_unit_of_ones_changes_nothing(backbone: str) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "attention"), [("resnet18", "srm"), ("cifar-resnet20-basic", "dia-lstm")])
-def test_norms_over_all_processes_keep_the_unit(backbone: str, attention: str) -> None:
-    """In evaluation a BatchNorm over all processes is the same function as one of its own."""
+def test_sync_batch_norms_keep_the_unit(backbone: str, attention: str) -> None:
+    """In evaluation mode, SyncBatchNorm computes the same function as BatchNorm."""
     images = torch.randn(2, 3, 32, 32)
     outputs = []
     for sync_batchnorm in (False, True):
@@ -76,7 +76,7 @@ def test_norms_over_all_processes_keep_the_unit(backbone: str, attention: str) -
 
 
 def test_a_unit_scales_the_branch_and_not_the_shortcut() -> None:
-    """With a scale of zero what remains are shortcuts alone."""
+    """With a scale of zero, only the shortcuts remain."""
     unit = {"attention": "fixed-scale", "attention_kwargs": {"scale": 0.0}}
     model = build_classifier(BackboneConfig(backbone="cifar-resnet20-basic", **unit)).eval()
     images = torch.randn(2, 3, 32, 32)

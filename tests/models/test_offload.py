@@ -1,4 +1,4 @@
-"""Units work under what replaces or hooks modules: diffusers' and accelerate's offloading, and LoRA."""
+"""Units work with tools that replace or hook modules: offloading by diffusers and accelerate, and LoRA."""
 
 import copy
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ MODELS = (*UVITS, "attached", "stages")
 
 
 def build(name: str) -> nn.Module:
-    """A UViT by its unit, with a BatchNorm per block, or a UNet with a unit per stage, bare and wrapped."""
+    """A UViT with options `UVITS[name]`, or a UNet with a unit per stage, bare ("stages") or wrapped ("attached")."""
     torch.manual_seed(0)
     model: nn.Module
     if name in ("attached", "stages"):
@@ -59,7 +59,7 @@ def test_sequential_offload(name: str) -> None:
 
 @pytest.fixture
 def offloaded_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Group offloading on one device, where a tensor that isn't loaded holds nothing but nan."""
+    """Simulates group offloading on one device: tensors that aren't loaded are filled with nan."""
     kept: dict[Tensor, Tensor] = {}
 
     def tensors(group: ModuleGroup) -> Iterator[Tensor]:
@@ -99,20 +99,20 @@ def test_group_offload(name: str, blocks: int | None) -> None:
         assert torch.equal(run(model), expected)
 
 
-def test_a_block_on_a_device_of_its_own_leaves_the_unit_where_it_is(tmp_path: Path) -> None:
+def test_a_unit_offloaded_to_disk_keeps_the_outputs(tmp_path: Path) -> None:
     model = build("srm")
     expected = run(model)
     parts = [name for name, module in model.named_children() if not isinstance(module, nn.ModuleList)]
     blocks = [f"{part}.{index}" for part in ("in_blocks", "out_blocks") for index in range(2)]
     device_map = {name: "disk" if name == "unit" else "cpu" for name in [*parts, *blocks]}
-    with pytest.warns(UserWarning, match="pos_embed"):  # which accelerate's check of the map takes for a module
+    with pytest.warns(UserWarning, match="pos_embed"):  # accelerate's check of the map takes it for a module
         dispatch_model(model, {**device_map, "pos_embed": "cpu"}, main_device="cpu", offload_dir=tmp_path)
     assert {parameter.device.type for parameter in model.unit.parameters()} == {"meta"}
     assert torch.equal(run(model), expected)
 
 
 class LowRank(nn.Module):
-    """Takes a layer's place, as peft's LoRA does."""
+    """Replaces a linear layer, like peft's LoRA."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A backbone that a program registers, without a change to the library: built, trained, saved and loaded."""
+"""A backbone registered from outside the library: built, trained, saved and loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tests.training.conftest import TINY, Recorder
 
 
 class Convolutions(ModelMixin, ConfigMixin):
-    """Two convolutions with the time as an extra channel; the least that a backbone needs."""
+    """Two convolutions with the time as an extra channel: a minimal backbone."""
 
     unit = None
 
@@ -54,7 +54,7 @@ def test_built_of_its_own_keys() -> None:
 
 
 def section(backbone: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's `model:` as resolved."""
+    """A recipe's resolved `model:` section."""
     keys = {"backbone": backbone, **config}
     return read_experiment(None, keys={f"model.{key}": value for key, value in keys.items()}).to_dict()["model"]
 

@@ -1,4 +1,4 @@
-"""UViT against the published counts and an independent functional form of the official network."""
+"""UViT against published parameter counts and an independent functional version of the official network."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_published_counts() -> None:
     with torch.device("meta"):
         assert count(UViT(attention=None)) == 44_255_328
         assert count(UViT()) == 44_255_328 + 659_712
-        # Table 1 of the U-ViT paper, in millions; M, L and H are ImageNet's, with its classes.
+        # Table 1 of the U-ViT paper, in millions; M, L and H are for ImageNet, with its classes.
         for name, millions in (("S", 44), ("S-deep", 58), ("M", 131), ("L", 287), ("H", 501)):
             num_classes = 1000 if name in "MLH" else None
             model = UViT.from_size(f"{name}/2", attention=None, num_classes=num_classes)
@@ -28,7 +28,7 @@ def test_published_counts() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"residual_skips": False}, {"layer_norm": False}], ids=str)
-def test_without_unit_it_is_uvit(options: dict[str, Any], tmp_path: Path) -> None:
+def test_without_unit_it_matches_u_vit(options: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = UViT(**SMALL, attention=None, **options)
     for parameter in model.parameters():
@@ -58,7 +58,7 @@ def test_twins_differ_in_the_unit_alone(attention: str) -> None:
 
 
 @pytest.mark.parametrize("blocks", [None, [1, 2, 4]])
-def test_state_runs_through_the_blocks_with_the_unit_and_starts_anew(blocks: list[int] | None) -> None:
+def test_state_passes_through_the_chosen_blocks_and_restarts_each_pass(blocks: list[int] | None) -> None:
     model = UViT(**SMALL, attention_blocks=blocks)
     calls = []
     model.unit.register_forward_hook(lambda _, inputs, output: calls.append((inputs[1], output[1])))
@@ -104,13 +104,14 @@ def test_classes_and_null_label() -> None:
         UViT(**SMALL)(x, t, torch.tensor([0, 1]))
 
 
-def test_layer_norms_are_the_only_parameters_that_go() -> None:
+def test_layer_norm_false_removes_only_the_layer_norms() -> None:
     with_norms, without = UViT(**SMALL), UViT(**SMALL, layer_norm=False)
-    assert count(with_norms) - count(without) == (5 * 2 + 1) * 2 * 32  # two a block and the last, weight and bias
+    # Two per block and the last one, each with weight and bias.
+    assert count(with_norms) - count(without) == (5 * 2 + 1) * 2 * 32
     assert count(UViT(**SMALL, residual_skips=False)) == count(with_norms)
 
 
-def test_chosen_blocks_alone_carry_the_unit_in_the_order_they_run(tmp_path: Path) -> None:
+def test_only_chosen_blocks_carry_the_unit_in_execution_order(tmp_path: Path) -> None:
     model = UViT(**SMALL, attention="block-scale", attention_blocks=[3, 0])
     assert model.attention_blocks == [0, 3] and model.unit.scale.shape == (2, 1)
     scales = torch.tensor([[2.0], [-0.5]])
@@ -118,7 +119,7 @@ def test_chosen_blocks_alone_carry_the_unit_in_the_order_they_run(tmp_path: Path
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0])
     plain = UViT(**SMALL, attention=None)
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith("unit")})
-    # What the unit does to the input of a block's MLP, a scale in its first layer does too, where its bias is 0.
+    # Scaling the weights of a block's fc1 equals the unit's scaling of the MLP's input, since fc1's bias is 0.
     for index, scale in ((0, 2.0), (3, -0.5)):
         block = [*plain.in_blocks, plain.mid_block, *plain.out_blocks][index]
         block.mlp.fc1.weight.data *= scale

@@ -41,7 +41,7 @@ def build(option: str, attention: str | None = None, num_layers: int = 5) -> UVi
 
 
 @EACH
-def test_it_is_the_reference_network(name: str, tmp_path: Path) -> None:
+def test_it_matches_the_reference_network(name: str, tmp_path: Path) -> None:
     model, factors = build(name), OPTIONS[name][1]
     model.save_pretrained(tmp_path)
     weights = official(model.state_dict())
@@ -76,7 +76,7 @@ def test_twins_start_from_the_same_weights(name: str) -> None:
 
 
 def test_dropping_preserves_the_expectation_and_drops_at_its_rate() -> None:
-    """With an attention branch of zeros, a block's output is x plus its MLP branch, on average over even draws."""
+    """With a zero attention branch, a block's output averages to x plus its MLP branch over evenly spaced draws."""
     torch.manual_seed(0)
     block = Block(32, 4, 4.0, False, drop_path=0.25).double()
     nn.init.zeros_(block.attn.proj.weight)
@@ -102,7 +102,7 @@ def test_without_draws_torch_draws_them() -> None:
 
 
 def test_the_units_state_continues_through_dropped_branches() -> None:
-    """All branches but the first block's are dropped: the unit still runs in every block, and gets its own state."""
+    """All blocks but the first drop their branches; the unit still runs in every block and passes its state on."""
     model = build("drop-path", "dia-lstm").train()
     calls: list[tuple[Any, Any]] = []
     model.unit.register_forward_hook(lambda _, given, returned: calls.append((given[1], returned[1])))
@@ -113,7 +113,7 @@ def test_the_units_state_continues_through_dropped_branches() -> None:
 
 
 @pytest.mark.parametrize(("how", "name"), [*(("checkpointed", name) for name in OPTIONS), ("compiled", "all")])
-def test_checkpointed_and_compiled_it_is_the_same(how: str, name: str) -> None:
+def test_checkpointing_and_compiling_keep_the_gradients(how: str, name: str) -> None:
     torch._dynamo.reset()
     model = build(name, "dia-lstm", num_layers=3).train()
     twin = copy.deepcopy(model)
