@@ -101,7 +101,7 @@ def test_maps_of_stages_are_replaced(tiny_classifier: MakeRun) -> None:
     (run,) = open_runs([tiny_classifier("block-channels")])
     (step,) = ABLATIONS.of_run(run, [4], Coverage(4, 16))["steps"]
     own = step["losses"]["own"]["loss"]
-    assert abs(step["losses"]["h by block, channel"]["difference"]) < 1e-5 * own  # a control is its own mean
+    assert abs(step["losses"]["h by block, channel"]["difference"]) < 1e-5 * own  # a control equals its mean
     assert abs(step["losses"]["h by block"]["difference"]) > 1e-6 * own
 
 

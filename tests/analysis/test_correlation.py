@@ -69,7 +69,7 @@ def test_batched_correlations_match_single_images(tiny_run: MakeRun) -> None:
 
 
 def test_block_channels_correlate_only_before_centering(tiny_run: MakeRun) -> None:
-    """Learned channel scales don't depend on the image: nothing is left to correlate without their mean over images."""
+    """Learned channel scales are the same for every image: with their mean subtracted, nothing is left to correlate."""
     runs = open_runs([tiny_run("block-channels"), tiny_run("block-scale")])
     (channels,) = ANALYSIS.of_run(runs[0], [6], Coverage(4, 2))["steps"]
     expected = np.corrcoef(runs[0].model(6).unit.scale.detach().double().numpy())
@@ -94,4 +94,4 @@ def test_each_stage_is_correlated_separately(tiny_classifier: MakeRun) -> None:
         pairs = [np.corrcoef(h[:, image])[np.triu_indices(3, 1)] for image in range(6)]
         assert stage["maps"]["mean"] == pytest.approx(np.mean(pairs), abs=1e-4)
         means.append(np.mean(pairs))
-    assert step["mean"]["maps"] == pytest.approx(np.mean(means), abs=1e-4)  # as many pairs in each stage
+    assert step["mean"]["maps"] == pytest.approx(np.mean(means), abs=1e-4)  # each stage has the same number of pairs

@@ -1,4 +1,4 @@
-"""Options from a typed model: what is parsed, what is refused, and what the help says."""
+"""Options from a typed model: parsed values, refused input and the help text."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -179,7 +179,7 @@ def test_damaged_chunks_are_measured_again(many, run, tmp_path):
         lambda: last.write_bytes(content[:5000]),
         lambda: last.write_bytes(b""),
         last.unlink,
-        lambda: last.write_bytes(files[0].read_bytes()),  # whole, of another length
+        lambda: last.write_bytes(files[0].read_bytes()),  # a valid chunk of another length
     )
     for damage in damages:
         damage()

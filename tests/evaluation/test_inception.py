@@ -158,7 +158,7 @@ def test_spatial_features_match_adm_and_sfid_is_their_distance(network, extracto
     expected = frechet_distance(*(sums([torch.from_numpy(each)], 2023) for each in (first, second)))
     assert record.metrics == {f"sFD({extractor.name})": pytest.approx(expected, rel=1e-4)}
     assert protocol.metric_labels("inception") == ["sFID"]
-    monkeypatch.setattr(FeatureExtractor, "layers", None)  # both statistics of the reference are kept
+    monkeypatch.setattr(FeatureExtractor, "layers", None)  # both statistics of the reference are cached
     assert measure_reference(real, extractor, protocol, Accelerator(cpu=True), Progress()).spatial.count == 3
 
 
