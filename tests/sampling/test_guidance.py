@@ -123,7 +123,7 @@ def test_whole_samplings_of_gaussians(
     timesteps = pipeline.scheduler.timesteps.tolist()
     worse = [OURS[2]] * 2 if guide is None else WORSE
     expected = by_hand(schedule, timesteps, start.numpy(), 3.0, interval, worse)
-    # Tables of sigma / alpha are float32; for VP, Euler's method starts from pure noise, without x_T's trace of the image.
+    # Tables of sigma / alpha are float32; for VP, Euler's method starts from noise alone, while x_T keeps some image.
     np.testing.assert_allclose(drawn.numpy(), expected, rtol=0, atol=3e-3)
     for other_scale, other_interval in ((1.0, None), (3.0, (0.3, 5.0) if interval is None else None)):
         other = by_hand(schedule, timesteps, start.numpy(), other_scale, other_interval, worse)
