@@ -163,7 +163,7 @@ def test_every_command_that_reads_files_is_tried() -> None:
 
 @pytest.mark.long
 def test_a_process_with_little_memory_refuses_in_one_line_too(tmp_path: Path) -> None:
-    """Gigabytes are refused before they are allocated, so the 6 GB of address space that torch itself needs are enough."""
+    """Gigabytes are refused before they are allocated, so the 6 GB of address space that torch needs are enough."""
     (tmp_path / "given").mkdir()
     place = gigantic(tmp_path / "given")
     limited = (
