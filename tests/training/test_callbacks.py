@@ -57,7 +57,7 @@ class Witness(Callback):
 
 
 def test_a_callback_of_ones_own(tiny, tmp_path: Path) -> None:
-    """It receives each step's result, after the step's pipeline is saved and before its checkpoint (both every 3 steps)."""
+    """It receives each step's result after that step's pipeline and before its checkpoint are saved (every 3 steps)."""
     first = Witness(every=2, interrupt_at=4)
     with pytest.raises(Stopped):
         Trainer(tiny("run"), callbacks=[first]).run()
