@@ -267,7 +267,7 @@ def registries() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files that the pages assume: images in class folders, a quickstart, a short protocol in place of a shipped one."""
+    """Files that the pages assume: images in class folders, a quickstart, and a short protocol under a shipped name."""
     folder = tmp_path_factory.mktemp("docs")
     generator = np.random.default_rng(0)
     for index in range(12):

@@ -53,7 +53,7 @@ def launch(
     nodes: int = 1,
     refused: str | None = None,
 ) -> Path:
-    """Trains the tiny recipe on connected processes, or checks that all refuse it with `refused`; returns the folder."""
+    """Trains the tiny recipe on connected processes, or checks that all refuse with `refused`; returns its folder."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / name, *overrides]
     running = start_connected(*command, logs=tmp_path, processes=processes, nodes=nodes, prepare=prepare)
