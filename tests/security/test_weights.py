@@ -38,7 +38,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
 
 @pytest.mark.parametrize("kind", LYING_WEIGHTS)
 @pytest.mark.parametrize("name", READERS)
-def test_weights_that_are_none(name: str, kind: str, sandbox: Sandbox) -> None:
+def test_files_that_hold_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
     reader = READERS[name](sandbox.folder)
     put_weights(reader.file, kind, sandbox.marker)
     sandbox.refused(reader.read, reader.file.name)
@@ -147,7 +147,7 @@ NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("name", ["pipeline", "classifier", "features"])
-def test_numbers_that_are_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
+def test_invalid_numbers_in_weights(name: str, kind: str, sandbox: Sandbox) -> None:
     reader = READERS[name](sandbox.folder)
     if name == "features":
         save_file(digits().state_dict(), reader.file)
