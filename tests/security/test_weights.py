@@ -147,7 +147,7 @@ NUMBERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", NUMBERS)
 @pytest.mark.parametrize("name", ["pipeline", "classifier", "features"])
-def test_invalid_numbers_in_weights(name: str, kind: str, sandbox: Sandbox) -> None:
+def test_numbers_that_are_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
     reader = READERS[name](sandbox.folder)
     if name == "features":
         save_file(digits().state_dict(), reader.file)
