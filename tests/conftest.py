@@ -1,4 +1,4 @@
-"""All tests: one thread each, so that two run side by side, and no state of Accelerate from one to the next."""
+"""For all tests: one thread each, so that two can run in parallel, and no Accelerate state carried between tests."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saves figures coarsely and without a layout, which take most of their time; test_figures.py saves whole ones."""
+    """Saves figures at low resolution without layout, which take most of the time; test_figures.py saves full ones."""
     savefig = Figure.savefig
 
     def coarse(self: Figure, *args: Any, **kwargs: Any) -> None:

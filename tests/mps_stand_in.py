@@ -1,7 +1,7 @@
-"""A stand-in for the device "mps", Apple's GPU: it computes on the CPU, and refuses float64 as MPS does.
+"""A stand-in for the device "mps", Apple's GPU: it computes on the CPU and refuses float64 like MPS.
 
-It shows which code asks the device for float64, not whether MPS has every operation. To torch's own code the device is
-"meta:7", which no other code uses, since torch refuses "mps" wherever it was built without it.
+It shows which code asks the device for float64, not whether MPS has every operation. Inside torch the device is
+"meta:7", which no other code uses, because a torch built without MPS refuses "mps".
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ MPS, INNER = torch.device("mps"), torch.device("meta:7")
 
 
 class _OnMps(torch.Tensor):
-    """A tensor that says it is on MPS; `values` are on the CPU."""
+    """A tensor that claims to be on MPS; its `values` are on the CPU."""
 
     values: torch.Tensor
 
@@ -53,13 +53,13 @@ class _OnMps(torch.Tensor):
 
 
 class _Names(TorchFunctionMode):
-    """Calls torch with its own name of the device."""
+    """Calls torch with the inner name of the device."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is not torch.device and "autocast" not in function.__name__:  # which know the name
+        if function is not torch.device and "autocast" not in function.__name__:  # these accept "mps"
             args, kwargs = tree_map(lambda leaf: INNER if _is_mps(leaf) else leaf, (args, kwargs))
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INNER:  # which isn't dispatched
+        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INNER:  # not dispatched
             return function(*args, **{**kwargs, "device": "cpu"}).to(INNER)
         return function(*args, **kwargs)
 
@@ -74,7 +74,7 @@ class _Dispatch(TorchDispatchMode):
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operation on the CPU, with its result where the arguments or the `device` among them say."""
+    """Runs the operation on the CPU; its result is on MPS if an argument or the requested `device` is."""
     asked = kwargs.get("device")
     on_mps = any(isinstance(leaf, _OnMps) for leaf in tree_leaves((args, kwargs)))
     if asked is not None:
@@ -90,9 +90,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 @contextmanager
 def stand_in() -> Iterator[None]:
-    """While it lasts, torch has the device, and Accelerate chooses it."""
+    """Within the block, torch has the device and Accelerate chooses it."""
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # so that a moved module keeps its parameters' identity
+    torch.__future__.set_swap_module_params_on_conversion(True)  # moved modules keep their parameter objects
     with pytest.MonkeyPatch.context() as patch, _Names(), _Dispatch():
         patch.setattr(PartialState, "default_device", property(lambda _: MPS))
         yield

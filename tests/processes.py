@@ -1,7 +1,7 @@
-"""Commands in processes of their own, to be connected, signalled and killed.
+"""Commands in separate processes that tests can connect, signal and kill.
 
-A command needs 3 to 10 s to import torch and what else it uses. These are forked from a server that has imported it
-already, so that they start at once; each worker of pytest has one such server.
+A command needs 3 to 10 s to import torch and its other dependencies. These processes are forked from a server that has
+already imported them, so they start at once; each pytest worker has one such server.
 """
 
 import multiprocessing
@@ -37,20 +37,20 @@ FORKED.set_forkserver_preload(
         "sklearn.datasets",
     ]
 )
-# Only a test that fails waits as long: long enough for the slowest machine, and shorter than pytest's own timeout.
+# Only failing tests wait this long: enough for the slowest machine, and shorter than pytest's own timeout.
 PATIENCE = 200
 
 
 class Forked:
-    """A `dia-diffusion` command in a process, and a process group, of its own.
+    """A `dia-diffusion` command in its own process and process group.
 
     It has this process's working directory and environment variables.
 
     Args:
-        arguments: of the command, its name first.
-        log: the file for its output; it is added to.
+        arguments: the command's name and its arguments.
+        log: the file to which its output is appended.
         prepare: called in the process before the command; must be picklable.
-        environment: added to this process's.
+        environment: variables added to this process's.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Forked:
         self._start_of_log = log.stat().st_size if log.exists() else 0
         texts = [str(argument) for argument in arguments]
         given = {**os.environ, **environment}
-        # A daemon: where a test fails, the command does not outlive pytest.
+        # A daemon, so that the command does not outlive pytest when a test fails.
         self.process = FORKED.Process(target=_command, args=(texts, log, prepare, os.getcwd(), given), daemon=True)
         self.process.start()
 
@@ -72,12 +72,12 @@ class Forked:
         self.process.join()
 
     def until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Waits for something that this command does."""
+        """Waits until the condition holds; fails if the command ends before."""
         wait_for(lambda: condition() or self.process.exitcode is not None, seconds)
         assert condition(), self.text()
 
     def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code, as a shell shows it."""
+        """Waits for the end; returns the exit code as a shell reports it."""
         self.process.join(seconds)
         code = self.process.exitcode
         if code is None:
@@ -86,7 +86,7 @@ class Forked:
         return code if code >= 0 else 128 - code
 
     def text(self) -> str:
-        """What this command has written so far."""
+        """The command's output so far."""
         return self.log.read_bytes()[self._start_of_log :].decode() if self.log.exists() else ""
 
     def last_line(self) -> str:
@@ -108,7 +108,7 @@ def _command(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a fork server ignores for its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the fork server's children ignore it
     from dia_diffusion.cli.main import main
 
     if prepare is not None:
@@ -120,10 +120,10 @@ def _command(
 
 
 class Child(Forked):
-    """Stands for `subprocess.Popen` where a study or the quickstart starts commands of its own; see `children`."""
+    """Replaces `subprocess.Popen` where a study or the quickstart starts commands; see `children`."""
 
     held_step: ClassVar[int | None] = None
-    """The step at which trainings wait until they are to end; train.gate beside train.log shows that one waits."""
+    """The step at which trainings wait until they are terminated; train.gate next to train.log shows that one waits."""
 
     def __init__(self, call: list[str], env: dict[str, str], stdout: IO[str], stderr: int) -> None:
         assert call[:3] == [sys.executable, "-m", "dia_diffusion"] and stderr == subprocess.STDOUT
@@ -147,7 +147,7 @@ class Child(Forked):
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
-    """Studies and the quickstart fork the commands that they start."""
+    """Makes studies and the quickstart fork the commands that they start."""
     child = type("Child", (Child,), {})
     monkeypatch.setattr(launcher, "subprocess", SimpleNamespace(Popen=child, STDOUT=subprocess.STDOUT))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.05)
@@ -155,7 +155,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> type[Child]:
 
 
 def connected(rank: int, port: int, processes: int = 2, nodes: int = 1) -> dict[str, str]:
-    """The environment that torchrun gives to one of several processes on a CPU, on as many nodes."""
+    """The environment that torchrun gives to one of `processes` CPU processes on `nodes` nodes."""
     local = processes // nodes
     numbers = {"RANK": rank, "LOCAL_RANK": rank % local, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": local}
     numbers |= {"GROUP_RANK": rank // local, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -172,7 +172,7 @@ def start_connected(
     nodes: int = 1,
     prepare: Callable[[], object] | None = None,
 ) -> list[Forked]:
-    """A command on connected processes, in the order of their ranks; process r writes logs/log{r}."""
+    """Starts a command on connected processes; returns them in order of rank. Process r writes logs/log{r}."""
     port = free_port()
     return [
         Forked(*arguments, log=logs / f"log{rank}", prepare=prepare, **connected(rank, port, processes, nodes))
@@ -181,9 +181,9 @@ def start_connected(
 
 
 def on_two_processes(work: Callable[..., Any], *args: object) -> list[Any]:
-    """What work returns on each process, in order of rank, or the exception that ended the process.
+    """The results of `work` on each process in order of rank, or the exception that ended the process.
 
-    Work, arguments and results are pickled.
+    `work`, arguments and results are pickled.
     """
     port, results = free_port(), []
     for rank in (0, 1):
@@ -218,15 +218,14 @@ def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None
 
 
 def hold(owner: str, name: str, calls: int, gate: Path | None = None, rank: int | None = None) -> None:
-    """Makes a function wait after so many calls: to be called in the process.
+    """Makes a function of the current process wait after `calls` calls.
 
-    So a test can kill or signal a command at one place, however fast the machine is.
+    This lets a test kill or signal a command at a fixed point, however fast the machine is.
 
     Args:
         owner: the module or class that has the function, as "package.module" or "package.module:Class".
-        gate: the file that is made when the function waits, and that ends its waiting when it is removed; None to wait
-            for ever.
-        rank: the only one of several connected processes that waits.
+        gate: a file that is created when the function waits, and whose removal ends the wait; None waits forever.
+        rank: of several connected processes, the only one that waits.
     """
     if rank is not None and os.environ["RANK"] != str(rank):
         return
@@ -240,7 +239,7 @@ def hold(owner: str, name: str, calls: int, gate: Path | None = None, rank: int 
         if made == calls:
             if gate is not None:
                 gate.touch()
-            while (gate is None or gate.exists()) and os.getppid() == parent:  # else pytest has ended
+            while (gate is None or gate.exists()) and os.getppid() == parent:  # otherwise pytest has ended
                 time.sleep(0.005)
         return result
 
@@ -248,15 +247,15 @@ def hold(owner: str, name: str, calls: int, gate: Path | None = None, rank: int 
 
 
 def hold_steps(steps: int, gate: Path | None = None, rank: int | None = None) -> None:
-    """Makes a training wait within step number `steps`, before its line of metrics is written."""
+    """Makes a training wait in step number `steps`, before the step's metrics are written."""
     hold("dia_diffusion.training.trainer:Trainer", "train_step", steps, gate, rank)
 
 
 def hold_checkpoints(files: int) -> None:
-    """Makes writing checkpoints wait for ever after so many of their files."""
+    """Makes writing checkpoints wait forever after `files` files."""
     hold("dia_diffusion.training.checkpoint", "save_file", files)
 
 
 def hold_evaluation(chunks: int) -> None:
-    """Makes an evaluation wait for ever after so many finished chunks."""
+    """Makes an evaluation wait forever after `chunks` finished chunks."""
     hold("dia_diffusion.evaluation.feature_store:FeatureStore", "write", chunks)

@@ -1,4 +1,4 @@
-"""Which launches are refused, what connected processes agree on, and the interface that gloo gets."""
+"""Which launches are refused, how connected processes agree, and which network interface gloo gets."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ from tests.training.conftest import TINY
 
 
 def impatient() -> None:
-    """Makes the backend, once it is connected, give up after a second, as NCCL does after ten minutes."""
+    """Makes the connected backend time out after a second, as NCCL does after ten minutes."""
     torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1), torch.distributed.group.WORLD)
 
 
@@ -80,7 +80,7 @@ def test_a_dead_process_ends_those_that_wait_for_it() -> None:
 
 
 def launched_with(*options: str) -> dict[str, str]:
-    """What `accelerate launch` adds to the environment of its processes."""
+    """The variables that `accelerate launch` adds to the environment of its processes."""
     parsed = launch_command_parser().parse_args([*options, "--num_processes=2", "--main_process_port=0", "train.py"])
     parsed, _, _ = _validate_launch_command(parsed)
     return {name: value for name, value in prepare_multi_gpu_env(parsed).items() if name not in os.environ}
@@ -119,7 +119,7 @@ def test_only_ddp_without_dynamo_is_accepted(
         ("ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE", "NO", "DATA_PARALLEL"),
     ],
 )
-def test_variables_that_are_set_by_hand(
+def test_variables_set_by_hand_are_checked(
     variable: str, accepted: str, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, accepted)
@@ -155,8 +155,8 @@ ONE = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
 @pytest.mark.parametrize(
     ("name_is", "interfaces", "route", "variables", "expected"),
     [
-        ("127.0.1.1", MANY, "192.168.0.1", {}, "ib0"),  # by which it reaches the main machine
-        ("127.0.1.1", ONE, "127.0.1.1", {}, "eth0"),  # on the main machine, whose name is its own loopback address
+        ("127.0.1.1", MANY, "192.168.0.1", {}, "ib0"),  # the route to the main machine
+        ("127.0.1.1", ONE, "127.0.1.1", {}, "eth0"),  # on the main machine, whose name resolves to loopback
         (None, ONE, None, {}, "eth0"),
         ("10.0.0.1", MANY, "10.0.0.1", {}, None),  # gloo finds eth0
         ("127.0.1.1", MANY, "10.0.0.1", {"LOCAL_WORLD_SIZE": "4"}, None),  # one machine
@@ -180,7 +180,7 @@ def test_gloo_gets_an_interface_that_other_machines_reach(
 ) -> None:
     two_machines = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "main"}
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, "")  # so that what the call sets is removed again
+        monkeypatch.setenv(name, "")  # so that a value set by the call is removed afterwards
         monkeypatch.delenv(name)
     for name, value in {**two_machines, **variables}.items():
         monkeypatch.setenv(name, value)

@@ -1,8 +1,8 @@
-"""The pages of docs/ and the README: their commands parse or run, their examples run, what they name exists.
+"""The pages of docs/ and the README: their commands parse or run, their examples run, files and tests they name exist.
 
-A block after `<!-- run -->` is executed, in a folder per page where earlier blocks of the page have run; training is
-cut to a few steps by SHORT. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of
-all other blocks are checked against the parsers.
+A block after `<!-- run -->` is executed, in one folder per page, after the page's earlier blocks; SHORT cuts training
+to a few steps. A block after `<!-- run long -->` is executed by `pytest -m long`. The commands of all other blocks are
+checked with the parsers.
 """
 
 import gc
@@ -40,7 +40,7 @@ SCRIPTS = {
     "eval/curves.py": "curves",
 }
 PLACEHOLDERS = {"RECIPE": "digits_uvit_cpu", "RANK": "0", "PROTOCOL": "fd-digits", "STEPS": "6"}
-"""Words that stand for what the parsers check; others, such as RUN and DATA, pass as paths."""
+"""Placeholders for values that the parsers check; others, such as RUN and DATA, pass as paths."""
 TRAIN = "--train.max_steps 6 --train.batch_size 4 --train.log_every 3 --train.checkpoint_every 3 --train.compile false"
 SHORT = {
     "train": f"{TRAIN} --train.sample_every 6 --samples.count 4 --samples.steps 2 --optimizer.warmup_steps 0",
@@ -48,7 +48,7 @@ SHORT = {
     "quickstart": "--steps 6",
     "sample": "--steps 2 --seeds 0-3",
 }
-"""Options that are appended to the commands that run."""
+"""Options appended to executed commands."""
 
 
 class Block(NamedTuple):
@@ -72,8 +72,8 @@ BLOCKS = [block for page in TEXT for block in blocks_of(page)]
 
 
 def commands_in(block: Block) -> Iterator[list[str]]:
-    """The simple commands of a bash block, without assignments, keywords of the shell and redirections."""
-    text = re.sub(r'\$[A-Z]+|"\$\{@[^}]*\}"', "", block.text.replace("\\\n", " "))  # several words
+    """The simple commands of a bash block, without assignments, shell keywords and redirections."""
+    text = re.sub(r'\$[A-Z]+|"\$\{@[^}]*\}"', "", block.text.replace("\\\n", " "))  # these expand to several words
     text = re.sub(r"\$\{\w+\}|\$\w+", "0", text)
     for line in text.splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -89,7 +89,7 @@ def commands_in(block: Block) -> Iterator[list[str]]:
 
 
 def arguments_of(words: list[str]) -> list[str] | None:
-    """The arguments of dia-diffusion, also behind a launcher; None for other programs."""
+    """The arguments of dia-diffusion, also after a launcher; None for other programs."""
     if words[0] == "dia-diffusion":
         return words[1:]
     if words[0] in ("accelerate", "torchrun", "python"):
@@ -102,7 +102,7 @@ def arguments_of(words: list[str]) -> list[str] | None:
 
 
 def write_file(block: Block, folder: Path) -> bool:
-    """Writes a block that begins with a comment of a file's name to that file; whether it does."""
+    """Writes a block that begins with a file name in a comment to that file; returns whether it does."""
     name = re.match(r"# (\w+\.(?:py|yaml))\b", block.text)
     if name is not None:
         (folder / name[1]).write_text(block.text)
@@ -156,7 +156,7 @@ def test_inline_commands_exist(page: str, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("page", TEXT)
 def test_links_lead_somewhere(page: str) -> None:
-    """Sphinx checks those between pages of docs/; this checks the README's, files and headings too."""
+    """Sphinx checks links between pages of docs/; this also checks the README's, and links to files and headings."""
     for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
         if "://" in target:
             continue
@@ -224,7 +224,7 @@ def test_blocks_run(
 
 @pytest.mark.long
 def test_slurm_script_requeues_until_the_training_has_finished(tmp_path: Path) -> None:
-    """With stand-ins for srun, which passes its command and signals on, and for scontrol."""
+    """With stand-ins for scontrol and for srun, which passes its command and signals on."""
     stand_ins = {
         "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
         "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi',
@@ -256,7 +256,7 @@ def test_slurm_script_requeues_until_the_training_has_finished(tmp_path: Path) -
 
 @pytest.fixture
 def registries() -> Iterator[None]:
-    """Examples register rows; they are gone afterwards."""
+    """Removes the rows that examples register."""
     tables = [table for table in gc.get_objects() if type(table) is Registry]
     rows = [dict(table._rows) for table in tables]
     yield
@@ -267,7 +267,7 @@ def registries() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages assume: images in class folders, a quickstart, and a short protocol in place of a shipped one."""
+    """Files that the pages assume: images in class folders, a quickstart, and a short protocol under a shipped name."""
     folder = tmp_path_factory.mktemp("docs")
     generator = np.random.default_rng(0)
     for index in range(12):

@@ -22,7 +22,7 @@ class Server:
     declared: int | None = None
     requests: list[str] = field(default_factory=list)
     redirect: str | None = None
-    """Where all but the place that it names are sent on to."""
+    """Where requests are redirected, except those for /moved/data.bin."""
 
     def download(self, **changes) -> Download:
         values = {"url": f"{self.address}/data.bin", "sha256": hashlib.sha256(CONTENT).hexdigest()}
@@ -131,7 +131,7 @@ def test_the_pinned_downloads_are_secure_and_whole():
         "//example.com/data.bin",
     ],
 )
-def test_only_secure_addresses_are_asked(tmp_path, url, monkeypatch):
+def test_only_secure_addresses_are_requested(tmp_path, url, monkeypatch):
     def connected(*_):
         raise AssertionError("a connection was tried")
 
@@ -142,13 +142,13 @@ def test_only_secure_addresses_are_asked(tmp_path, url, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["http://example.com/x", "ftp://example.com/x", "file:///etc/passwd"])
-def test_an_answer_that_sends_elsewhere_is_not_followed_where_that_is_less_secure(server, tmp_path, target):
+def test_a_redirect_to_a_less_secure_address_is_not_followed(server, tmp_path, target):
     server.redirect = target
     refused(server.download(), tmp_path, r"must be https|not allowed")
     assert server.requests == ["/data.bin"]
 
 
-def test_an_answer_may_send_to_another_place_and_not_round_in_circles(server, tmp_path):
+def test_redirects_are_followed_and_loops_are_refused(server, tmp_path):
     server.redirect = f"{server.address}/moved/data.bin"
     assert fetch(server.download(), tmp_path).read_bytes() == CONTENT
     server.content, server.redirect = CONTENT, f"{server.address}/data.bin"
@@ -157,7 +157,7 @@ def test_an_answer_may_send_to_another_place_and_not_round_in_circles(server, tm
 
 
 def test_no_more_is_fetched_than_was_expected(server, tmp_path):
-    """A server that goes on for ever fills neither memory nor disk."""
+    """A server that never stops sending fills neither memory nor disk."""
     server.content, server.declared = CONTENT, 1 << 40
     calls: list[int] = []
     with pytest.raises(RunError, match="bytes with sha256"):

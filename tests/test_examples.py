@@ -1,4 +1,4 @@
-"""The scripts of examples/, with few steps."""
+"""The scripts in examples/, with few steps."""
 
 from pathlib import Path
 from statistics import mean

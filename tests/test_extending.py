@@ -1,4 +1,4 @@
-"""A sampler and a noise process from outside the library: trained with, saved, loaded and sampled from."""
+"""A sampler and a noise process from outside the library in training, saving, loading and sampling."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.training.conftest import Recorder
 
 
 class StraightScheduler(SchedulerMixin, ConfigMixin):
-    """Euler's steps along a velocity, from t = 1 to 0; the network sees 1000 t."""
+    """Euler steps along a velocity, from t = 1 to 0; the network receives 1000 t."""
 
     order = 1
 
@@ -63,7 +63,7 @@ SLOPE = PredictionType(
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets after the test what it registers."""
+    """Removes the test's registrations after it."""
     for registry in (PROCESSES, PREDICTION_TYPES, SAMPLERS, TIMES):
         monkeypatch.setattr(registry, "_rows", dict(registry))
 
@@ -85,7 +85,7 @@ FLOW = ["--noise.schedule", "straight", "--noise.prediction_type", "slope", "--s
 
 
 def train(run: Path, *options: str) -> list[float]:
-    """Trains a tiny UViT on digits; the logged losses."""
+    """Trains a tiny UViT on digits; returns the logged losses."""
     Trainer(read_experiment("digits_uvit_cpu", [*TINY, *options, "--output", str(run)]), Recorder()).run()
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -100,7 +100,7 @@ def test_a_noise_process_of_ones_own_is_trained_saved_loaded_and_sampled(straigh
     steps = ["--train.max_steps", "150", "--train.checkpoint_every", "150", "--train.sample_every", "150"]
     losses = train(tmp_path / "run", *FLOW, *steps)
     images = torch.from_numpy(open_images("digits", size=8, channels=1).read(range(1201))) / 127.5 - 1
-    # What the best constant prediction of noise - image loses; a network has to look at x_t to lose less.
+    # The loss of the best constant prediction of noise - image; only a network that uses x_t can get below it.
     assert sum(losses[-5:]) / 5 < 1 + images.var(dim=0).mean()
     (grid,) = (tmp_path / "run" / "samples").glob("*.png")
     assert grid.stat().st_size > 0
@@ -122,7 +122,7 @@ def test_a_new_run_starts_only_from_weights_of_the_same_process(straight: None, 
 
 
 def test_min_snr_weights_the_errors_of_the_image(straight: None) -> None:
-    """A velocity wrong by e has an image wrong by t e: x_0 = x_t - t velocity."""
+    """A velocity error e is an image error t e: x_0 = x_t - t velocity."""
     process = NoiseProcess("straight", "slope", "min-snr")
     t = torch.tensor([0.05, 0.5, 0.9])
     expected = ((1 - t) / t).square().clamp(max=5) * t.square()

@@ -1,4 +1,4 @@
-"""One description, drawn by matplotlib and by plotly: both have the same data, and show text as it is."""
+"""One description drawn by matplotlib and by plotly: both have the same data and show text literally."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ LOW, HIGH = [8.0, 4.5, 3.0], [10.0, 5.5, 5.0]
 
 
 def on_page(*panels: Panel) -> dict[str, Any]:
-    """What the page draws, checked by plotly's own schema."""
+    """The plot on a page, checked with plotly's own schema."""
     plot = to_plotly(panels)
     drawn = {"data": plot.data, "layout": plot.layout}
     graph_objects.Figure(drawn)

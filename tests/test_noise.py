@@ -1,4 +1,4 @@
-"""The noise process against numerical integration, diffusers' schedulers and the definitions."""
+"""Noise processes compared with numerical integration, diffusers' schedulers and the definitions."""
 
 import numpy as np
 import pytest
@@ -46,15 +46,15 @@ def test_discrete_schedules_are_diffusers(ours: str, theirs: str) -> None:
     assert torch.allclose(velocity, scheduler.get_velocity(x, noise, timestep), atol=1e-4)
 
 
-def test_timesteps_cover_what_the_network_sees() -> None:
+def test_timesteps_cover_the_networks_range() -> None:
     uniform = torch.tensor([0.0, 0.5, 0.999999])
     assert NoiseProcess("vp-continuous").timestep(uniform).tolist() == pytest.approx([0, 499.5, 999], abs=1e-2)
     assert NoiseProcess("cosine").timestep(uniform).tolist() == [0, 500, 999]
 
 
 @pytest.mark.parametrize("schedule", ["vp-continuous", "ddpm-linear"])
-def test_min_snr_weighs_all_predictions_alike(schedule: str) -> None:
-    """The weighted loss of a wrong x_0 is the same whichever quantity the network predicts."""
+def test_min_snr_weighs_all_prediction_types_the_same(schedule: str) -> None:
+    """The weighted loss of a wrong x_0 is the same for each prediction type."""
     timestep = torch.tensor([10, 200, 900])
     x, noise = torch.randn(3, 1, 4, 4).double(), torch.randn(3, 1, 4, 4).double()
     wrong_x = x + 0.1 * torch.randn(3, 1, 4, 4).double()
@@ -136,7 +136,7 @@ def test_the_flow_is_diffusers() -> None:
 
 @pytest.mark.parametrize("loss_weighting", ["uniform", "min-snr"])
 def test_a_flow_that_predicts_images_has_the_loss_of_the_velocity(loss_weighting: str) -> None:
-    """From t = 0.05; x_t = x_0 + t velocity."""
+    """For t of 0.05 or more; x_t = x_0 + t velocity."""
     x, noise, wrong_x = (torch.randn(4, 1, 4, 4) for _ in range(3))
     timestep = torch.tensor([50.0, 200.0, 700.0, 1000.0])
     t = (timestep / 1000)[:, None, None, None]

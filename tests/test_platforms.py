@@ -1,4 +1,4 @@
-"""macOS and Windows by simulation: what only Linux has is not asked for, nor float64 of Apple's GPU; glibc's memory."""
+"""Simulated macOS and Windows: no Linux-only features, no float64 on Apple's GPU; also memory with glibc."""
 
 import ctypes
 import importlib
@@ -99,14 +99,14 @@ def test_only_glibc_is_asked_to_keep_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "platform", "linux")
     environment.keep_freed_memory()
     assert len(asked) == 2
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl, whose library has no mallopt
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())  # musl has no mallopt
     environment.keep_freed_memory()
 
 
 def page_faults() -> int:
-    """Of a tensor of 64 MiB, after larger ones have been freed.
+    """Page faults of a tensor of 64 MiB, after larger ones have been freed.
 
-    glibc looks for some bytes more than a tensor takes, to align it, so a freed block of its very size may not do.
+    To align a tensor, glibc looks for a few more bytes than it takes, so a freed block of exactly its size may not fit.
     """
     blocks = [torch.ones((64 << 20) + 4096, dtype=torch.uint8) for _ in range(3)]
     del blocks
@@ -137,7 +137,7 @@ def test_large_blocks_are_used_again(tmp_path: Path) -> None:
     assert kept < pages // 100
 
 
-def test_a_cpu_that_proc_says_nothing_of_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cpu_without_proc_cpuinfo_computes_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "none")
     assert precision.best_precision(CPU).dtype == precision.best_precision(MPS).dtype == "float32"
 
@@ -148,7 +148,7 @@ def test_commands_on_windows_name_wsl(capsys: pytest.CaptureFixture[str], monkey
 
 
 def import_as_on_windows(file: Path) -> None:
-    """Imports the package anew, with what asks for fcntl or knows its features, without what Windows doesn't have."""
+    """Imports the package again, and packages that use fcntl or know its features, without modules Windows lacks."""
     anew = ("dia_diffusion", "filelock", "torch_fidelity")
     for name in [name for name in sys.modules if name.partition(".")[0] in anew]:
         del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Which precision is chosen on which device, who decides it, and what a run keeps of it."""
+"""Which precision is chosen on which device, which setting decides, and what a run keeps."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ FLAGS = {
 
 @pytest.fixture
 def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """cpu("avx2", limit) makes this one a CPU of that kind, with ONEDNN_MAX_CPU_ISA limited or not."""
+    """cpu("avx2", limit) makes this CPU appear as that kind, with ONEDNN_MAX_CPU_ISA set to the limit or unset."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
 
     def make(kind: str, limit: str | None = None) -> None:
@@ -98,7 +98,7 @@ def test_gpus_from_compute_capability_8_on_get_bf16(
         ("none", "bf16", None, "none", "not bf16 as accelerate launch says"),
     ],
 )
-def test_who_decides(cpu, recipe, launcher, began_in, name, reason, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_setting_decides(cpu, recipe, launcher, began_in, name, reason, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu("avx2")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher is not None:
@@ -122,7 +122,7 @@ def test_what_a_cpu_can_not_do_is_refused(recipe, launcher, line, monkeypatch: p
     assert line in str(refused.value)
 
 
-def test_slow_bf16_is_warned_of_by_its_measured_rate(cpu) -> None:
+def test_the_warning_about_slow_bf16_gives_measured_rates(cpu) -> None:
     cpu("avx2")
     warning = slow_warning(training_precision("bf16", CPU), CPU)
     assert warning is not None and "times slower" in warning and warning.count("GFLOP/s") == 2
@@ -179,7 +179,7 @@ def test_sampling_takes_auto_when_asked(cpu, tiny, train, tmp_path: Path, capsys
         assert json.loads((tmp_path / dtype / "samples.json").read_text())["precision"] == dtype
 
 
-def test_the_time_left_goes_by_the_recent_rate() -> None:
+def test_the_time_left_uses_the_recent_rate() -> None:
     recent = RecentRate()
     assert recent.rate() is None
     recent.note(10, 50)  # after ten seconds of imports

@@ -1,4 +1,4 @@
-"""The names of the package."""
+"""The package's public names."""
 
 import dia_diffusion
 

@@ -1,4 +1,4 @@
-"""Distributions of times against scipy's quantiles and the definitions."""
+"""Distributions of times, compared with scipy's quantiles and the definitions."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from dia_diffusion.noise import PROCESSES, NoiseProcess
 from dia_diffusion.training.randomness import uniforms
 
 UNIFORM = uniforms(0, 0, 0, 500, 1)[:, 0]
-ENDS = torch.tensor([0.0, 1 - 2**-24])  # of the draws
+ENDS = torch.tensor([0.0, 1 - 2**-24])  # smallest and largest draws
 
 
 def process_with(schedule: str, **times: object) -> NoiseProcess:
@@ -31,7 +31,7 @@ def test_logit_normal() -> None:
 
 @pytest.mark.parametrize(("schedule", "tolerance"), [("flow", 1e-3), ("vp-continuous", 1e-3), ("cosine", 0.2)])
 def test_log_normal_is_edms(schedule: str, tolerance: float) -> None:
-    """sigma / alpha at the drawn times; a discrete process has a ratio nearby."""
+    """sigma / alpha at the drawn times; a discrete process has a nearby ratio."""
     process = process_with(schedule, times="log-normal")
     alpha, sigma = process.process.alpha_sigma(process.timestep(UNIFORM))
     expected = -1.2 + 1.2 * norm.ppf(UNIFORM.double().numpy())

@@ -23,7 +23,7 @@ RECIPE = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_stand_in.Hub]:
-    """A stand-in of the Hub, which huggingface_hub takes for the Hub, with a token that it accepts."""
+    """A fake Hub that huggingface_hub uses in place of the real one, with a token that it accepts."""
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("HF_TOKEN", hub_stand_in.TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -43,7 +43,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(0)
         config = NoiseProcess().scheduler_config()
         unet = UViT(**{"attention": "dia-lstm", **SMALL, **kwargs}).eval()
-        torch.nn.init.normal_(unet.decoder.weight, std=0.5)  # so that images differ from noise, and from each other
+        torch.nn.init.normal_(unet.decoder.weight, std=0.5)  # so that images differ from noise and from each other
         scheduler = scheduler or DPMSolverMultistepScheduler(**config)
         UViTPipeline(unet, scheduler, prediction_type).save_pretrained(tmp_path / name)
         return tmp_path / name
@@ -52,12 +52,12 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder, by its path relative to it."""
+    """The contents of all files below the folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def add_training(folder: Path) -> None:
-    """Makes a saved pipeline look as if a run on someone's machine had left it."""
+    """Makes a saved pipeline look like one that a run on someone's machine wrote."""
     model = json.loads((folder / "unet" / "config.json").read_text())
     training = {"run": "secret", "step": 6, "images": 48, "weights": "ema"}
     training |= {"recipe": {**RECIPE, "model": model}, "data": {"name": "photos.zip", "count": 20}}

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub: the endpoints that its client uses to make a repository, send and read files."""
+"""A fake Hugging Face Hub: the endpoints that its client uses to create a repository and to send and read files."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def asked_private(created: dict[str, Any]) -> bool:
-    """Whether a repository was asked for as a private one; the client's word for that depends on its version."""
+    """Whether a private repository was requested; the key that the client sends depends on its version."""
     return created.get("visibility") == "private" or created.get("private") is True
 
 
@@ -23,12 +23,12 @@ def asked_private(created: dict[str, Any]) -> bool:
 class Hub:
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
-    """What was committed, by `repository@branch/path`."""
+    """Committed contents, by `repository@branch/path`."""
     requests: list[str] = field(default_factory=list)
     created: list[dict[str, Any]] = field(default_factory=list)
     public: set[str] = field(default_factory=set)
     broken: str | None = None
-    """A part of the paths that are answered with status 500."""
+    """Requests with this text in their path are answered with status 500."""
     uploads: dict[str, bytes] = field(default_factory=dict)
 
     def post(self, path: str, body: bytes) -> tuple[int, dict[str, Any]]:

@@ -13,7 +13,7 @@ from dia_diffusion.sharing.convert import convert_official, convert_to_pipeline
 from tests.models.reference_uvit import u_vit
 
 WIDTH, PATCH, SIDE, HEADS = 16, 2, 4, 4
-PUBLISHED = {  # width, blocks less one, patch, image, classes, millions of parameters that the paper gives
+PUBLISHED = {  # width, blocks minus one, patch, image, classes, millions of parameters as stated in the paper
     "cifar10-S/2": (512, 12, 2, 32, 0, 44),
     "celeba64-S/4": (512, 12, 4, 64, 0, 44),
     "imagenet64-M/4": (768, 16, 4, 64, 1000, 131),
@@ -75,7 +75,7 @@ def official_weights(
 
 
 def published_weights(width, depth, patch, size, label_rows):
-    """Weights of a published shape, overlapping views of a few random numbers: the file of the largest stays small."""
+    """Weights of a published shape, as overlapping views of a few random numbers to keep even large files small."""
     numbers = 0.05 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     tokens = (size // patch) ** 2
     sizes = {WIDTH * n: width * n for n in (1, 2, 3, 4)} | {SIDE**2 + n: tokens + n for n in (1, 2)}
@@ -122,7 +122,7 @@ def test_is_the_same_function(kind, saved):
 
 @pytest.mark.parametrize("name", SHORT_AND_LONG)
 def test_published_shapes(name, saved, monkeypatch):
-    monkeypatch.setattr("dia_diffusion.reading.EXPANDED_LIMIT", 1 << 40)  # whose tensors share their numbers
+    monkeypatch.setattr("dia_diffusion.reading.EXPANDED_LIMIT", 1 << 40)  # the tensors share storage
     width, depth, patch, size, classes, millions = PUBLISHED[name]
     weights = published_weights(width, depth, patch, size, classes)
     num_parameters = sum(tensor.numel() for tensor in weights.values())
@@ -135,7 +135,7 @@ def test_published_shapes(name, saved, monkeypatch):
     assert {key: model.config[key] for key in published} == published
     same = UVIT_SIZES[name.split("-")[1].split("/")[0]]
     assert {key: model.config[key] for key in same} == same
-    if depth == 12:  # the larger ones differ in nothing but their numbers
+    if depth == 12:  # the larger ones differ only in their sizes
         x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             ours, theirs = model(x, 300.0).sample, u_vit(weights, x, torch.tensor([300.0]), num_heads=width // 64)

@@ -26,8 +26,8 @@ from tests.pipelines.conftest import add_training, contents
 from tests.pipelines.hub import TOKEN, Hub
 
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
-# Loads exported folders where importing the package fails, and saves the images of each; then imports it, which is all
-# that a folder without code needs.
+# Loads exported folders while importing the package fails, and saves images from each; then imports the package, which
+# is all that a folder without code needs.
 WITHOUT_PACKAGE = """
 import importlib.abc, json, sys
 
@@ -75,7 +75,7 @@ KINDS = {
 
 
 def without_package(environment: dict[str, str], jobs: list[tuple[str, dict, str]], *plain: Path) -> None:
-    """Draws images of folders in an interpreter that can't import the package; then loads plain ones where it can."""
+    """Samples from folders in an interpreter that can't import the package; then imports it and loads `plain`."""
     command = [sys.executable, "-c", WITHOUT_PACKAGE, json.dumps(jobs), *map(str, plain)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
@@ -106,7 +106,7 @@ def test_same_images_without_the_package(save: Callable[..., Path], hub: Hub, tm
         export_pipeline(source, out)
         jobs.append((str(out), {"num_inference_steps": 2}, str(tmp_path / f"{backbone}.safetensors")))
         expected.append(drawn(source, {"num_inference_steps": 2}))
-    # Once more as people have it who know no more than the name of its repository.
+    # Once more by the repository's name alone.
     send(prepare(jobs[1][0], "me/model"), TOKEN)
     jobs.append(("me/model", jobs[1][1], str(tmp_path / "by_name.safetensors")))
     expected.append(expected[1])
@@ -162,7 +162,7 @@ def test_what_is_copied(save: Callable[..., Path], tmp_path: Path) -> None:
     assert contents(run) == before
 
 
-def test_where_a_component_was_loaded_from_stays_here(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_paths_that_components_were_loaded_from_are_not_exported(save: Callable[..., Path], tmp_path: Path) -> None:
     UViTPipeline.from_pretrained(save("source")).save_pretrained(tmp_path / "loaded")
     assert str(tmp_path) in (tmp_path / "loaded" / "model_index.json").read_text()
     export_pipeline(tmp_path / "loaded", tmp_path / "out")
@@ -224,7 +224,7 @@ def test_bad_input(save: Callable[..., Path], tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_without_code_there_is_none(save: Callable[..., Path], tmp_path: Path) -> None:
+def test_export_without_code_writes_no_code(save: Callable[..., Path], tmp_path: Path) -> None:
     source = save("source", EulerMaruyamaScheduler(**NoiseProcess().scheduler_config()))
     export_pipeline(source, tmp_path / "code")
     plain = tmp_path / "plain"
@@ -259,8 +259,8 @@ def test_card_of_classes(
 
 
 @pytest.mark.parametrize("module", ["pipelines.pipeline_uvit", *NETWORKS.values(), *SCHEDULERS.values()])
-def test_code_needs_no_package_and_gives_no_name_two_meanings(module: str) -> None:
-    """Modules in one file share its names: one that two modules define would be the second's in both."""
+def test_bundled_code_needs_no_package_and_has_no_name_clashes(module: str) -> None:
+    """Modules bundled into one file share a namespace: of a name that two modules define, both would see the second."""
     source = bundle(module)
     assert source.startswith(HEADER) and "Apache-2.0" in source and f"#   dia_diffusion.{module}\n" in source
     meanings: dict[str, set[str]] = {}

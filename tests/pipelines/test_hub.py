@@ -14,7 +14,7 @@ STRANGE_INSIDE = ("unet/ema.pt", "unet/optimizer.safetensors", "checkpoints/step
 
 
 def fill(folder: Path) -> None:
-    """Puts beside the pipeline what must never be sent."""
+    """Adds files to the pipeline's folder that must never be sent."""
     for name in STRANGE + STRANGE_INSIDE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("secret")

@@ -1,4 +1,4 @@
-"""UViTPipeline behaves as diffusers' own image pipelines do."""
+"""UViTPipeline behaves like diffusers' own image pipelines."""
 
 import functools
 import inspect
@@ -87,7 +87,7 @@ def test_callback_sees_and_changes_every_step() -> None:
 def test_as_many_images_as_labels_generators_or_latents() -> None:
     pipe = pipeline(num_classes=3)
     for parameter in pipe.unet.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)  # the first weights are so small that all classes give one image
+        torch.nn.init.normal_(parameter, std=0.5)  # initial weights are so small that all classes give the same image
     arguments = {"num_inference_steps": 2, "output_type": "pt"}
     expected = pipe(batch_size=3, class_labels=[2, 0, 1], generator=generators(0, 1, 2), **arguments).images
     assert len(pipe(**arguments).images) == 1
@@ -135,7 +135,7 @@ def test_callback_changes_guidance_along_the_way(monkeypatch: pytest.MonkeyPatch
 
     arguments = {"class_labels": [1], "guidance_scale": 2.0, "num_inference_steps": 4}
     pipe(callback_on_step_end=cut_off, callback_on_step_end_tensor_inputs=[], **arguments)
-    assert batches == [2, 2, 1, 2]  # with and without the class, but for the step after the cut
+    assert batches == [2, 2, 1, 2]  # with and without the class, except in the step after guidance was cut off
     assert pipe.guidance_scale == 3 and given == [{}] * 4
 
     def too_low(pipe: UViTPipeline, *_: object) -> dict:

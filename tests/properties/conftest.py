@@ -1,4 +1,4 @@
-"""One profile for all properties: examples are derived from the test, so that a run gives what the last one gave."""
+"""One profile for all property tests: examples are derived from the test, so that every run gives the same result."""
 
 from hypothesis import HealthCheck, settings
 
@@ -7,6 +7,6 @@ settings.register_profile(
     derandomize=True,
     deadline=None,  # the first example imports and compiles
     max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # what fixtures make here isn't changed by examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # no example changes what a fixture returned
 )
 settings.load_profile("properties")

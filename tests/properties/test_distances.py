@@ -1,4 +1,4 @@
-"""What every Frechet distance and every sum of statistics must obey."""
+"""Properties of every Frechet distance and of every sum of statistics."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SEEDS, WIDTHS = st.integers(0, 10**6), st.integers(1, 24)
 
 
 def features(seed: int, count: int, width: int, rank: int) -> torch.Tensor:
-    """(count, width) vectors of this rank, of any scale, around any mean."""
+    """(count, width) vectors of this rank, with a random scale and mean."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(count, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
     scale = 10 ** (4 * torch.rand(1, generator=generator) - 2)

@@ -1,4 +1,4 @@
-"""What is saved and loaded, attached and taken off, or written and read comes back as it was."""
+"""Save and load, attach and detach, and write and read restore the original exactly."""
 
 from pathlib import Path
 from typing import Any

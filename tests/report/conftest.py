@@ -1,4 +1,4 @@
-"""Runs written by hand, with known numbers in them, and what a browser would make of their pages."""
+"""Hand-written runs with known numbers, and a parser that reads their pages as a browser would."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def write_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 def write_run_of(experiment: Experiment, records: Sequence[Any] = (), steps: Sequence[int] = (3, 6)) -> Path:
-    """A run that has gone to the last of these steps, at each of which it drew a grid."""
+    """A run that was trained to the last of these steps and drew a grid at each of them."""
     run, batch_size = RunFolder(experiment.output), experiment.train.batch_size
     run.path.mkdir(parents=True)
     run.write_config(experiment)
@@ -54,7 +54,7 @@ def write_run_of(experiment: Experiment, records: Sequence[Any] = (), steps: Seq
 
 @dataclass
 class Parsed(HTMLParser):
-    """A page as a browser reads it: its tags, what it would load, the plots' JSON, and the text."""
+    """A page as a browser reads it: its tags, the addresses it would load, the plots' JSON, and the text."""
 
     tags: list[tuple[str, dict[str, str | None]]] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Parsed(HTMLParser):
     plots: list[dict[str, Any]] = field(default_factory=list)
     text: str = ""
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
-    """Caption -> rows of cells, the head first."""
+    """Caption -> rows of cells, header first."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Parsed(HTMLParser):
                 self.text += data
 
     def traces(self, name: str) -> list[dict[str, Any]]:
-        """The traces of a name, of all plots."""
+        """The traces with this name, from all plots."""
         return [trace for plot in self.plots for trace in plot["data"] if trace.get("name") == name]
 
 

@@ -1,4 +1,4 @@
-"""Pages in a real browser that has no network: what plotly draws, what the script adds, and no complaint of either."""
+"""Pages in a real browser without network: what plotly draws and what the script adds, with no console messages."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[[Path], tuple[str, list[str]]]:
-    """Opens a page: the document once its scripts have run, and what the browser's console says."""
+    """Opens a page; returns the document after its scripts have run, and the browser's console messages."""
 
     def open_page(path: Path) -> tuple[str, list[str]]:
         command = [str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,1000"]
@@ -30,7 +30,7 @@ def opened(tmp_path: Path) -> Callable[[Path], tuple[str, list[str]]]:
     return open_page
 
 
-def test_a_browser_draws_the_page_and_has_nothing_to_say(tmp_path: Path, write_run, record, opened) -> None:
+def test_a_browser_draws_the_page_without_console_messages(tmp_path: Path, write_run, record, opened) -> None:
     hostile = "</script><img src=x onerror=console.log('in')>"
     records = [record(9, 3, 8, features=hostile), record(8, 6, 8, features=hostile)]
     page = tmp_path / "report.html"
@@ -39,7 +39,7 @@ def test_a_browser_draws_the_page_and_has_nothing_to_say(tmp_path: Path, write_r
     shown, said = opened(page)
     assert said == []
     assert shown.count('class="main-svg"') >= len(written.plots) == 2
-    # Two evaluations are two markers; loss, gradient norm and learning rate are two lines each, the distance is one.
+    # Two evaluations give two markers; loss, gradient norm and learning rate have two lines each, the distance has one.
     assert len(re.findall(r'class="point"', shown)) == 2
     assert len(re.findall(r'class="js-line"', shown)) == 7
     tags = parse(shown).tags
@@ -49,8 +49,8 @@ def test_a_browser_draws_the_page_and_has_nothing_to_say(tmp_path: Path, write_r
     assert ["hidden" in attributes for attributes in moments] == [True, False]
 
 
-def test_what_a_page_would_load_or_throw_is_seen(tmp_path: Path, write_run, opened) -> None:
-    """The test above could fail: the browser tells of both, and the page's policy forbids the first."""
+def test_a_page_that_loads_or_throws_is_noticed(tmp_path: Path, write_run, opened) -> None:
+    """Proves that the test above can fail: the browser reports both, and the page's policy blocks the first."""
     page = tmp_path / "report.html"
     write_page(run_page(write_run(tmp_path / "run")), page)
     added = "<img src='https://example.org/x.png'><script>nothing()</script>"

@@ -1,4 +1,4 @@
-"""Thinned and smoothed metrics, against loops over all of them."""
+"""Thinned and smoothed metrics, compared with plain loops."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_few_points_stay_and_many_keep_their_extremes() -> None:
     thinned_x, thinned_y = thin(x, y, most=100)
     assert 50 <= len(thinned_x) <= 100 and np.all(np.diff(thinned_x) > 0)
     assert np.array_equal(thinned_y, y[thinned_x // 8 - 1])
-    # Fifty stretches of 46 or 47 points: any 94 points in a row hold a whole one, and so do its extremes.
+    # Fifty chunks of 46 or 47 points: any 94 consecutive points contain a whole chunk, and so its extremes.
     for start in range(0, 2345 - 94, 10):
         kept = thinned_y[(thinned_x // 8 > start) & (thinned_x // 8 <= start + 94)]
         assert kept.max() >= np.median(y)
@@ -30,7 +30,7 @@ def test_lines_without_a_metric_are_left_out() -> None:
     assert [len(part) for part in running_mean(*metric(lines, "nothing"), most=5)] == [0, 0]
 
 
-def test_running_mean_is_that_of_a_loop() -> None:
+def test_running_mean_equals_a_loop() -> None:
     y = np.random.default_rng(1).normal(size=100)
     x, means = running_mean(EIGHT[:100], y, most=1000)
     for images, mean in zip(x, means, strict=True):
@@ -40,7 +40,7 @@ def test_running_mean_is_that_of_a_loop() -> None:
     assert len(running_mean(EIGHT[:100], y, most=10)[0]) == 10
 
 
-def test_mean_of_runs_is_over_those_that_have_come_furthest() -> None:
+def test_mean_of_runs_is_over_the_runs_that_got_furthest() -> None:
     runs = [([8, 24], [1.0, 3.0]), ([8], [7.0]), ([8, 16, 24], [3.0, 6.0, 9.0]), ([], [])]
     x, y = mean_of_runs([(np.array(x), np.array(y)) for x, y in runs])
     assert (x.tolist(), y.tolist()) == ([8, 24], [2.0, 6.0])

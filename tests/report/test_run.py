@@ -1,4 +1,4 @@
-"""A run's page: what is in it is what lies in the run's folder, whatever it is called."""
+"""A run's page shows the contents of the run's folder, and shows all names as plain text."""
 
 import base64
 import re
@@ -86,13 +86,13 @@ def test_names_from_outside_are_text(tmp_path: Path, write_run, record) -> None:
     assert hostile in page.text and script in page.text
     (alternative, *_) = [a["alt"] for tag, a in page.tags if tag == "img"]
     assert hostile in (alternative or "")
-    # plotly takes some markup in names and titles for what it is; entities it shows as the characters they stand for.
+    # plotly interprets some markup in names and titles; it shows entities as the characters they stand for.
     (trace,) = page.traces("FD(&lt;img src=x onerror=alert(1)&gt;)")
     assert trace["y"] == [9, 8]
     assert not re.search(r"<(?!b>|/b>|br>|extra>|/extra>)\w", str(page.plots))
 
 
-def test_what_is_missing_is_said(tmp_path: Path, write_run) -> None:
+def test_missing_parts_are_reported(tmp_path: Path, write_run) -> None:
     new = write_run(tmp_path / "new", steps=())
     page = parse(render(run_page(new)))
     assert f"No evaluations yet; dia-diffusion fid {new}" in page.text

@@ -1,4 +1,4 @@
-"""A study's page: its runs' own numbers, grids and recipes, side by side."""
+"""A study's page: the numbers, grids and recipes of its runs, side by side."""
 
 import re
 import shutil
@@ -27,7 +27,7 @@ UNITS, SIZES, SEEDS = ["none", "dia-lstm"], [4, 8], [0, 1, 2]
 
 @pytest.fixture(scope="module")
 def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Eight runs of six steps, of which none is measured."""
+    """Eight runs of six steps, none of them measured."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "tiny.yaml").write_text(TINY)
     grid = {"units": UNITS, "batch_sizes": SIZES, "seeds": SEEDS}
@@ -41,13 +41,13 @@ def unmeasured(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 @pytest.fixture(scope="module")
 def page(unmeasured: Study) -> Parsed:
-    """Of the study while none is measured."""
+    """The page of the study before any run is measured."""
     return page_about(unmeasured.folder.parent / "twins.yaml")
 
 
 @pytest.fixture
 def study(unmeasured: Study, tmp_path: Path) -> Study:
-    """A copy that may be changed, known by its folder."""
+    """A copy that tests may change, read from its own folder."""
     write_study(unmeasured)
     copy = shutil.copytree(unmeasured.folder, tmp_path / "copy")
     (unmeasured.folder / STUDY_FILE).unlink()
@@ -56,7 +56,7 @@ def study(unmeasured: Study, tmp_path: Path) -> Study:
 
 @pytest.fixture
 def measure(record) -> Callable[[Study], dict[tuple[str, int, int, int], float]]:
-    """Gives each run a distance at both of its steps, and returns them by unit, batch size, seed and step."""
+    """Records a distance for each run at both of its steps; returns them by unit, batch size, seed and step."""
 
     def write(study: Study) -> dict[tuple[str, int, int, int], float]:
         random, written, protocol = np.random.default_rng(0), {}, EvalProtocol.read("fd-digits")
@@ -107,7 +107,7 @@ def test_losses_are_means_over_seeds(page: Parsed) -> None:
     assert [plot["data"][0]["y"] for plot in page.plots[:2]] == [pytest.approx(means)] * 2
 
 
-def test_recipes_are_one_and_what_differs(page: Parsed) -> None:
+def test_recipes_are_shown_once_with_their_differences(page: Parsed) -> None:
     assert page.tables["Where the runs' recipes differ."][:2] == [
         ["run", "seed", "model.attention", "train.batch_size"],
         ["none-b4-s0", "0", "none", "4"],
@@ -148,8 +148,8 @@ def test_a_study_that_has_hardly_begun_has_a_page(study: Study, measure) -> None
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 2
 
 
-def test_a_run_between_two_lines_of_its_log_is_trained(tmp_path: Path) -> None:
-    """Of 620 steps, logged every 50, the last line is of step 600."""
+def test_a_run_counts_as_trained_at_its_last_logged_step(tmp_path: Path) -> None:
+    """With 620 steps and a line every 50, the last line is at step 600."""
     study = make_study(tmp_path, units=["none"], batch_sizes=[8], seeds=[0], steps=620)
     (run,) = study.runs
     assert run.experiment.train.log_every == 50

@@ -12,7 +12,7 @@ from dia_diffusion.noise import NoiseProcess
 
 
 def alpha_sigma(schedule: str, timestep: float) -> tuple[float, float]:
-    """Of x_t = alpha image + sigma noise, in closed form: U-ViT's VP process, or the flow."""
+    """alpha and sigma of x_t = alpha image + sigma noise, in closed form: U-ViT's VP process, or the flow."""
     if schedule == "flow":
         return 1 - timestep / 1000, timestep / 1000
     t = timestep / 999
@@ -21,7 +21,7 @@ def alpha_sigma(schedule: str, timestep: float) -> tuple[float, float]:
 
 
 class GaussianDenoiser(ModelMixin, ConfigMixin):
-    """The exact network for pixels drawn from N(data_mean, data_std^2); notes how its inputs deviate from x_t's law."""
+    """The exact denoiser of pixels from N(data_mean, data_std^2); records its timesteps and its inputs' std errors."""
 
     data_mean, data_std = 0.1, 0.2
 
@@ -29,7 +29,7 @@ class GaussianDenoiser(ModelMixin, ConfigMixin):
     def __init__(self, prediction_type: str = "epsilon", sample_size: int = 128, schedule: str = "vp-continuous"):
         super().__init__()
         self.in_channels, self.sample_size, self.num_classes = 1, sample_size, None
-        self.weight = torch.nn.Parameter(torch.zeros(1))  # diffusers asks it for dtype and device
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # diffusers reads dtype and device from it
         self.timesteps: list[float] = []
         self.std_errors: list[float] = []
 
@@ -54,7 +54,7 @@ def vp_scheduler(prediction_type: str = "epsilon") -> DPMSolverMultistepSchedule
 
 @pytest.fixture
 def gaussian_pipeline():
-    """Makes a pipeline with the exact network of Gaussian data."""
+    """Makes a pipeline with the exact denoiser of Gaussian data."""
 
     def make(prediction_type: str = "epsilon") -> UViTPipeline:
         pipeline = UViTPipeline(unet=GaussianDenoiser(prediction_type), scheduler=vp_scheduler(prediction_type))
@@ -66,7 +66,7 @@ def gaussian_pipeline():
 
 @pytest.fixture
 def tiny_pipeline():
-    """Makes a pipeline with a small random UViT that predicts images, of some contrast."""
+    """Makes a pipeline with a small random UViT that predicts images with some contrast."""
 
     def make(num_classes: int | None = None) -> UViTPipeline:
         torch.manual_seed(0)
@@ -79,7 +79,7 @@ def tiny_pipeline():
             num_classes=num_classes,
             initialization="xavier",
         )
-        torch.nn.init.normal_(unet.patch_embed.weight)  # more to the input than to its positions
+        torch.nn.init.normal_(unet.patch_embed.weight)  # the input outweighs the position embedding
         return UViTPipeline(unet=unet.eval(), scheduler=vp_scheduler("sample"))
 
     return make

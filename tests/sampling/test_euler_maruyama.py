@@ -14,7 +14,7 @@ def config(prediction_type="epsilon", schedule="vp-continuous"):
 
 
 def network(x, k):
-    """Some smooth function, standing for the noise in x."""
+    """A smooth function that stands in for the noise in x."""
     return torch.tanh(0.8 * x + 0.001 * k)
 
 
@@ -56,7 +56,7 @@ def test_equals_the_written_out_loop(steps, prediction_type):
         EulerMaruyamaScheduler.from_config(config(prediction_type)), x, steps, torch.Generator().manual_seed(1), predict
     )
     expected = brute_force(x, steps, torch.Generator().manual_seed(1))
-    # The timesteps that the network sees are float32.
+    # The network receives float32 timesteps.
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 

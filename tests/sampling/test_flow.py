@@ -13,7 +13,7 @@ from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSetti
 from dia_diffusion.schedulers import noise_ratio
 from tests.sampling.conftest import GaussianDenoiser
 
-# How far the standard deviation may be from that of the data at 50 steps, relative.
+# Relative tolerance of the standard deviation at 50 steps.
 TOLERANCE_AT_50 = {"dpmsolver++": 0.02, "dpmsolver++sde": 0.05, "unipc": 0.015, "euler": 0.06, "heun": 0.01}
 
 
@@ -26,7 +26,7 @@ def flow_pipeline(prediction_type="velocity", shift=1.0):
 
 
 def draw(name, steps, prediction_type="velocity", shift=1.0):
-    """Pixels in [-1, 1] and the network, which noted its inputs."""
+    """Pixels in [-1, 1], and the network with its records."""
     adapted = adapt_pipeline(flow_pipeline(prediction_type, shift), SamplingSettings(name, steps))
     return 2 * adapted.draw([0]) - 1, adapted.runner.unet
 
@@ -41,7 +41,7 @@ def test_draws_from_a_gaussian_given_its_exact_network(name, prediction_type):
     pixels, network = draw(name, 50, prediction_type)
     assert abs(pixels.mean() - network.data_mean) < 0.005
     assert abs(pixels.std() / network.data_std - 1) < TOLERANCE_AT_50[name]
-    # What the network sees has, at each of its timesteps, the deviation of x_t: right scale and right time.
+    # At every timestep the network's input has the standard deviation of x_t: both scale and time are right.
     assert max(map(abs, network.std_errors)) < 0.05
 
 
@@ -60,7 +60,7 @@ def test_the_network_is_called_at_1000_sigma(name):
     adapted.draw([0])
     assert any(not timestep.is_integer() for timestep in adapted.runner.unet.timesteps)
     sigmas = adapted.runner.scheduler.sigmas[:-1]
-    if name == "heun":  # it calls the network again at the end of the step
+    if name == "heun":  # calls the network again at the end of each step
         sigmas = sigmas[[0, *range(1, len(sigmas))]]
     assert sorted(set(adapted.runner.unet.timesteps)) == pytest.approx(sorted(set((1000 * sigmas).tolist())))
 
@@ -79,7 +79,7 @@ def test_numbers_of_steps(name, steps):
 @pytest.mark.parametrize("taken", ["flow_prediction", "sample"])
 @pytest.mark.parametrize("given", ["velocity", "sample"])
 def test_a_scheduler_of_diffusers_in_the_pipeline(scheduler, taken, given):
-    """It draws as the sampler does: the network sees no rounded timesteps, and predictions are converted."""
+    """It draws the same images as the sampler: timesteps are not rounded, and predictions are converted."""
     name = "unipc" if scheduler is UniPCMultistepScheduler else "dpmsolver++"
     expected = adapt_pipeline(flow_pipeline(), SamplingSettings(name, 7)).draw([3])
     pipeline = flow_pipeline(given)
@@ -105,7 +105,7 @@ def test_samplers_take_over_the_shift(name):
 
 @pytest.mark.parametrize("name", TOLERANCE_AT_50)
 def test_a_predicted_image_is_not_worse_in_the_end(name):
-    """A velocity near t = 0 has many times the error of the image that it comes from."""
+    """Near t = 0, a velocity computed from an image has many times the image's error."""
 
     class Biased(GaussianDenoiser):
         def forward(self, sample, timestep, class_labels=None):
@@ -118,7 +118,7 @@ def test_a_predicted_image_is_not_worse_in_the_end(name):
     assert 0 < (2 * biased - 2 * exact).abs().max() < 0.3  # 1.8 on a grid that ends at 1/1000
 
 
-def test_other_samplers_are_refused_by_the_names_of_those_that_can():
+def test_refusals_of_other_samplers_list_the_accepted_ones():
     accepted = r"dpmsolver\+\+, dpmsolver\+\+sde, unipc, euler, heun, own"
     for name in SAMPLERS.keys() - TOLERANCE_AT_50.keys():
         with pytest.raises(InputError, match=f"`sampler` must be one of {accepted} for the process of a .*, got "):

@@ -62,7 +62,7 @@ def test_batches_from_1_to_64_draw_the_same_in_float64(name, tiny_pipeline):
 @pytest.mark.parametrize("schedule", ["ddpm-linear", "cosine"])
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"euler-maruyama"}))
 def test_discrete_processes_too(name, schedule, tiny_pipeline):
-    # The last timestep of the cosine process spans several steps that are even in log-SNR.
+    # The last timestep of the cosine process spans several of the steps that are evenly spaced in log-SNR.
     pipeline = tiny_pipeline()
     process = NoiseProcess(schedule=schedule, prediction_type="sample")
     pipeline.scheduler = DDPMScheduler(**process.scheduler_config())

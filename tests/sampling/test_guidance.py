@@ -1,4 +1,4 @@
-"""Guidance in an interval of noise levels, and autoguidance: whole samplings against a loop written out here."""
+"""Guidance in an interval of noise levels, and autoguidance: full sampling compared with an explicit loop."""
 
 import json
 from collections.abc import Sequence
@@ -33,20 +33,20 @@ from tests.sampling.tiny_models import small_dit, small_unet, small_vae
 
 Law = tuple[float, float]
 """Mean and standard deviation of pixels."""
-OURS: list[Law] = [(-0.5, 0.2), (0.6, 0.1), (0.1, 0.4)]  # of the classes 0 and 1, and of the null label
+OURS: list[Law] = [(-0.5, 0.2), (0.6, 0.1), (0.1, 0.4)]  # classes 0 and 1, and the null label
 WORSE: list[Law] = [(-0.2, 0.3), (0.3, 0.3), (0.0, 0.5)]
 LABELS = [0, 1, 1]
 
 
 def expectations(law: Law, x: Any, alpha: float, sigma: float) -> tuple[Any, Any]:
-    """The expected image and noise in x = alpha image + sigma noise, for images of a Gaussian law."""
+    """The expected image and noise in x = alpha image + sigma noise, for Gaussian images."""
     mean, std = law
     away = (x - alpha * mean) / (alpha**2 * std**2 + sigma**2)
     return mean + alpha * std**2 * away, sigma * away
 
 
 class ClassGaussians(ModelMixin, ConfigMixin):
-    """The exact network of pixels with a Gaussian law per class; keeps the batch sizes it is called with."""
+    """The exact denoiser of pixels that are Gaussian given the class; records the batch sizes of its calls."""
 
     @register_to_config
     def __init__(self, laws: Any, schedule: str, prediction_type: str):
@@ -82,7 +82,7 @@ def by_hand(
     interval: tuple[float, float] | None,
     worse: list[Law],
 ) -> Any:
-    """DDIM, which on the flow is Euler's method: x' = alpha' image + sigma' noise."""
+    """DDIM, which is Euler's method for the flow: x' = alpha' image + sigma' noise."""
     x, levels = start, [alpha_sigma(schedule, timestep) for timestep in timesteps]
     for (alpha, sigma), (alpha_next, sigma_next) in zip(levels, [*levels[1:], (1.0, 0.0)], strict=True):
         inside = interval is None or interval[0] * alpha < sigma <= interval[1] * alpha
@@ -123,7 +123,7 @@ def test_whole_samplings_of_gaussians(
     timesteps = pipeline.scheduler.timesteps.tolist()
     worse = [OURS[2]] * 2 if guide is None else WORSE
     expected = by_hand(schedule, timesteps, start.numpy(), 3.0, interval, worse)
-    # Tables of sigma / alpha are float32; Euler's method starts VP from noise alone instead of from x_T's small rest.
+    # Tables of sigma / alpha are float32; for VP, Euler's method starts from noise alone, while x_T keeps some image.
     np.testing.assert_allclose(drawn.numpy(), expected, rtol=0, atol=3e-3)
     for other_scale, other_interval in ((1.0, None), (3.0, (0.3, 5.0) if interval is None else None)):
         other = by_hand(schedule, timesteps, start.numpy(), other_scale, other_interval, worse)
@@ -229,7 +229,7 @@ def test_a_guide_is_no_part_of_the_pipeline(tmp_path: Path, tiny_pipeline: Any) 
         ({"guidance_scale": 2.0, "guidance_interval": "0.3,5"}, "two noise levels low < high"),
     ],
 )  # fmt: skip
-def test_intervals_that_can_not_be(settings: dict[str, Any], said: str, tiny_pipeline: Any) -> None:
+def test_invalid_intervals_are_refused(settings: dict[str, Any], said: str, tiny_pipeline: Any) -> None:
     with pytest.raises(InputError, match=said):
         tiny_pipeline(3)(class_labels=1, **settings)
     with pytest.raises(InputError, match=said):

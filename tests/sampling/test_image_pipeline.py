@@ -1,4 +1,4 @@
-"""Pipelines of diffusers, sampled here: the images that they draw themselves, each by its seed."""
+"""Sampling from diffusers' pipelines: the images that their own calls draw, each determined by its seed."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def adapt(pipeline, sampler=OWN_SAMPLER, steps=5, **settings):
 
 
 def drawn(pipeline, sampler=OWN_SAMPLER, steps=5, seeds=SEEDS, batch_size=3, **settings):
-    """uint8 images (N, C, H, W), in the order of the seeds, as commands draw them."""
+    """uint8 images (N, C, H, W) in the order of the seeds, drawn as by the commands."""
     adapted = adapt(pipeline, sampler, steps, **settings)
     return torch.cat([images for _, images in generate(adapted, seeds, batch_size)])
 
@@ -91,7 +91,7 @@ def largest_difference(images, others):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_own_gives_the_images_that_the_pipeline_itself_gives(kind):
-    """Three in one batch, and one by one: so an image belongs to its seed."""
+    """Ours draws three images in one batch and theirs one by one, so an image depends on its seed alone."""
     pipeline = MAKE[kind]()
     ours = drawn(pipeline)
     pipeline.set_progress_bar_config(disable=True)
@@ -117,7 +117,7 @@ def test_a_dit_gives_the_images_of_dit_pipeline(scale, out_channels):
     assert (ours - adapt(pipeline, classes=(1, 2, 3), guidance_scale=scale).draw(SEEDS)).abs().max() > 0.01
 
 
-def test_class_conditional_unets_draw_what_their_network_says_of_each_class():
+def test_class_conditional_unets_draw_as_a_plain_loop_does():
     unet, scheduler = small_unet(num_class_embeds=4), DDIMScheduler()
     torch.nn.init.normal_(unet.class_embedding.weight, std=3)
     ours = drawn(DDPMPipeline(unet=unet, scheduler=scheduler), classes=(3, 1))  # seeds are odd: 1, 1, 1
@@ -141,7 +141,7 @@ def test_consistency_models_take_classes():
 
 
 class GlobalNoisePipeline(DiffusionPipeline):
-    """Knows of no generator, and draws by class."""
+    """Takes class labels but no generator."""
 
     def __init__(self, unet, scheduler):
         super().__init__()
@@ -280,12 +280,12 @@ def test_networks_that_can_not_be_sampled_are_one_line():
             adapt(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()))
 
 
-def test_decoders_of_latents_are_those_whose_factor_is_known():
+def test_a_vae_with_an_unknown_factor_is_refused():
     with pytest.raises(InputError, match=r"vae of a DiTPipeline must be one of AutoencoderKL, .*, got a UNet2DModel"):
         adapt(DiTPipeline(transformer=small_dit(), vae=small_unet(), scheduler=DDIMScheduler()))
 
 
-def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes():
+def test_a_uvit_pipeline_takes_other_networks_and_its_subclasses_are_refused():
     parts = {"unet": small_unet(), "scheduler": DDPMScheduler()}
     assert largest_difference(drawn(UViTPipeline(**parts)), drawn(DDPMPipeline(**parts))) == 0
 
@@ -297,7 +297,7 @@ def test_a_uvit_pipeline_takes_others_networks_and_no_subclass_loses_its_changes
         adapt(Brighter(**parts))
 
 
-def test_what_others_code_raises_is_one_line():
+def test_errors_of_a_pipelines_own_code_are_one_line():
     pipeline = MAKE["sde"]()
     pipeline.unet.to(torch.bfloat16)  # its loop draws float32
     with pytest.raises(RunError, match="ScoreSdeVePipeline failed while sampling: ") as error:

@@ -114,7 +114,7 @@ def test_loads_diffusers_pipelines(tmp_path, capfd):
     assert (out, "it/s" in err) == ("", False)
 
 
-def test_loads_the_first_pipelines_without_subfolders_and_with_their_names_of_tensors(tmp_path):
+def test_loads_early_pipelines_without_subfolders_and_with_old_tensor_names(tmp_path):
     unet = small_unet(add_attention=True)
     folder = saved(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), tmp_path / "new")
     expected = image_of(folder)
@@ -171,7 +171,7 @@ def test_the_hash_is_over_all_weights(tmp_path):
     assert "vae/diffusion_pytorch_model.safetensors is missing" in refusal(tmp_path / "b")
 
 
-def test_the_models_hash_is_over_what_they_do_with_their_weights(tmp_path):
+def test_the_model_hash_also_covers_configurations(tmp_path):
     a, b = dit_folder(tmp_path / "a"), dit_folder(tmp_path / "b")
     first, weights = model_hash(a), weights_hash(a)
     rewritten(b / "vae" / "config.json", lambda config: config.update(_diffusers_version="0", _name_or_path="x"))
@@ -251,7 +251,7 @@ DIFFUSERS = ["diffusers", "UNet2DModel"]
     ],
     ids=lambda value: None if isinstance(value, str) else str(value.get("_class_name")),
 )
-def test_other_pipelines_are_told_with_what_they_need(index, said, folder):
+def test_refusals_of_other_pipelines_say_what_they_need(index, said, folder):
     (folder / "model_index.json").write_text(json.dumps(index))
     assert said in refusal(folder)
 
@@ -279,7 +279,7 @@ def test_a_part_that_is_missing(tmp_path, tiny_pipeline):
     "change",
     [
         *({"attention": None}, {"attention": "lstm"}, {"num_layers": 5}, {"hidden_size": 64}, {"num_layers": 4}),
-        {"attention_kwargs": {"num_cells": 10**9}},  # which would be built one by one
+        {"attention_kwargs": {"num_cells": 10**9}},  # would be built one by one
     ],
     ids=str,
 )
@@ -289,7 +289,7 @@ def test_weights_of_another_model(change, folder):
     refusal(folder)
 
 
-def test_tensors_of_other_shapes_and_quantizers_are_one_line_of_ours(tmp_path):
+def test_other_tensor_shapes_and_quantization_are_refused_in_one_line(tmp_path):
     folder = saved(DDPMPipeline(unet=small_unet(), scheduler=DDPMScheduler()), tmp_path / "ddpm")
     config = folder / "unet" / "config.json"
     kept = config.read_text()

@@ -21,8 +21,8 @@ from tests.sampling.conftest import GaussianDenoiser, vp_scheduler
 
 PREDICTION_TYPES = NoiseProcess().process.prediction_types
 
-# How far the standard deviation may be from that of the data at 50 steps, relative. In even time the last step starts
-# from sigma 0.07, where noise hides a third of the data's own deviation of 0.2; at 1,000 steps all are within 2.5 %.
+# Relative tolerance of the standard deviation at 50 steps. With evenly spaced timesteps, the last step starts at sigma
+# 0.07, where noise hides a third of the data's standard deviation of 0.2; at 1,000 steps all are within 2.5 %.
 TOLERANCE_AT_50 = {
     "ddpm": 0.22,
     "ddim": 0.14,
@@ -38,7 +38,7 @@ TOLERANCE_AT_50 = {
 
 
 def sample(pipeline, name, steps, batch_size=1):
-    """Pixels in [-1, 1] and the network, which noted its inputs."""
+    """Pixels in [-1, 1], and the network with its records."""
     images = adapt_pipeline(pipeline, SamplingSettings(name, steps)).draw(list(range(batch_size)))
     return 2 * images - 1, pipeline.unet
 
@@ -59,7 +59,7 @@ ALPHA_BARS = DDPMScheduler(**NoiseProcess().scheduler_config()).alphas_cumprod.d
 
 
 class TypedDenoiser(GaussianDenoiser):
-    """With the alpha and sigma of the betas, as the scheduler has them."""
+    """Uses the alpha and sigma that the scheduler computes from its betas."""
 
     def alpha_sigma(self, timestep):
         alpha_bar = float(ALPHA_BARS[int(timestep)])
@@ -71,7 +71,7 @@ def typed_images(given, name):
     return adapt_pipeline(pipeline, SamplingSettings(name, 20)).draw([0, 1])
 
 
-# Those whose timesteps are whole, so that the network and the scheduler have the same alpha and sigma.
+# Only samplers with integer timesteps, for which the network and the scheduler have the same alpha and sigma.
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "euler-ancestral"])
 def test_one_network_draws_the_same_in_each_prediction_type(name):
     expected = typed_images("epsilon", name)
@@ -87,7 +87,7 @@ def test_predictions_that_a_scheduler_does_not_take_are_converted(given, taken, 
     row = SAMPLERS["ddim"]
     SAMPLERS.register("one-type", Sampler(row.scheduler, row.settings, prediction_types=(taken,)))
     with pytest.raises(InputError, match=f"`prediction_type` must be one of {taken} for one-type, got '{given}'"):
-        build_scheduler("one-type", vp_scheduler(given))  # no one converts for a scheduler alone
+        build_scheduler("one-type", vp_scheduler(given))  # a scheduler alone has nothing that converts
     torch.testing.assert_close(typed_images(given, "one-type"), expected, rtol=0, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_predictions_that_a_scheduler_does_not_take_are_converted(given, taken, 
 def test_noise_ratio_is_sigma_over_alpha(name):
     scheduler = build_scheduler(name, vp_scheduler())
     check_steps(scheduler, 50)
-    timesteps = scheduler.timesteps[scheduler.timesteps > 5]  # below, betas differ from the process in closed form
+    timesteps = scheduler.timesteps[scheduler.timesteps > 5]  # below that, betas differ from the closed-form process
     alpha, sigma = NoiseProcess().process.alpha_sigma(timesteps)
     torch.testing.assert_close(noise_ratio(scheduler)(timesteps).double(), sigma / alpha, rtol=0.02, atol=0)
 
@@ -106,7 +106,7 @@ def test_many_steps_follow_the_process(name, steps, tolerance, gaussian_pipeline
     pixels, network = sample(gaussian_pipeline(), name, steps)
     assert abs(pixels.mean() - network.data_mean) < 0.01
     assert abs(pixels.std() / network.data_std - 1) < tolerance
-    # What the network sees has, at every one of its timesteps, the deviation of x_t: right scale and right time.
+    # At every timestep the network's input has the standard deviation of x_t: both scale and time are right.
     assert max(map(abs, network.std_errors)) < tolerance
     assert network.timesteps[0] >= 998
     assert network.timesteps == sorted(network.timesteps, reverse=True)
@@ -179,7 +179,7 @@ def test_impossible_numbers_of_steps(name, steps, accepted):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_accepted_numbers_of_steps_are_that_many(name):
+def test_accepted_numbers_of_steps_are_kept(name):
     scheduler = build_scheduler(name, DDPMScheduler(**NoiseProcess().scheduler_config()))
     refused = 0
     for steps in range(7, 1001, 97):

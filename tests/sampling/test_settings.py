@@ -31,7 +31,7 @@ def test_no_seeds(text):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shares_are_even_and_make_the_whole(world_size):
+def test_shards_are_even_and_cover_everything(world_size):
     shares = [list(shard(range(10), rank, world_size)) for rank in range(world_size)]
     assert sorted(item for share in shares for item in share) == list(range(10))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

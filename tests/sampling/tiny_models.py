@@ -1,11 +1,11 @@
-"""Tiny networks of diffusers with seeded weights, for pipelines like those of others."""
+"""Tiny diffusers networks with seeded weights, for pipelines like those that others publish."""
 
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel, VQModel
 
-NULL_LABEL = 1000  # the one that DiTPipeline has in its code
+NULL_LABEL = 1000  # hard-coded in DiTPipeline
 
 
 def small_unet(**changes: Any) -> UNet2DModel:
@@ -33,7 +33,7 @@ def small_dit(num_classes: int = NULL_LABEL, out_channels: int = 8, in_channels:
         num_embeds_ada_norm=num_classes,
         norm_num_groups=4,
     )
-    for parameter in dit.parameters():  # its first weights give the same to every class
+    for parameter in dit.parameters():  # with its initial weights, all classes give the same output
         torch.nn.init.normal_(parameter, std=0.2)
     return dit.eval()
 
@@ -54,5 +54,5 @@ def small_vae() -> AutoencoderKL:
 def small_vqvae() -> VQModel:
     torch.manual_seed(0)
     vqvae = VQModel(latent_channels=3, num_vq_embeddings=16, **SMALL_DECODER)
-    torch.nn.init.normal_(vqvae.quantize.embedding.weight)  # codes that can be told apart
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)  # clearly different codes
     return vqvae.eval()

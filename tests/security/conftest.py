@@ -1,7 +1,7 @@
-"""Hostile files and what watches their readers.
+"""Hostile files and a sandbox that watches their readers.
 
-Every reader is tried with every kind of file, which are two thousand cases: of each test's many, the default run takes
-one in eight, and `pytest -m "long or not long" tests/security` all.
+Every reader is tried with every kind of file, two thousand cases in all. Of each test with many cases, the default run
+takes one in eight; `pytest -m "long or not long" tests/security` runs all.
 """
 
 from collections import defaultdict
@@ -17,9 +17,9 @@ __all__ = ["extractor", "sandbox", "save"]
 MANY, ONE_IN = 12, 8
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
+@pytest.hookimpl(tryfirst=True)  # before pytest evaluates marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks most cases of the tests of this room that have many as long."""
+    """Marks most cases of this folder's tests as long where a test has many."""
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if "tests/security/" in item.nodeid and "test_fuzzing" not in item.nodeid:

@@ -1,4 +1,4 @@
-"""Valid files of every kind with bytes changed, cut and mixed, and the readers that must only ever refuse them."""
+"""Mutations of valid files of every kind, and the readers, which may fail only by refusing the file."""
 
 import io
 import json
@@ -39,7 +39,7 @@ JSON += ["result of a classifier"]
 
 
 def targets(folder: Path) -> dict[str, Reader]:
-    """Every kind of file, each made in a folder of its own."""
+    """A reader for each kind of file, each file in its own folder."""
     made: dict[str, Reader] = {}
 
     def add(name: str, file: Path, read: Callable[[Path], Any]) -> None:
@@ -121,7 +121,7 @@ TOKENS = [
 
 @st.composite
 def mutated(draw: st.DrawFn, data: bytes) -> bytes:
-    """The data after a few changes: bytes overwritten, put in, taken out, repeated or moved; or its start."""
+    """The data after a few changes: bytes overwritten, inserted, deleted, repeated or moved, or the end cut off."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(0, len(changed) - 1)))
@@ -162,7 +162,7 @@ values = st.recursive(
 
 @st.composite
 def rewritten(draw: st.DrawFn, value: Any) -> Any:
-    """A value of JSON or YAML with one of its parts replaced, or taken out."""
+    """A JSON or YAML value with one part replaced or removed."""
     if isinstance(value, dict) and value and draw(st.integers(0, 9)):
         key = draw(st.sampled_from(sorted(value)))
         if draw(st.integers(0, 9)) == 0:
@@ -175,7 +175,7 @@ def rewritten(draw: st.DrawFn, value: Any) -> Any:
 
 
 def hostile_data(target: Reader) -> st.SearchStrategy[bytes]:
-    """What takes the place of a target's file: mostly the file itself, changed."""
+    """Contents that replace a target's file: mostly mutations of the file itself."""
     data = target.file.read_bytes()
     kinds = [mutated(data), mutated(data), st.binary(max_size=200)]
     if target.file.suffix in (".json", ".jsonl"):
@@ -189,5 +189,5 @@ def hostile_data(target: Reader) -> st.SearchStrategy[bytes]:
 
 
 def _plain(value: Any) -> Any:
-    """Without lone surrogates, which YAML can't write."""
+    """Replaces lone surrogates, which YAML can't write."""
     return json.loads(json.dumps(value).encode().replace(b"\\ud800", b"?"))

@@ -1,4 +1,4 @@
-"""Hostile files: texts, pickles, arrays and archives, all made when a test asks for them."""
+"""Hostile files: texts, pickles, arrays and archives, all created on demand."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-GIGABYTES = (1 << 29) + 1  # half of one: more than watch.MEMORY_LIMIT, and than any file that is read at once
+GIGABYTES = (1 << 29) + 1  # half a GiB: more than watch.MEMORY_LIMIT and than any file that is read whole
 
 
 # Texts
@@ -44,7 +44,7 @@ JSON_FILES = (*JSON_TEXTS, "pipe", "folder", "device", "gigabytes")
 
 
 def put_json(path: Path, kind: str) -> None:
-    """Replaces a file by one of JSON_FILES."""
+    """Replaces a file with one of JSON_FILES."""
     if path.is_file():
         path.unlink()
     if kind == "pipe":
@@ -60,18 +60,18 @@ def put_json(path: Path, kind: str) -> None:
 
 
 def change_json(path: Path, **changes: Any) -> None:
-    """Replaces values of a file that holds a JSON object."""
+    """Replaces values in a file that holds a JSON object."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def put_sparse(path: Path, size: int = GIGABYTES) -> None:
-    """A file of gigabytes that takes none of the disk."""
+    """Creates a sparse file of `size` bytes, which takes no disk space."""
     with path.open("wb") as file:
         file.truncate(size)
 
 
 def wrong_values(value: Any) -> dict[str, Any]:
-    """For each field of a JSON object, how deep it may lie, the object with another type there."""
+    """For each field of a JSON object, at any depth, copies of the object with a value of another type there."""
     others = ([], {}, "text", -1, 1 << 70, 1e308, float("nan"), float("inf"), None, True, [[]], {"a": {"b": 1}})
     found: dict[str, Any] = {}
 
@@ -92,7 +92,7 @@ def wrong_values(value: Any) -> dict[str, Any]:
 
 
 def laughs(levels: int = 12) -> str:
-    """A YAML document of a few hundred bytes that stands for 10^levels words."""
+    """A YAML document of a few hundred bytes that expands to 10^levels words."""
     lines = ["a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     for level in range(1, levels):
         lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]")
@@ -100,7 +100,7 @@ def laughs(levels: int = 12) -> str:
 
 
 def merges(levels: int = 12) -> str:
-    """The same with merged keys, which PyYAML multiplies out while it reads."""
+    """The same with merge keys, which PyYAML expands while it reads."""
     lines = ["a0: &a0 {x: 1}"]
     for level in range(1, levels):
         lines.append(f"a{level}: &a{level} {{<<: [{', '.join([f'*a{level - 1}'] * 10)}]}}")
@@ -108,7 +108,7 @@ def merges(levels: int = 12) -> str:
 
 
 def yaml_texts(marker: Path) -> dict[str, bytes]:
-    """What no reader of recipes, studies or protocols may take, or run."""
+    """Texts that no reader of recipes, studies or protocols may accept or run."""
     command = f"touch {marker}"
     texts = {
         "object tag": f"data: !!python/object/apply:os.system ['{command}']",
@@ -161,7 +161,7 @@ def yaml_texts(marker: Path) -> dict[str, bytes]:
 
 
 class Touch:
-    """Unpickled by a reader that runs what it reads, it makes a file."""
+    """Creates a file if a reader unpickles it."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -175,7 +175,7 @@ def pickled(marker: Path, protocol: int = 2) -> bytes:
 
 
 def pickled_weights(marker: Path, wrap: bool = True) -> bytes:
-    """As torch.save writes them, in today's zip or in the format before it."""
+    """Written by torch.save, in today's zip format or the one before it."""
     file = io.BytesIO()
     torch.save({"weight": Touch(marker)}, file, _use_new_zipfile_serialization=wrap)
     return file.getvalue()
@@ -192,7 +192,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def npy_header(header: str, data: bytes = b"") -> bytes:
-    """A .npy file whose header says what it likes."""
+    """A .npy file with an arbitrary header."""
     text = header.encode("latin1").ljust(117) + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
@@ -201,7 +201,7 @@ def npy_of(shape: str, descr: str = "'|u1'", data: bytes = b"\0" * 64) -> bytes:
     return npy_header(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}", data)
 
 
-# .npy files that no reader takes
+# .npy files that no reader accepts
 ARRAYS: dict[str, Callable[[Path], bytes]] = {
     "objects": lambda marker: npy(object_array(marker)),
     "pickle": pickled,
@@ -240,7 +240,7 @@ def _bomb(name: str, size: int, start: bytes) -> tuple[bytes, int]:
 
 
 def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"", lie: int | None = None) -> Path:
-    """A zip of one entry of gigabytes of zeros after its start.
+    """A zip with one entry: `start`, then `size` zeros.
 
     lie: the compressed size that its directory declares.
     """
@@ -254,7 +254,7 @@ def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"",
 
 
 def write_overlapping(path: Path, name: str, data: bytes, count: int) -> Path:
-    """A zip whose directory names one stored entry many times."""
+    """A zip whose directory lists one stored entry many times."""
     write_zip(path, {name.format(0): data})
     raw = path.read_bytes()
     start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")

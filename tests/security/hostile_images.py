@@ -1,4 +1,4 @@
-"""Pictures that declare what they don't hold, or unpack to far more than they are."""
+"""Images that declare data they don't hold, or that decompress to far more than their size."""
 
 import io
 import pickle
@@ -27,14 +27,14 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def png_of(
     width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"\0" * 100, extra: bytes = b""
 ) -> bytes:
-    """A PNG that declares these sizes, whatever it holds."""
+    """A PNG that declares this size, whatever its data."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 @cache
 def zeros(size: int) -> bytes:
-    """So many zeros, compressed."""
+    """`size` zeros, compressed."""
     packer = zlib.compressobj(9)
     block = bytes(1 << 24)
     parts = [packer.compress(block) for _ in range(size // len(block))]
@@ -48,7 +48,7 @@ def bmp_of(width: int, height: int, bits: int = 24) -> bytes:
 
 @cache
 def images() -> dict[str, bytes]:
-    """Files named .png that must not be decoded to anything, by what is wrong with them."""
+    """Files named .png that must not be decoded, keyed by what is wrong with them."""
     good = png()
     jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG")
     bomb = zeros(1 << 28)

@@ -1,4 +1,4 @@
-"""Weights whose headers lie, or that are something else under their name."""
+"""Weights files with false headers, or with other contents than their name says."""
 
 import json
 import struct
@@ -16,7 +16,7 @@ from tests.security.hostile import (
 
 
 def safetensors(header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file whose header says what it likes."""
+    """A safetensors file with an arbitrary header."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", (len(text) if length is None else length) & (1 << 64) - 1) + text + data
 
@@ -26,7 +26,7 @@ def tensor(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str
 
 
 def lying_weights(marker: Path) -> dict[str, bytes]:
-    """Files named .safetensors that hold no tensors, by what is wrong with them."""
+    """Files named .safetensors that hold no valid tensors, keyed by what is wrong with them."""
     one = tensor([2], [0, 8])
     return {
         "empty": b"",
@@ -69,7 +69,7 @@ def lying_weights(marker: Path) -> dict[str, bytes]:
 
 
 def put_weights(path: Path, kind: str, marker: Path) -> None:
-    """Replaces a weights file by one of `lying_weights`."""
+    """Replaces a weights file with one of `lying_weights`."""
     path.unlink(missing_ok=True)
     if kind == "gigabytes of nothing":
         put_sparse(path)

@@ -1,4 +1,4 @@
-"""Every reader of JSON of the library, each with a valid file of its kind."""
+"""Every JSON reader of the library, each with a valid file of its kind."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def _files_of_a_pipeline() -> dict[str, bytes]:
 
 
 def pipeline(folder: Path) -> Path:
-    """A whole pipeline folder as a run leaves it."""
+    """A complete pipeline folder as a run writes it."""
     return write_folder(folder / "pipeline", _files_of_a_pipeline())
 
 
@@ -78,7 +78,7 @@ def run(folder: Path) -> Path:
 
 
 def within(make: Callable[[Path], Path], file: str, read: Callable[[Path], Any]) -> Callable[[Path], Reader]:
-    """Makes a folder, and reads it with one of its files replaced."""
+    """Makes a folder in which tests replace `file`, and reads the folder."""
 
     def reader(folder: Path) -> Reader:
         place = make(folder)
@@ -213,7 +213,7 @@ def kept_images(folder: Path) -> Reader:
 
 UNET = "unet/config.json"
 SHARDS = "diffusion_pytorch_model.safetensors.index.json"
-# What is refused whatever is wrong with it.
+# Files that are refused whatever is wrong with them.
 STRICT: dict[str, Callable[[Path], Reader]] = {
     "pipeline's index": within(pipeline, "model_index.json", load_pipeline),
     "pipeline's index, to be exported": within(pipeline, "model_index.json", check_pipeline),
@@ -234,7 +234,7 @@ STRICT: dict[str, Callable[[Path], Reader]] = {
     "samples' protocol": samples,
     "card of weights": weights_card,
 }
-# What is made anew or left out where it can't be read, or has no key that must be there.
+# Files that are rebuilt or left out if they can't be read, or that have no required key.
 LENIENT: dict[str, Callable[[Path], Reader]] = {
     "scheduler's config": within(pipeline, "scheduler/scheduler_config.json", load_pipeline),
     "config that is hashed": within(pipeline, UNET, model_hash),

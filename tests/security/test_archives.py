@@ -1,4 +1,4 @@
-"""Zips, numpy's files and tars that point outside, unpack without end or hold what is no picture."""
+"""Zips, numpy files and tars that point outside themselves, decompress without end or hold things other than images."""
 
 import gzip
 import stat

@@ -1,4 +1,4 @@
-"""Commands given hostile files: one line, exit code 2, no traceback, and nothing run."""
+"""Commands given hostile files print one line without a traceback, exit with code 2 and run nothing."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def escapes(folder: Path) -> Path:
 
 DIGITS = ["--reference", "digits", "--features", "digits"]
 TAG = "data: !!python/object/apply:os.system ['touch marker']"
-# name -> (what makes the hostile file, the command with {} for its path)
+# name -> (function that makes the hostile file, command with {} for its path)
 CASES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "train by a tag": (text("x.yaml", TAG), ["train", "--config", "{}"]),
     "train by laughs": (text("x.yaml", laughs()), ["train", "--config", "{}"]),
@@ -163,7 +163,7 @@ def test_every_command_that_reads_files_is_tried() -> None:
 
 @pytest.mark.long
 def test_a_process_with_little_memory_refuses_in_one_line_too(tmp_path: Path) -> None:
-    """What asks for gigabytes is refused before it is made, so that 6 GB of addresses, torch's own, are enough."""
+    """Gigabytes are refused before they are allocated, so the 6 GB of address space that torch needs are enough."""
     (tmp_path / "given").mkdir()
     place = gigantic(tmp_path / "given")
     limited = (

@@ -1,4 +1,4 @@
-"""Images from anywhere: pictures, folders, pickled batches and saved datasets that were made to do harm."""
+"""Images from untrusted sources: malicious images, folders, pickled batches and saved datasets."""
 
 import os
 import pickle
@@ -42,8 +42,8 @@ def test_hostile_images_are_refused(kind: str, place: str, sandbox: Sandbox) -> 
     sandbox.refused(lambda: open_images(given, size=8), given, "dog.png")
 
 
-def test_bombs_in_what_surrounds_the_pixels_are_not_unpacked(sandbox: Sandbox) -> None:
-    """Pillow's own limits, which an application may lift: here for what the first chunk of a text may hold."""
+def test_bombs_in_metadata_chunks_are_not_decompressed(sandbox: Sandbox) -> None:
+    """Pillow's own limit on the decompressed size of a text chunk, which an application may lift, is in force here."""
     text = hostile_images.chunk(b"zTXt", b"Comment\0\0" + hostile_images.zeros(1 << 28))
     sandbox.survived(lambda: read_image(hostile_images.png_of(8, 8, data=bytes(72), extra=text * 3), "dog.png"))
 
@@ -55,14 +55,14 @@ def image_folder(folder: Path) -> Path:
     return given
 
 
-def test_a_link_to_a_picture_elsewhere_is_followed_and_to_a_secret_told(sandbox: Sandbox) -> None:
-    """Links in folders are a person's own: they are followed, and what is no image is told by its name alone."""
+def test_a_link_to_a_secret_is_refused_without_showing_its_content(sandbox: Sandbox) -> None:
+    """Links in folders are the user's own: they are followed, and the error for a non-image gives only its name."""
     given = image_folder(sandbox.folder)
     other = sandbox.folder / "other.txt"
     other.write_text("password")
     (given / "b.png").symlink_to(other)
-    told = sandbox.refused(lambda: open_images(given), "b.png")
-    assert "password" not in told
+    message = sandbox.refused(lambda: open_images(given), "b.png")
+    assert "password" not in message
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_link_to_a_picture_elsewhere_is_followed_and_to_a_secret_told(sandbox:
     ids=lambda item: item[0],
 )
 @pytest.mark.parametrize("opened", [open_images, lambda given: open_images(given, decode=False).read([0, 1], both)])
-def test_what_is_no_picture_in_a_folder(make: Any, opened: Callable, sandbox: Sandbox) -> None:
+def test_files_in_a_folder_that_are_no_images(make: Any, opened: Callable, sandbox: Sandbox) -> None:
     given = image_folder(sandbox.folder)
     make[1](given / "b.png")
     sandbox.refused(lambda: opened(given), "images/b")

@@ -1,7 +1,7 @@
-"""Readers of changed files end well, or by an InputError of one line: nothing else, ever.
+"""Readers of mutated files either succeed or raise a one-line InputError, never anything else.
 
 The quick run tries the same few hundred files each time. `pytest -m long tests/security/test_fuzzing.py` tries others
-for ten minutes, or FUZZ_SECONDS, from FUZZ_SEED on.
+for ten minutes, or FUZZ_SECONDS, starting at FUZZ_SEED.
 """
 
 import os
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Reader
 
 
 def fuzz(name: str, target: Reader, examples: int, number: int) -> None:
-    """Tries so many files, drawn by a number."""
+    """Tries `examples` files, drawn with seed `number`."""
     original = target.file.read_bytes()
 
     @seed(number)

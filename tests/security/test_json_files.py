@@ -1,4 +1,4 @@
-"""Every JSON file that the library reads, replaced by hostile ones: refused in one line, or left out, never obeyed."""
+"""Every JSON file that the library reads, replaced by hostile ones: refused in one line or left out, never obeyed."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from tests.security.hostile import JSON_FILES, put_json, wrong_values
 from tests.security.readers import LENIENT, STRICT
 from tests.security.watch import Sandbox, check_line
 
-# A file of lines without any is a run that has not been measured yet.
+# An empty file means a run that has not been measured yet.
 EMPTY_LINES = ("records", "records on a page")
 
 
@@ -37,7 +37,7 @@ def test_hostile_json_is_refused(name: str, kind: str, sandbox: Sandbox) -> None
         sandbox.refused(reader.read, sandbox.folder)
 
 
-# What is no regular file counts as none, which these readers do without.
+# These readers do without the file, and treat anything but a regular file as a missing one.
 NOT_THERE = (
     "index of shards",
     "training of a pipeline",
@@ -59,30 +59,30 @@ def test_hostile_json_does_no_harm(name: str, kind: str, sandbox: Sandbox) -> No
 
 @pytest.mark.parametrize("name", READERS)
 def test_values_of_other_types_are_refused_or_do_nothing(name: str, sandbox: Sandbox) -> None:
-    """Each value of the file in turn is of each other type, or missing; what is read then can't raise anything else."""
+    """Each value in turn is missing or has another type; reading the file may then raise nothing but InputError."""
     reader = READERS[name](sandbox.folder)
     original = reader.file.read_text()
     first, *rest = original.splitlines(keepends=True) if reader.file.suffix == ".jsonl" else [original]
     changed = wrong_values(json.loads(first))
     assert len(changed) > 20
-    most = 5 if "on a page" in name or "exported" in name else 30  # drawn by chance: all of them take minutes
-    for told, value in random.Random(name).sample([*changed.items()], min(most, len(changed))):
+    most = 5 if "on a page" in name or "exported" in name else 30  # a random sample: all of them take minutes
+    for label, value in random.Random(name).sample([*changed.items()], min(most, len(changed))):
         reader.file.write_text("".join([json.dumps(value) + "\n", *rest]))
         try:
             reader.read()
         except InputError as error:
             check_line(str(error))
         except Exception as error:
-            raise AssertionError(f"{told}: {type(error).__name__}: {error}") from error
+            raise AssertionError(f"{label}: {type(error).__name__}: {error}") from error
         shutil.rmtree(sandbox.folder / "out", ignore_errors=True)
 
 
 def test_the_readers_are_all_of_the_library() -> None:
-    """A module that reads JSON by another way than `dia_diffusion.reading` is one that these tests don't see."""
+    """These tests don't cover modules that read JSON without `dia_diffusion.reading`."""
     package = Path(__file__).parents[2] / "dia_diffusion"
     texts = {path.relative_to(package).as_posix(): path.read_text() for path in package.rglob("*.py")}
     parsing = {name for name, text in texts.items() if "json.load" in text or "yaml.safe_load" in text}
-    # Of what they have written themselves a moment before, or of the command line.
+    # These parse what they have just written themselves, or the command line.
     assert parsing == {
         "reading/__init__.py",
         "io.py",

@@ -1,4 +1,4 @@
-"""Names and values that anybody may have chosen, on cards and pages: they are shown, and never become part of them."""
+"""Untrusted names and values on cards and pages are shown as text and never become markup."""
 
 import json
 import re
@@ -42,7 +42,7 @@ NO_FILES = ("pipe", "device", "gigabytes", "folder")
 
 
 class Tags(HTMLParser):
-    """The tags that a Markdown text leaves to a browser, where HTML within it is passed on."""
+    """The HTML tags in a Markdown text, as a browser would see them if HTML is passed through."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Tags(HTMLParser):
 
 
 def outside_of_code(card: str) -> str:
-    """A card without its fences and code spans, in which Markdown shows everything as it is."""
+    """A card without its fences and code spans, whose text Markdown shows literally."""
     kept, fence = [], ""
     for line in card.split("\n"):
         match = re.match(r" {0,3}(`{3,})", line)

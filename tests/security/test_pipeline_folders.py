@@ -1,4 +1,4 @@
-"""Pipelines and classifiers that name files or code elsewhere, or networks that no machine holds."""
+"""Pipelines and classifiers that refer to files or code elsewhere, or to networks too large for any machine."""
 
 import json
 import shutil
@@ -112,7 +112,7 @@ def test_gigantic_and_odd_networks_of_diffusers(changes: dict[str, Any], sandbox
         {"attention": "os.system"},
         {"attention_kwargs": {"reduction": 0}},
         {"attention_stages": [10**9]},
-        {"attention": "dia-lstm", "attention_kwargs": {"num_cells": 10**9}},  # which would be built one by one
+        {"attention": "dia-lstm", "attention_kwargs": {"num_cells": 10**9}},  # would be built one by one
     ],
     ids=lambda changes: str(changes)[:40],
 )
@@ -123,7 +123,7 @@ def test_gigantic_and_odd_classifiers(changes: dict[str, Any], sandbox: Sandbox)
     sandbox.refused(lambda: load_classifier(place))
 
 
-def test_class_names_of_another_number_than_the_classes(sandbox: Sandbox) -> None:
+def test_class_names_that_do_not_match_the_number_of_classes(sandbox: Sandbox) -> None:
     place = classifier(sandbox.folder)
     change_json(place / "config.json", class_names=["cat"])
     sandbox.refused(lambda: load_classifier(place))
@@ -189,7 +189,7 @@ def test_keys_that_ask_for_code(changes: dict[str, Any], sandbox: Sandbox, capfd
 
 
 def test_code_runs_by_diffusers_own_flag_alone(sandbox: Sandbox) -> None:
-    """The library has no flag to run a folder's code; diffusers' has one, and its default is not to."""
+    """The library has no flag to run a folder's code; diffusers has one, which is off by default."""
     from diffusers import DiffusionPipeline
 
     place = pipeline(sandbox.folder)
@@ -205,7 +205,7 @@ def test_code_runs_by_diffusers_own_flag_alone(sandbox: Sandbox) -> None:
         for path in package.rglob("*.py")
         if "trust_remote_code" in path.read_text() or "custom_pipeline" in path.read_text()
     ]
-    assert sorted(flags) == ["cli/export.py", "sharing/card.py", "sharing/export.py"]  # which tell a person of it
+    assert sorted(flags) == ["cli/export.py", "sharing/card.py", "sharing/export.py"]  # these only inform the user
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "model_index.json", f"unet/{WEIGHTS}", "unet", "scheduler"])

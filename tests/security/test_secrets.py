@@ -1,4 +1,4 @@
-"""Tokens and passwords of the surroundings, and those in addresses: in no record, card, page, line or shipment."""
+"""Tokens and passwords in the environment or in addresses appear in no record, card, page, message or upload."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_no_secret_of_the_surroundings_is_kept_or_sent(
     send(prepare(out, "me/model"), TOKEN)
     written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert len(written) > 15 and len(hub.files) > 5
-    told = {"output": "".join(capfd.readouterr()).encode()}
-    for place, content in (written | hub.files | told).items():
+    printed = {"output": "".join(capfd.readouterr()).encode()}
+    for place, content in (written | hub.files | printed).items():
         for secret in [*SECRETS.values(), "proxy0secret1"]:
             assert secret.encode() not in content, place
 
@@ -60,7 +60,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("address", ADDRESSES)
 @pytest.mark.parametrize("key", ["output", "data.source", "init_from"])
-def test_an_address_is_no_place_of_a_recipes(key: str, address: str, tmp_path: Path) -> None:
+def test_addresses_are_refused_as_paths_in_recipes(key: str, address: str, tmp_path: Path) -> None:
     for kind in (read_experiment, lambda *a, **k: read_experiment(*a, **k, kind=ClassifyExperiment)):
         with pytest.raises(InputError) as error:
             kind(None, keys={key if kind is read_experiment or key != "init_from" else "data.test_source": address})
@@ -87,7 +87,7 @@ COMMANDS: dict[str, Callable[[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_line_tells_the_secret_of_an_address(
+def test_no_message_shows_the_secret_in_an_address(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

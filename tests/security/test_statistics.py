@@ -1,4 +1,4 @@
-"""Files of statistics: arrays that are none, that unpack to gigabytes, or that ask for the square of what they hold."""
+"""Statistics files with invalid arrays, arrays that decompress to gigabytes, or ones that need their size squared."""
 
 import json
 import zipfile
@@ -61,7 +61,7 @@ def test_hostile_arrays(key: str, kind: str, sandbox: Sandbox) -> None:
     entries = {"mu.npy": hostile.npy(np.zeros(4)), "sigma.npy": hostile.npy(np.eye(4))} if key != "pool_3" else {}
     file = write_zip(sandbox.folder / "x.npz", entries | {f"{key}.npy": ARRAYS[kind](sandbox.marker)})
     assert sandbox.watch(lambda: is_statistics_file(file))
-    if (key, kind) == ("sigma", "largest"):  # numbers that a covariance may have
+    if (key, kind) == ("sigma", "largest"):  # valid values for a covariance
         sandbox.survived(lambda: read_statistics(file))
     else:
         sandbox.refused(lambda: read_statistics(file), file)
@@ -116,7 +116,7 @@ def test_tensors_of_other_kinds(kind: str, stored: Path, sandbox: Sandbox) -> No
 
 
 @pytest.mark.parametrize("kind", [kind for kind, text in hostile.JSON_TEXTS.items() if b"\xff" not in text])
-def test_what_it_says_it_was_made_of(kind: str, stored: Path, sandbox: Sandbox) -> None:
+def test_hostile_provenance_is_refused(kind: str, stored: Path, sandbox: Sandbox) -> None:
     provenance = hostile.JSON_TEXTS[kind].decode()
     save_file(load_file(stored), stored, metadata={"provenance": provenance})
     sandbox.refused(lambda: read_statistics(stored), stored)

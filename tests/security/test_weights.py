@@ -1,4 +1,4 @@
-"""Weights: lying headers, pickles under other names, numbers that are none."""
+"""Weights files: false headers, pickles under other names, invalid numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ READERS: dict[str, Callable[[Path], Reader]] = {
 
 @pytest.mark.parametrize("kind", LYING_WEIGHTS)
 @pytest.mark.parametrize("name", READERS)
-def test_weights_that_are_none(name: str, kind: str, sandbox: Sandbox) -> None:
+def test_files_that_hold_no_weights(name: str, kind: str, sandbox: Sandbox) -> None:
     reader = READERS[name](sandbox.folder)
     put_weights(reader.file, kind, sandbox.marker)
     sandbox.refused(reader.read, reader.file.name)
@@ -98,7 +98,7 @@ def test_pickles_are_not_run(name: str, suffix: str, kind: str, sandbox: Sandbox
 
 
 def test_a_zip_bomb_of_weights(sandbox: Sandbox) -> None:
-    """torch inflates records, though it never deflates them: of one number that is repeated, gigabytes."""
+    """torch decompresses records, though it never compresses them; one repeated number can expand to gigabytes."""
     import zipfile
 
     file, bomb = sandbox.folder / "weights.pth", sandbox.folder / "bomb.pth"

@@ -1,4 +1,4 @@
-"""Recipes, studies, protocols and a run's config.yaml: tags are never obeyed, aliases never multiplied out."""
+"""Recipes, studies, protocols and a run's config.yaml: tags are never obeyed, aliases never expanded without bound."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "page": lambda file: run_page(file.parent),
 }
 KINDS = [*yaml_texts(Path("nowhere")), "pipe", "folder", "device", "gigabytes"]
-# Valid in YAML and in a recipe, where they stand for nothing that isn't there anyway.
+# Valid YAML and valid recipes that change nothing.
 EMPTY = ("nothing",)
 
 
@@ -81,6 +81,6 @@ def test_aliases_that_stay_small_are_welcome() -> None:
 @pytest.mark.parametrize(
     "text", ["[" * 70 + "]" * 70, "&a [*a]", "x" * ((1 << 20) + 1)], ids=["deep", "endless", "long"]
 )
-def test_the_bounds_are_told(text: str) -> None:
+def test_errors_say_which_bound_is_exceeded(text: str) -> None:
     with pytest.raises(Unreadable, match="more than"):
         parse_yaml(text)

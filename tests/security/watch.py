@@ -1,4 +1,4 @@
-"""What a reader does to the machine while it looks at a hostile file, and how it must end."""
+"""Watches what a reader does to the machine while it reads a hostile file, and checks how it ends."""
 
 import os
 import re
@@ -16,13 +16,13 @@ import pytest
 from dia_diffusion.errors import InputError, RunError
 
 MEMORY_LIMIT = 400 << 20
-"""Bytes that a reader may take beyond what is there; each bomb of the tests asks for gigabytes."""
+"""Bytes of memory that a reader may add; each bomb in the tests expands to gigabytes."""
 SECONDS_LIMIT = 100
-"""Before the reader of a pipe or a device counts as hanging."""
+"""Time after which the reader of a pipe or a device counts as hanging."""
 STARTED = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn")
 CONNECTED = ("socket.connect", "socket.getaddrinfo", "urllib.Request")
 WRITTEN = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
-# What Python and its libraries open by themselves, wherever it lies.
+# Files that Python and its libraries open themselves, at any place.
 OWN_FILES = re.compile(r"\.pyc(\.\d+)?$|__pycache__|^/dev/null$|^/proc/|^/sys/")
 
 
@@ -58,12 +58,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
             seen.written.append(Path(os.path.abspath(path)))
 
 
-sys.addaudithook(_audit)  # for good, as Python has it; it does nothing outside of `watched`
+sys.addaudithook(_audit)  # Python can't remove a hook; this one does nothing outside of `watched`
 
 
 @contextmanager
 def watched() -> Iterator[Seen]:
-    """Notes what Python starts, connects to, opens and writes in the block."""
+    """Records what Python starts, connects to, opens and writes in the block."""
     global _watching
     _watching = seen = Seen()
     try:
@@ -81,8 +81,8 @@ def _status(name: str) -> int:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Asserts that the block touches less than MEMORY_LIMIT more than the process has."""
-    if not Path("/proc/self/clear_refs").exists():  # elsewhere the peak can't be begun anew, and only rises
+    """Asserts that the block raises the process's peak memory by less than MEMORY_LIMIT."""
+    if not Path("/proc/self/clear_refs").exists():  # on other systems the peak can't be reset and only rises
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         yield
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_LIMIT
@@ -95,25 +95,25 @@ def bounded_memory() -> Iterator[None]:
 
 
 def check_line(line: str) -> None:
-    """A message is one line, of bounded length, that a terminal only shows."""
+    """Asserts that a message is one line of bounded length without terminal control characters."""
     assert line.strip() and line.isprintable(), line
     assert len(line) < 3000, line
 
 
 class Sandbox:
-    """A folder for hostile files, one beside it that nothing may touch, and one for what a reader keeps."""
+    """A folder for hostile files, one next to it that nothing may touch, and one for a reader's cache."""
 
     def __init__(self, folder: Path):
         self.folder, self.outside, self.cache = folder / "given", folder / "outside", folder / "cache"
         self.folder.mkdir()
         self.outside.mkdir()
         self.marker = self.outside / "marker"
-        """What hostile files write where they are run."""
+        """The file that hostile files write if they are run."""
         self.secret = self.outside / "secret.png"
         self.secret.write_bytes(b"secret")
 
     def watch(self, call: Callable[[], Any]) -> Any:
-        """What the call returns, or the InputError or RunError it raises; that it does nothing else is asserted."""
+        """Returns the call's value, or the InputError or RunError that it raises; asserts that it does nothing else."""
         ended: list[Any] = []
 
         def run() -> None:
@@ -126,7 +126,7 @@ class Sandbox:
 
         before = {path: path.read_bytes() for path in self.outside.iterdir()}
         with watched() as seen, bounded_memory():
-            thread = threading.Thread(target=run, daemon=True)  # as one that waits for a pipe can't be ended
+            thread = threading.Thread(target=run, daemon=True)  # a thread that waits for a pipe can't be stopped
             thread.start()
             thread.join(SECONDS_LIMIT)
         assert not thread.is_alive(), f"still reading after {SECONDS_LIMIT} s"
@@ -143,7 +143,7 @@ class Sandbox:
         return result
 
     def refused(self, call: Callable[[], Any], *named: object) -> str:
-        """The message of the InputError that the call must raise, which has one line and says all of `named`."""
+        """The message of the InputError that the call must raise: one line that contains all of `named`."""
         error = self.watch(call)
         assert isinstance(error, InputError), f"accepted: {error!r:.300}"
         check_line(str(error))
@@ -152,7 +152,7 @@ class Sandbox:
         return str(error)
 
     def survived(self, call: Callable[[], Any]) -> Any:
-        """What the call returns, or None where it refuses in one line."""
+        """The call's value, or None if it refuses in one line."""
         result = self.watch(call)
         if isinstance(result, InputError | RunError):
             check_line(str(result))
@@ -167,7 +167,7 @@ class _Other:
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """The hostile files' own folder; what a reader caches lies in it, too."""
+    """A sandbox that also holds whatever readers cache."""
     made = Sandbox(tmp_path)
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(made.cache))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(made.cache / "datasets"))

@@ -1,4 +1,4 @@
-"""Fixtures of trainings and of child processes, for the sweeps that are made of them."""
+"""Fixtures for trainings and child processes, which sweeps consist of."""
 
 from tests.processes import children
 from tests.training.conftest import tiny, train

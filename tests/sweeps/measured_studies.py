@@ -1,4 +1,4 @@
-"""Study folders with records and metrics as training and measuring would leave them, without either."""
+"""Study folders with the records and metrics of training and measuring, written without doing either."""
 
 import dataclasses
 import json
@@ -37,9 +37,9 @@ def make_study(
     final: bool = False,
     **keys: Any,
 ) -> Study:
-    """A study of the digits in `folder`, by the protocol `curve`, and `end` at the end if `final`; nothing is there.
+    """A study of the digits in `folder` without any runs yet; its protocol is `curve`, its final one `end` if `final`.
 
-    keys: others of the study.
+    keys: other keys of the study.
     """
     for name, samples in (("curve", 596), ("end", 1000)):
         (folder / f"{name}.yaml").write_text(PROTOCOL.replace("596", str(samples)))
@@ -58,7 +58,7 @@ def make_study(
 
 
 def add_records(study: Study, distances: Distances, *, protocol: str = "curve", **changes: Any) -> None:
-    """Records under a protocol at every point of every run; `changes` are of the resolved protocol."""
+    """Adds records under a protocol at every point of every run; `changes` modify the resolved protocol."""
     named = EvalProtocol.read(str(study.folder.parent / f"{protocol}.yaml"))
     for run in study.runs:
         for step in run.steps if protocol == "curve" else run.steps[-1:]:
@@ -73,12 +73,12 @@ def add_records(study: Study, distances: Distances, *, protocol: str = "curve", 
 
 
 def points_of(study: Study) -> list[Point]:
-    """The points of its curves."""
+    """The points of the study's curves."""
     return [one.point for one in measured(study.runs, study.protocol)]
 
 
 def add_metrics(study: Study, seconds: Callable[[Run], float], memory: int | None = 900) -> None:
-    """Metrics of whole trainings that took `seconds`, in two lines."""
+    """Adds metrics of complete trainings that took `seconds`, two lines each."""
     for run in study.runs:
         last = run.experiment.train.max_steps
         for step in (last // 3, last):
@@ -89,7 +89,7 @@ def add_metrics(study: Study, seconds: Callable[[Run], float], memory: int | Non
 
 
 def a_record(run: Run, step: int, distance: float, **changes: Any) -> EvaluationRecord:
-    """One record of a run under no name."""
+    """One record of a run, without a protocol name."""
     fields: dict[str, Any] = {
         "features": "digits",
         "features_hash": "f" * 64,

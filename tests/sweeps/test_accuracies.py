@@ -1,4 +1,4 @@
-"""Accuracies over seeds, against scipy and by hand."""
+"""Accuracies over seeds, compared with scipy and with values computed by hand."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ ACCURACIES = {"none": [0.5, 0.52, 0.51], "se": [0.53, 0.55, 0.56], "dia-lstm": [
 
 
 def write_run(folder: Path, unit: str, seed: int, accuracy: float | None, **changed: Any) -> Path:
-    """A run's files as classify leaves them."""
+    """A run's files as classify writes them."""
     recipe = ClassifyExperiment(seed=seed, output=str(folder)).to_dict()
     recipe["model"]["attention"] = unit
     for key, value in changed.items():
@@ -49,7 +49,7 @@ def runs(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_runs_of_before_a_key_was_known_had_its_default(tmp_path: Path) -> None:
+def test_runs_from_before_a_key_existed_have_its_default(tmp_path: Path) -> None:
     new, old = (write_run(tmp_path / name, "se", 0, 0.5) for name in ("new", "old"))
     record = json.loads((old / "result.json").read_text())
     del record["recipe"]["ssia"]
@@ -70,7 +70,7 @@ def test_rows_are_scipys(runs: list[Path]) -> None:
     assert rows["se"].results[0].curve == [(384, 0.53 / 3), (768, 0.53 * 6 / 9), (1152, 0.53)]
 
 
-def test_settings_and_options_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+def test_settings_and_options_have_separate_rows(runs: list[Path], tmp_path: Path) -> None:
     individual = {"sharing": "individual", "reduction": 4}
     more = [
         write_run(tmp_path / "individual", "se", 0, 0.5, attention_kwargs=individual),
@@ -122,17 +122,17 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path) -> None:
 
 
 def test_runs_that_were_trained_on_other_images_are_refused(runs: list[Path]) -> None:
-    """The source may have moved, so it is the images' fingerprint that tells."""
+    """The source may have moved, so images are compared by fingerprint."""
     for run, fingerprint in ((runs[0], "a"), (runs[1], "a")):
         alter(run, fingerprint)
-    compare([read_result(run) for run in runs])  # the others don't say
+    compare([read_result(run) for run in runs])  # the other results don't name their images
     alter(runs[3], "b")
     with pytest.raises(InputError, match="the train images of compared runs must be the same"):
         compare([read_result(run) for run in runs])
 
 
 def alter(run: Path, fingerprint: str) -> None:
-    """Lets a run's result name the images that it was trained on."""
+    """Adds the fingerprint of the train images to a run's result."""
     record = json.loads((run / "result.json").read_text())
     record["train_data"] = {"name": "train", "count": 10, "fingerprint": fingerprint}
     (run / "result.json").write_text(json.dumps(record))

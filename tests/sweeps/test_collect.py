@@ -1,4 +1,4 @@
-"""What is there of a study, beside a run that was trained by the trainer itself: inventory, refusals and plan."""
+"""A study's inventory, refusals and plan, with one run that the trainer really trained."""
 
 import shutil
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def study(trained: Path, tmp_path: Path) -> Read:
-    """study(("old", "new")) is the study with its text changed, beside a copy of the run."""
+    """study(("old", "new")) reads the study with its text changed, next to a copy of the run."""
     shutil.copytree(trained / "out", tmp_path / "out")
 
     def read(*changes: tuple[str, str], **options: dict[str, object]) -> Study:
@@ -71,7 +71,7 @@ def study(trained: Path, tmp_path: Path) -> Read:
 
 
 def check(study: Study) -> Inventory:
-    """All that is checked before images are opened."""
+    """All checks that are made before images are opened."""
     check_recipes(study.runs, study.protocols)
     inventory = scan(study)
     check_runs(inventory.states)
@@ -79,7 +79,7 @@ def check(study: Study) -> Inventory:
 
 
 def record(run: Run, *steps: int, randomness: int | None = None, **changes: Any) -> None:
-    """Puts steps of a run on record under fd-digits."""
+    """Adds records of a run at these steps under fd-digits."""
     for step in steps:
         one = replace(a_record(run, step, 1.5, **changes), randomness=randomness)
         append_record(RunFolder(run.folder).evaluations, under_name(one, EvalProtocol.read("fd-digits")))
@@ -127,11 +127,11 @@ def test_nothing_is_trained_beside_a_run_of_randomness_1(study: Read) -> None:
     check_randomness(scan(here))
     record(first, *first.steps, randomness=2)
     make_version_1(here.folder)
-    check(here)  # it can be drawn
-    check_randomness(scan(replace(here, runs=[first])))  # and measured
+    check(here)  # drawing is allowed
+    check_randomness(scan(replace(here, runs=[first])))  # and so is measuring
     with pytest.raises(InputError, match=r"none-b8-s0 was trained with randomness 1"):
         check_randomness(scan(here))
-    # Of a run with its weights removed, the newest record says it.
+    # Once the run's weights are removed, its newest record decides.
     shutil.rmtree(RunFolder(first.folder).checkpoints)
     shutil.rmtree(RunFolder(first.folder).pipelines)
     check_randomness(scan(here))
@@ -166,7 +166,7 @@ def test_another_reference_is_refused_before_anything_is_trained(study: Read, tm
         ("none.zip", "is no file"),
     ):
         again = study(changes={**NO_FINAL, "reference": str(tmp_path / other)})
-        for runs in (again.runs, again.runs[:1]):  # the first is complete
+        for runs in (again.runs, again.runs[:1]):  # the first run is complete
             with pytest.raises(InputError, match=said):
                 check_images(scan(replace(again, runs=runs)))
 
@@ -177,7 +177,7 @@ def test_another_reference_is_refused_before_anything_is_trained(study: Read, tm
 
 
 def test_one_reference_for_all_runs_in_the_protocols_features(study: Read, tmp_path: Path) -> None:
-    """The first run says that it was trained on the digits; the second would be, from a file of them."""
+    """The first run was trained on the digits, by its own record; the second would be trained on a file of them."""
     digits, extractor = open_images("digits", size=8, channels=1), build_features("digits")
     np.save(tmp_path / "copy.npy", digits.images[:, 0])
     (tmp_path / "open.yaml").write_text("{features: digits, num_samples: 70, sampler: ddim, steps: 2}")
@@ -196,7 +196,7 @@ def test_one_reference_for_all_runs_in_the_protocols_features(study: Read, tmp_p
 
 
 def test_a_run_that_is_on_record_needs_no_pipelines(study: Read) -> None:
-    """As where they were removed to save disk."""
+    """They may have been removed to save disk space."""
     here = study(changes=NO_FINAL)
     run, folder = here.runs[0], RunFolder(here.runs[0].folder)
     record(run, *run.steps)
@@ -209,7 +209,7 @@ def test_a_run_that_is_on_record_needs_no_pipelines(study: Read) -> None:
     assert not scan(study()).states[0].trained, "the last one is still to be measured by the final protocol"
 
 
-def test_what_a_run_was_measured_by_is_compared_when_it_ends(study: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_of_runs_are_compared_when_each_run_ends(study: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     here = study(changes=NO_FINAL)
 
     def run_jobs(jobs: list[Job], max_parallel: int, progress: object, check: Callable[[Job], None]) -> None:
@@ -253,7 +253,7 @@ def test_a_run_in_use_is_refused_before_anything_is_started(study: Read) -> None
 
 
 def test_the_plan_adds_up(study: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two runs of 4 steps with 2 points one is trained; all times are given."""
+    """Two runs of 4 steps with 2 points, one of them trained; times per step are given."""
     for name, seconds in (("step", 3.0), ("sampler_step", 0.125)):
         monkeypatch.setattr(f"dia_diffusion.sweeps.plan.seconds_of_{name}", lambda *_, seconds=seconds: seconds)
     here = study()

@@ -1,4 +1,4 @@
-"""What figures of studies show: means over seeds with Student's intervals, each unit in its own color."""
+"""Figures of studies: means over seeds with Student's t intervals, one color per unit."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dia_diffusion.sweeps.figures import (
 
 UNITS = ["none", "dia-lstm"]
 BETTER = {"none": 0.0, "dia-lstm": 1.0}
-HALF = 1.242069  # of three seeds 0.5 apart: 4.302653 x 0.5 / sqrt(3)
+HALF = 1.242069  # for three seeds 0.5 apart: 4.302653 x 0.5 / sqrt(3)
 
 
 def points(sizes=(8, 32), seeds=(0, 1, 2), steps=(100, 200), units=UNITS) -> list[Point]:
@@ -81,7 +81,7 @@ def test_final_distances_are_at_their_batch_sizes() -> None:
     assert seeds_of(panel)[0].hover[4] == "batch size 8, seed 1"
     assert panel.y.label == "final FID" and panel.y.high is not None and panel.y.high > 3.5 + HALF
     (axes,) = render(Figure([[panel]])).axes
-    assert len(axes.containers) == 6  # error bars: a unit at a batch size
+    assert len(axes.containers) == 6  # error bars: one per unit and batch size
 
 
 def test_one_batch_size_puts_units_side_by_side() -> None:

@@ -1,4 +1,4 @@
-"""Children side by side, with a shell in the place of this program, which takes seconds to start."""
+"""Concurrent child processes, with a shell in place of the library's program, which takes seconds to start."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.processes import wait_for
 
 @pytest.fixture(autouse=True)
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """["train", TEXT] runs the text."""
+    """["train", TEXT] runs TEXT in a shell."""
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\nexec sh -c "$4"\n')
     script.chmod(0o755)
@@ -29,7 +29,7 @@ def jobs(folder: Path, *texts: list[str]) -> list[Job]:
 
 
 def waiting(ready: Path) -> str:
-    """Makes a file once it is ready to be asked to stop."""
+    """A script that creates `ready` once it can be asked to stop."""
     return f"trap 'echo asked to stop; exit 143' TERM; touch {ready}; while true; do sleep 0.05; done"
 
 
@@ -37,7 +37,7 @@ def until(file: Path) -> str:
     return f"while [ ! -e {file} ]; do sleep 0.02; done"
 
 
-def test_so_many_at_a_time_in_their_order(tmp_path: Path) -> None:
+def test_jobs_run_in_order_with_limited_parallelism(tmp_path: Path) -> None:
     order = tmp_path / "order"
     seen = []
     work = [[f"echo {i}a >> {order}; sleep 0.1", f"echo {i}b >> {order}"] for i in range(5)]
@@ -51,7 +51,7 @@ def test_so_many_at_a_time_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, InputError), (1, RunError), (137, RunError)])
-def test_one_that_fails_ends_the_others(code: int, kind: type[Exception], tmp_path: Path) -> None:
+def test_a_failed_job_ends_the_others(code: int, kind: type[Exception], tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     work = [[f"{until(ready)}; echo no such thing; exit {code}", "echo never"], [waiting(ready)], ["echo never"]]
     with pytest.raises(kind) as failed:
@@ -62,7 +62,7 @@ def test_one_that_fails_ends_the_others(code: int, kind: type[Exception], tmp_pa
     assert not (tmp_path / "run2").exists() and "never\n" not in log.read_text().replace("'echo never'", "")
 
 
-def test_one_that_is_found_wrong_when_it_ends_is_a_failure(tmp_path: Path) -> None:
+def test_a_job_that_fails_its_check_counts_as_failed(tmp_path: Path) -> None:
     def check(job: Job) -> None:
         raise InputError(f"{job.folder.name} is wrong")
 
@@ -73,7 +73,7 @@ def test_one_that_is_found_wrong_when_it_ends_is_a_failure(tmp_path: Path) -> No
     assert not (tmp_path / "run2").exists()
 
 
-def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
+def test_a_signal_ends_running_jobs_and_starts_no_others(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
 
     def interrupt() -> None:
@@ -88,7 +88,7 @@ def test_a_signal_ends_them_and_no_other_is_started(tmp_path: Path) -> None:
     assert not (tmp_path / "run1").exists()
 
 
-def test_each_has_its_share_of_the_cores_and_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_job_has_its_share_of_the_cores_and_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert [threads_per_job(count) for count in (1, 2, 4, 9)] == [6, 3, 1, 1]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

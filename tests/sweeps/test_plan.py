@@ -1,4 +1,4 @@
-"""Estimates: sums over the runs, and a measured step against the trainer's own log."""
+"""Estimated times: a measured step agrees with the trainer's own log, and the planned settings are timed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ from dia_diffusion.training.run_folder import read_metrics
 from dia_diffusion.training.trainer import StepResult, Trainer
 
 
-def test_a_step_takes_what_the_log_of_a_run_says(
+def test_the_measured_step_agrees_with_a_runs_log(
     tiny: Callable[..., Experiment], train: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that only steps move."""
+    """Measured with a clock that advances only during steps."""
     now, train_step = [0.0], Trainer.train_step
 
     def in_half_a_second(self: Trainer) -> StepResult:

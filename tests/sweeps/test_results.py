@@ -67,7 +67,7 @@ def test_writes_figures_points_and_tables(tmp_path):
     assert len({line.count("|") for line in tables[:6]}) == 1
 
 
-def test_until_the_final_protocol_is_used_the_curve_tells_the_end(tmp_path):
+def test_final_distances_are_the_curves_until_the_final_protocol_is_used(tmp_path):
     study = make_study(tmp_path, final=True, seeds=[0])
     add_records(study, distance)
     results = results_of(scan(study))
@@ -76,7 +76,7 @@ def test_until_the_final_protocol_is_used_the_curve_tells_the_end(tmp_path):
     assert "0 of 4 runs are trained." in results.notes
 
 
-def test_only_records_under_the_protocols_name_count_and_the_later_of_two(tmp_path):
+def test_only_the_newest_record_under_the_protocols_name_counts(tmp_path):
     study = make_study(tmp_path, seeds=[0], units=["none"], batch_sizes=[8])
     add_records(study, distance)
     (run,) = study.runs
@@ -85,7 +85,7 @@ def test_only_records_under_the_protocols_name_count_and_the_later_of_two(tmp_pa
     assert [(point.step, point.distance) for point in points_of(study)] == [(200, 6), (400, 1.5), (600, 4)]
 
 
-def test_a_variant_is_called_what_the_study_calls_it(tmp_path):
+def test_a_variant_has_the_name_that_the_study_gives_it(tmp_path):
     wide = {"model.attention": "dia-lstm", "model.attention_kwargs": {"reduction": 2}}
     study = make_study(tmp_path, units=["none", "wide"], seeds=[0], variants={"wide": wide})
     add_records(study, distance)
@@ -128,7 +128,7 @@ def test_records_of_another_run_are_refused(units, seeds, tmp_path):
 
 
 def frechet(first, second):
-    """From features (N, D), by scipy's matrix root."""
+    """Frechet distance of features (N, D), with scipy's matrix square root."""
     covariances = [np.cov(rows, rowvar=False) for rows in (first, second)]
     root = linalg.sqrtm(covariances[0] @ covariances[1])
     gap = first.mean(0) - second.mean(0)
@@ -140,14 +140,14 @@ def features(extractor, images):
 
 
 def measured_against(study, extractor, images, **changes):
-    """The study's first record, where its runs were measured against these images."""
+    """Adds records measured against these images to the study; returns the first."""
     reference = reference_statistics(images, extractor)
     hashes = {"reference_hash": reference.hash, "features_hash": extractor.weights_hash}
     add_records(study, distance, **hashes, **changes)
     return measured(study.runs, study.protocol)[0].record
 
 
-def test_the_floor_is_of_as_many_images_of_the_other_split_and_measured_once(tmp_path, extractor, monkeypatch):
+def test_the_floor_uses_as_many_images_of_the_other_split_and_is_measured_once(tmp_path, extractor, monkeypatch):
     study = make_study(tmp_path, seeds=[0], batch_sizes=[8])
     held_out, training = (open_images("digits", size=8, channels=1, split=split) for split in ("test", "train"))
     record = measured_against(study, extractor, held_out)
@@ -158,8 +158,8 @@ def test_the_floor_is_of_as_many_images_of_the_other_split_and_measured_once(tmp
     assert floor.distance == pytest.approx(expected, rel=1e-5)
     assert floor.images == "596 of the train split"
     write_results(results)
-    told = json.loads((study.folder / "results.json").read_text())["protocol"]["floor"]
-    assert told == dataclasses.asdict(floor)
+    written = json.loads((study.folder / "results.json").read_text())["protocol"]["floor"]
+    assert written == dataclasses.asdict(floor)
     monkeypatch.setattr("dia_diffusion.sweeps.results.floor_of", lambda *_: pytest.fail("measured again"))
     assert results_of(scan(study)).curve.floor == floor
     monkeypatch.undo()
@@ -169,7 +169,7 @@ def test_the_floor_is_of_as_many_images_of_the_other_split_and_measured_once(tmp
     assert results_of(scan(study)).curve.floor_distance == 0.75, "a recorded one counts"
 
 
-def test_of_images_without_parts_the_floor_is_of_some_against_the_others(tmp_path, extractor):
+def test_without_splits_the_floor_compares_some_images_with_the_others(tmp_path, extractor):
     pixels = open_images("digits", size=8, channels=1, split="train").images
     np.save(tmp_path / "images.npy", np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)))
     study = make_study(tmp_path, seeds=[0], batch_sizes=[8], reference=str(tmp_path / "images.npy"))
@@ -192,6 +192,6 @@ def test_no_floor_is_measured_in_other_features(tmp_path):
 
 
 def test_a_line_without_a_rate_leaves_its_images_to_the_next() -> None:
-    """A distance measured along the way adds such a line between two logged ones."""
+    """A distance measured during training adds such a line between two logged ones."""
     lines = [{"images": 10, "images_per_second": 10.0}, {"images": 15}, {"images": 20, "images_per_second": 10.0}]
     assert training_seconds(lines) == 2.0

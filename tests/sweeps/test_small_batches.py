@@ -1,4 +1,4 @@
-"""The tests that docs/results/small-batches.md announces: of made-up results, against scipy."""
+"""The statistical tests that docs/results/small-batches.md announces, on made-up results, compared with scipy."""
 
 import json
 import runpy
@@ -50,5 +50,5 @@ def test_the_primary_outcome_is_the_paired_test(tmp_path: Path, capsys: pytest.C
         f"| 4 | dia-lstm-identity - none | 20 | {mean:+.3f} | [{low:+.3f}, {high:+.3f}] | {expected.pvalue:.4f} | - |"
     )
     sums, differences = np.add(first, second), np.subtract(first, second)
-    spread = stats.pearsonr(sums, differences).pvalue  # the one secondary test whose runs are there
+    spread = stats.pearsonr(sums, differences).pvalue  # the only secondary test that has its runs
     assert lines[9].endswith(f"| {spread:.4f} | {spread:.4f} |")

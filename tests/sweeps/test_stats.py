@@ -46,7 +46,7 @@ def test_the_two_sample_test_is_students_with_equal_variances():
 def test_the_paired_test_is_that_of_the_differences():
     differences = [a - b for a, b in zip(FIRST, SECOND, strict=True)]
     assert paired_test(FIRST, SECOND) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
-    # The difference's interval, at the level p, ends at zero: the two agree.
+    # The difference's interval at level p ends at zero, so the test and the interval agree.
     found = estimate(differences)
     assert (paired_test(FIRST, SECOND) < 0.05) == (found.low > 0 or found.high < 0)
 
@@ -76,7 +76,7 @@ def test_brown_and_forsythe_is_the_analysis_of_variance_of_distances_to_the_medi
 
 
 @pytest.mark.parametrize(("count", "power", "alpha"), [(20, 0.8, 0.05), (6, 0.8, 0.05), (10, 0.9, 0.005)])
-def test_a_detectable_difference_is_seen_that_often(count, power, alpha):
+def test_a_detectable_difference_is_found_with_its_power(count, power, alpha):
     samples = np.random.default_rng(0).normal(detectable_difference(count, power, alpha), size=(40_000, count))
     seen = (stats.ttest_1samp(samples, 0, axis=1).pvalue < alpha).mean()
     assert seen == pytest.approx(power, abs=0.01)  # five standard errors
@@ -86,7 +86,7 @@ def test_a_detectable_difference_is_seen_that_often(count, power, alpha):
     "p_values", [[0.01, 0.04, 0.03, 0.005], [0.2, 0.2, 0.9], [0.6], [1e-5, 1e-5, 0.5, 0.011, 0.013]]
 )
 def test_holm_is_the_closed_bonferroni_test(p_values):
-    """By definition a closed test's p is the largest of all sets of hypotheses that one is in."""
+    """By definition, a closed test's p for a hypothesis is the largest over all sets of hypotheses that contain it."""
     indices = range(len(p_values))
     sets = [chosen for size in indices for chosen in itertools.combinations(indices, size + 1)]
     joint = {chosen: min(1.0, len(chosen) * min(p_values[i] for i in chosen)) for chosen in sets}
@@ -101,6 +101,6 @@ def test_holm_counts_only_tests_that_were_made():
 
 def test_the_mean_along_a_curve_is_its_area_over_its_range():
     assert mean_along([100, 300], [4, 2]) == pytest.approx(3)
-    # A piecewise line's area, piece by piece: 100 x 3.5 + 300 x 2.
+    # The area under a piecewise linear curve: 100 x 3.5 + 300 x 2.
     assert mean_along([100, 200, 500], [4, 3, 1]) == pytest.approx((350 + 600) / 400)
     assert mean_along([100], [4]) is None

@@ -8,7 +8,7 @@ from tests.sweeps.measured_studies import add_metrics, add_records, make_study, 
 
 
 def distance(run, step):
-    """Falls with steps; DIA-LSTM is better by 0.5 and a little that depends on the seed."""
+    """Falls with steps; DIA-LSTM is better by 0.5 + 0.1 seed."""
     better = (0.5 + 0.1 * run.seed) if run.unit == "dia-lstm" else 0
     return 2 + 600 / step + 0.3 * run.seed - better
 
@@ -34,7 +34,7 @@ def test_a_row_holds_what_the_records_say(tmp_path):
     assert row.mean_along.mean == pytest.approx(2.7 + ((2 + 0.5) / 2 + (0.5 + 0) / 2) / 2)
     assert row.comparison.difference.mean == pytest.approx(-0.6)
     assert row.comparison.seeds == [0, 1, 2]
-    # Differences -0.5, -0.6, -0.7: a standard deviation of 0.1, and 4.302653 for two degrees of freedom.
+    # Differences -0.5, -0.6, -0.7: a standard deviation of 0.1; the t quantile for two degrees of freedom is 4.302653.
     assert row.comparison.difference.half_width == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)
     assert row.comparison.p_paired_holm == pytest.approx(2 * row.comparison.p_paired)
     assert row.seconds.mean == pytest.approx(30)
@@ -42,7 +42,7 @@ def test_a_row_holds_what_the_records_say(tmp_path):
     assert row.peak_memory_mib == 1500
 
 
-def test_a_twin_is_that_of_the_same_seed(tmp_path):
+def test_a_twin_has_the_same_seed(tmp_path):
     study = make_study(tmp_path, batch_sizes=[8], seeds=[0, 1, 2, 3])
     add_records(
         study, lambda run, step: None if (run.unit, run.seed) in {("none", 0), ("dia-lstm", 3)} else distance(run, step)
@@ -73,8 +73,8 @@ def test_a_study_without_the_twin_compares_nothing(tmp_path):
     assert len(tables(rows, "FD(digits)", "FD(digits)")) == 1
 
 
-def test_a_mean_is_of_the_same_seeds_all_along(tmp_path):
-    """Seed 2 has only begun, and of seed 1 a point is missing in between."""
+def test_a_mean_curve_is_over_the_same_seeds_at_every_point(tmp_path):
+    """Seed 2 has only begun, and seed 1 lacks a point in the middle."""
     study = make_study(tmp_path, units=["none"], batch_sizes=[8], points=4)
     gone = {(2, 300), (2, 450), (2, 600), (1, 300)}
     add_records(study, lambda run, step: None if (run.seed, step) in gone else distance(run, step))
@@ -89,7 +89,7 @@ def test_a_mean_is_of_the_same_seeds_all_along(tmp_path):
     assert tables([row], "FD(digits)", "FD(digits)")[0].rows[0][2] == "2 of 3"
 
 
-def test_what_is_begun_only_has_a_curve_and_no_end(tmp_path):
+def test_runs_that_have_only_begun_have_a_curve_and_no_final_distance(tmp_path):
     study = make_study(tmp_path, units=["none", "dia-lstm"], batch_sizes=[8])
     add_records(study, lambda run, step: distance(run, step) if step == 200 and run.unit == "none" else None)
     rows = rows_of(study)

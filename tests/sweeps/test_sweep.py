@@ -1,4 +1,4 @@
-"""Which runs a study is, and the very recipes that they have."""
+"""The runs of a study and their exact recipes."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ protocol: fd-digits
 
 
 def written(folder: Path, *changes: tuple[str, str], more: str = "") -> str:
-    """The path of the study above, with some text of it replaced."""
+    """Writes the study above with some text replaced; returns its path."""
     (folder / "tiny.yaml").write_text(TINY)
     text = STUDY.format(folder=folder) + more
     for old, new in changes:
@@ -55,7 +55,7 @@ def test_a_run_has_the_recipe_that_the_command_line_would_give(tmp_path: Path) -
     assert run.experiment.to_dict() == read_experiment(f"{tmp_path}/tiny.yaml", overrides).to_dict()
 
 
-def test_a_variant_without_a_unit_has_the_recipes(tmp_path: Path) -> None:
+def test_a_variant_without_a_unit_has_the_recipes_unit(tmp_path: Path) -> None:
     study = read_study(
         written(tmp_path, ("model.attention: dia-lstm, optimizer.unit_learning_rate", "optimizer.learning_rate"))
     )
@@ -76,7 +76,7 @@ def test_a_variant_keeps_half_lives_in_images_at_the_studys_batch_sizes(tmp_path
 def test_shipped_studies_can_run(name: str, tmp_path: Path) -> None:
     study = read_study(name, output=str(tmp_path))
     assert read_study(f"eval/curves/{name}.yaml", output=str(tmp_path)) == study
-    check_recipes(study.runs, study.protocols)  # its units are built, its protocols read
+    check_recipes(study.runs, study.protocols)  # builds its units and reads its protocols
     assert study.protocol == EvalProtocol.read(study.config.protocol)
 
 
@@ -93,7 +93,7 @@ def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) 
     assert recipes(again) == recipes(study)
 
 
-def test_a_study_of_ones_own_is_not_called_as_the_file_that_folders_keep(tmp_path: Path) -> None:
+def test_a_study_file_must_not_have_the_name_of_the_file_in_study_folders(tmp_path: Path) -> None:
     Path(written(tmp_path)).rename(tmp_path / "study.yaml")
     with pytest.raises(InputError, match=r"study\.yaml is the file that a study's folder keeps"):
         read_study(str(tmp_path / "study.yaml"))

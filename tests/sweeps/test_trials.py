@@ -1,4 +1,4 @@
-"""Trials: outcomes that are known, held-out losses by hand, and what is done again and what isn't."""
+"""Trials: known outcomes, held-out losses computed by hand, and what a resumed command repeats."""
 
 import json
 import os
@@ -52,20 +52,20 @@ def trial(recipe: str, tmp_path: Path) -> Any:
 
 
 def measure(trials: list[Run]) -> list[dict[str, Any]]:
-    """In this process, as one of the children does it."""
+    """Trains and measures in this process, as a child process does."""
     held_out = open_held_out(trials[0].experiment, None, 32, 4)
     train_trials([trial.experiment for trial in trials if not finished(trial)], held_out, Recorder())
     return check(trials)
 
 
 def check(trials: list[Run], num_times: int = 4) -> list[dict[str, Any]]:
-    """The results that there are, checked as before any training."""
+    """The existing results, checked as they are before training."""
     held_out = open_held_out(trials[0].experiment, None, 32, num_times)
     return run_trials(trials, held_out, 1, lambda *_: None)
 
 
-def test_best_constant_is_beaten_by_no_other() -> None:
-    """The target's own least squares, written out: of x_0, of the noise, and of v with its weight."""
+def test_best_constant_has_the_least_loss() -> None:
+    """Least squares written out for each target: x_0, the noise, and v with its weight."""
     torch.manual_seed(0)
     images = torch.rand(400, 1, 3, 3) * 2 - 1
     draws = draw_step(0, 0, 400, 400, (1, 3, 3))
@@ -81,7 +81,7 @@ def test_best_constant_is_beaten_by_no_other() -> None:
         ("v_prediction", "min-snr", alpha * noise - sigma * x, min(snr, 5.0) / (snr + 1)),
     ):
         process = NoiseProcess("vp-continuous", kind, weighting)
-        squares = ((target - target.mean(axis=0)) ** 2).sum(axis=0) / 399  # one less than there are: unbiased
+        squares = ((target - target.mean(axis=0)) ** 2).sum(axis=0) / 399  # 399 of 400 images: unbiased
         assert float(constant_loss(process, images, draws)) == pytest.approx(weight * squares.mean(), rel=1e-4)
 
 
@@ -101,10 +101,10 @@ def test_held_out_loss_is_that_of_the_pipeline_on_the_test_part(trial: Any) -> N
 
 
 def test_outcomes(trial: Any) -> None:
-    # A rate of nearly nothing leaves the first weights, which predict something other than the mean.
+    # A learning rate near zero keeps the initial weights, which predict something other than the mean.
     still = trial("still", **{"optimizer.learning_rate": 1e-12, "noise.prediction_type": "sample"})
     learns = {"optimizer.learning_rate": 0.01, "optimizer.warmup_steps": 0, "train.max_steps": 80, "ema.warmup": True}
-    good = trial("good", **learns)  # the noise is nearly the sample itself at most times, which is soon found
+    good = trial("good", **learns)  # at most times the noise is nearly the sample itself, which is quickly learned
     burst = {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
     bad = trial("bad", **burst)
     results = measure([still, good, bad])
@@ -117,7 +117,7 @@ def test_outcomes(trial: Any) -> None:
 
 
 def test_stopped_and_resumed(trial: Any, children: type[Child], tmp_path: Path) -> None:
-    """Three trials of 6 steps: stopped in the third step of b, then in its last one."""
+    """Three trials of 6 steps, stopped in the third step of b and then in its last one."""
     a, b, c = trials = [trial(name, seed=seed) for seed, name in enumerate("abc")]
     held_out, log = open_held_out(a.experiment, None, 32, 4), tmp_path / "out" / "trials-0.log"
     shown: list[tuple[int, int, str]] = []
@@ -192,10 +192,10 @@ def test_placements_of_five_blocks() -> None:
     assert placements(1) == {"first-0": [], "first-1": [0], "without-mid": []}
 
 
-def test_placements_are_trained_once_and_told_by_both_names(recipe: str, tmp_path: Path) -> None:
+def test_equal_placements_are_trained_once_and_listed_under_both_names(recipe: str, tmp_path: Path) -> None:
     found = placement_trials(tmp_path, recipe, unit="se-individual", seeds=[4, 5], steps=2, keys={})
     models = [trial.experiment.model.model_dump() for trial in found]
-    # Of three blocks: none, 1, 2, 3; without in, without mid; without out are the first two.
+    # For three blocks: the first 0, 1, 2 and 3; without in; without mid. Without out is the same as the first two.
     assert [m["attention_blocks"] for m in models] == 2 * [None, [0], [0, 1], [0, 1, 2], [1, 2], [0, 2]]
     assert [m["attention"] for m in models] == 2 * ["none", "se", "se", "se", "se", "se"]
     assert models[1]["attention_kwargs"] == {"sharing": "individual"}
@@ -208,10 +208,10 @@ def test_placements_are_trained_once_and_told_by_both_names(recipe: str, tmp_pat
     rows = {row["placement"]: row for row in summarize_placement(results, 3)}
     assert rows["without-out"]["held_out_loss"] == rows["first-2"]["held_out_loss"] == [2.0, 2.5]
     assert rows["first-2"]["held_out_loss_mean"] == 2.25
-    assert rows["first-2"]["held_out_loss_half_width"] == pytest.approx(12.7062 * 0.25, rel=1e-5)  # t of 1 degree
+    assert rows["first-2"]["held_out_loss_half_width"] == pytest.approx(12.7062 * 0.25, rel=1e-5)  # t with 1 d.o.f.
 
 
-def test_stability_changes_what_it_says(recipe: str, tmp_path: Path) -> None:
+def test_stability_variants_change_what_they_name(recipe: str, tmp_path: Path) -> None:
     found = stability_trials(
         tmp_path,
         recipe,
@@ -259,7 +259,7 @@ def test_commands_write_figure_and_numbers(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["stability", "--variants", "no-skips"],
@@ -278,9 +278,9 @@ def test_commands_write_figure_and_numbers(
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "analysis"
     assert main(["analyze", *arguments, "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert told in error and error.count("\n") == 1 and not out.exists()
+    assert message in error and error.count("\n") == 1 and not out.exists()

@@ -16,7 +16,7 @@ def script_error(
     arguments: list[object],
     capsys: pytest.CaptureFixture[str],
 ) -> str:
-    """The one line that a script ends with, with exit code 2."""
+    """The one-line error of a script that ends with exit code 2."""
     capsys.readouterr()
     assert run_script(name, options, run, [str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err

@@ -22,7 +22,7 @@ def train():
 
 @pytest.fixture
 def smooth():
-    """A colour image with soft edges, (1, 3, 32, 32)."""
+    """A color image with soft edges, (1, 3, 32, 32)."""
     generator = np.random.default_rng(0)
     small = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
     return np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1)[None].copy()
@@ -32,7 +32,7 @@ def test_jpeg_loses_what_it_should(smooth):
     images = torch.from_numpy(smooth)
     errors = [(jpeg(images, quality, torch.Generator()).float() - images).square().mean() for quality in (95, 50, 10)]
     assert 0 < errors[0] < errors[1] < errors[2]
-    # Blocks of 8x8 stand alone: a change in one doesn't reach the next but one, beyond the halved chroma.
+    # 8x8 blocks are independent: even with halved chroma, a change in one doesn't reach the second block after it.
     changed = images.clone()
     changed[..., :8, :8] = 0
     difference = jpeg(changed, 30, torch.Generator()).int() - jpeg(images, 30, torch.Generator()).int()
@@ -49,7 +49,7 @@ def test_blur_is_a_gaussian_of_its_deviation(smooth):
     point = torch.zeros(1, 1, 33, 33, dtype=torch.uint8)
     point[..., 16, 16] = 255
     centre = blur(point, 1.5, torch.Generator())[0, 0, 16].double()
-    # One row of the kernel: exp(-x^2 / (2 1.5^2)) beside its peak, in whole grey levels.
+    # One row of the kernel: exp(-x^2 / (2 1.5^2)) relative to its peak, in whole gray levels.
     expected = centre[16] * torch.exp(-(torch.arange(-4.0, 5) ** 2) / (2 * 1.5**2))
     assert (centre[12:21] - expected).abs().max() <= 1
 
@@ -85,7 +85,7 @@ def test_distance_rises_with_the_amount(train):
         found.setdefault(case.name, []).append(case.distance(extractor, reference))
     (unchanged,) = found.pop("unchanged")
     for name, distances in found.items():
-        strong = [unchanged, *distances[-2:]]  # weak ones drown in the spread over sets at 500 images
+        strong = [unchanged, *distances[-2:]]  # with 500 images, weak ones are within the spread over sets
         assert strong == sorted(strong), name
         assert strong[-1] > 2 * unchanged, name
 
@@ -97,7 +97,7 @@ def test_the_figure_shows_every_corruption(train, tmp_path):
 
 
 def test_script(tmp_path, monkeypatch, capsys):
-    """Two choices of 20 digits; a file that can't be written to and an archive that is a bomb end in one line."""
+    """Two choices of 20 digits; an invalid output file and an archive bomb are each refused in one line."""
     monkeypatch.setenv("DIA_DIFFUSION_CACHE", str(tmp_path / "cache"))
     reference = ["--reference", "digits", "--reference-split", "test"]
     out = ["--num", "20", "--seeds", "0-1", "--out", str(tmp_path / "x.json")]

@@ -51,7 +51,7 @@ def test_weights_and_card_are_written_and_load(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.fixture
 def stripes(tmp_path: Path) -> Path:
-    """A folder of 32x32 color images in ten classes that a few steps can tell apart: stripes of ten periods."""
+    """A folder of 32x32 color images in ten classes that a few steps can separate: stripes of ten periods."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 30), ("test", 6)):
         for period in range(2, 12):
@@ -75,7 +75,7 @@ optimizer: {learning_rate: 0.05, nesterov: true, weight_decay: 5.0e-4, warmup_st
 
 @pytest.fixture
 def train_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripes: Path) -> Callable[..., dict]:
-    """Trains on the stripes into NAME.safetensors for a number of steps."""
+    """Trains on the stripes for a number of steps and writes NAME.safetensors."""
 
     def train(name: str, steps: int, seed: int = 0, reporter: Recorder | None = None) -> dict:
         (tmp_path / "short.yaml").write_text(SHORT.replace("STEPS", str(steps)))
@@ -99,11 +99,11 @@ def test_color_features_are_trained_on_images_of_a_folder(
     extractor = build_features("cifar10", weights=tmp_path / "w.safetensors")
     assert extractor.num_features == 256
     assert (tmp_path / "w.safetensors").stat().st_size < 2_000_000
-    # What the file holds in half precision is what was tested.
+    # The card's accuracy is that of the half-precision weights in the file.
     images = open_images(stripes, split="test")
     logits = extractor.layers(torch.from_numpy(images.images))["logits"]
     assert (logits.argmax(1).numpy() == images.labels).mean() == pytest.approx(card["test_accuracy"])
-    # It is what `dia-diffusion classify` trained and tested, there in float32.
+    # The logits match the model that `dia-diffusion classify` trained and tested in float32.
     saved = load_classifier(tmp_path / "w.run")
     expected = saved.model(saved.prepare(torch.from_numpy(images.images)))
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.02)

@@ -19,14 +19,14 @@ optimizer: {learning_rate: 0.05, nesterov: true, weight_decay: 1.0e-3, milestone
 
 
 def tiny(folder: Path, name: str, *overrides: str) -> ClassifyExperiment:
-    """The recipe with its run in folder/name."""
+    """The tiny recipe with its run in folder/name."""
     recipe = folder / "classify.yaml"
     recipe.write_text(TINY)
     return read_experiment(str(recipe), ["--output", str(folder / name), *overrides], kind=ClassifyExperiment)
 
 
 def train(experiment: ClassifyExperiment, at_step: Callable[[int], None] = lambda step: None) -> Trainer:
-    """Trains it to its end."""
+    """Trains the experiment to its end."""
     trainer = Trainer(ClassificationTask(experiment), Recorder(at_step))
     trainer.run()
     return trainer

@@ -25,7 +25,7 @@ FLOW += ("--noise.times_kwargs.mean", "-0.5", "--noise.shift", "2")
 
 
 class Recorder(Progress):
-    """Keeps messages, and calls a function after each step."""
+    """Keeps messages and calls a function after each step."""
 
     def __init__(self, at_step: Callable[[int], None] = lambda step: None):
         self.messages: list[str] = []
@@ -72,7 +72,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture
 def finished(finished_runs: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """finished("name", "--seed", "1") is the folder of a finished tiny run in tmp_path: trained once, and copied."""
+    """finished("name", "--seed", "1") is the folder of a finished tiny run in tmp_path, trained once and copied."""
     return lambda name, *overrides: Path(shutil.copytree(finished_runs(*overrides), tmp_path / name))
 
 

@@ -1,4 +1,4 @@
-"""What a run has left, for comparisons."""
+"""Reading and comparing the files of runs."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def weights(run: Path, step: int, name: str = "model") -> dict[str, torch.Tensor
 
 
 def assert_same_tensors(one: Path, other: Path, step: int = 6) -> None:
-    """Two runs' checkpoints of a step hold the same tensors, bit for bit."""
+    """Asserts that two runs' checkpoints at a step hold the same tensors, bit for bit."""
     files = [sorted((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")) for run in (one, other)]
     assert [file.name for file in files[0]] == [file.name for file in files[1]] and files[0]
     for first, second in zip(*files, strict=True):
@@ -31,7 +31,7 @@ def assert_same_tensors(one: Path, other: Path, step: int = 6) -> None:
 
 
 def assert_same_run(one: Path, other: Path, step: int = 6) -> None:
-    """Two runs have the same metrics, times aside, and the same checkpoint, bit for bit."""
+    """Asserts that two runs have the same metrics, except times, and the same checkpoint, bit for bit."""
     assert metrics(one) == metrics(other)
     assert_same_tensors(one, other, step)
 

@@ -1,4 +1,4 @@
-"""Augmentations against torchvision and against what they promise."""
+"""Augmentations compared with torchvision and with their documented behavior."""
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ def test_pad_crop_and_mirror_move_images_as_torchvision_does() -> None:
         assert torch.equal(result, expected)
 
 
-def test_reflected_shifts_and_cutouts_are_those_of_a_loop_over_pixels() -> None:
-    """Each pixel by its own: where it is hidden, and else which one it shows, reflected at the border."""
+def test_reflected_shifts_and_cutouts_equal_a_loop_over_pixels() -> None:
+    """For each pixel: whether it is hidden, and otherwise which source pixel it shows, reflected at the border."""
 
     def reflected(place: int, extent: int) -> int:
         return -place if place < 0 else 2 * (extent - 1) - place if place >= extent else place
@@ -49,7 +49,7 @@ def test_reflected_shifts_and_cutouts_are_those_of_a_loop_over_pixels() -> None:
 
 
 def test_resized_crops_are_spread_as_torchvisions() -> None:
-    """Mean and deviation of the rectangles' places and sizes, within five standard errors."""
+    """Means of the rectangles' edges within five standard errors, standard deviations within 6 %."""
     draws, count = torch.rand(4000, 23, generator=torch.Generator().manual_seed(0)), 4000
     own = np.array([crop_box(80, 50, row) for row in draws])
     assert own.min() >= 0 and own[:, 2].max() <= 80 and own[:, 3].max() <= 50
@@ -63,14 +63,14 @@ def test_resized_crops_are_spread_as_torchvisions() -> None:
 
 
 def test_an_image_too_long_for_any_try_is_cropped_in_the_middle() -> None:
-    """As torchvision does: the largest rectangle whose aspect is in bounds."""
-    row = torch.ones(23) * 0.999  # the whole area, of the widest aspect
+    """As in torchvision: the largest rectangle with an allowed aspect ratio."""
+    row = torch.ones(23) * 0.999  # the whole area with the widest aspect ratio
     top, left, height, width = RandomResizedCrop.get_params(torch.zeros(1, 10, 200), [0.99, 1.0], [3 / 4, 4 / 3])
     assert crop_box(200, 10, row) == (left, top, left + width, top + height)
 
 
 def test_resized_crop_reads_the_rectangle() -> None:
-    """Of an image that is its own coordinates, the mean is the rectangle's middle."""
+    """For an image whose pixels are their own x coordinates, the mean is the rectangle's middle."""
     across = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
     image = Image.fromarray(np.stack([across] * 3, axis=2))
     for row in torch.rand(20, 23):

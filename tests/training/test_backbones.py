@@ -1,4 +1,4 @@
-"""Recipes whose backbone is a network of diffusers train as those of a UViT do."""
+"""Recipes with a diffusers network as backbone train like those with a UViT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ KWARGS = {
     "up_block_types: [AttnUpBlock2D, UpBlock2D], norm_num_groups: 4, attention_head_dim: 4}",
     "dit": "{num_attention_heads: 2, attention_head_dim: 8, num_layers: 2, patch_size: 4}",
 }
-# What of the tiny recipe is a UViT's, as it is without being given.
+# Defaults of the UViT keys that the tiny recipe sets.
 USUAL = ("--model.patch_size", "2", "--model.hidden_size", "512", "--model.num_layers", "13")
 USUAL += ("--model.num_attention_heads", "8")
 BACKBONES = {

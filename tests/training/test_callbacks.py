@@ -1,4 +1,4 @@
-"""Callbacks, a metric and evaluations that a person adds to a training from outside."""
+"""Callbacks, a metric and evaluations that a user adds to a training from outside."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ SETTINGS = "{features: digits, num_samples: 80, sampler: ddim, steps: 2, referen
 
 
 class Witness(Callback):
-    """Notes its calls, and which checkpoints there are at each."""
+    """Records its calls, and how many pipelines and checkpoints exist at each."""
 
     def __init__(self, every: int, interrupt_at: int = 0):
         self.every, self.interrupt_at = every, interrupt_at
@@ -57,7 +57,7 @@ class Witness(Callback):
 
 
 def test_a_callback_of_ones_own(tiny, tmp_path: Path) -> None:
-    """It sees each step's result, after the pipeline and before the checkpoint of the step (every 3)."""
+    """It receives each step's result after that step's pipeline and before its checkpoint are saved (every 3 steps)."""
     first = Witness(every=2, interrupt_at=4)
     with pytest.raises(Stopped):
         Trainer(tiny("run"), callbacks=[first]).run()
@@ -122,8 +122,8 @@ def test_grids_reach_the_trackers(finished, tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
-    """A run that is stopped and resumed has one record per pipeline: those that `fid` makes of it afterwards."""
+def test_a_run_is_measured_during_training(tiny, tmp_path: Path) -> None:
+    """A run that is stopped and resumed has one record per pipeline, the same as `fid` measures afterwards."""
     file, run = tmp_path / "mine.yaml", tmp_path / "run"
     file.write_text(SETTINGS)
     protocol = EvalProtocol.read(str(file))
@@ -146,19 +146,19 @@ def test_a_run_is_measured_along_the_way(tiny, tmp_path: Path) -> None:
     assert [compared(record) for record in records] == [compared(record) for record in read_records(record_file)]
     logged = [line for line in read_metrics(run / "metrics.jsonl") if "FD(digits)" in line]
     assert [(line["step"], line["FD(digits)"]) for line in logged] == [(r.step, r.distance) for r in records]
-    for record in records:  # that of step 3 was measured before its pipeline was written again
+    for record in records:  # step 3 was measured before its pipeline was written again
         card = (run / f"pipelines/step-{record.step:08d}/README.md").read_text()
         assert f"| FD(digits) | {record.distance:.3f} |" in card
     assert not (run / "evaluations.unfinished").exists()
 
 
-def test_a_run_killed_in_its_evaluations_ends_as_one_that_was_not(
+def test_a_run_killed_in_its_evaluations_ends_like_an_uninterrupted_one(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.yaml").write_text(SETTINGS)
 
     def run(name: str, place: str = "measure_together", killed_at: int = 0) -> None:
-        """killed_at: the number of the evaluation that this process doesn't finish, counted from 1."""
+        """killed_at: the evaluation, counted from 1, in which this process is killed."""
         real, calls = getattr(evaluate, place), iter(range(1, 9))
 
         def held(*arguments: Any, **options: Any) -> Any:
@@ -172,7 +172,7 @@ def test_a_run_killed_in_its_evaluations_ends_as_one_that_was_not(
 
     run("whole")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    # Each start but the first makes up for the evaluation before it.
+    # Each start after the first repeats the evaluation that was killed before it.
     for place, killed_at, step in (("measure_together", 1, 3), ("update_card", 2, 6), ("update_card", 1, 6)):
         run("cut", place, killed_at)
         assert max(step_folders(cut / "checkpoints")) == step
@@ -209,7 +209,7 @@ def test_every_nth_step_and_the_last_are_measured_by_all_processes(tmp_path: Pat
         ("reference_count: 7", [], "must have 7 images for protocol mine, got 596"),
     ],
 )
-def test_evaluations_that_can_not_be_are_refused_before_the_first_step(
+def test_invalid_evaluations_are_refused_before_the_first_step(
     change: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -221,7 +221,7 @@ def test_evaluations_that_can_not_be_are_refused_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_training_goes_on_without_a_distance_where_measuring_fails(tiny, tmp_path: Path, monkeypatch) -> None:
+def test_training_continues_without_a_distance_if_measuring_fails(tiny, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.yaml").write_text(SETTINGS)
     callback = EvaluatePipelines(EvalProtocol.read(str(tmp_path / "mine.yaml")))
     trainer = Trainer(tiny("run"), callbacks=[callback])

@@ -1,4 +1,4 @@
-"""Training of classifiers: against a plain loop, itself interrupted, and two processes; and how a run ends."""
+"""Training of classifiers, compared with a plain loop, with interrupted runs and with two processes; how runs end."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from tests.training.classify import tiny, train
 from tests.training.run_files import assert_same_run, assert_same_tensors, cut_off, metrics, weights
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path) -> None:
+def test_losses_and_weights_equal_a_plain_loop(in_float64, tmp_path: Path) -> None:
     """Six steps with torchvision's crops, one image at a time, and torch's SGD and MultiStepLR."""
     train(tiny(tmp_path, "run", "--train.label_smoothing", "0.1"))
     torch.manual_seed(derive(0, WEIGHTS))
@@ -68,7 +68,7 @@ def test_losses_and_weights_are_those_of_a_plain_loop(in_float64, tmp_path: Path
 
 
 @pytest.mark.parametrize("own", [(), ("--optimizer.name", "adamw", "--optimizer.nesterov", "false")], ids=str)
-def test_a_run_goes_on_bit_for_bit(own: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit(own: tuple[str, ...], tmp_path: Path) -> None:
     train(tiny(tmp_path, "whole", *own))
     cut = cut_off(Path(shutil.copytree(tmp_path / "whole", tmp_path / "cut")))
     train(tiny(tmp_path, "cut", *own))
@@ -77,7 +77,7 @@ def test_a_run_goes_on_bit_for_bit(own: tuple[str, ...], tmp_path: Path) -> None
     assert not (tmp_path / "whole" / "checkpoints" / "step-00000006" / "ema.safetensors").exists()
 
 
-def test_what_is_saved_loads_again_and_is_what_was_tested(tmp_path: Path) -> None:
+def test_the_saved_classifier_loads_and_has_the_tested_accuracy(tmp_path: Path) -> None:
     options = "--train.log_every 20 --train.evaluate_every 30 --optimizer.milestones [] --data.augmentation none"
     train(tiny(tmp_path, "run", "--train.max_steps", "60", *options.split()))
     saved = load_classifier(tmp_path / "run")
@@ -115,7 +115,7 @@ def test_a_run_that_diverges_is_recorded(tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["diverged_at"] == 2 and "test_accuracy" not in result
     assert metrics(tmp_path / "run")[-1]["step"] == 3 and read_result(tmp_path / "run").diverged_at == 2
-    with pytest.raises(DivergedError) as diverged:  # which studies catch
+    with pytest.raises(DivergedError) as diverged:  # studies catch it
         train(tiny(tmp_path, "another", *TO_DIVERGE))
     assert diverged.value.step == 2
 
@@ -140,7 +140,7 @@ def of_files(folder: Path, photos: Path, name: str, *overrides: str) -> Classify
 
 
 def test_files_are_decoded_for_their_step(tmp_path: Path, photos: Path) -> None:
-    """An interrupted run, whose first batch nobody decoded ahead, is the same as a whole one."""
+    """A resumed run, whose first batch was not decoded ahead, equals an uninterrupted one."""
     train(of_files(tmp_path, photos, "whole"))
     with pytest.raises(Stopped):
         train(
@@ -154,7 +154,7 @@ def test_files_are_decoded_for_their_step(tmp_path: Path, photos: Path) -> None:
 def test_a_broken_file_is_named_by_the_process_that_reads_it(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first process of a machine, which tells what all of them meet, may never see that file."""
+    """A machine's first process, which reports errors that all processes have, may never read that file."""
     (photos / "train" / "dog" / "2.png").write_text("no image")
     experiment = of_files(tmp_path, photos, "run")
 
@@ -162,7 +162,7 @@ def test_a_broken_file_is_named_by_the_process_that_reads_it(
         try:
             train(experiment)
         finally:
-            monkeypatch.setenv("LOCAL_RANK", "1")  # not before: there is nobody to connect to
+            monkeypatch.setenv("LOCAL_RANK", "1")  # not earlier: there is no process to connect to
 
     monkeypatch.setattr("dia_diffusion.cli.classify.run", run)
     assert main(["classify", "--config", "cifar100_resnet"]) == 2
@@ -203,7 +203,7 @@ def test_shipped_recipes(path: Path) -> None:
 
 
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
-    without_norms = ("--model.norm", "none")  # which would see a part of the batch each
+    without_norms = ("--model.norm", "none")  # each process's norms would see only part of the batch
     train(tiny(tmp_path, "one", *without_norms))
     command = ["classify", "--config", tmp_path / "classify.yaml", *without_norms, "--output", tmp_path / "two"]
     for process in start_connected(*command, logs=tmp_path):
@@ -219,7 +219,7 @@ def trained(experiment: ClassifyExperiment) -> None:
 
 
 def test_the_classifier_that_is_saved_is_the_one_that_was_tested(tmp_path: Path) -> None:
-    """Each process normalizes its own images, so that their BatchNorms' statistics differ."""
+    """Each process normalizes its own images, so the processes' BatchNorm statistics differ."""
     experiment = tiny(tmp_path, "run", "--train.evaluate_every", "1")
     assert on_two_processes(trained, experiment) == [None, None]
     images = open_images("digits", split="test", size=8, channels=3)

@@ -1,4 +1,4 @@
-"""When a run compiles its network; tests/attention and tests/models compare compiled gradients."""
+"""When a run compiles its network (tests/attention and tests/models compare compiled gradients)."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def test_auto_compiles_where_it_pays(
     assert lines == ([] if compiler else [missing])
 
 
-def test_networks_of_unknown_gain_are_compiled_when_asked_for_alone() -> None:
+def test_networks_of_unknown_gain_are_compiled_only_on_request() -> None:
     model = nn.Linear(2, 2)
     assert compiled(model, "auto", 10**9, None, CPU) is model
     assert DiffusionTask(Experiment(model=ModelConfig(backbone="unet2d"))).compiling_pays_after is None
@@ -95,7 +95,7 @@ def test_graphs_need_a_gpu_and_no_accumulation(accumulation: int, device: torch.
 def test_each_instruction_set_has_its_own_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = []
     for kind in ("AVX2", "AVX512"):
-        # As torch itself sets it when it is imported.
+        # As torch sets it on import.
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "torchinductor_me"))
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
         separate_kernel_cache()

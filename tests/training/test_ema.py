@@ -1,4 +1,4 @@
-"""Power-function averages against closed forms and brute force; reconstructed averages against those kept directly."""
+"""Power-function averages against closed forms and brute force, and reconstructed ones against direct averages."""
 
 import shutil
 from collections.abc import Iterable
@@ -69,7 +69,7 @@ def test_each_step_counts_by_the_integral_of_the_profile(width: float, in_float6
     weights = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     average = PowerEMA([torch.full((3,), 9.0)], width)
     for index, own in enumerate(weights):
-        average.update([own], SKIPPED if index in (0, 7) else KEPT)  # a skipped step counts with the weights it left
+        average.update([own], SKIPPED if index in (0, 7) else KEPT)  # a skipped step counts with its unchanged weights
     edges = np.linspace(0, 1, 51) ** (gamma_of(width) + 1)
     assert average.parameters[0].numpy() == pytest.approx(np.diff(edges) @ weights.numpy(), rel=1e-10)
 
@@ -78,12 +78,12 @@ def test_each_step_counts_by_the_integral_of_the_profile(width: float, in_float6
 
 
 def random_walk(steps: int) -> np.ndarray:
-    """(steps, 200): weights 1 at first, that move by a normal number per step."""
+    """(steps, 200): weights that start at 1 and move by a normal number per step."""
     return 1 + np.random.default_rng(0).normal(size=(steps, 200)).cumsum(axis=0) / steps**0.5
 
 
 def averaged(walk: np.ndarray, step: int, width: float) -> np.ndarray:
-    """The power-function average after a step, by its profile."""
+    """The power-function average after a step, computed from its profile."""
     return np.diff(np.linspace(0, 1, step + 1) ** (gamma_of(width) + 1)) @ walk[:step]
 
 
@@ -96,13 +96,13 @@ def test_an_average_of_any_width_is_a_sum_of_snapshots(width: float) -> None:
     assert weights.sum() == pytest.approx(1, abs=1e-9)
     found = weights[:, 0] @ np.array([averaged(walk, *each) for each in kept])
     error = np.abs(found - averaged(walk, 1200, width)).max()
-    assert residuals[0] < 0.02 and error < 5e-3, (residuals, error)  # of a walk with standard deviation 1
+    assert residuals[0] < 0.02 and error < 5e-3, (residuals, error)  # for a walk with standard deviation 1
     if width == 0.05:
         assert residuals[0] < 1e-6 and weights[-2, 0] == pytest.approx(1)
 
 
 def test_a_direct_fit_agrees() -> None:
-    """Least squares over the integrals of the profiles within 1,000 parts of training, with torch."""
+    """Least squares with torch, over the profiles' integrals in 1,000 parts of training."""
     parts = 1000
     kept = [(step, tracked) for step in range(100, 1001, 100) for tracked in (0.05, 0.1)]
 
@@ -112,7 +112,7 @@ def test_a_direct_fit_agrees() -> None:
 
     rows = torch.stack([profile(*each) for each in kept], dim=1)  # (parts, averages)
     wanted = profile(1000, 0.07)
-    basis = rows[:, :-1] - rows[:, -1:]  # with weights that sum to 1
+    basis = rows[:, :-1] - rows[:, -1:]  # weights sum to 1
     fitted = torch.linalg.lstsq(basis, (wanted - rows[:, -1])[:, None], driver="gelsd").solution[:, 0]
     best = (basis @ fitted + rows[:, -1] - wanted).norm() / wanted.norm()
     steps, gammas = (np.array(each, float) for each in zip(*((s, gamma_of(w)) for s, w in kept), strict=True))
@@ -126,7 +126,7 @@ def test_a_direct_fit_agrees() -> None:
 
 
 def test_the_average_of_a_width_is_that_of_the_history(tiny, tmp_path: Path) -> None:
-    """Reconstructed from a run's snapshots, and averaged directly over the weights after each of its steps."""
+    """Compares reconstruction from a run's snapshots with the direct average of the weights after each step."""
     steps = ("--train.max_steps", "60", "--train.checkpoint_every", "60", "--optimizer.learning_rate", "1e-2")
     history: list[np.ndarray] = []
     averages = ("--ema.power_widths", "[0.05, 0.1]", "--ema.snapshot_every", "2")
@@ -145,11 +145,11 @@ def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
     return torch.cat([tensor.detach().flatten() for tensor in tensors]).double().numpy()
 
 
-def test_a_run_with_averages_goes_on_bit_for_bit(tiny, train, finished) -> None:
+def test_a_run_with_averages_resumes_bit_for_bit(tiny, train, finished) -> None:
     whole, cut = finished("whole", *AVERAGES), cut_off(finished("cut", *AVERAGES))
     assert list(step_folders(whole / "snapshots")) == [2, 4, 6]
     altered = cut / "snapshots" / "step-00000004" / "width-0.1.safetensors"
-    altered.write_bytes(b"")  # after the checkpoint, so it is written again
+    altered.write_bytes(b"")  # later than the checkpoint, so it is written again
     train(tiny("cut", *AVERAGES))
     assert_same_run(cut, whole)
     for file in (whole / "snapshots").rglob("*.safetensors"):
@@ -157,7 +157,7 @@ def test_a_run_with_averages_goes_on_bit_for_bit(tiny, train, finished) -> None:
     assert torch.equal(*(weights(run, 6)["pos_embed"] for run in (finished("plain"), whole)))
 
 
-def test_a_skipped_step_counts_with_the_weights_it_left(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skipped_step_counts_with_its_unchanged_weights(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, {3, 4}, lambda loss: loss * float("nan"))
     history: list[torch.Tensor] = []
     trainer = Trainer(tiny("run", *AVERAGES), Recorder(lambda step: history.append(trainer.parameters[0].clone())))

@@ -23,7 +23,7 @@ from tests.training.test_processes import launch
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[[Tensor], Tensor]) -> None:
-    """Makes the loss of some steps, counted from 1, another."""
+    """Changes the loss of some steps, counted from 1."""
     loss, train_step = DiffusionTask.loss, Trainer.train_step
 
     def noting(trainer: Trainer) -> StepResult:
@@ -39,7 +39,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: Container[int], how: Callable[
 
 
 def states(trainer: Trainer) -> dict[str, Tensor]:
-    """All that a step may change, as it is now."""
+    """A copy of all state that a step may change."""
     kept = {f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
     kept |= {f"optimizer/{n}": t for n, t in optimizer_tensors(trainer.optimizer.optimizer, trainer.model).items()}
     if trainer.ema is not None:
@@ -48,7 +48,7 @@ def states(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def states_of_steps(trainer: Trainer) -> list[dict[str, Tensor]]:
-    """Trains to the end; the state before the first step and after each."""
+    """Trains to the end; returns the state before the first step and after each step."""
     found = [states(trainer)]
     trainer.progress.at_step = lambda step: found.append(states(trainer))
     trainer.run()
@@ -56,7 +56,7 @@ def states_of_steps(trainer: Trainer) -> list[dict[str, Tensor]]:
 
 
 def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    """Where two states are equal; an optimizer's first zeros equal its having none."""
+    """Names of tensors that are equal in both states; an optimizer's initial zeros equal a missing tensor."""
     none = {name: torch.zeros_like(tensor) for name, tensor in after.items() if name not in before}
     return {name for name, tensor in after.items() if torch.equal({**before, **none}[name], tensor)}
 
@@ -81,7 +81,7 @@ def test_a_step_that_is_not_finite_touches_nothing(how, tiny, monkeypatch: pytes
     assert [line["step"] for line in lines if line["loss"] is None] == [1, 4]
 
 
-def test_nor_does_it_touch_a_batchnorm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_finite_does_not_touch_a_batchnorm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = ClassificationTask.prepare
 
     def bad_images(task: ClassificationTask, pixels: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +98,7 @@ def test_nor_does_it_touch_a_batchnorm(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(tensor.isfinite().all() for tensor in found[6].values())
 
 
-def test_so_many_in_a_row_end_the_run_and_no_fewer(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_run(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spoil(monkeypatch, {2, 3, 5, 6}, lambda loss: loss * float("nan"))
     Trainer(tiny("fewer", "--train.max_skipped_steps", "3"), Recorder()).run()
     assert metrics(tmp_path / "fewer")[-1]["skipped_steps"] == 4
@@ -108,7 +108,7 @@ def test_so_many_in_a_row_end_the_run_and_no_fewer(tiny, monkeypatch: pytest.Mon
     assert [line["step"] for line in metrics(tmp_path / "as many")] == [1, 2]
 
 
-def test_it_is_named_which_module_went_wrong(tiny) -> None:
+def test_the_error_names_the_first_module_that_is_not_finite(tiny) -> None:
     trainer = Trainer(tiny("run", "--train.max_skipped_steps", "2"), Recorder())
 
     def overflow(step: int) -> None:
@@ -119,8 +119,8 @@ def test_it_is_named_which_module_went_wrong(tiny) -> None:
     with pytest.raises(DivergedError) as error:
         trainer.run()
     rate = learning_rate(trainer.task.optimizer_config, 4, 6)
-    for told in ("step 5", f"learning rate {rate:.4g}", "first not finite: output of out_blocks.0.mlp.fc1;"):
-        assert told in str(error.value)
+    for expected in ("step 5", f"learning rate {rate:.4g}", "first not finite: output of out_blocks.0.mlp.fc1;"):
+        assert expected in str(error.value)
     assert "loss nan, gradient norm nan" in str(error.value)
 
 
@@ -135,7 +135,7 @@ def test_a_run_driven_into_divergence_keeps_its_last_finite_weights(tiny, tmp_pa
         assert all(torch.equal(first[key], last[key]) and last[key].isfinite().all() for key in last)
 
 
-def test_the_count_goes_on_with_the_run(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_count_of_skipped_steps_is_kept_on_resuming(tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     spoil(monkeypatch, {2, 5}, lambda loss: loss * float("nan"))
     Trainer(tiny("run", "--train.max_steps", "3"), Recorder()).run()
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
@@ -160,8 +160,8 @@ def test_all_processes_skip_what_is_not_finite_on_one(
     assert max(float((alone[name] - shared[name]).abs().max()) for name in alone) < 1e-5
 
 
-def test_a_streak_that_nobody_has_asked_about_goes_on(tmp_path: Path) -> None:
-    """As on a GPU between two lines: what comes after it is not applied either."""
+def test_a_full_streak_continues_until_it_is_checked(tmp_path: Path) -> None:
+    """As on a GPU between two log lines: steps after the streak are not applied either."""
     watch = FiniteWatch(torch.device("cpu"), 2, 0, scaled=False)
     losses = [1.0, float("nan"), float("inf"), 1.0, 1.0]
     skipped = [bool(watch.note(step, torch.tensor(loss), torch.tensor(1.0))) for step, loss in enumerate(losses)]

@@ -45,15 +45,15 @@ def test_a_pipeline_folder_is_diffusers(prediction_type: str, finished, tmp_path
     assert model_hash(tmp_path / "again") == model_hash(folder)
 
 
-def test_a_hash_of_a_model_tells_prediction_types_apart(finished) -> None:
+def test_the_model_hash_depends_on_the_prediction_type(finished) -> None:
     folder = finished("run", *FLOW) / "pipelines" / "step-00000006"
     before, file = model_hash(folder), folder / "model_index.json"
     file.write_text(file.read_text().replace('"sample"', '"velocity"'))
     assert model_hash(folder) != before
 
 
-def test_the_loss_is_that_of_the_velocity(tiny, tmp_path: Path) -> None:
-    """The first step's, of x_t = (1 - t) x + t noise at logit-normal and shifted times."""
+def test_the_loss_is_the_velocitys_mean_squared_error(tiny, tmp_path: Path) -> None:
+    """The first step's loss, for x_t = (1 - t) x + t noise at shifted logit-normal times."""
     trainer = Trainer(tiny("run", *FLOW, "--noise.prediction_type", "velocity"))
     draws = draw_step(0, 0, 8, len(trainer.images), (1, 8, 8))
     x = torch.from_numpy(trainer.images.read(draws.indices)).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Runs that start from other weights: which they are, what may differ, and how they resume."""
+"""Runs that start from other weights: which weights are loaded, what may differ, and how such runs resume."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_a_unit_is_gained_with_its_own_first_weights(source: Path, tiny) -> None
     assert trainer.progress.messages[1].endswith("; the unit that they lack keeps its own first weights")
 
 
-def test_going_on_takes_the_checkpoint(source: Path, tiny, train, finished, tmp_path: Path) -> None:
+def test_resuming_uses_the_checkpoint_and_not_init_from(source: Path, tiny, train, finished, tmp_path: Path) -> None:
     def options(path: Path, steps: int) -> tuple[str, ...]:
         return "--init_from", str(path), "--train.max_steps", str(steps), "--model.attention", "none"
 
@@ -61,8 +61,8 @@ def test_going_on_takes_the_checkpoint(source: Path, tiny, train, finished, tmp_
     train(tiny("run", *options(source, 1)))
     shutil.copytree(source / "pipelines" / "step-00000006", moved)
     shutil.rmtree(source)
-    assert train(tiny("run", *options(source, 2))).step == 2  # the same words, with nothing there
-    assert train(tiny("run", *options(moved, 3))).step == 3  # other words for the same weights
+    assert train(tiny("run", *options(source, 2))).step == 2  # the same path, which no longer exists
+    assert train(tiny("run", *options(moved, 3))).step == 3  # another path to the same weights
     shutil.rmtree(moved)
     assert train(tiny("run", *options(moved, 4))).step == 4
     with pytest.raises(InputError, match=r"must be \S*moved, as when the run started, got None"):

@@ -1,4 +1,4 @@
-"""The training loop: against brute force, and with what it must refuse."""
+"""The training loop: comparison with brute force, and refused settings."""
 
 import json
 import threading
@@ -20,8 +20,8 @@ from tests.training.conftest import FLOW, Recorder
 from tests.training.run_files import assert_same_run, assert_same_tensors, metrics, weights
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(finished) -> None:
-    """Six steps written out with nothing of the trainer but its draws: loss, AdamW, warm-up, average."""
+def test_losses_and_weights_equal_a_plain_loop(finished) -> None:
+    """Six steps written out with only the draws of the trainer: loss, AdamW, warm-up, average."""
     run = finished("run")
     torch.manual_seed(derive(0, WEIGHTS))
     model = UViT(sample_size=8, in_channels=1, patch_size=4, hidden_size=16, num_layers=3, num_attention_heads=2)
@@ -77,9 +77,9 @@ def test_accumulation_trains_the_same_in_float64(
 
 
 def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
-    """One step of AdamW moves a parameter by about its rate, whatever the gradient; a second run goes on from it."""
+    """The first AdamW step moves a parameter by about its learning rate, whatever the gradient."""
     own = ("--optimizer.unit_learning_rate", "1e-5", "--optimizer.weight_decay", "0")
-    # Of a bottleneck of 4 neurons all can be dead, whose weights then get no gradient.
+    # All 4 neurons of a narrower bottleneck can be dead, and their weights then get no gradient.
     own += ("--model.attention_kwargs.reduction", "1")
     train(tiny("run", *own, "--train.max_steps", "1", "--optimizer.warmup_steps", "2"))
     torch.manual_seed(derive(0, WEIGHTS))
@@ -92,7 +92,7 @@ def test_the_unit_has_its_own_rate(tiny, train, tmp_path: Path) -> None:
     assert len(of_unit) == 8 and all(distance == pytest.approx(0.5e-5, rel=0.05) for distance in of_unit)
 
 
-def test_a_unit_at_the_common_rate_is_as_without_a_rate(finished) -> None:
+def test_a_unit_rate_equal_to_the_common_rate_changes_nothing(finished) -> None:
     assert_same_run(finished("common"), finished("own", "--optimizer.unit_learning_rate", "1e-3"))
 
 
@@ -129,7 +129,7 @@ def test_run_folder_holds_what_it_should(finished) -> None:
     assert (folder / "samples.png").is_file()
 
 
-def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_draws_only_its_own_share_and_the_next_step_ahead(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, real = [], DiffusionTask.draw
 
     def draw(self: DiffusionTask, step: int, start: int, stop: int) -> StepDraws:
@@ -144,13 +144,13 @@ def test_a_process_draws_its_own_share_alone_and_the_next_step_ahead(tiny, monke
     assert drawn == [(step, 0, 8, True) for step in range(6)], "on a CPU"
 
     drawn.clear()
-    second = DrawAhead(trainer.task.draw, 4, 8)  # of two processes, each with a GPU
+    second = DrawAhead(trainer.task.draw, 4, 8)  # the second of two processes, each with a GPU
     for step in (0, 1, 2, 4, 5):
         draws = second.draw(step, then_next=step < 5)
         expected = draw_step(0, step, 8, len(trainer.images), (1, 8, 8)).slice(4, 8)
         assert torch.equal(draws.noise, expected.noise) and np.array_equal(draws.indices, expected.indices)
     second.thread.shutdown()
-    here = [(0, 4, 8, True), (4, 4, 8, True)]  # the first step, and one that doesn't follow
+    here = [(0, 4, 8, True), (4, 4, 8, True)]  # the first step, and one that is not the next
     assert sorted(drawn) == sorted([*here, *((step, 4, 8, False) for step in (1, 2, 3, 5))])
 
 
@@ -164,7 +164,7 @@ def test_only_networks_with_stochastic_depth_draw_for_it(tiny) -> None:
 
 
 def test_class_conditional_training_drops_labels(tiny) -> None:
-    """The network's label embedding is given the images' labels, and some of them the null label."""
+    """The label embedding receives the images' labels, some of them replaced by the null label."""
     options = ("--model.num_classes", "10", "--data.label_dropout", "0.25", "--train.batch_size", "64")
     digits = open_images("digits", size=8, channels=1)
     expected = []
@@ -181,7 +181,7 @@ def test_class_conditional_training_drops_labels(tiny) -> None:
 
 
 def test_grids_of_classes(finished) -> None:
-    """Each column is a class, with guidance: what the pipeline's own call gives for that seed and that class."""
+    """Each column is one class, drawn with guidance like the pipeline's own call for that seed and class."""
     by_class = ("--model.num_classes", "10", "--data.label_dropout", "0.1", "--optimizer.learning_rate", "0.01")
     grids = ("--train.sample_every", "6", "--samples.count", "20", "--samples.steps", "3")
     guidance = ["--samples.guidance_scale", "4", "--samples.guidance_interval", "[0.3, 50]"]

@@ -1,4 +1,4 @@
-"""Muon against singular value decompositions and torch's own, and the promises of every optimizer here."""
+"""Muon compared with singular value decompositions and torch's Muon, and what all optimizers here guarantee."""
 
 import pytest
 import torch
@@ -63,12 +63,12 @@ def test_steps_are_those_of_torch(shape: tuple[int, int], monkeypatch: pytest.Mo
 
     own, other = step_both(torch.bfloat16)
     assert (own - other).norm() < 0.05 * other.norm()
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # which torch's iterates in
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch iterates in bfloat16
     own, other = step_both(None)
     torch.testing.assert_close(own, other)
 
 
-def test_stacked_matrices_are_as_separate_ones() -> None:
+def test_stacked_matrices_are_updated_like_separate_ones() -> None:
     (qkv,) = parameters((72, 24), dtype=torch.float64)
     apart = [nn.Parameter(part.clone()) for part in qkv.detach().chunk(3)]
     gradient = torch.randn(72, 24, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1]).repeat_interleave(24)[:, None]
@@ -138,7 +138,7 @@ UNET |= {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
         ("unet2d", UNET, {"to_q", "to_k", "to_v", "to_out.0"}),
     ],
 )
-def test_of_diffusers_networks(backbone: str, kwargs: dict, names: set[str]) -> None:
+def test_hidden_matrices_of_diffusers_networks(backbone: str, kwargs: dict, names: set[str]) -> None:
     model = AttachedModel(backbone, kwargs, 8, 1, attention_kwargs={"reduction": 4})
     matrices = hidden_matrices(model)
     assert all(any(name.endswith(f".{end}.weight") for end in names) for name in matrices)

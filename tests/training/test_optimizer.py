@@ -1,4 +1,4 @@
-"""Learning rates against torch's; half-lives and warm-up in images, against closed forms of the images seen."""
+"""Learning rates compared with torch's; half-lives and warm-up in images, compared with closed forms."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.trainer import Trainer
 from tests.training.run_files import assert_same_tensors
 
-KEPT = torch.tensor(False)  # the skip that a finite step has
+KEPT = torch.tensor(False)  # a finite step is not skipped
 
 
 def task(batch_size: int, reference: int | None = 32, **optimizer: object) -> DiffusionTask:
@@ -61,13 +61,13 @@ def test_the_averages_warm_up_counts_images(batch_size: int) -> None:
     expected = 1.0
     for images in range(batch_size, 641, batch_size):
         average.update([torch.zeros(1)], KEPT)
-        of_32 = min(0.5, (1 + images / 32) / (10 + images / 32))  # what a step of 32 images would keep by now
+        of_32 = min(0.5, (1 + images / 32) / (10 + images / 32))  # decay of a step of 32 images at this point
         expected *= of_32 ** (batch_size / 32)
         assert average.parameters[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [4, 32, 64])
-def test_the_rate_warms_up_over_as_many_images(batch_size: int) -> None:
+def test_the_rate_warms_up_over_the_same_number_of_images(batch_size: int) -> None:
     config = task(batch_size).optimizer_config
     rates = [learning_rate(config, images // batch_size - 1, 500_000) for images in (64, 3200, 6400, 64000)]
     assert rates == pytest.approx([1e-5, 5e-4, 1e-3, 1e-3])
@@ -86,7 +86,7 @@ def test_a_run_at_its_reference_is_the_run_without_one(tiny, train, finished, tm
     assert_same_tensors(finished("plain", "--ema.warmup", "true"), tmp_path / "same")
 
 
-def test_the_trainer_uses_them(tiny) -> None:
+def test_the_trainer_uses_scaled_half_lives(tiny) -> None:
     trainer = Trainer(tiny("run", "--train.batch_size", "4", "--train.reference_batch_size", "16"))
     (group,) = trainer.optimizer.param_groups
     assert group["betas"] == pytest.approx((0.99, 0.999**0.25))
@@ -112,7 +112,7 @@ def test_warmup_stable_decay() -> None:
 
 @pytest.mark.parametrize(("batch_size", "longest"), [(None, 48), (4, 6), (64, 96)])
 def test_the_warm_up_ends_before_the_decay(batch_size: int | None, longest: int) -> None:
-    """60 steps, the last 12 of them decaying; the warm-up counts steps of 32 images where that is the reference."""
+    """60 steps, of which the last 12 decay; warm-up steps have 32 images if that is the reference batch size."""
     keys = {"train.max_steps": 60, "optimizer.schedule": "warmup-stable-decay", "optimizer.decay_fraction": 0.2}
     if batch_size is not None:
         keys |= {"train.batch_size": batch_size, "train.reference_batch_size": 32}

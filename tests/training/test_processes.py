@@ -1,4 +1,4 @@
-"""Several connected processes (gloo) train the model that one trains."""
+"""Several connected processes (gloo) train the same model as one process."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ sys.exit(main(sys.argv[1:]))
 def torchrun(
     tmp_path: Path, name: str, processes: int, *overrides: str, setup: str = ""
 ) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment that train the tiny recipe on so many processes of their own, none forked."""
+    """The command and environment that train the tiny recipe on `processes` processes, none of them forked."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(TINY)
     script = tmp_path / "main.py"
@@ -53,7 +53,7 @@ def launch(
     nodes: int = 1,
     refused: str | None = None,
 ) -> Path:
-    """Trains the tiny recipe on so many connected processes, or sees it refused with this text; the run's folder."""
+    """Trains the tiny recipe on connected processes, or checks that all refuse with `refused`; returns its folder."""
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = ["train", "--config", tmp_path / "tiny.yaml", "--output", tmp_path / name, *overrides]
     running = start_connected(*command, logs=tmp_path, processes=processes, nodes=nodes, prepare=prepare)
@@ -97,7 +97,7 @@ def test_processes_nodes_accumulation_and_recomputation_agree_in_float64(
     assert losses(several) == pytest.approx(losses(one), rel=1e-9)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(in_float64, tiny, train, tmp_path: Path) -> None:
+def test_a_run_resumes_with_another_number_of_processes(in_float64, tiny, train, tmp_path: Path) -> None:
     unit = ("--model.attention", "block-channels", "--optimizer.unit_learning_rate", "1e-2")
     train(tiny("whole", *unit))
     part = launch(tmp_path, "part", 2, *unit, "--train.max_steps", "3", prepare=set_float64)
@@ -105,13 +105,13 @@ def test_a_run_goes_on_with_another_number_of_processes(in_float64, tiny, train,
     assert losses(part) == pytest.approx(losses(tmp_path / "whole"), rel=1e-9)
 
 
-def test_refusals_are_told_once_and_end_every_process(
+def test_refusals_are_printed_once_and_end_every_process(
     finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished("run")
     launch(tmp_path, "run", 2, "--seed", "1", refused="seed: 0 -> 1")
     launch(tmp_path, "new", 2, "--train.batch_size", "7", refused="must be a multiple of 2")
-    # As on machines that don't share a disk: the second process looks for the run, or the images, in another place.
+    # As on machines without a shared disk: the second process looks for the run or the images in another place.
     (tmp_path / "other").mkdir()
     elsewhere = partial(second_process_in, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
@@ -142,7 +142,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) -> None:
-    """The one launch here by torchrun itself, as people start it."""
+    """The only launch here with torchrun itself, as users start it."""
     options = ["--train.max_steps", "100000", "--train.checkpoint_every", "90000", "--train.compile", "false"]
     command, environment = torchrun(tmp_path, "run", 2, *options)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ def test_a_signal_to_torchrun_stops_all_processes_at_one_step(tmp_path: Path) ->
 
 
 def check_stopped(tmp_path: Path, errors: str) -> None:
-    """The run has one checkpoint, of the step that the message names, and resumes after it."""
+    """Asserts that the run's only checkpoint is at the step named in the message, and that the run resumes after it."""
     (place,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(place.name.removeprefix("step-"))
     assert f"stopped after step {step:,}" in errors
@@ -180,7 +180,7 @@ def test_processes_that_are_not_connected_are_refused(
     port = free_port()
     ranks = [connected(rank, port) for rank in range(2)]
     for rank in ranks:
-        del rank["ACCELERATE_USE_CPU"]  # which people set for torchrun
+        del rank["ACCELERATE_USE_CPU"]  # users set this for torchrun
     arguments = accelerate_launch.launch_command_parser().parse_args([*options.split(), "train.py"])
     with monkeypatch.context() as patch:
         popen = SimpleNamespace(Popen=lambda _, env: given.append(env) or started)

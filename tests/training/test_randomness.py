@@ -1,4 +1,4 @@
-"""Randomness depends on (seed, step, image) alone; its words are Philox's, its numbers spread as they should be."""
+"""Randomness depends only on (seed, step, image); words are Philox's, numbers have the right distributions."""
 
 import math
 
@@ -30,7 +30,7 @@ WORD = 2**64 - 1
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
-    """Philox4x64-10 as Salmon et al. 2011 define it, in whole numbers."""
+    """Philox4x64-10 as defined by Salmon et al. 2011, in Python integers."""
     (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
         high, low = divmod(0xD2E7470EE14C6C93 * a, 2**64)
@@ -41,7 +41,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
 
 
 def words(seed: int, stream: int, position: int, blocks: int) -> list[int]:
-    """All words of a position that owns so many counters."""
+    """All words of a position that owns `blocks` counters."""
     counters = range(position * blocks + 1, (position + 1) * blocks + 1)
     return [word for counter in counters for word in philox((counter, 0, 0, 0), (seed, stream))]
 
@@ -59,14 +59,14 @@ def words(seed: int, stream: int, position: int, blocks: int) -> list[int]:
     ],
 )
 def test_numpys_words_are_the_published_ones(counter: tuple[int, ...], key: tuple[int, ...], expected: str) -> None:
-    """Random123's known answers, by numpy and by the function above."""
+    """numpy and the function above both give Random123's known answers."""
     before = (sum(part << 64 * place for place, part in enumerate(counter)) - 1) % 2**256
     raw = np.random.Philox(key=np.array(key, np.uint64), counter=before).random_raw(4).tolist()
     assert raw == philox(counter, key) == [int(word, 16) for word in expected.split()]
 
 
 @pytest.mark.parametrize("seed", [0, 7, 7 + 2**32, 2**63 - 1])
-def test_numbers_are_made_of_their_positions_words(seed: int) -> None:
+def test_numbers_are_computed_from_the_words_of_their_position(seed: int) -> None:
     own = [words(seed, STEP, position, 2) for position in (1000, 1001)]
     assert raw_words(seed, STEP, 1000, 2, 7).tolist() == [row[:7] for row in own]
     halves = [[half >> 8 for word in row for half in (word >> 32, word & 0xFFFFFFFF)] for row in own]
@@ -80,7 +80,7 @@ def test_numbers_are_made_of_their_positions_words(seed: int) -> None:
     torch.testing.assert_close(normals(seed, STEP, 1000, 2, 16).flatten(), torch.tensor(expected), rtol=2e-7, atol=1e-9)
 
 
-def test_a_seeds_first_weights_are_what_they_always_were() -> None:
+def test_a_seeds_initial_weights_never_change() -> None:
     assert [derive(0, WEIGHTS), derive(7 + 2**32, WEIGHTS), derive(0, WEIGHTS, 1)] == [
         7896617691693857887,
         3317731564112288844,
@@ -146,7 +146,7 @@ def test_draws_are_distributed_as_they_should_be() -> None:
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs((noise**power).mean() - moment) < 4 * math.sqrt(variance / count), power
     assert noise.max() > 4.3 and noise.min() < -4.3, "768,000 numbers reach into the tails"
-    # Pixels of an image, and images one after the other, know nothing of each other; nor do a pair's squares.
+    # Neighboring pixels, consecutive images and pairs of normals are uncorrelated, and so are their squares.
     for first, second in ((noise[:, :-1], noise[:, 1:]), (noise[:-1], noise[1:]), (noise[:, ::2], noise[:, 1::2])):
         for kind in (lambda x: x, np.square):
             assert stats.pearsonr(kind(first).ravel(), kind(second).ravel()).pvalue > 0.01

@@ -1,4 +1,4 @@
-"""Recipes: read, checked, written back; and in step with the model they describe."""
+"""Recipes are read, checked and written back, and match the models that they describe."""
 
 import inspect
 import re
@@ -181,7 +181,7 @@ def test_bad_recipes_are_one_line(text: str, overrides: str, message: str, tmp_p
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unknown_recipe_is_told_which_exist() -> None:
+def test_the_error_for_an_unknown_recipe_lists_the_existing_ones() -> None:
     with pytest.raises(InputError, match="cifar10_uvit_s2_dia"):
         read_experiment("cifar10_uvit_s3")
 
@@ -221,7 +221,7 @@ def test_an_older_recipe_with_keys_of_all_backbones_is_the_same(name: str, tmp_p
     recipe = read_experiment(name)
     older = recipe.to_dict()
     older["model"].update(OLDER[name])
-    del older["ssia"]  # which an older version didn't know, as it didn't these
+    del older["ssia"]  # older versions had neither this nor the keys below
     for key in ("unit_learning_rate", "name", "muon_learning_rate", "muon_momentum", "decay_fraction"):
         del older["optimizer"][key]
     written = tmp_path / "config.yaml"
@@ -249,4 +249,4 @@ def test_what_may_change_on_resuming() -> None:
     grids = override(recipe, {"train.sample_every": 7, "samples.count": 4, "samples.steps": 9})
     assert changed_keys(old, grids) == []
     begun_in = override(recipe, {"train.mixed_precision": "bf16"}).to_dict()
-    assert changed_keys(begun_in, recipe) == []  # auto goes on in the precision of the run
+    assert changed_keys(begun_in, recipe) == []  # auto continues in the run's precision

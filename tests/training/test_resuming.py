@@ -1,4 +1,4 @@
-"""Runs that were stopped or killed resume bit for bit, or are refused; the same commands leave the same bytes."""
+"""Stopped or killed runs resume bit for bit or are refused; the same commands write the same bytes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ RUNS = {
 }
 
 
-def test_a_run_goes_on_from_any_step_bit_for_bit(tiny, train, finished) -> None:
+def test_a_run_resumes_from_any_step_bit_for_bit(tiny, train, finished) -> None:
     each = ("--train.checkpoint_every", "1", "--train.keep_last", "9")
     whole = finished("whole", *each)
     for step in range(1, 6):
@@ -42,7 +42,7 @@ def test_a_run_goes_on_from_any_step_bit_for_bit(tiny, train, finished) -> None:
 
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
-def test_a_run_of_every_kind_goes_on_bit_for_bit(options: tuple[str, ...], tiny, train, finished) -> None:
+def test_a_run_of_every_kind_resumes_bit_for_bit(options: tuple[str, ...], tiny, train, finished) -> None:
     whole, cut = finished("whole", *options), cut_off(finished("cut", *options))
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # truncated as by a crash
@@ -51,7 +51,7 @@ def test_a_run_of_every_kind_goes_on_bit_for_bit(options: tuple[str, ...], tiny,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_bit_for_bit(number: int, tiny, train, finished, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(number: int, tiny, train, finished, tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="stopped after step 4") as stopped:
         train(tiny("cut"), at_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
     assert stopped.value.signal_number == number
@@ -77,7 +77,7 @@ def test_a_new_run_writes_over_no_pipelines_of_another(tiny, train) -> None:
         with pytest.raises(InputError, match="has pipelines and no checkpoint"):
             Trainer(tiny("run", *start))
     assert {file: file.read_bytes() for file in before} == before
-    shutil.rmtree(run / "pipelines" / "step-00000006")  # now as killed between its first pipeline and checkpoint
+    shutil.rmtree(run / "pipelines" / "step-00000006")  # as if killed between its first pipeline and checkpoint
     with pytest.raises(InputError, match="has pipelines and no checkpoint"):
         Trainer(tiny("run", "--init_from", str(run)))
     assert train(tiny("run")).step == 6
@@ -104,7 +104,7 @@ def test_changed_recipes_are_refused_by_name(tiny, train, finished) -> None:
     assert trainer.step == 7
 
 
-def test_what_a_killed_run_left_half_written_is_removed(tiny, finished) -> None:
+def test_half_written_files_of_a_killed_run_are_removed(tiny, finished) -> None:
     left = finished("run") / "checkpoints" / ".step-00000003.elsewhere.1.partial"
     left.mkdir()
     (left / "model.safetensors").write_text("half")
@@ -131,7 +131,7 @@ def test_checkpoints_of_other_models_and_data_are_refused(tiny, finished) -> Non
         Trainer(tiny("run"))
 
 
-def test_a_run_of_randomness_1_is_not_trained_on(tiny, train) -> None:
+def test_a_run_of_randomness_1_is_not_trained_further(tiny, train) -> None:
     run = train(tiny("run")).folder.path
     make_version_1(run)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.suffix in (".json", ".jsonl")}
@@ -143,7 +143,7 @@ def test_a_run_of_randomness_1_is_not_trained_on(tiny, train) -> None:
     new = train(tiny("new", "--init_from", str(run), "--train.max_steps", "1")).folder
     assert read_state(new.checkpoints / "step-00000001")["randomness"] == 2
     assert json.loads((new.pipelines / "step-00000001" / "training.json").read_text())["randomness"] == 2
-    shutil.rmtree(run / "pipelines" / "step-00000006")  # as killed between its first pipeline and its first checkpoint
+    shutil.rmtree(run / "pipelines" / "step-00000006")  # as if killed between its first pipeline and checkpoint
     with pytest.raises(InputError, match="has pipelines and no checkpoint"):
         Trainer(tiny(cut_off(run, 0).name))
 
@@ -156,7 +156,7 @@ def test_a_run_in_use_is_refused(tiny) -> None:
 
 
 class Clock:
-    """Time that passes only in sleep; the folder's lock is seen after so many seconds."""
+    """A clock that advances only in sleep; the folder's lock is visible after `appears_after` seconds."""
 
     def __init__(self, appears_after: float):
         self.now, self.appears_after, self.asked = 0.0, appears_after, False
@@ -173,19 +173,19 @@ class Clock:
 def test_a_folder_may_appear_as_late_as_nfs_shows_it(
     appears_after: float, lines: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, told = Clock(appears_after), []
+    clock, messages = Clock(appears_after), []
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(folder, "lock_text", clock.lock_text)
     if lines is None:
         with pytest.raises(InputError, match="all machines must share it"):
-            check_shared(folder, Accelerator(cpu=True), told.append)
+            check_shared(folder, Accelerator(cpu=True), messages.append)
         assert clock.now == pytest.approx(90, abs=1)
     else:
-        check_shared(folder, Accelerator(cpu=True), told.append)
+        check_shared(folder, Accelerator(cpu=True), messages.append)
         assert clock.now == appears_after
-        assert len(told) == lines
-        assert all(re.fullmatch(rf"waiting up to 90 s for {tmp_path} to appear on \S+", line) for line in told)
+        assert len(messages) == lines
+        assert all(re.fullmatch(rf"waiting up to 90 s for {tmp_path} to appear on \S+", line) for line in messages)
 
 
 def test_the_same_commands_twice_leave_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

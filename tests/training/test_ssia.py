@@ -1,4 +1,4 @@
-"""SSIA, a loss of training alone: its formula, what it teaches, and trainings of diffusion models and classifiers."""
+"""SSIA, a loss used only in training: its formula, its gradients, and training of diffusion models and classifiers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -37,7 +37,7 @@ def wrapped(network: Callable[[], Any]) -> Callable[[], nn.Module]:
     return lambda: AttachedModel.from_backbone(network(), "none")
 
 
-# Network, its stages of two places or more, and whether a place is what its module is given.
+# Network, its stages with two or more places, and whether a place is its module's input.
 MIDDLE = ["down_blocks.1.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1"]
 UNET = [[*MIDDLE, "up_blocks.0.resnets.0", "up_blocks.0.resnets.1"], ["up_blocks.1.resnets.0", "up_blocks.1.resnets.1"]]
 UNET = [[f"network.{name}" for name in stage] for stage in UNET]
@@ -77,7 +77,7 @@ def output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 
 
 def watch(model: nn.Module, name: str) -> dict[str, list[Tensor]]:
-    """Fills in, by hooks of its own, each image's channels, averaged place by place, of the pass that comes."""
+    """Records, with its own hooks, each image's channels averaged over positions, in the next forward pass."""
     _, stages, is_input = NETWORKS[name]
     seen: dict[str, list[Tensor]] = {}
 
@@ -124,7 +124,7 @@ def test_loss_is_the_formula_at_the_places(name: str, unit: str) -> None:
 
 
 @EACH
-def test_outputs_weights_and_later_draws_are_those_without(name: str, unit: str) -> None:
+def test_outputs_weights_and_later_draws_are_unchanged(name: str, unit: str) -> None:
     plain, guided = build(name, unit), build(name, unit)
     before = torch.random.get_rng_state()
     guidance = Guidance(guided, reduction=4, seed=3)
@@ -136,7 +136,7 @@ def test_outputs_weights_and_later_draws_are_those_without(name: str, unit: str)
         expected = output(plain.train(training), given(name))
         torch.manual_seed(1)
         assert torch.equal(output(guided.train(training), given(name)), expected)
-        assert (guidance.loss is not None) == training  # in evaluation nothing is computed
+        assert (guidance.loss is not None) == training  # nothing is computed in evaluation mode
         guidance.loss = None
     torch.testing.assert_close(without_heads(guided.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
 
@@ -153,7 +153,7 @@ def test_units_decide_the_places_where_they_are_attached() -> None:
     assert [head[0].in_features for head in model.ssia_heads] == [32]
 
 
-def test_the_last_of_a_stage_teaches_and_is_not_taught() -> None:
+def test_the_last_block_of_a_stage_is_a_target_without_gradients() -> None:
     model = build("uvit", "none")
     guidance = Guidance(model, reduction=4, seed=3)
     model.train()(*given("uvit"))
@@ -173,7 +173,7 @@ def test_recomputation_counts_the_loss_once(name: str, unit: str) -> None:
         if checkpointing:
             model.enable_gradient_checkpointing()
         losses = []
-        for number in range(2):  # two passes, then the backward passes that run parts again
+        for number in range(2):  # two forward passes, then the backward passes that recompute parts
             prediction = output(model, given(name, number))
             losses.append(prediction.square().mean() + 10 * guidance.take())
         found.append(gradients(model, *losses))
@@ -195,13 +195,13 @@ def test_compiled_networks_give_the_same_gradients_as_one_graph() -> None:
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-# Trainings: of two backbones, and of a classifier with two blocks a stage.
+# Training of two backbones, and of a classifier with two blocks per stage.
 
 WEIGHT = ("--ssia.weight", "0.5")
 TRAININGS = {
     "uvit": (),
     "unet2d": (*BACKBONES["unet2d"], "--model.attention", "none"),
-    # Channels last would round otherwise.
+    # Channels last would round differently.
     "classifier": ("--model.backbone", "cifar-resnet14-basic", "--train.channels_last", "false"),
 }
 Train = Callable[..., Trainer]
@@ -249,10 +249,10 @@ def test_a_saved_classifier_has_no_heads_and_resumes_bit_for_bit(train_kind: Tra
 
 
 @pytest.mark.parametrize("kind", ["uvit", "classifier"])
-def test_the_first_loss_is_the_twins_and_the_weighted_loss(kind: str, train_kind: Train, tmp_path: Path) -> None:
+def test_the_first_loss_is_the_twins_plus_the_weighted_loss(kind: str, train_kind: Train, tmp_path: Path) -> None:
     first = {}
     for weight in ("0", "0.5", "1"):
-        reduction = "3" if weight == "0" else "4"  # 3 is one that no head could have
+        reduction = "3" if weight == "0" else "4"  # no head could have 3
         options = ("--ssia.weight", weight, "--ssia.reduction", reduction)
         train_kind(kind, weight, *options, "--train.max_steps", "1")
         first[weight] = metrics(tmp_path / weight)[0]["loss"]
@@ -262,7 +262,7 @@ def test_the_first_loss_is_the_twins_and_the_weighted_loss(kind: str, train_kind
     assert_same_tensors(tmp_path / "0", tmp_path / "without", 1)
 
 
-def test_older_runs_had_none(tiny: Callable[..., Experiment]) -> None:
+def test_older_runs_count_as_trained_without(tiny: Callable[..., Experiment]) -> None:
     old = tiny("run").to_dict()
     del old["ssia"]
     assert changed_keys(old, tiny("run")) == []

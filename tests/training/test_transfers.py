@@ -1,4 +1,4 @@
-"""A step never waits for a GPU: looked at on a CPU, by running it on fake CUDA tensors that know their device only."""
+"""A step never waits for a GPU, checked on a CPU by running it on fake CUDA tensors, which hold no data."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from tests.training.conftest import TINY, Recorder
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 ASKING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default, aten.masked_select.default}
-"""Operators that wait for what a GPU has computed."""
+"""Operators that wait for a GPU's results."""
 
 
 def _fakes_need_a_driver() -> bool:
-    """Whether this torch (2.9 is one) asks the CUDA driver for a device where a fake CUDA tensor is indexed."""
+    """Whether this torch (such as 2.9) needs the CUDA driver to index a fake CUDA tensor."""
     try:
         with FakeTensorMode():
             torch.empty(1, device=GPU)[:, None]
@@ -39,22 +39,22 @@ pytestmark = pytest.mark.skipif(_fakes_need_a_driver(), reason="indexing a fake 
 
 
 class Waits(TorchDispatchMode):
-    """Notes each operator that waits for the GPU, and each that makes float64 numbers on it."""
+    """Records each operator that waits for the GPU, and each that creates float64 numbers on it."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
         self.fake = fake
         self.found: list[str] = []
         self.copies = 0
-        """From the CPU to the GPU."""
+        """Copies from the CPU to the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._as_fake, (args, kwargs or {}))
-        if func is aten._pin_memory.default:  # which fake tensors don't have
+        if func is aten._pin_memory.default:  # fake tensors don't support it
             pinned = args[0].clone()
             pinned.is_pinned_copy = True
             return pinned
-        if func is aten._fused_sgd_.default:  # nor has it an imitation for them
+        if func is aten._fused_sgd_.default:  # this has no fake implementation either
             return None
         result = func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -87,7 +87,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of_steps(experiment: Experiment | Task, monkeypatch: pytest.MonkeyPatch, steps: int = 2) -> Waits:
-    """What a trainer's steps wait for on a fake GPU; the backward pass is left out, which takes a real one."""
+    """What a trainer's steps wait for on a fake GPU, without the backward pass, which needs a real one."""
     trainer = Trainer(experiment, Recorder())
     trainer.folder.unlock()
     draw = trainer.task.draw
