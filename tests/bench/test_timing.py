@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fid import make_folders, of_folders, side_by_side
+from fid import check_agreement, make_folders, of_folders, side_by_side
 from run import _parser, _precision
 from timing import (
     STEPS,
@@ -130,13 +130,15 @@ def test_a_coarse_contender_is_compared_in_exact_float32_and_timed_coarse(coarse
         settings.append(backends.mkldnn.conv.fp32_precision)
         return float(F.conv2d(images, weight).double().square().mean() - 141.9)
 
-    found = side_by_side("a convolution", {"ours": lambda: exact, "theirs": theirs}, 1, 2, CPU)
-    assert settings == ["ieee", "bf16", "bf16", "bf16"] and len(found.timings[1].seconds) == 2
+    runs = {"ours": lambda: exact, "theirs": theirs}
+    check_agreement(runs)
+    found = side_by_side("a convolution", runs, 1, 2, CPU)
+    assert settings == ["ieee", "bf16", "bf16"] and len(found.timings[1].seconds) == 2
 
 
 def test_contenders_that_disagree_are_named() -> None:
     with pytest.raises(AssertionError, match=r"they disagree: .*'theirs': 1.01"):
-        side_by_side("two numbers", {"ours": lambda: 1.0, "theirs": lambda: 1.01}, 1, 1, CPU)
+        check_agreement({"ours": lambda: 1.0, "theirs": lambda: 1.01})
 
 
 def test_contenders_measure_the_same_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
