@@ -1,4 +1,4 @@
-"""What each analysis of trained runs consists of: what it measures, draws and prints."""
+"""The parts of an analysis of trained runs: what it measures, draws and prints."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -90,7 +90,7 @@ class ClassMeans:
     def __init__(self, num_blocks: int, num_times: int, channels: int):
         self.shape = (num_blocks, num_times, channels)
         self.sums: dict[int, Values] = {}
-        self.counts: dict[int, int] = {}  # of images, at each time
+        self.counts: dict[int, int] = {}  # images per class
 
     def add(self, h: Values, time: int, labels: npt.NDArray[np.int64]) -> None:
         """Adds maps (L, B, N) at the time with this index, of images of these classes (B,)."""

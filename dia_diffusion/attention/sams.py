@@ -199,7 +199,7 @@ PYRAMID = (1, 2, 4)  # sides of the adaptive average pools
 class SpatialPyramidAttention(OneMapModule):
     """sigmoid(W2 relu(W1 p)) of p, the concatenated pools of sides 1, 2 and 4: 22 N^2/r parameters without biases.
 
-    Pools over the grid of patches: prefix tokens are left out whatever `num_unpooled_tokens` says.
+    Pools over the grid of patches: prefix tokens are left out regardless of `num_unpooled_tokens`.
 
     Args:
         channels: N.

@@ -46,7 +46,7 @@ class ImageOptions(RunOptions):
     """Times, distributed as in training; a classifier has none."""
 
     def over(self, progress: Callable[[int], None]) -> "Coverage":
-        """What the analysis goes over."""
+        """The images and times that the analysis covers."""
         from dia_diffusion.analysis.run import Coverage
 
         return Coverage(self.images, self.times, self.seed, progress=progress)
@@ -64,7 +64,7 @@ class ImportanceOptions(ImageOptions):
     """Measures with random forests which earlier blocks predict a block's attention map (Fig. 11)."""
 
     samples: int = Field(20_000, ge=100)
-    """Samples to fit each forest on; it is scored on as many others."""
+    """Samples to fit each forest on, and an equal number to score it on."""
 
     def over(self, progress: Callable[[int], None]) -> "Coverage":
         return replace(super().over(progress), num_samples=self.samples)
@@ -91,7 +91,7 @@ class GradientsOptions(RunOptions):
     """Averaged weights, or the raw weights of checkpoints."""
 
     def over(self, progress: Callable[[int], None]) -> "GradientBatches":
-        """What the analysis goes over."""
+        """The batches that the analysis covers."""
         from dia_diffusion.analysis.run import GradientBatches
 
         return GradientBatches(self.batches, self.batch_size, self.seed, progress)

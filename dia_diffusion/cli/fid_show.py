@@ -1,4 +1,4 @@
-"""`dia-diffusion fid --show`: a page of samples beside their nearest reference images, and the best and worst."""
+"""`dia-diffusion fid --show`: a page of samples next to their nearest reference images, and the best and worst."""
 
 import base64
 import io

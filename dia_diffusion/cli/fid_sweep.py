@@ -147,7 +147,7 @@ def _write(
     best: "list[tuple[dict[str, Any], EvaluationRecord]]",
     figure: Path,
 ) -> None:
-    """The figure of one or two settings, and the points as JSON beside it."""
+    """The figure of one or two settings, and the points as JSON next to it."""
     from dia_diffusion.figures import Figure
     from dia_diffusion.plotting import save_figure
 

@@ -151,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
 def load_arrays(data: bytes) -> Any:
     """The pickled value, with text of Python 2 as bytes and arrays as PickledArray.
 
-    Raises pickle.UnpicklingError for anything else that needs code, and whatever pickle raises for broken data.
+    Raises pickle.UnpicklingError for anything else that needs code, and any error of pickle for broken data.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):

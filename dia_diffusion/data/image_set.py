@@ -92,7 +92,7 @@ class ImageSet:
     images: Pixels | None = None
     """(N, C, H, W), 0..255, in memory or a read-only memory map; None if images are decoded at each read."""
     source: ImageSource | None = None
-    """What images are decoded from at each read."""
+    """The source that images are decoded from at each read."""
 
     def __len__(self) -> int:
         return len(self.images if self.source is None else self.source.names)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class MetricInputs:
     """Statistics of the images' spatial features."""
     reference_spatial: Moments | None = None
     held_out_features: Tensor | None = None
-    """(N, D), of as many real images outside the reference."""
+    """(N, D), of an equal number of real images outside the reference."""
 
 
 @dataclass(frozen=True)

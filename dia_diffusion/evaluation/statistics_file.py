@@ -38,7 +38,7 @@ TEXTS = ("source", "images_hash", "features", "features_hash")
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """What a file of statistics holds."""
+    """The contents of a file of statistics."""
 
     path: Path
     statistics: FeatureStatistics | GivenMoments
