@@ -1,7 +1,7 @@
-"""What of the attention map h a trained model needs: its loss with h replaced by what h is on average.
+"""Which dependences of the attention map h a trained model needs: its loss with h replaced by averages of h.
 
-A mean over images can't know the image any more; one over times nor the time, one over channels nor the channel. The
-network itself stays: it was trained with its own h, so this tells what it uses, not what it could do without.
+A mean over images no longer depends on the image; if it is also taken over times or channels, it doesn't depend on
+those either. The network is not retrained: this shows what it uses of its own h, not what it could do without.
 """
 
 import math
@@ -22,7 +22,7 @@ from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.attention.layers import recalibrate
 from dia_diffusion.figures import Axis, Figure, Panel, Series, images_axis
 
-# what h still depends on -> the axes of its mean over images (L, T, N) that it is averaged over as well
+# what h still depends on -> the axes of its mean over images (L, T, N) that are averaged too
 REPLACEMENTS: dict[str, tuple[int, ...]] = {
     "h by block, time, channel": (),
     "h by block, channel": (1,),
@@ -32,14 +32,14 @@ REPLACEMENTS: dict[str, tuple[int, ...]] = {
 
 
 def replacement(moments: MapMoments, axes: tuple[int, ...]) -> Tensor:
-    """The map (T, L, N), float32, in h's place: its mean over images and over these axes of (L, T, N)."""
+    """The map (T, L, N), float32, that replaces h: its mean over images and over these axes of (L, T, N)."""
     mean = moments.mean.mean(axis=axes, keepdims=True)
     return torch.from_numpy(np.broadcast_to(mean, moments.mean.shape).copy()).float().transpose(0, 1)
 
 
 @contextmanager
 def replaced_maps(units: Sequence[nn.Module], maps: Sequence[Tensor]) -> Iterator[None]:
-    """While it lasts, each unit multiplies the features in each of its blocks with a row of its (L, N) instead of h."""
+    """Inside the context, each unit multiplies the features of its L blocks by the rows of its map (L, N), not by h."""
     with ExitStack() as hooks:
         for unit, rows in zip(units, maps, strict=True):
             hooks.callback(unit.register_forward_hook(partial(_replace, cycle(rows))).remove)
@@ -61,9 +61,9 @@ def losses(
     coverage: Coverage,
     during: Callable[[int], AbstractContextManager[object]] = lambda time: nullcontext(),
 ) -> Tensor:
-    """The run's own loss (T, I), float64, of each image of the draws with its noise at each of the T covered times.
+    """The training loss (T, I), float64, of each drawn image with its noise at each of the T covered times.
 
-    during: what is replaced while the network runs at the time of that index.
+    during: index of a time -> the context in which the network runs at that time.
     """
     measured = torch.empty(run.num_times(coverage.num_times), len(draws.indices), dtype=torch.float64)
     for batch in run.batches(draws, coverage):
@@ -73,10 +73,10 @@ def losses(
 
 
 def compared(own: Tensor, replaced: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """For a record: the mean of each name's losses (T, I), and its difference to `own`, with standard errors.
+    """For a record: the mean of each named loss (T, I), and its difference from `own`, with standard errors.
 
-    An image's loss is its mean over times. Errors are those of a mean over images: the difference is taken image by
-    image, so its error is far smaller than the losses'.
+    An image's loss is its mean over times; standard errors are over images. Differences are taken image by image, so
+    their errors are far smaller than the errors of the losses.
     """
     before = own.mean(0)
     record = {}
@@ -98,7 +98,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 
 def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
-    """The means are those of the drawn images, the losses those of as many others, at the same times."""
+    """Takes means on the drawn images and measures losses on an equal number of other images, at the same times."""
     draws = run.draw(coverage.seed, 1, coverage.num_images)
     units = [stage.unit for stage in attended_stages(model) if stage.unit is not None]
     moments = measure_maps(run, model, coverage)
@@ -128,7 +128,7 @@ def describe(record: Record) -> Iterator[str]:
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """A column per run: the loss with h and with each replacement over training, and how much higher that is."""
+    """A column per run: the loss over training with h and with each replacement, and the increase in percent."""
     losses: list[list[Series]] = []
     rises: list[list[Series]] = []
     for run in runs:
@@ -146,7 +146,7 @@ def draw(runs: Sequence[Record]) -> Figure:
 
 
 def rise(steps: Sequence[Record], name: str, style: int) -> Series:
-    """How much higher than its own the loss is with a replacement, in percent, with two standard errors."""
+    """The increase of the loss over the model's own with a replacement, in percent, with two standard errors."""
     own = [step["losses"]["own"]["loss"] for step in steps]
     rises, errors = (
         [100 * step["losses"][name][key] / loss for step, loss in zip(steps, own, strict=True)]
@@ -157,7 +157,7 @@ def rise(steps: Sequence[Record], name: str, style: int) -> Series:
 
 
 def rise_axis(label: str, rises: Sequence[Series]) -> Axis:
-    """Percent from below 1 to above 100: linear near 0, logarithmic from there."""
+    """An axis for percentages from below 1 to above 100: linear near 0, logarithmic beyond."""
     return Axis(label, "symlog", low=min([0.0, *(low for series in rises for low in series.low or () if low)]))
 
 

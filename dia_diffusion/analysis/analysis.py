@@ -1,4 +1,4 @@
-"""What each analysis of trained runs consists of: what it measures, draws and prints."""
+"""The parts of an analysis of trained runs: what it measures, draws and prints."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def quantiles(histogram: npt.NDArray[np.int64], lowest: float, highest: float) -> dict[str, float] | None:
-    """QUANTILES of a histogram with equal bins, good to a bin; None if it is empty."""
+    """QUANTILES of a histogram with equal bins, accurate to one bin; None if it is empty."""
     if not histogram.any():
         return None
     below = np.concatenate([[0], np.cumsum(histogram)]) / histogram.sum()
@@ -29,31 +29,31 @@ def quantiles(histogram: npt.NDArray[np.int64], lowest: float, highest: float) -
 
 @dataclass(frozen=True)
 class Analysis:
-    """An analysis of trained runs. Its `over` is a Coverage, or GradientBatches."""
+    """An analysis of trained runs. `over` is a Coverage or GradientBatches."""
 
     measure: Callable[[TrainedRun, nn.Module, Any], Record]
-    """(run, network of a step, over) -> what the record has of the step."""
+    """(run, network of a step, over) -> the record's fields for the step."""
     draw: Callable[[Sequence[Record]], Figure | matplotlib.figure.Figure]
     """The records of runs -> the figure."""
     describe: Callable[[Record], Iterator[str]]
-    """The last step of a run's record in lines of text."""
+    """Lines of text about the last step of a run's record."""
     about: Callable[[TrainedRun, Any], Record] = lambda run, over: {}
-    """(run, over) -> what the record has of the whole run."""
+    """(run, over) -> the record's fields for the whole run."""
     choose_steps: Callable[[TrainedRun, Sequence[int] | None, str], list[int]] = TrainedRun.with_first
-    """(run, steps asked for or None, weights) -> those to measure."""
+    """(run, requested steps or None, weights) -> the steps to measure."""
     needs_unit: bool = True
     passes: int = 1
-    """How often it goes over all images and times in a step."""
+    """Passes over all images and times per step."""
     held_out: bool = False
-    """Whether what is fitted on the drawn images is measured on as many others."""
+    """Whether fits on the drawn images are evaluated on an equal number of other images."""
 
     def of_run(
         self, run: TrainedRun, steps: Sequence[int] | None = None, over: Any = DEFAULT_COVERAGE, weights: str = "ema"
     ) -> Record:
         """A run's record.
 
-        steps: if None, those that the analysis chooses of all with saved weights.
-        weights: "ema", the averaged ones, or "raw", those that were trained.
+        steps: None lets the analysis choose among the steps with saved weights.
+        weights: "ema", the averaged weights, or "raw", the trained ones.
 
         Raises:
             InputError: the run has no unit or too few images, or no weights of a step.

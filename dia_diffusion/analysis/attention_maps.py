@@ -1,7 +1,7 @@
 """The attention map h over depth, time, class, image and channel: what a unit does in a trained network.
 
 Is h an attention at all? Its variance is split by the law of total variance, over blocks l, channels n, times t and
-images i, each block counting alike, and within a block each value:
+images i, with equal weight for each block and for each value within a block:
 
     Var(h) = Var_l E[h|l] + E_l Var_n E[h|l,n] + E_ln Var_t E[h|l,n,t] + E_lnt Var_i h
              blocks         channels             times                   images
@@ -9,13 +9,13 @@ images i, each block counting alike, and within a block each value:
 A learned scalar per block could do what the first term does, a learned vector of channels per block the first two, and
 such a vector that depends on the time the first three. Only the last needs the features.
 
-How much of that last one do classes explain? At each block, channel and time, with n_c of I images in class c, C
+How much of the last term do classes explain? At each block, channel and time, with n_c of I images in class c, C
 classes, and means m_c and m:
 
     between = sum_c n_c (m_c - m)^2,   total = sum_i (h_i - m)^2,   share = between / total
 
-with both sums pooled over blocks, channels and times. Classes that mean nothing reach (C - 1) / (I - 1) on average;
-`adjusted` is 1 - (1 - share) (I - 1) / (I - C), which is then 0 (Kelley's epsilon squared, the adjusted R^2).
+with both sums pooled over blocks, channels and times. Random classes reach (C - 1) / (I - 1) on average; `adjusted` is
+1 - (1 - share) (I - 1) / (I - C), which is then 0 (Kelley's epsilon squared, the adjusted R^2).
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,9 +43,9 @@ Values = npt.NDArray[np.float64]
 
 
 def attention_maps(model: nn.Module, *inputs: Any) -> Tensor:
-    """h (L, B, N), float32, of each of the L blocks that carry the unit, of a network that is one stage.
+    """h (L, B, N), float32, of the L blocks that carry the unit, for a network with a single stage.
 
-    inputs: what the network is called with, for a UViT noisy samples (B, C, H, W), network times (B,) and labels.
+    inputs: of the network; for a UViT, noisy samples (B, C, H, W), network times (B,) and labels.
 
     Raises:
         InputError: the network has no unit.
@@ -58,9 +58,9 @@ def attention_maps(model: nn.Module, *inputs: Any) -> Tensor:
 def map_stream(
     run: TrainedRun, model: nn.Module, coverage: Coverage, number: int = 0
 ) -> Iterator[tuple[Batch, list[Values]]]:
-    """Each batch with h (L, B, N) of each stage with a unit.
+    """Yields each batch with h (L, B, N) of each stage with a unit.
 
-    number: of the draws; those of another number are other images.
+    number: of the draws; a different number draws different images.
     """
     stages = attended_stages(model)
     draws = run.draw(coverage.seed, number, coverage.num_images)
@@ -76,11 +76,11 @@ class MapMoments:
     variance: Values
 
     def block(self, index: int) -> "MapMoments":
-        """Those of one block alone."""
+        """The moments of a single block."""
         return MapMoments(self.mean[index : index + 1], self.variance[index : index + 1])
 
     def center(self, h: Values, time: int) -> Values:
-        """Maps (L, B, N) less each channel's mean over images at their time: what only the image can explain."""
+        """Maps (L, B, N) minus each channel's mean over images at this time: the part that only the image explains."""
         return h - self.mean[:, time, None]
 
 
@@ -90,10 +90,10 @@ class ClassMeans:
     def __init__(self, num_blocks: int, num_times: int, channels: int):
         self.shape = (num_blocks, num_times, channels)
         self.sums: dict[int, Values] = {}
-        self.counts: dict[int, int] = {}  # of images, at each time
+        self.counts: dict[int, int] = {}  # images per class
 
     def add(self, h: Values, time: int, labels: npt.NDArray[np.int64]) -> None:
-        """Adds maps (L, B, N) at the time of that index, of images of these classes (B,)."""
+        """Adds maps (L, B, N) at the time with this index, of images of these classes (B,)."""
         for label in map(int, np.unique(labels)):
             of_class = h[:, labels == label]
             self.sums.setdefault(label, np.zeros(self.shape))[:, time] += of_class.sum(axis=1)
@@ -101,7 +101,7 @@ class ClassMeans:
 
     @staticmethod
     def summary(stages: Sequence["ClassMeans"], moments: Sequence[MapMoments], names: Sequence[str] | None) -> Record:
-        """For a record, of all stages and of each block: the share; each class's mean h less that of all images."""
+        """For a record: the share, in total and by block; each class's mean h minus the mean h of all images."""
         counts = stages[0].counts
         labels, images = sorted(counts), sum(counts.values())
         between, total, deviations = [], [], []
@@ -127,9 +127,9 @@ class ClassMeans:
 def measure_maps(
     run: TrainedRun, model: nn.Module, coverage: Coverage, classes: Sequence[ClassMeans] | None = None
 ) -> list[MapMoments]:
-    """The moments, for each stage with a unit, of h over the covered images, each with one noise.
+    """The moments of h over the covered images for each stage with a unit; each image has one noise sample.
 
-    classes: one for each such stage, which the maps are added to.
+    classes: one per such stage; the maps are added to it.
     """
     stages, num_times = attended_stages(model), run.num_times(coverage.num_times)
     sums = [np.zeros((2, len(stage.attended), num_times, stage.channels)) for stage in stages]
@@ -144,12 +144,12 @@ def measure_maps(
 
 
 def split_variance(stages: Sequence[MapMoments]) -> dict[str, float]:
-    """The four terms of the variance over all of h, each block counting alike; their sum is the variance."""
+    """The four terms of the variance of h, with equal weight for each block; their sum is the variance."""
     by_channel = [moments.mean.mean(axis=1) for moments in stages]  # (L, N)
     within = [
         (blocks.var(axis=1), moments.mean.var(axis=1).mean(axis=1), moments.variance.mean(axis=(1, 2)))
         for blocks, moments in zip(by_channel, stages, strict=True)
-    ]  # three times (L,) a stage
+    ]  # three arrays (L,) per stage
     channels, times, images = (float(np.concatenate(terms).mean()) for terms in zip(*within, strict=True))
     between = float(np.concatenate([blocks.mean(axis=1) for blocks in by_channel]).var())
     return {"blocks": between, "channels": channels, "times": times, "images": images}
@@ -158,7 +158,7 @@ def split_variance(stages: Sequence[MapMoments]) -> dict[str, float]:
 def summary(moments: Sequence[MapMoments]) -> Record:
     """The numbers of one step: means by block and time, the range over channels, shares of variance.
 
-    The blocks of all stages follow each other.
+    The blocks of all stages are concatenated.
     """
     by_channel = [each.mean.mean(axis=1) for each in moments]  # (L, N)
     low, high = np.concatenate([np.percentile(blocks, RANGE, axis=1) for blocks in by_channel], axis=1)
@@ -202,7 +202,7 @@ def _about(run: TrainedRun, coverage: Coverage) -> Record:
 
 
 def describe(record: Record) -> Iterator[str]:
-    """h by block and the shares of its variance at the last step; what classes explain."""
+    """At the last step: h by block, the shares of its variance, and the share that classes explain."""
     last = record["steps"][-1]
     shares = ", ".join(f"{name} {share:.1%}" for name, share in last["shares"].items())
     by_block = " ".join(f"{mean:.3f}" for mean in last["mean_by_block"])
@@ -216,11 +216,11 @@ def describe(record: Record) -> Iterator[str]:
 # ---- figure
 
 LABELS = {"blocks": "between blocks", "channels": "channels", "times": "times", "images": "images"}
-MOST_CLASSES = 12  # a panel's
+MOST_CLASSES = 12  # per panel
 
 
 def draw(runs: Sequence[Record]) -> matplotlib.figure.Figure:
-    """A column per run: h over depth for each step, where its variance lies over training, h over time and by class."""
+    """A column per run: h over depth at each step, its variance shares over training, h over time and by class."""
     ends = ("low_by_block", "high_by_block")
     depth = _h_axis([0, *(h for run in runs for step in run["steps"] for end in ends for h in step[end])])
     by_time = [blocks for run in runs if run["has_times"] for blocks in run["steps"][-1]["mean_by_block_and_time"]]
@@ -242,7 +242,7 @@ def draw(runs: Sequence[Record]) -> matplotlib.figure.Figure:
 
 
 def _h_axis(values: Sequence[float]) -> Axis:
-    """With room for these values; one axis for all runs."""
+    """An axis with room for these values, the same for all runs."""
     low, high = min(values, default=0), max(values, default=1)
     room = 0.05 * (high - low)
     return Axis("attention map h", low=low and low - room, high=high + room)
@@ -287,7 +287,7 @@ def _draw_times(run: Record, y: Axis) -> Panel:
 
 
 def _draw_classes(run: Record) -> Panel:
-    """How far each class's mean h lies from that of all images, by block; if there are many, the most frequent ones."""
+    """Each class's mean h minus that of all images, by block; of many classes, only the most frequent."""
     classes = run["steps"][-1]["classes"]
     shown = sorted(sorted(range(len(classes["names"])), key=lambda c: -classes["counts"][c])[:MOST_CLASSES])
     values = 1000 * np.array(classes["deviation_by_class_and_block"])[shown]

@@ -4,10 +4,10 @@ For an image x and blocks i < j of one stage (the same channels) with maps h_i(x
 
     r_ij(x) = corr_n(h_i(x)_n, h_j(x)_n)
 
-The paper finds averages above 0.85 for SE and ECA. That alone doesn't show that two blocks attend to the image alike:
-two constant vectors with the same large and small channels correlate as much. So the coefficient is also taken of the
-maps less each channel's mean over images at the same time ("centred"), which no longer have the channels' levels. A
-map with the same value in all channels has no correlation; those are counted.
+The paper finds averages above 0.85 for SE and ECA. That alone doesn't show that two blocks attend to the image in the
+same way: two constant vectors with the same large and small channels correlate just as strongly. So the coefficient is
+also computed after subtracting each channel's mean over images at the same time ("centred"), which removes the
+channels' levels. A map with the same value in all channels has no correlation; such maps are counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,13 +25,13 @@ from dia_diffusion.figures import Area, Axis, Figure, HeatMap, Item, Level, Pane
 
 VARIANTS = ("maps", "centred")
 BINS = 400  # of the coefficients' histogram, over -1..1
-CONSTANT = 1e-6  # deviation over channels, of the map's root mean square, below which a float32 map is constant
+CONSTANT = 1e-6  # a float32 map with a smaller deviation over channels, relative to its root mean square, is constant
 
 
 def pearson(h: Values, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The coefficients (B, L, L) over channels of the maps (L, B, N) of each pair of blocks; NaN where one is constant.
+    """The coefficients (B, L, L) over channels of maps (L, B, N), for each pair of blocks; NaN if one is constant.
 
-    scale: the size (L, B) of the numbers that h was computed from, which its rounding errors go by.
+    scale: the magnitude (L, B) of the numbers that h was computed from, which sets its rounding error.
     """
     apart = h - h.mean(axis=2, keepdims=True)
     norm = np.sqrt(np.square(apart).mean(axis=2))  # (L, B)
@@ -41,7 +41,7 @@ def pearson(h: Values, scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float64
 
 
 class Coefficients:
-    """The distribution over images of the coefficients of each pair of a stage's L blocks; flat in memory."""
+    """The distribution over images of the coefficients of each pair of a stage's L blocks, in constant memory."""
 
     def __init__(self, num_blocks: int):
         self.pairs = np.triu_indices(num_blocks, 1)
@@ -51,7 +51,7 @@ class Coefficients:
         self.histogram = np.zeros(BINS, dtype=np.int64)
 
     def add(self, coefficients: npt.NDArray[np.float64]) -> None:
-        """More of them (B, L, L)."""
+        """Adds coefficients (B, L, L)."""
         of_pairs = coefficients[:, *self.pairs]  # (B, P)
         known = np.isfinite(of_pairs)
         self.sums += np.where(known, of_pairs, 0).sum(axis=0)
@@ -60,7 +60,7 @@ class Coefficients:
         self.histogram += np.histogram(of_pairs[known], bins=BINS, range=(-1, 1))[0]
 
     def summary(self) -> dict[str, Any]:
-        """For a record; quantiles are good to a bin, 2 / BINS. A mean of nothing is None."""
+        """For a record; quantiles are accurate to one bin, 2 / BINS. A mean of no values is None."""
         by_pair = [float(s / c) if c else None for s, c in zip(self.sums, self.counts, strict=True)]
         known = [mean for mean in by_pair if mean is not None]
         matrix: list[list[float | None]] = [[None] * self.num_blocks for _ in range(self.num_blocks)]
@@ -100,7 +100,7 @@ def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
 
 
 def _mean_of_pairs(matrices: Sequence[Sequence[Sequence[float | None]]]) -> float | None:
-    """Each pair counts alike; both halves of a matrix are the same pairs, its diagonal is None."""
+    """The mean with equal weight for each pair; the matrices are symmetric, with None on the diagonal."""
     known = [value for matrix in matrices for row in matrix for value in row if value is not None]
     return float(np.mean(known)) if known else None
 
@@ -129,11 +129,11 @@ def _in_words(means: dict[str, float | None]) -> str:
 TITLES = {"maps": "the maps", "centred": "less channels' means"}
 LEGEND = {"maps": "the maps", "centred": "the maps less each channel's mean over images"}
 PAPERS_MEAN = 0.85
-BINS_DRAWN = 50  # so that few images draw no comb
+BINS_DRAWN = 50  # coarse, so that the histogram of few images has no gaps
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """A row per run and stage of its last step: the maps and the centered ones block by block, their distributions."""
+    """A row per run and stage at the last step: coefficients of each pair of blocks, and their distributions."""
     rows = []
     for run in runs:
         for stage in run["steps"][-1]["stages"]:

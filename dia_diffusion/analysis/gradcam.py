@@ -1,4 +1,4 @@
-"""Where a classifier looks: Grad-CAM (Selvaraju et al. 2017) of its last block, by the library grad-cam (Fig. 9)."""
+"""Where a classifier looks: Grad-CAM (Selvaraju et al. 2017) of its last block, from the grad-cam library (Fig. 9)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ from dia_diffusion.plotting import save_figure
 
 @dataclass(frozen=True)
 class HeatMaps:
-    """What one classifier sees in some images."""
+    """One classifier's heat maps of some images."""
 
     name: str
     maps: npt.NDArray[np.float32]
     """(B, H, W), each from 0 to 1, at the images' size."""
     scores: npt.NDArray[np.float64]
-    """(B,), the softmax's of the class asked about."""
+    """(B,), softmax scores of the explained class."""
     predicted: npt.NDArray[np.int64]
-    """(B,), the class it would choose."""
+    """(B,), the predicted class."""
 
 
 def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: Sequence[int] | None) -> HeatMaps:
-    """Grad-CAM of uint8 images (B, 3, H, W) for a class each; None asks about the class that is predicted.
+    """Grad-CAM of uint8 images (B, 3, H, W) for one class per image; None explains the predicted class.
 
     Raises:
-        InputError: the library is missing, or a class that the classifier doesn't know.
+        InputError: the library is missing, or the classifier doesn't have one of the classes.
     """
     try:
         from pytorch_grad_cam import GradCAM
@@ -52,7 +52,7 @@ def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: S
     predicted = probabilities.argmax(axis=1)
     asked = predicted if classes is None else np.array(classes)
     layer, is_tokens = last_block(classifier.model)
-    # The weights are frozen: it is from the images on that gradients are kept.
+    # The weights are frozen, so the images must require gradients.
     with GradCAM(classifier.model, [layer], reshape_transform=token_grid if is_tokens else None) as cam:
         maps = cam(inputs.requires_grad_(), [ClassifierOutputTarget(int(number)) for number in asked])
     return HeatMaps(name, maps, probabilities[np.arange(len(asked)), asked], predicted)
@@ -61,10 +61,10 @@ def heat_maps(name: str, classifier: SavedClassifier, images: Tensor, classes: S
 def last_block(model: nn.Module) -> tuple[nn.Module, bool]:
     """The layer to explain, and whether its output is tokens (B, 1 + L, N) instead of maps (B, N, H, W).
 
-    Of a ResNet the last block; of a ViT the first norm of the last one, after which only the class token counts.
+    For a ResNet, the last block; for a ViT, the first norm of the last block, after which only the class token matters.
 
     Raises:
-        InputError: a network without blocks that are known.
+        InputError: the network's blocks aren't known.
     """
     block = model.get_submodule(insertion_points(model)[-1].module.rpartition(".")[0])
     return (block.ln_1, True) if isinstance(block, EncoderBlock) else (block, False)
@@ -83,9 +83,9 @@ def draw_heat_maps(
     path: str | Path,
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """A row per image (B, 3, H, W), a column per classifier; the image itself first, with the class asked about.
+    """Draws a row per image (B, 3, H, W): the image with its explained class, then a heat map per classifier.
 
-    Above each heat map is its softmax score, and the predicted class if it is another one.
+    Above each heat map is the softmax score, and the predicted class if it is a different one.
     """
     rows, columns = len(images), 1 + len(heat_maps)
     figure = Figure(figsize=(1.75 * columns, 1.9 * rows + 0.35), layout="constrained")

@@ -3,9 +3,9 @@
 With K batches of B images at the same weights, gradients g_k and their mean m:
 
     S = 1/(K - 1) sum |g_k - m|^2          the trace of a batch gradient's covariance
-    tr(Sigma) = B S                        that of one image's gradient
+    tr(Sigma) = B S                        the same trace for one image's gradient
     |G|^2 = |m|^2 - S / K                  the squared norm of the true gradient; both estimates are unbiased
-    noise scale = tr(Sigma) / |G|^2        images: the batch size at which noise and gradient are equal (eq. 2.9)
+    noise scale = tr(Sigma) / |G|^2        in images: the batch size at which noise and gradient are equal (eq. 2.9)
 """
 
 import math
@@ -25,7 +25,7 @@ from dia_diffusion.training.run_folder import read_metrics
 
 GROUPS = ("all", "unit", "MLPs", "attention", "norms", "others")
 FOLDS = 8
-WINDOWS = 12  # of the norms that training logged
+WINDOWS = 12  # for the norms that training logged
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -42,14 +42,14 @@ def group_of(name: str, owner: nn.Module | None = None) -> str:
 
 
 def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], batch_size: int) -> dict[str, Any]:
-    """group -> its record, from the gradients of several batches' losses at the model's weights, which stay.
+    """Returns group -> record, from the gradients of several batches' losses. The model's weights don't change.
 
-    losses: one function a batch, two or more, each giving the mean loss of batch_size images.
+    losses: one function per batch, two or more, each returning the mean loss of batch_size images.
 
     A record has `parameters`, `batch_gradient_norm` (root mean square over batches), `covariance_trace` (of one image's
     gradient), `squared_gradient_norm` (|G|^2) with its `standard_error` (jackknife over FOLDS parts of the batches),
-    `noise_scale`, and `noise_scale_low` and `noise_scale_high`, where |G|^2 is two standard errors more and less. A
-    noise scale is None if |G|^2 isn't above 0, which takes more batches. Memory: FOLDS values per parameter.
+    `noise_scale`, and `noise_scale_low` and `noise_scale_high`, with |G|^2 two standard errors higher and lower. A
+    noise scale is None if |G|^2 isn't above 0; it then takes more batches. Memory: FOLDS values per parameter.
     """
     named = [
         (group_of(name, model.get_submodule(name.rpartition(".")[0])), parameter)
@@ -86,7 +86,7 @@ def gradient_noise(model: nn.Module, losses: Sequence[Callable[[], Tensor]], bat
 
 
 def _record(squares: Tensor, products: Tensor, counts: Tensor, batch_size: int) -> dict[str, float | None]:
-    """From the folds' sums of |g_k|^2 (F,), the products of their sums of g_k (F, F) and their batches (F,)."""
+    """From each fold's sum of |g_k|^2 (F,), dot products of the folds' sums of g_k (F, F), and batch counts (F,)."""
     trace, squared_norm = _estimates(squares, products, counts)
     kept = [[other for other in range(len(counts)) if other != fold] for fold in range(len(counts))]
     left = torch.tensor([_estimates(squares[k], products[k][:, k], counts[k])[1] for k in kept if counts[k].sum() > 1])
@@ -115,7 +115,7 @@ def _estimates(squares: Tensor, products: Tensor, counts: Tensor) -> tuple[float
 
 
 def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
-    """The noise in float32 and without dropout."""
+    """Measures the noise in float32 and without dropout."""
     model.requires_grad_(True)
 
     def loss(number: int) -> Tensor:
@@ -132,7 +132,7 @@ def _about(run: TrainedRun, over: GradientBatches) -> Record:
 
 
 def logged_norms(metrics: Sequence[dict[str, Any]], windows: int) -> list[dict[str, float]]:
-    """The gradient norms of metrics.jsonl in windows with the same number of lines: mean, and deviation over mean."""
+    """Gradient norms from metrics.jsonl in windows with the same number of lines: mean, and deviation / mean."""
     lines = [line for line in metrics if None not in (line.get("grad_norm"), line.get("loss"))]
     records = []
     for index in range(windows):
@@ -198,7 +198,7 @@ def draw(runs: Sequence[Record]) -> Figure:
 
 
 def _draw_scales(places: Sequence[float], noises: Sequence[Record], style: int, lines: bool = True) -> list[Item]:
-    """Noise scales with their ranges; where the range has no upper end, an arrow at its lower one."""
+    """Noise scales with their ranges; if a range has no upper end, an arrow at its lower end."""
     pairs = list(zip(places, noises, strict=True))
     known = [(place, noise) for place, noise in pairs if noise["noise_scale_high"]]
     scale, low, high = ([noise[f"noise_scale{end}"] for _, noise in known] for end in ("", "_low", "_high"))

@@ -1,10 +1,10 @@
-"""How large the gradients are at each block (Fig. 13): |dL/dx| of the elements of the blocks' outputs.
+"""How large the gradients are at each block (Fig. 13): |dL/dx| for the elements x of the blocks' outputs.
 
-L is the mean training loss of a batch of the run's own size, with the network in training mode. The paper draws the
-distributions at the outputs of stages, of networks without skip connections; here they are taken at every block's
-output, and a run without skips needs a recipe of its own. Gradients spread over many powers of ten: their histogram
-is over log10 |g|, and quantiles are read from it, good to a bin (2.3 %). Elements without gradient, such as those of
-the last block's time token, are counted, and only mean and deviation include them.
+L is the mean training loss of a batch of the run's own size, with the network in training mode. The paper shows the
+distributions at the outputs of stages, for networks without skip connections; here they are measured at every block's
+output, and a run without skips needs its own recipe. Gradients span many orders of magnitude, so their histogram is
+over log10 |g|, and quantiles are read from it with the accuracy of a bin (2.3 %). Elements with zero gradient, such as
+those of the last block's time token, are counted; only the mean and deviation include them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,11 @@ from dia_diffusion.analysis.stages import stages_of
 from dia_diffusion.figures import Area, Axis, Figure, Item, Panel, Series
 
 LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
-RECORDED_BINS_A_DECADE = 20  # which a figure needs
+RECORDED_BINS_A_DECADE = 20  # enough for a figure
 
 
 class Magnitudes:
-    """The distribution of |g| over elements, from sums and a histogram; flat in memory."""
+    """The distribution of |g| over elements, from sums and a histogram, in constant memory."""
 
     def __init__(self) -> None:
         self.count = self.zeros = self.not_finite = 0
@@ -34,7 +34,7 @@ class Magnitudes:
         self.histogram = np.zeros((HIGHEST - LOWEST) * BINS_A_DECADE, dtype=np.int64)
 
     def add(self, gradient: Tensor) -> None:
-        """More elements, of any shape. Those that aren't finite are counted and left out."""
+        """Adds elements of any shape. Those that aren't finite are counted and left out."""
         size = gradient.detach().double().abs().flatten()
         finite = size[torch.isfinite(size)]
         self.not_finite += len(size) - len(finite)
@@ -46,7 +46,7 @@ class Magnitudes:
         self.histogram += np.histogram(logarithms, bins=len(self.histogram), range=(LOWEST, HIGHEST))[0]
 
     def summary(self) -> dict[str, Any]:
-        """For a record: mean and deviation of |g|, quantiles of those not 0, and the filled part of their histogram."""
+        """For a record: mean and deviation of |g|; quantiles and the nonempty part of the histogram of nonzero |g|."""
         mean = self.sum / self.count if self.count else None
         logs = quantiles(self.histogram, LOWEST, HIGHEST)
         recorded = self.histogram.reshape(-1, BINS_A_DECADE // RECORDED_BINS_A_DECADE).sum(axis=1)
@@ -69,7 +69,7 @@ class Magnitudes:
 
 @contextmanager
 def gradients_at(modules: Sequence[nn.Module], called: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While it lasts, called(index, gradient) for what a backward pass brings to each module's output."""
+    """Inside the context, a backward pass calls called(index, gradient) with the gradient at each module's output."""
 
     def keep(index: int, module: nn.Module, given: Any, output: Any) -> None:
         tensor = output[0] if isinstance(output, tuple) else output
@@ -84,7 +84,7 @@ def gradients_at(modules: Sequence[nn.Module], called: Callable[[int, Tensor], N
 
 
 def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record:
-    """A record per block in order of execution: its name, its stage's, whether it ends the stage, and its gradients."""
+    """A record per block in order of execution: its name and stage, whether it ends the stage, and its gradients."""
     model.requires_grad_(True).train()
     stages = stages_of(model)
     blocks = [(stage.name, name, name == stage.blocks[-1]) for stage in stages for name in stage.blocks]
@@ -94,7 +94,7 @@ def _measure(run: TrainedRun, model: nn.Module, over: GradientBatches) -> Record
         gradients_at(outputs, lambda index, gradient: magnitudes[index].add(gradient)),
         torch.random.fork_rng(devices=[]),
     ):
-        torch.manual_seed(over.seed)  # of dropout, where there is any
+        torch.manual_seed(over.seed)  # for dropout
         for number in range(over.num_batches):
             run.training_losses(model, run.draw(over.seed, number, over.size(run))).mean().backward()
             model.zero_grad()
@@ -120,9 +120,9 @@ def describe(record: Record) -> Iterator[str]:
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """The distribution of log10 |g| at each block, runs side by side, for the first step in common and each one's last.
+    """The distribution of log10 |g| at each block, runs side by side, at the first common step and each run's last.
 
-    Of networks of several stages the blocks that end them, as in Fig. 13; of one stage all blocks.
+    Networks with several stages show the last block of each, as in Fig. 13; networks with one stage show all blocks.
     """
     rows = [0, -1] if all(len(run["steps"]) > 1 for run in runs) else [-1]
     blocks = max((_shown(run["steps"][-1]["blocks"]) for run in runs), key=len)

@@ -5,8 +5,8 @@ it is one channel of one image at one time: its t - 1 values in the earlier bloc
 block t. Each block's forest (scikit-learn's) is fitted on some images and scored on others (R^2, held out). Gini
 importance adds up to 1 even if a forest predicts nothing, so it means something only together with R^2.
 
-If channels have different levels, which are the same for every image, a forest learns mostly these. So all is done
-again with the maps less each channel's mean over the fitted images at the same time ("centred"). Correlated
+If channels have different levels that are the same for every image, a forest mostly learns those. So the analysis is
+repeated after subtracting each channel's mean over the fitted images at the same time ("centred"). Correlated
 predictors share their importance.
 """
 
@@ -31,16 +31,16 @@ from dia_diffusion.analysis.stages import attended_stages
 from dia_diffusion.figures import block_axis
 
 TREES = 100
-MIN_LEAF = 5  # samples: a leaf of fewer learns the noise
-LEAST_R2 = 0.2  # below which an importance is not a finding
+MIN_LEAF = 5  # samples; smaller leaves fit the noise
+LEAST_R2 = 0.2  # importances are not a finding below it
 
 Samples = npt.NDArray[np.float64]
 
 
 def importances(fit: Samples, score: Samples, scale: float, seed: int = 0) -> list[Record]:
-    """For each block but the first, from samples (S, L): importance of those before it, and R^2 on the others' samples.
+    """For each block but the first: importance of the earlier blocks, and R^2, from samples (S, L) to fit and score.
 
-    scale: the size of the maps; a block whose values vary by less than CONSTANT of it can't be predicted, R^2 None.
+    scale: the magnitude of the maps; a block that varies by less than CONSTANT * scale can't be predicted: R^2 is None.
     """
     rows: list[Record] = []
     for block in range(1, fit.shape[1]):
@@ -49,7 +49,7 @@ def importances(fit: Samples, score: Samples, scale: float, seed: int = 0) -> li
             continue
         forest = RandomForestRegressor(TREES, min_samples_leaf=MIN_LEAF, random_state=seed, n_jobs=-1)
         forest.fit(fit[:, :block], fit[:, block])
-        forest.set_params(n_jobs=1)  # threads would add up the trees' predictions in any order, and round differently
+        forest.set_params(n_jobs=1)  # threads would sum the trees' predictions in any order, with different rounding
         r2 = float(r2_score(score[:, block], forest.predict(score[:, :block])))
         rows.append({"importance": forest.feature_importances_.tolist(), "r2": r2})
     return rows
@@ -58,7 +58,7 @@ def importances(fit: Samples, score: Samples, scale: float, seed: int = 0) -> li
 def draw_samples(
     run: TrainedRun, model: nn.Module, coverage: Coverage, number: int, moments: Sequence[MapMoments]
 ) -> list[dict[str, Samples]]:
-    """variant -> about num_samples samples (S, L) of each stage: channels drawn by the seed for each image and time.
+    """For each stage, variant -> about num_samples samples (S, L): channels drawn by the seed for each image and time.
 
     number: of the draws of images.
     """
@@ -68,7 +68,7 @@ def draw_samples(
         for h, whole, kept in zip(maps, moments, samples, strict=True):
             _, images, channels = h.shape
             each = min(channels, -(-coverage.num_samples // coverage.work(run)))
-            chosen = random.random((images, channels)).argsort(axis=1)[:, :each]  # without one twice
+            chosen = random.random((images, channels)).argsort(axis=1)[:, :each]  # without replacement
             for variant, values in (("maps", h), ("centred", whole.center(h, batch.time))):
                 picked = np.take_along_axis(values, np.broadcast_to(chosen, (len(h), *chosen.shape)), axis=2)
                 kept[variant].append(picked.reshape(len(h), -1).T)
@@ -120,7 +120,7 @@ TITLES = {"maps": "the maps", "centred": "less each channel's mean over images"}
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """A row per run and stage of its last step; rows of a triangle without a forest that predicts are hatched."""
+    """A row per run and stage at the last step; a triangle's rows are hatched if their forest doesn't predict."""
     rows = [(run, stage) for run in runs for stage in run["steps"][-1]["stages"] if len(stage["blocks"]) > 1]
     figure = Figure(figsize=(11.2, 3.5 * max(1, len(rows)) + 0.3), layout="constrained")
     grid = figure.subplots(max(1, len(rows)), 2, squeeze=False)
@@ -161,7 +161,7 @@ def _draw_triangle(axes: Axes, blocks: Sequence[str], rows: Sequence[dict[str, A
 
 
 def _name_blocks(axis: XAxis | YAxis, names: Sequence[str]) -> None:
-    """Names the blocks at 0, 1, ...; of more than 12 every second, third, ... one."""
+    """Names the blocks at 0, 1, ...; if there are more than 12, only every second, third, ... one."""
     ticks = block_axis(names).ticks or {}
     every, labels = [*ticks], [*ticks.values()]
     turned = axis.axis_name == "x" and len(labels) > 5 and max(map(len, labels)) > 3
@@ -174,6 +174,6 @@ ANALYSIS = Analysis(
     describe,
     about=lambda run, over: {"least_r2": LEAST_R2},
     choose_steps=_last_step,
-    passes=3,  # the means, the samples to fit, and as many others to score
+    passes=3,  # the means, the samples to fit, the samples to score
     held_out=True,
 )

@@ -1,11 +1,11 @@
-"""How linear a trained model's MLPs are: a straight line for each hidden unit in the place of its GELU.
+"""How linear a trained model's MLPs are: a straight line replaces the GELU of each hidden unit.
 
-For a hidden unit with input x and output y = GELU(x), least squares over images, times and tokens:
+For a hidden unit with input x and output y = GELU(x), least squares over images, times and tokens gives
 
-    y ~ a + b x,   b = Cov(x, y) / Var(x),   a = E y - b E x,   explained: Cov(x, y)^2 / Var(x) of Var(y)
+    y ~ a + b x,   b = Cov(x, y) / Var(x),   a = E y - b E x,   explained variance: Cov(x, y)^2 / Var(x)
 
-A block's share is the sum of what is explained over the sum of variances of its hidden units. Where it is 1 the two
-layers of the MLP are one linear map.
+A block's share is the explained variance summed over its hidden units, divided by the sum of their variances Var(y). If
+it is 1, the two layers of the MLP are one linear map.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ Activation = Callable[[int, Tensor, Tensor], Tensor | None]
 
 @contextmanager
 def at_activations(model: UViT, called: Activation) -> Iterator[None]:
-    """While it lasts, each block's GELU is followed by called(block, x, y), with its input and output (B, L, H).
+    """Inside the context, called(block, x, y) runs after each block's GELU with its input and output (B, L, H).
 
     If it returns a tensor, the MLP's second layer gets that instead of y.
     """
@@ -55,7 +55,7 @@ def _hooks(mlp: Mlp, block: int, called: Activation) -> list[torch.utils.hooks.R
 
 
 class LineFit:
-    """The least squares of a line for each hidden unit of each block, from sums, so memory doesn't grow with images."""
+    """A least-squares line for each hidden unit of each block, from sums, so memory doesn't grow with images."""
 
     def __init__(self, model: UViT):
         mlps = [block.mlp for block in uvit_blocks(model)]
@@ -63,7 +63,7 @@ class LineFit:
         self.sums = torch.zeros(5, len(mlps), mlps[0].fc1.out_features, dtype=torch.float64)
 
     def add(self, block: int, x: Tensor, y: Tensor) -> None:
-        """More values of a block's GELU, inputs and outputs (B, L, H)."""
+        """Adds inputs and outputs (B, L, H) of a block's GELU."""
         x, y = (values.double().flatten(0, 1) for values in (x, y))  # (B L, H)
         self.counts[block] += len(x)
         self.sums[:, block] += torch.stack([v.sum(0) for v in (x, y, x * x, x * y, y * y)]).cpu()
@@ -75,7 +75,7 @@ class LineFit:
         return (mean_y - slope * mean_x).float(), slope.float()
 
     def summary(self) -> dict[str, Any]:
-        """For a record, of all blocks and of each: the explained share, and the deviation of a hidden unit's input."""
+        """For a record: the explained share, in total and by block, and the deviation of GELU's input by block."""
         _, _, var_x, covariance, var_y = self._moments()
         explained = torch.where(var_x > 0, covariance**2 / var_x, 0.0)
         return {
@@ -90,12 +90,12 @@ class LineFit:
 
 
 def lines_instead(intercepts: Tensor, slopes: Tensor) -> Activation:
-    """For `at_activations`: a line for each hidden unit, (blocks, H) each, in the place of GELU."""
+    """For `at_activations`: replaces GELU by a line per hidden unit; intercepts and slopes are (blocks, H)."""
     return lambda block, x, y: intercepts[block].to(x) + slopes[block].to(x) * x
 
 
 def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
-    """The lines are fitted on the drawn images, the losses are those of as many others, at the same times."""
+    """Fits lines on the drawn images and measures losses on an equal number of other images, at the same times."""
     if not isinstance(model, UViT):
         raise InputError(f"the network of {run.folder.path} must be a UViT, got a {type(model).__name__}")
     fit = LineFit(model)
@@ -109,7 +109,7 @@ def _measure(run: TrainedRun, model: nn.Module, coverage: Coverage) -> Record:
 
 
 def describe(record: Record) -> Iterator[str]:
-    """The loss with lines, what they explain of each block's GELU, and the deviation of its input at the last step."""
+    """At the last step: the loss with lines, the share of each block's GELU they explain, its input's deviation."""
     yield from describe_losses(record)
     last = record["steps"][-1]
     by_block = " ".join(f"{share:.1%}" for share in last["explained_by_block"])
@@ -121,7 +121,7 @@ def describe(record: Record) -> Iterator[str]:
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """What a line explains of GELU, by block at the end and over training; its input; the loss with lines."""
+    """The share of GELU that lines explain, by block at the end and over training; its input; the loss with lines."""
     by_block, deviations, explained, rises = [], [], [], []
     for index, run in enumerate(runs):
         last, seen = run["steps"][-1], [step["images_seen"] for step in run["steps"]]

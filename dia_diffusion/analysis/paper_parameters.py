@@ -1,7 +1,7 @@
-"""The parameter counts that arXiv 2210.16101 prints, in millions, each with what was counted to compare with it.
+"""Parameter counts printed in arXiv 2210.16101, in millions, each with the configuration to count for comparison.
 
-The paper seldom says a module's reduction ratio or whether its linear maps have biases. What stands here fits the
-printed number; where the paper says it (r of DIA-LSTM in Tables XII, XIII and XVI), that is used.
+The paper seldom states a module's reduction ratio or whether its linear maps have biases. The values here are chosen to
+fit the printed number; where the paper states them (r of DIA-LSTM in Tables XII, XIII and XVI), those are used.
 """
 
 import re
@@ -22,19 +22,19 @@ class Cell:
     """A printed count."""
 
     table: str
-    """Its number in the paper."""
+    """The table's number in the paper."""
     backbone: str
-    """What `paper_backbone` makes of its name."""
+    """The name that `paper_backbone` takes."""
     model: str
-    """The row's own name."""
+    """The name of the table's row."""
     printed: float
-    """Millions, to two digits."""
+    """Millions, to two decimals."""
     unit: str = "none"
     """The unit's name."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The unit's arguments."""
     stages: tuple[int, ...] = (0, 1, 2)
-    """Those that carry it."""
+    """The stages that carry the unit."""
 
 
 def _individual(**options: Any) -> dict[str, Any]:
@@ -65,7 +65,7 @@ TABLE_IV = (
     Cell("IV", "WRN52-4", "SPA", 13.02, "spa", _se(16, bias=False)),
     Cell("IV", "WRN52-4", "SEM", 12.44, "sem", _individual(reduction=4)),
     Cell("IV", "WRN52-4", "SPEM", 12.09, "spem", _individual()),
-    # The published code ends the branches with a BatchNorm where DIA-LSTM stands; without it the count is 12.29.
+    # In the published code, branches end with a BatchNorm where DIA-LSTM is inserted; without it the count is 12.29.
     Cell("IV", "WRN52-4 with branch norm", "DIA-LSTM", 12.30, "dia-lstm", {"reduction": 4}),
     Cell("IV", "WRN52-4 with branch norm", "DIA-LSTM (Light)", 12.11, "dia-lstm-light", {"reduction": 8}),
     Cell("IV", "ResNeXt101,8x32", "Org", 32.14),
@@ -128,12 +128,12 @@ PAPER_TABLES: dict[str, tuple[Cell, ...]] = {
     "XV": TABLE_XV,
     "XVI": TABLE_XVI,
 }
-"""Those that count parameters."""
+"""The tables that count parameters."""
 
 
 @cache
 def paper_backbone(name: str) -> nn.Module:
-    """A backbone of the paper's tables for CIFAR-100 by the name that paper_parameters gives it, without unit."""
+    """The backbone of a `Cell` by name, for CIFAR-100 and without a unit."""
     with torch.device("meta"):
         if name.startswith("WRN52-4"):
             return cifar_wrn(52, 4, CLASSES, Layers("batch", True, branch_norm=name.endswith("with branch norm")))
@@ -147,9 +147,9 @@ def paper_backbone(name: str) -> nn.Module:
 
 
 def without_batch_norms(model: nn.Module) -> nn.Module:
-    """The model without BatchNorms but those of the shortcuts, and without biases in their place.
+    """Removes all BatchNorms except those of the shortcuts, without adding biases in their place.
 
-    That is the network whose counts Table XVI prints; leaving out the shortcuts' too gives 0.001 M less.
+    Table XVI counts this network; removing the shortcuts' BatchNorms too gives 0.001 M less.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Sequential) and not name.endswith("shortcut"):

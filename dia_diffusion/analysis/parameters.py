@@ -1,6 +1,6 @@
-"""What attention units add to a model's parameters, and what sharing them saves (arXiv 2210.16101, III-A and III-D).
+"""How many parameters attention units add to a model, and how many sharing saves (arXiv 2210.16101, III-A and III-D).
 
-Everything is counted of modules on torch's meta device, which take no memory.
+Parameters are counted on torch's meta device, which allocates no memory.
 """
 
 import re
@@ -28,11 +28,11 @@ class Added:
     unit: str
     shared: int
     individual: int | None
-    """With a module of its own for each block; None of units that are one for all blocks by nature."""
+    """With a separate module for each block; None for units that can only be shared."""
 
     @property
     def saving(self) -> float | None:
-        """The share of the individual modules' parameters that sharing saves, 0 to 1."""
+        """The fraction of the individual modules' parameters that sharing saves, 0 to 1."""
         return 1 - self.shared / self.individual if self.individual else None
 
 
@@ -42,7 +42,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
-    """The parameters of the units of that name, one a stage.
+    """The number of parameters of a unit, with one instance per stage.
 
     Raises:
         InputError: no such unit, or options that it refuses.
@@ -56,10 +56,10 @@ def unit_parameters(stages: list[Stage], unit: str, **options: Any) -> int:
 
 
 def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
-    """What a unit adds, shared and individual.
+    """The parameters that a unit adds, shared and individual.
 
     Raises:
-        InputError: no such unit, options that it refuses, or a sharing among them.
+        InputError: no such unit, options that it refuses, or `sharing` among them.
     """
     if "sharing" in options:
         raise InputError("the unit's arguments must be without `sharing`, since both are counted")
@@ -71,14 +71,14 @@ def added_parameters(stages: list[Stage], unit: str, **options: Any) -> Added:
 
 Config = TypeVar("Config", ModelConfig, BackboneConfig)
 
-CLASSES = 100  # of CIFAR-100, for which the paper counts
+CLASSES = 100  # of CIFAR-100, as in the paper's counts
 IMAGENET_CLASSES = 1000
 
 
 def model_named(name: str) -> nn.Module:
-    """A model without unit: a UViT size ("S/2"), a classifier ("cifar-resnet164", "resnet50"), or that of a recipe.
+    """A model without a unit: a UViT size ("S/2"), a classifier ("cifar-resnet164", "resnet50"), or a recipe's model.
 
-    CIFAR classifiers have 100 classes, ImageNet's 1,000 and images of 224.
+    CIFAR classifiers have 100 classes; ImageNet classifiers have 1,000 classes and take 224x224 images.
 
     Raises:
         InputError: no model has that name.
@@ -97,10 +97,10 @@ def model_named(name: str) -> nn.Module:
 
 
 def recipe_named(name: str) -> Experiment | ClassifyExperiment:
-    """A recipe of `train`, or one of `classify`, by path or by the name of a shipped one.
+    """A recipe of `train` or `classify`, by path or by the name of a shipped recipe.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither of these.
     """
     try:
         return read_experiment(name)

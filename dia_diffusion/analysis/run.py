@@ -1,6 +1,6 @@
-"""Training runs as the analyses see them: the network of each step, images by index as training feeds them, the loss.
+"""Training runs as the analyses see them: the network at each step, images as training feeds them, and the loss.
 
-A run of `dia-diffusion train` and one of `classify` have the same methods; what differs is in the two subclasses.
+Runs of `dia-diffusion train` and `classify` have the same methods; the two subclasses implement the differences.
 """
 
 from abc import ABC, abstractmethod
@@ -37,23 +37,23 @@ from dia_diffusion.training.ssia import without_heads
 
 @dataclass(frozen=True)
 class Coverage:
-    """The images and times that an analysis goes over."""
+    """The images and times that an analysis covers."""
 
     num_images: int = 64
-    """The first that `seed` draws from a run's training images, flipped and noised as in training."""
+    """How many of the run's training images to use: the first that `seed` draws, flipped and noised as in training."""
     num_times: int = 16
     """Distributed as in training. A classifier has no times: it runs once per image."""
     seed: int = 0
-    """Decides images and noise."""
+    """Seed of images and noise."""
     batch_size: int = 64
     """Images per forward pass; doesn't change what is measured."""
     progress: Callable[[int], None] = lambda images: None
-    """Called with how many more images the network has seen."""
+    """Called with the number of images processed since the last call."""
     num_samples: int = 20_000
-    """Of the attention maps, to fit a random forest on (importance)."""
+    """Samples of the attention maps to fit a random forest on (importance)."""
 
     def work(self, run: "TrainedRun") -> int:
-        """How many images the network sees in one pass over all of it."""
+        """The number of images that the network processes in one pass over all images and times."""
         return self.num_images * run.num_times(self.num_times)
 
 
@@ -62,22 +62,22 @@ DEFAULT_COVERAGE = Coverage()
 
 @dataclass(frozen=True)
 class GradientBatches:
-    """The batches that an analysis of gradients goes over."""
+    """The batches that an analysis of gradients covers."""
 
     num_batches: int
     batch_size: int | None = None
-    """Images per batch; None is the run's own."""
+    """Images per batch; None: the run's batch size."""
     seed: int = 0
-    """Decides images, times and noise."""
+    """Seed of images, times and noise."""
     progress: Callable[[int], None] = lambda batches: None
-    """Called with how many more batches are done."""
+    """Called with the number of batches finished since the last call."""
 
     def size(self, run: "TrainedRun") -> int:
         """Images per batch."""
         return self.batch_size or run.batch_size
 
     def work(self, run: "TrainedRun") -> int:
-        """How many batches it goes over."""
+        """The number of batches."""
         return self.num_batches
 
 
@@ -86,31 +86,31 @@ class Batch:
     """Images at one time."""
 
     time: int
-    """The index of the time among those of the coverage."""
+    """The index of the time in the coverage."""
     images: slice
     """Which of the drawn images."""
     classes: npt.NDArray[np.int64] | None
-    """(B,) of the images; None where they have none."""
+    """(B,), the images' classes; None if they have none."""
     losses: Callable[[nn.Module], Tensor]
-    """Runs a network on them once: each image's part (B,) of the run's training loss."""
+    """Runs a network on the images once and returns each image's part (B,) of the run's training loss."""
 
 
 class TrainedRun(ABC):
     """A run's folder, opened for reading; networks and batches go to the device.
 
     experiment: its recipe.
-    saved: "ema" and "raw" -> what such weights are saved in, such as a checkpoint, and the folder of all.
+    saved: "ema" or "raw" -> what these weights are saved as, such as a checkpoint, and the folder of all of them.
 
     Raises:
-        InputError: no averaged weights in it yet.
+        InputError: the run has no averaged weights yet.
     """
 
     has_times: bool
     """Whether the network sees noise and a time."""
     starts_at_first_weights = True
-    """Whether the run's history begins with `first_model`."""
+    """Whether the run started from `first_model`."""
     images: ImageSet
-    """What the run was trained on; `open_runs` sets it."""
+    """The training images; `open_runs` sets them."""
 
     def __init__(
         self, path: str | Path, device: torch.device | None, experiment: Any, saved: dict[str, tuple[str, str]]
@@ -141,11 +141,11 @@ class TrainedRun(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str | None:
-        """Of the images it was trained on; None where an older version didn't write it."""
+        """The fingerprint of the training images; None if an older version didn't write it."""
 
     @abstractmethod
     def draw(self, seed: int, number: int, count: int) -> Any:
-        """What is random in the batch of that number, as training draws a step's; has `indices` (count,)."""
+        """The random draws for the batch with this number, as training makes them; has `indices` (count,)."""
 
     @abstractmethod
     def batch(self, draws: Any) -> tuple[Tensor, Tensor | None]:
@@ -160,31 +160,31 @@ class TrainedRun(ABC):
         return self.image_losses(model, *self.batch(draws), draws)
 
     def batches(self, draws: Any, coverage: Coverage) -> Iterator[Batch]:
-        """The drawn images in parts, each at all times of the coverage. Its progress is called after each."""
+        """Yields the drawn images in batches, each at all times of the coverage; calls its progress after each one."""
         count, num_times = len(draws.indices), self.num_times(coverage.num_times)
         for start in range(0, count, coverage.batch_size):
             part = draws.slice(start, min(start + coverage.batch_size, count))
             images, labels = self.batch(part)
             classes = None if self.images.labels is None else np.asarray(self.images.labels[part.indices])
             for time in range(num_times):
-                if self.has_times:  # as the draws: the middles of equally likely parts of time
+                if self.has_times:  # in place of uniform draws, the midpoints of equal intervals
                     part = replace(part, uniform=torch.full((len(images),), (time + 0.5) / num_times))
                 losses = partial(self.image_losses, images=images, labels=labels, draws=part)
                 yield Batch(time, slice(start, start + len(images)), classes, losses)
                 coverage.progress(len(images))
 
     def num_times(self, asked: int) -> int:
-        """How many times an analysis goes over, of those asked for."""
+        """The number of times that an analysis covers: `asked`, or 1 for a network without times."""
         return asked if self.has_times else 1
 
     def first_model(self) -> nn.Module:
-        """The network before its first step, in evaluation mode; with `init_from` the run began elsewhere."""
+        """The freshly initialized network, in evaluation mode; a run with `init_from` started from other weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.derive(self.seed, randomness.WEIGHTS))
             return self.build().eval().to(self.device)
 
     def model(self, step: int, weights: str = "ema") -> nn.Module:
-        """The network with a step's averaged weights, or its own ("raw"), in evaluation mode; step 0: the first ones.
+        """The network with a step's averaged ("ema") or raw weights, in evaluation mode; step 0 is `first_model`.
 
         Raises:
             InputError: no weights of that step, or damaged ones.
@@ -195,7 +195,7 @@ class TrainedRun(ABC):
         return self.load(step, self.saved[weights][1][step], weights)
 
     def choose_steps(self, asked: Sequence[int] | None, weights: str = "ema") -> list[int]:
-        """The steps asked for, or all with saved weights.
+        """The requested steps, or all steps with saved weights.
 
         Raises:
             InputError: a step without weights, or none at all.
@@ -209,10 +209,10 @@ class TrainedRun(ABC):
         return list(places) if asked is None else sorted(set(asked))
 
     def with_first(self, asked: Sequence[int] | None, weights: str = "ema", *, in_training: bool = False) -> list[int]:
-        """`choose_steps` with 0, the first weights, in front if it is asked for, or if no steps are.
+        """`choose_steps`, preceded by step 0, the initial weights, if step 0 or no steps are requested.
 
         in_training: whether the network runs in training mode. In evaluation mode a BatchNorm without statistics does
-            nothing, so the first weights of a network with one are left out unless asked for.
+            nothing, so step 0 of a network with BatchNorm is left out unless requested.
         """
         if asked is None:
             first = self.starts_at_first_weights and (in_training or not _has_batch_norm(self.first_model()))
@@ -221,7 +221,7 @@ class TrainedRun(ABC):
         return [0] * (0 in asked) + (self.choose_steps(others, weights) if others else [])
 
     def described(self) -> dict[str, Any]:
-        """For records: what the run is."""
+        """The fields that describe the run in records."""
         return {
             "run": self.name,
             "unit": self.unit,
@@ -274,7 +274,7 @@ class DiffusionRun(TrainedRun):
 
 
 class ClassifierRun(TrainedRun):
-    """A run of `dia-diffusion classify`: augmented images, cross entropy; no averaged weights, "ema" is "raw"."""
+    """A run of `dia-diffusion classify`: augmented images, cross entropy. Without averaged weights, "ema" is "raw"."""
 
     has_times = False
 
@@ -317,10 +317,10 @@ def open_runs(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[TrainedRun]:
-    """Runs with their images, each set of images read once.
+    """Opens runs with their images; each set of images is read only once.
 
     source: where the images are now; None: where each run's recipe says.
-    progress: called with (images read, of how many).
+    progress: called with (images read, total).
 
     Raises:
         InputError: no such run or images, or other images than a run was trained on.
@@ -339,10 +339,10 @@ def open_runs(
 
 
 def open_run(path: str | Path, device: torch.device | None = None) -> TrainedRun:
-    """A run of any kind, without its images.
+    """Opens a run of any kind, without its images.
 
     Raises:
-        InputError: no run's folder, or one without weights.
+        InputError: not a run's folder, or one without weights.
     """
     config = RunFolder(path).config
     if not config.is_file():

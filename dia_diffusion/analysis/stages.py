@@ -1,6 +1,6 @@
 """A network as the analyses see it: stages of blocks in the order of execution, and the maps of their units.
 
-A stage is a run of blocks with one channel count, which share a unit (arXiv 2210.16101, eq. 2). A UViT is one stage.
+A stage is a run of blocks with the same channel count that share a unit (arXiv 2210.16101, eq. 2). A UViT is one stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ class Stage:
     blocks: tuple[str, ...]
     """The blocks' names, in order of execution."""
     name: str = ""
-    """Of a network with several stages; "" where it is one."""
+    """Empty if the network has only one stage."""
     outputs: tuple[nn.Module, ...] = ()
-    """The module of each block whose output (or its first item) goes on to the next block."""
+    """For each block, the module whose output (or the output's first item) is passed to the next block."""
     unit: nn.Module | None = None
-    """What recalibrates the features of the blocks."""
+    """The unit that recalibrates the blocks' features."""
     attended: tuple[int, ...] = ()
     """The indices of the blocks that carry the unit."""
 
@@ -47,7 +47,7 @@ def stages_of(model: nn.Module) -> list[Stage]:
     """The network's stages in the order in which it runs them.
 
     Raises:
-        InputError: its blocks aren't known: it is no UViT, and attach() doesn't know it either.
+        InputError: the network is neither a UViT nor one that attach() knows.
     """
     if isinstance(model, UViT):
         names = [*(f"in {i + 1}" for i in range(len(model.in_blocks))), "mid"]
@@ -65,7 +65,7 @@ def stages_of(model: nn.Module) -> list[Stage]:
             raise InputError(f"the network must be one whose blocks attach() knows, got a {kind}") from None
         runs = []
     carried = [[unit for unit in units if {p.module for p in unit[1]} & {p.module for p in run}] for run in runs]
-    # Units that were put elsewhere than where attach() puts them make stages of their own.
+    # Units inserted at other positions than attach() chooses form their own stages.
     if sum(map(len, carried)) != len(units) or any(len(each) > 1 for each in carried):
         return _stages(network, [(positions, unit, positions) for unit, positions in units])
     return _stages(
@@ -77,7 +77,7 @@ def attended_stages(model: nn.Module) -> list[Stage]:
     """The stages that have a unit.
 
     Raises:
-        InputError: none has one.
+        InputError: no stage has a unit.
     """
     stages = [stage for stage in stages_of(model) if stage.unit is not None and stage.attended]
     if not stages:
@@ -93,7 +93,10 @@ def uvit_blocks(model: UViT) -> list[Block]:
 def _stages(
     model: nn.Module, rows: Sequence[tuple[tuple[Position, ...], nn.Module | None, tuple[Position, ...]]]
 ) -> list[Stage]:
-    """From (positions, unit, those that carry it): "stage 1" has the blocks "1.1", "1.2", ...; a single one "1", ..."""
+    """Stages from (positions, unit, positions that carry the unit).
+
+    The blocks of "stage 1" are "1.1", "1.2", ...; those of a single stage are "1", "2", ...
+    """
     stages = []
     for number, (positions, unit, carrying) in enumerate(rows, start=1):
         prefix, name = (f"{number}.", f"stage {number}") if len(rows) > 1 else ("", "")
@@ -112,7 +115,7 @@ def _stages(
 
 
 def _block_around(model: nn.Module, name: str) -> nn.Module:
-    """The block that a position lies in: what is listed in the network, or names the end of its residual branch."""
+    """The block that contains a position: a module with BRANCH_END, else an item of a ModuleList or Sequential."""
     parts = name.split(".")
     around = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # itself, its parent, ...
     modules = {each: model.get_submodule(each) for each in ["", *around]}
@@ -127,10 +130,9 @@ def _block_around(model: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def maps_during(stages: Sequence[Stage], run: Callable[[], Any]) -> list[Tensor]:
-    """h (L, B, N), float32, of each stage's L blocks with a unit, while `run` runs the network once.
+    """h (L, B, N), float32, of each stage's L blocks with a unit, from the one forward pass that `run` makes.
 
-    It is what the unit multiplies features with; a spatial unit's, which has a value at every position, is averaged
-    over positions.
+    h is the map by which the unit multiplies features; a spatial unit's map is averaged over positions.
     """
     collected: list[list[Tensor]] = [[] for _ in stages]
     with ExitStack() as hooks:

@@ -1,8 +1,8 @@
-"""Controls for the shared unit: scales that see no features, to measure how much of its effect is attention.
+"""Controls for the shared unit: scales that don't see the features, to measure how much of its effect is attention.
 
 DIA-LSTM's attention map starts near 0.25 in every channel of every block (both gates at zero: sigmoid(0) * sigmoid(0)).
-These start there too, and keep it, or learn a scalar per block, or a per-channel vector per block. Another one, which
-starts at 1, also depends on the time: whatever DIA-LSTM does beyond it needs the image.
+Two controls start there too: one stays fixed, one learns a scalar or a per-channel vector per block. A third starts at
+1 and also depends on the time: any effect of DIA-LSTM beyond this control needs the image.
 """
 
 import torch
@@ -13,7 +13,7 @@ from dia_diffusion.attention.layers import bottleneck_width, check_calls, finite
 
 
 class FixedScale(nn.Module):
-    """Every channel of every block times one constant.
+    """Multiplies every channel of every block by one constant.
 
     Args:
         channels: N; not used.
@@ -30,7 +30,7 @@ class FixedScale(nn.Module):
     def forward(
         self, features: Tensor, state: None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, None]:
-        """As DIALSTM's; there is no state."""
+        """As in DIALSTM, but without a state."""
         return features * self.scale, None
 
     def attention_map(self, state: None) -> Tensor:
@@ -39,13 +39,13 @@ class FixedScale(nn.Module):
 
 
 class BlockScale(nn.Module):
-    """Each block times its own learned scalar or per-channel vector, the same for every image and time.
+    """Multiplies each block by its own learned scalar or per-channel vector, the same for every image and time.
 
-    AdamW decays these parameters as it does all others, so scales that the loss doesn't depend on drift to `decay_to`.
+    AdamW decays these parameters like all others, so scales that don't affect the loss drift to `decay_to`.
 
     Args:
         channels: N, the channels of the features.
-        num_blocks: the calls of one forward pass of the model.
+        num_blocks: calls per forward pass of the model.
         by_channel: a vector of N per block instead of a scalar.
         start: the initial value of every scale.
         decay_to: the value that weight decay pulls every scale to. The parameters are the scales minus this value.
@@ -65,7 +65,7 @@ class BlockScale(nn.Module):
     def forward(
         self, features: Tensor, state: int | None = None, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, int]:
-        """As DIALSTM's; the state is the number of calls so far."""
+        """As in DIALSTM, but the state is the number of calls so far."""
         state = (state or 0) + 1
         check_calls(state, len(self.scale))
         return recalibrate(features, self.attention_map(state)), state
@@ -79,7 +79,7 @@ TimeState = tuple[int, Tensor]  # the calls so far, and the embedding of the tim
 
 
 class BlockTimeScale(nn.Module):
-    """Each block times a learned per-channel vector that depends on the time: DIA-LSTM's effect without the features.
+    """Multiplies each block by a learned per-channel vector that depends on the time: DIA-LSTM without the features.
 
         s_l(t) = 1 + W_l SiLU(V e(t) + u) + b_l
 
@@ -87,8 +87,8 @@ class BlockTimeScale(nn.Module):
 
     Args:
         channels: N, the channels of the features and of the embedding e(t).
-        num_blocks: the calls of one forward pass of the model.
-        reduction: N over the hidden width; must divide N.
+        num_blocks: calls per forward pass of the model.
+        reduction: N divided by the hidden width; must divide N.
 
     Raises:
         InputError: reduction does not divide N.
@@ -108,7 +108,7 @@ class BlockTimeScale(nn.Module):
     def forward(
         self, features: Tensor, state: TimeState, num_unpooled_tokens: int = 0, num_prefix_tokens: int = 0
     ) -> tuple[Tensor, TimeState]:
-        """As DIALSTM's, but the first state is that of `first_state`."""
+        """As in DIALSTM, but the first state comes from `first_state`."""
         calls, embedding = state
         check_calls(calls + 1, len(self.bias))
         state = calls + 1, embedding

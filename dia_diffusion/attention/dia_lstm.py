@@ -1,7 +1,7 @@
 """DIA-LSTM: one self-attention module shared by all blocks, an LSTM along depth (arXiv 2210.16101, eq. 2 and 4).
 
 A cell (Fig. 6, III-C, III-D) maps the pooled features y_t and the hidden state h_{t-1}, both (B, N), to the four gate
-inputs (B, 4 N), in torch.nn.LSTMCell's order: input, forget, candidate, output. The recurrence is the same for all.
+inputs (B, 4 N), in torch.nn.LSTMCell's order: input, forget, candidate, output. All cells have the same recurrence.
 """
 
 import math
@@ -21,10 +21,10 @@ class FullGates(nn.Module):
         super().__init__()
         self.from_input = CastLinear(channels, 4 * channels)
         self.from_hidden = CastLinear(channels, 4 * channels)
-        # As torch.nn.LSTMCell starts; nn.Linear's default has the same bound, 1 / sqrt(N).
+        # nn.Linear's default initialization has the same bound as torch.nn.LSTMCell's, 1 / sqrt(N).
 
     def last_parameters(self) -> list[nn.Parameter]:
-        """The parameters next to the gates: if all are 0, so are the gates' inputs."""
+        """The parameters just before the gates: if all are 0, so are the gates' inputs."""
         return [*self.from_input.parameters(), *self.from_hidden.parameters()]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class BottleneckGates(nn.Module):
 class LightGates(nn.Module):
     """DIA-LSTM (Light): Linear N -> N/r, ReLU, then four element-wise maps W * x + b per input (eq. 5).
 
-    2 N^2/r + 2 N/r + 16 N parameters. The paper leaves open how the N/r values meet the N element-wise weights; its
-    count leaves room for no weights between them, so the vector is repeated r times.
+    2 N^2/r + 2 N/r + 16 N parameters. The paper doesn't say how the N/r values are matched to the N element-wise
+    weights; its count leaves no room for weights in between, so the vector is repeated r times.
     """
 
     def __init__(self, channels: int, reduction: int):
@@ -68,7 +68,7 @@ class LightGates(nn.Module):
         self.input_bias = nn.Parameter(torch.empty(4 * channels))
         self.hidden_weight = nn.Parameter(torch.empty(4 * channels))
         self.hidden_bias = nn.Parameter(torch.empty(4 * channels))
-        # The variance that the linear map N/r -> N they replace starts with, sums over N/r inputs included.
+        # Same initial variance as the linear map N/r -> N that these replace, including its sum over N/r inputs.
         bound = math.sqrt(reduction / channels)
         for weight in (self.input_weight, self.hidden_weight):
             nn.init.uniform_(weight, -1.0, 1.0)
@@ -79,7 +79,7 @@ class LightGates(nn.Module):
         return [self.input_weight, self.input_bias, self.hidden_weight, self.hidden_bias]
 
     def forward(self, y: Tensor, h: Tensor) -> Tensor:
-        repeats = 4 * self.reduction  # r times to N channels, once for each of the four gates
+        repeats = 4 * self.reduction  # r times for N channels, for each of the four gates
         from_input = self.reduce_input(y).relu().repeat(1, repeats)  # (B, 4 N)
         from_hidden = self.reduce_hidden(h).relu().repeat(1, repeats)
         return (
@@ -93,7 +93,7 @@ class LightGates(nn.Module):
 Gates = FullGates | BottleneckGates | LightGates
 
 
-# The output activation each cell has in the paper; Table XIV compares others.
+# The output activation of each cell in the paper; Table XIV compares others.
 CELL_ACTIVATION = {"dia-lstm": "sigmoid", "dia-lstm-light": "sigmoid", "lstm": "tanh"}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -110,23 +110,23 @@ class DIALSTM(nn.Module):
 
         (h_t, c_t) = LSTM(GAP(a_t), h_{t-1}, c_{t-1}),  h_0 = c_0 = 0;  returns a_t * h_t
 
-    The model holds ONE instance and calls it in every block, handing each call the state the last one returned; the
-    state runs along depth and is reset at each forward pass of the model.
+    The model holds ONE instance and calls it in every block, passing each call the state that the previous one
+    returned; the state runs along depth and is reset at each forward pass of the model.
 
     Args:
         channels: N, the channels of the features.
         reduction: r, the bottleneck's reduction ratio; must divide N. Not used by the cell "lstm".
         cell: "dia-lstm" (III-C), "dia-lstm-light" (III-D) or "lstm".
-        activation: output activation, h = o * activation(c): "sigmoid", "tanh" or "relu"; None is the cell's own
+        activation: output activation, h = o * activation(c): "sigmoid", "tanh" or "relu"; None: the cell's default
             (tanh for "lstm", sigmoid for the others).
-        num_cells: stacked cells (Table XIV). Only the first has the named form, the deeper ones are full linear maps
-            fed by the hidden state of the one below; the last one's hidden state recalibrates.
+        num_cells: stacked cells (Table XIV). Only the first is a `cell`; the deeper ones use full linear maps, and
+            their input is the hidden state of the cell below. The last cell's hidden state is the attention map.
         dropout: probability of dropping an element of a hidden state on its way to the next cell.
         scale: the features are multiplied by scale * h instead of h; the LSTM keeps h. With 4 and a sigmoid
             the unit starts near the identity instead of near a quarter.
-        initialization: "torch" starts the maps as torch does, as the published DIANet code; "zero" starts those next
-            to the gates at 0, so that h starts at exactly 1/4 with a sigmoid (tanh and relu: 0) in every channel.
-        sharing: "shared"; an LSTM along depth is one for all blocks.
+        initialization: "torch" is torch's default, as in the published DIANet code; "zero" sets the maps just before
+            the gates to 0, so that h starts at exactly 1/4 with a sigmoid (tanh and relu: 0) in every channel.
+        sharing: only "shared", since one LSTM runs along all blocks.
 
     Raises:
         InputError: an unknown cell, activation or initialization, r not dividing N, or another sharing.
@@ -183,18 +183,18 @@ class DIALSTM(nn.Module):
             features: a_t, tokens (B, L, N) or maps (B, N, H, W).
             state: what the previous block's call returned; None at the first block.
             num_unpooled_tokens: leading tokens (time, class) left out of the pooling; they are recalibrated too.
-            num_prefix_tokens: leading tokens that are no patches; only units with a spatial map need it.
+            num_prefix_tokens: leading tokens that are not patches; only units with a spatial map need it.
 
         Returns:
             (features * scale * h_t, in the shape and dtype of features; the state for the next block).
         """
-        # Gates and state stay float32 under autocast: the state adds up over all blocks.
+        # Gates and state stay float32 under autocast, since the state accumulates over all blocks.
         with torch.autocast(features.device.type, enabled=False):
             state = self.step(mean_pool(features, num_unpooled_tokens), state)
         return recalibrate(features, self.attention_map(state)), state
 
     def attention_map(self, state: State) -> Tensor:
-        """The map that the call that returned this state multiplied the features by, (B, N) float32."""
+        """The map, (B, N) float32, that multiplied the features in the call that returned this state."""
         return state[0][-1] * self.scale
 
     def step(self, pooled: Tensor, state: State | None) -> State:

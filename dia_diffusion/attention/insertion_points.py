@@ -18,7 +18,7 @@ from dia_diffusion.errors import InputError
 SIDES = ("input", "output")
 # A residual block of any other class may have this attribute: the name of the submodule that ends its branch.
 BRANCH_END = "branch_end"
-# Attributes of a layer with the channels of its input and of its output.
+# Attributes of a layer that hold its input channels and its output channels.
 CHANNELS = {
     "input": ("in_channels", "in_features", "num_features", "num_channels"),
     "output": ("out_channels", "out_features", "num_features", "num_channels"),
@@ -36,7 +36,7 @@ class Position:
     channels: int | None = None
     """N; None reads it from the module."""
     num_prefix_tokens: int = 0
-    """Leading tokens (class, time) that are no patches."""
+    """Leading tokens (class, time) that are not patches."""
 
 
 InsertionPoints = Sequence[str | Position] | Callable[[str, nn.Module], bool]
@@ -72,7 +72,7 @@ class InsertionHook(ABC):
 
 
 def group_by_channels(positions: Sequence[Position]) -> list[tuple[Position, ...]]:
-    """Splits positions in order of execution into stages, the maximal runs with one channel count."""
+    """Splits positions in order of execution into stages, the longest runs with the same channel count."""
     return [tuple(run) for _, run in groupby(positions, key=lambda position: position.channels)]
 
 
@@ -80,8 +80,8 @@ def insertion_points(model: nn.Module, at: InsertionPoints | None = None) -> lis
     """The insertion points of a model, with their channels, in the order of execution.
 
     Args:
-        model: a network, or one that holds it.
-        at: names of modules or Positions, in order of execution, or a predicate of (name, module); None is those of
+        model: a network, or a module that contains one.
+        at: names of modules or Positions, in order of execution, or a predicate of (name, module); None: those of
             known blocks: diffusers' UNet2DModel (after each resnet block) and DiT (between norm and feed-forward),
             torchvision's ResNets (end of the residual branch) and ViTs (between norm and MLP), and blocks with a
             `branch_end`.

@@ -1,6 +1,6 @@
 """Layers, extraction and recalibration that attention units share (arXiv 2210.16101, Fig. 4).
 
-Features are tokens (B, L, N) or maps (B, N, H, W). Statistics are float32, or float64 of float64 features. Layers
+Features are tokens (B, L, N) or maps (B, N, H, W). Statistics are float32, or float64 for float64 features. Layers
 compute in the precision of their input by casting weights in forward, so that LoRA and offload hooks work on them.
 """
 
@@ -46,7 +46,7 @@ class CastConv2d(nn.Conv2d):
 class CastBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with its weights and statistics cast to the dtype of its input (B, N, H, W).
 
-    In training it computes in the dtype of its weights, which its running statistics are kept in.
+    In training it computes in the dtype of its weights and running statistics.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def _cast(parameter: Tensor | None, like: Tensor) -> Any:
 
 
 def batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
-    """Applies a BatchNorm to x (B, N, H, W), without updating its running statistics in gradient checkpointing's second
-    forward pass.
+    """Applies a BatchNorm to x (B, N, H, W), without updating its running statistics when gradient checkpointing
+    recomputes the forward pass.
 
     torch's own layer would count a recomputed batch twice.
 
@@ -93,8 +93,8 @@ def running_statistics_kept(layer: nn.Module) -> Iterator[None]:
 
 
 def recomputing() -> bool:
-    """Whether this forward pass runs within a backward pass, as gradient checkpointing's second one does."""
-    # Compiled, the two passes are one graph, whose statistics are updated once.
+    """Whether this forward pass runs within a backward pass, as when gradient checkpointing recomputes it."""
+    # When compiled, the two forward passes are one graph, which updates the statistics once.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -106,7 +106,7 @@ def is_map(features: Tensor) -> bool:
 
 
 def statistics_dtype(features: Tensor) -> torch.dtype:
-    """float32 for half precisions."""
+    """float32 for half precision, else the features' own dtype."""
     return torch.promote_types(features.dtype, torch.float32)
 
 
@@ -119,7 +119,7 @@ def mean_pool(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
 
 
 def channels_first(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
-    """Features as (B, N, P), P pixels, or all tokens but the leading ones."""
+    """Features as (B, N, P), where P counts pixels, or all tokens but the leading ones."""
     if is_map(features):
         return features.flatten(2).to(statistics_dtype(features))
     return features[:, num_unpooled_tokens:].transpose(1, 2).to(statistics_dtype(features))
@@ -128,7 +128,7 @@ def channels_first(features: Tensor, num_unpooled_tokens: int = 0) -> Tensor:
 def grid(features: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """Maps as they are, or patch tokens as (B, N, H, W) with H = W, without the prefix tokens.
 
-    Raises InputError: the number of patch tokens is no square.
+    Raises InputError if the number of patch tokens is not a square.
     """
     if is_map(features):
         return features.to(statistics_dtype(features))

@@ -1,4 +1,4 @@
-"""Self-attention modules (SAMs), each the extraction and processing of a block (arXiv 2210.16101, Fig. 4, Table II)."""
+"""Self-attention modules (SAMs): extraction and processing in a block (arXiv 2210.16101, Fig. 4, Table II)."""
 
 import math
 from abc import ABC, abstractmethod
@@ -30,8 +30,8 @@ class SelfAttentionModule(nn.Module, ABC):
     """
 
     norm_channels: int | None = None
-    """Channels of the BatchNorm between processing and map, None where there is none. It is held by the unit, since
-    its statistics belong to a block even where all else is shared (VI-B2)."""
+    """Channels of the BatchNorm between processing and map; None if there is none. The unit holds the BatchNorm, since
+    each block needs its own statistics even if everything else is shared (VI-B2)."""
 
     @abstractmethod
     def forward(
@@ -49,7 +49,7 @@ class OneMapModule(SelfAttentionModule):
 
     @abstractmethod
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
-        """The attention map: (B, N), or of G channels that divide N, (B, G, H, W)."""
+        """The attention map: (B, N), or (B, G, H, W) where G divides N."""
 
     def forward(
         self, features: Tensor, norm: Norm | None, num_unpooled_tokens: int, num_prefix_tokens: int
@@ -64,7 +64,7 @@ class SqueezeExcitation(OneMapModule):
         channels: N.
         reduction: r; must divide N.
         bias: biases on both maps, as in the published networks.
-        scale: what the sigmoid is multiplied by, 1 in the paper.
+        scale: factor of the sigmoid, 1 in the paper.
         zero_init: W2 starts at 0, so that with scale 2 the map starts at exactly 1.
 
     Raises:
@@ -130,7 +130,7 @@ class ConvolutionalBlockAttention(SelfAttentionModule):
 
         channel = sigmoid(MLP(mean a) + MLP(max a)),  spatial = sigmoid(conv7x7([mean over N, max over N]))
 
-    2 N^2/r + N/r + N + 98 parameters with biases. Prefix tokens are scaled by the channel map alone.
+    2 N^2/r + N/r + N + 98 parameters with biases. Prefix tokens are scaled only by the channel map.
 
     Args:
         channels: N.
@@ -174,7 +174,7 @@ class StyleRecalibration(OneMapModule):
 
         z_n = w_n . (mean_n, deviation_n),  map = sigmoid(BatchNorm(z))
 
-    The channel-wise weights start at 0, as in the published code, and so the map at 1/2.
+    The channel-wise weights start at 0, as in the published code, so the map starts at 1/2.
     """
 
     def __init__(self, channels: int):
@@ -199,7 +199,7 @@ PYRAMID = (1, 2, 4)  # sides of the adaptive average pools
 class SpatialPyramidAttention(OneMapModule):
     """sigmoid(W2 relu(W1 p)) of p, the concatenated pools of sides 1, 2 and 4: 22 N^2/r parameters without biases.
 
-    Pools over the grid of patches: prefix tokens are left out whatever `num_unpooled_tokens` says.
+    Pools over the grid of patches: prefix tokens are left out regardless of `num_unpooled_tokens`.
 
     Args:
         channels: N.
@@ -229,8 +229,8 @@ class SwitchableAttention(OneMapModule):
 
         map = sigmoid(d_1 W2 relu(W1 y)) * sigmoid(d_2 conv_k(y)) * sigmoid(d_3 (w y + b)),  d = sigmoid(D y)
 
-    They are SE's, ECA's and the instance enhancement of IEBN. 2 N^2/r + N/r + 6 N + 3 + k parameters. As in the
-    published code w starts at 0 and b at -1.
+    The operators are those of SE and ECA, and IEBN's instance enhancement. 2 N^2/r + N/r + 6 N + 3 + k parameters. As
+    in the published code, w starts at 0 and b at -1.
 
     Args:
         channels: N.
@@ -264,8 +264,8 @@ class MixPoolingAttention(OneMapModule):
         u = w2 max(a) + b2,  v = w2 min(a) + b2,  (p, q) = l^2 / sum(l^2)
         map = sigmoid(u + v) * sigmoid(w1 (p u + q v) + b1)
 
-    4 N + 2 parameters, starting as in the published code: w at 0, b at -1, l at 1/2. The paper's penalty on l in the
-    loss is left out: the mixture doesn't depend on l's length.
+    4 N + 2 parameters, initialized as in the published code: w at 0, b at -1, l at 1/2. The paper's penalty on l in the
+    loss is left out, since the mixture doesn't depend on the norm of l.
     """
 
     def __init__(self, channels: int):
@@ -323,7 +323,7 @@ class SpatialGroupEnhance(OneMapModule):
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         variance, mean = torch.var_mean(extracted, dim=(2, 3), correction=0, keepdim=True)
-        # The floor within the root too, whose gradient is infinite where all positions are equal.
+        # The floor is also inside the root, whose gradient is infinite if all positions are equal.
         normalized = (extracted - mean) / ((variance + DEVIATION_FLOOR**2).sqrt() + DEVIATION_FLOOR)
         gamma, beta = (p.to(extracted.dtype)[:, None, None] for p in (self.gamma, self.beta))
         return (gamma * normalized + beta).sigmoid()  # (B, G, H, W)

@@ -1,7 +1,7 @@
 """Attention units by name, and the unit that holds a self-attention module for every block (arXiv 2210.16101, III-A).
 
-Eq. 1 of the paper is sharing "individual", eq. 2 "shared". A network holds its unit once, in one nn.Module, so that
-twins differ in the unit alone.
+Eq. 1 of the paper is sharing "individual", eq. 2 is "shared". A network holds its unit in a single nn.Module, so that
+twin networks differ only in the unit.
 """
 
 import inspect
@@ -42,15 +42,15 @@ class SelfAttentionUnit(nn.Module):
     Args:
         channels: N, the channels of the features.
         module: the class of the modules, called with channels and options.
-        num_blocks: the calls per forward pass; needed if blocks have parameters or a BatchNorm of their own.
+        num_blocks: calls per forward pass; required if each block has its own parameters or BatchNorm.
         sharing: "shared" is one set of parameters for all blocks, "individual" one set per block.
-        share_norm: share the BatchNorm too, of a module that has one. Its statistics then mix all blocks, with which
-            training collapses in the paper (VI-B2, Fig. 15).
+        share_norm: also share the BatchNorm, for a module that has one. Its statistics then mix all blocks, which makes
+            training collapse in the paper (VI-B2, Fig. 15).
         options: the module's own arguments.
 
     Raises:
-        InputError: an unknown sharing, no num_blocks where it is needed, share_norm with individual sharing or without
-            a BatchNorm, or arguments that the module refuses.
+        InputError: an unknown sharing, a missing num_blocks, share_norm with individual sharing or without a BatchNorm,
+            or arguments that the module refuses.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class SelfAttentionUnit(nn.Module):
             state: what the previous block's call returned; None at the first block.
             num_unpooled_tokens: leading tokens (time, class) left out of statistics over tokens; channel maps scale
                 them too.
-            num_prefix_tokens: leading tokens (time, class) that are no patches: spatial maps are made without them and
-                don't scale them.
+            num_prefix_tokens: leading tokens (time, class) that are not patches: spatial maps neither see nor scale
+                them.
 
         Returns:
             (features times the maps, in the shape and dtype of features; the state for the next block).
 
         Raises:
-            InputError: more calls than num_blocks, or patches that form no square grid where the module needs one.
+            InputError: more calls than num_blocks, or patches that don't form a square grid if the module needs one.
         """
         calls = 0 if state is None else state[0]
         if self.num_blocks is not None:
@@ -111,7 +111,7 @@ class SelfAttentionUnit(nn.Module):
         sam = self.sams[calls if len(self.sams) > 1 else 0]
         norm = None
         if len(self.norms) > 0:
-            # Not the module itself, which an offload hook on the SAM would move to another device.
+            # A partial, since an offload hook on the SAM would move a module passed to it to another device.
             norm = partial(batch_norm, self.norms[calls if len(self.norms) > 1 else 0])
         with torch.autocast(features.device.type, enabled=False):
             maps = sam(features, norm, num_unpooled_tokens, num_prefix_tokens)
@@ -122,7 +122,7 @@ class SelfAttentionUnit(nn.Module):
     def attention_map(self, state: UnitState) -> Tensor:
         """The map of the call that returned this state, float32.
 
-        (B, N) of channel modules; with spatial maps it broadcasts to (B, N, H, W), without prefix tokens.
+        (B, N) for channel modules; with spatial maps it broadcasts to (B, N, H, W), without prefix tokens.
         """
         maps = state[1:]
         if all(attention_map.dim() == 2 for attention_map in maps):
@@ -147,18 +147,18 @@ class Unit:
         features, state = unit(features, state, num_unpooled_tokens, num_prefix_tokens)
 
     with the state that the previous block's call returned, None in the first block; `SelfAttentionUnit.forward`
-    describes the arguments. `unit.attention_map(state)` is what the call that returned `state` multiplied its features
-    by, and broadcasts to (B, N) or (B, N, H, W).
+    describes the arguments. `unit.attention_map(state)` is the map that multiplied the features in the call that
+    returned `state`; it broadcasts to (B, N) or (B, N, H, W).
     """
 
     make: Callable[..., nn.Module]
-    """The unit's class. If it takes `num_blocks`, it is given the calls per forward pass."""
+    """The unit's class. If it takes `num_blocks`, that is the number of calls per forward pass."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that the name stands for."""
+    """Arguments that the name implies."""
     needs_time: bool = False
-    """Its first state is `unit.first_state(embedding)` of the time embedding (B, N); only a UViT gives it."""
+    """Its first state is `unit.first_state(embedding)` of the time embedding (B, N), which only a UViT provides."""
     can_be_individual: bool = False
-    """It takes sharing="individual", a set of parameters per block."""
+    """Whether it accepts sharing="individual", one set of parameters per block."""
 
 
 def sam_unit(module: type[SelfAttentionModule]) -> Unit:
@@ -168,7 +168,7 @@ def sam_unit(module: type[SelfAttentionModule]) -> Unit:
 
 UNITS: Registry[Unit] = Registry("attention unit")
 
-# With these h starts at exactly 1/4, so a DIA-LSTM is the identity until its first update.
+# With these arguments h starts at exactly 1/4, so a DIA-LSTM is the identity until its first update.
 IDENTITY = {"activation": "sigmoid", "scale": 4.0, "initialization": "zero"}
 
 UNITS.register("dia-lstm", Unit(DIALSTM, {"cell": "dia-lstm"}))
@@ -228,7 +228,7 @@ def build_attention(
 
 @contextmanager
 def forked_rng() -> Iterator[None]:
-    """Draws inside come from another generator; outside, one number has been drawn, whatever is drawn inside."""
+    """Draws inside use a separate generator; the outer one advances by one number, whatever is drawn inside."""
     seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

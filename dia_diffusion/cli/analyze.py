@@ -27,13 +27,13 @@ class RunOptions(Strict):
     runs: Annotated[tuple[str, ...], Positional("RUN")]
     """Run folders."""
     out: Path = Path("analysis")
-    """The folder of the figure and its numbers."""
+    """Folder for the figure and its numbers."""
     data: Annotated[str | None, Metavar("SOURCE")] = None
-    """The runs' images, where they are no longer at data.source."""
+    """The runs' images, if they are no longer at data.source."""
     steps: list[int] | None = None
-    """Of the runs, such as 2000,24000; all that are kept if not given."""
+    """Steps of the runs, such as 2000,24000; all saved ones if not given."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Decides images, times and noise."""
+    """Seed of images, times and noise."""
 
 
 class ImageOptions(RunOptions):
@@ -46,7 +46,7 @@ class ImageOptions(RunOptions):
     """Times, distributed as in training; a classifier has none."""
 
     def over(self, progress: Callable[[int], None]) -> "Coverage":
-        """What the analysis goes over."""
+        """The images and times that the analysis covers."""
         from dia_diffusion.analysis.run import Coverage
 
         return Coverage(self.images, self.times, self.seed, progress=progress)
@@ -57,14 +57,14 @@ class MapsOptions(ImageOptions):
 
 
 class CorrelationOptions(ImageOptions):
-    """Measures how alike the attention maps of two blocks are, image by image (Fig. 2)."""
+    """Measures how similar the attention maps of two blocks are, image by image (Fig. 2)."""
 
 
 class ImportanceOptions(ImageOptions):
-    """Measures by random forests which earlier blocks predict a block's attention map (Fig. 11)."""
+    """Measures with random forests which earlier blocks predict a block's attention map (Fig. 11)."""
 
     samples: int = Field(20_000, ge=100)
-    """To fit each forest on, and as many to score it on."""
+    """Samples to fit each forest on, and an equal number to score it on."""
 
     def over(self, progress: Callable[[int], None]) -> "Coverage":
         return replace(super().over(progress), num_samples=self.samples)
@@ -88,10 +88,10 @@ class GradientsOptions(RunOptions):
     batch_size: int | None = Field(None, ge=1)
     """Images per batch; the run's own if not given."""
     weights: Literal["ema", "raw"] = "ema"
-    """Averaged, or the raw ones of checkpoints."""
+    """Averaged weights, or the raw weights of checkpoints."""
 
     def over(self, progress: Callable[[int], None]) -> "GradientBatches":
-        """What the analysis goes over."""
+        """The batches that the analysis covers."""
         from dia_diffusion.analysis.run import GradientBatches
 
         return GradientBatches(self.batches, self.batch_size, self.seed, progress)
@@ -108,45 +108,45 @@ class TrialOptions(Strict):
     config: str = "digits_uvit_cpu"
     """The recipe: a YAML file, or a shipped one's name."""
     out: Path = Path("analysis")
-    """The folder of figure, numbers and trainings."""
+    """Folder for the figure, numbers and training runs."""
     data: Annotated[str | None, Metavar("SOURCE")] = None
     """The images to train on; if not given, the recipe's data.source."""
     held_out: Annotated[str | None, Metavar("SOURCE")] = None
-    """The images to measure; if not given, the test part of those."""
+    """The images to measure the loss on; if not given, the test split of the training images."""
     images: int = Field(256, ge=2)
-    """Held-out images to measure the loss on, at most."""
+    """Maximum number of held-out images to measure the loss on."""
     times: int = Field(8, ge=1)
-    """Times to measure it at, distributed as in training."""
+    """Times to measure the loss at, distributed as in training."""
     seeds: list[int] = Field([0, 1, 2])
-    """Of first weights, images, times and noise."""
+    """Seeds of initial weights, images, times and noise."""
     jobs: int = Field(1, ge=1)
-    """Processes that train at the same time, which share the cores, or have a GPU each."""
+    """Parallel training processes, which share the cores or have a GPU each."""
     plan: bool = False
-    """Only print what is there and what is missing."""
+    """Only print what exists and what is missing."""
 
 
 class StabilityOptions(TrialOptions):
-    """Trains units in networks with a part taken out, at growing learning rates."""
+    """Trains units in networks with a part removed, at increasing learning rates."""
 
     steps: int = Field(400, ge=1)
-    """Of each training."""
+    """Steps of each training run."""
     units: list[str] = Field(["none", "dia-lstm", "dia-lstm-light", "se-individual"])
     """Attention units; NAME-individual has one per block."""
     variants: list[str] = Field(["as-is", "no-long-skips", "no-residuals", "no-layer-norm"])
-    """What is taken out of the network."""
+    """Parts to remove from the network."""
     learning_rates: list[float] = Field([1e-3, 3e-3, 1e-2, 3e-2])
-    """Each constant from the first step on."""
+    """Learning rates, each constant from the first step on."""
     batch_size: int = 4
     """Images per optimizer step."""
 
 
 class PlacementOptions(TrialOptions):
-    """Trains a unit in the first blocks only, and in all but one part's."""
+    """Trains a unit in only the first blocks, and in all blocks except those of one part."""
 
     steps: int = Field(1500, ge=1)
-    """Of each training."""
+    """Steps of each training run."""
     unit: str = "dia-lstm"
-    """NAME-individual has parameters of its own for each block."""
+    """The attention unit; NAME-individual has one per block."""
     protocol: Annotated[str | None, Metavar("NAME")] = None
     """Also measure distances, by this protocol, such as fd-digits."""
 
@@ -180,7 +180,7 @@ def analyze(name: str, module: str, options: ImageOptions | GradientsOptions) ->
     own = options.model_dump(exclude={*RunOptions.model_fields, "batch_size"})
     protocol = {**own, "weights": options.weights, "seed": options.seed, "randomness": RANDOMNESS}
     numbers, figure = options.out / f"{name}.json", options.out / f"{name}.png"
-    write_json(numbers, {"analysis": name, "protocol": protocol, "runs": records})  # first: it survives a bad figure
+    write_json(numbers, {"analysis": name, "protocol": protocol, "runs": records})  # first, in case the figure fails
     save_figure(analysis.draw(records), figure, dpi=140)
     console.print(f"{figure}, numbers in {numbers}")
     for record in records:
@@ -195,7 +195,7 @@ def refuse_file(out: Path) -> None:
 
 
 def _in(module: str, name: str) -> Callable[[Any], None]:
-    """The function of that name, whose module is imported when it is called, since it imports torch."""
+    """The named function of a module that is imported only when the function is called, since it imports torch."""
 
     def run(options: Any) -> None:
         getattr(importlib.import_module(f"dia_diffusion.cli.{module}"), name)(options)

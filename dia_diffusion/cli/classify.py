@@ -9,7 +9,7 @@ from dia_diffusion.training.config import ClassifyExperiment
 
 
 def parse(arguments: Sequence[str]) -> ClassifyExperiment:
-    """The recipe with what overrides it."""
+    """The recipe with its overrides."""
     help_parser = partial(options_parser, ClassifyExperiment, "classify")
     return parse_command(arguments, ClassifyExperiment, "classify", help_parser)[1]
 

@@ -1,4 +1,4 @@
-"""Progress on a terminal: bars with rates and time left, or a line now and then where there is no terminal."""
+"""Progress on a terminal: bars with rates and time left, or an occasional line if there is no terminal."""
 
 import os
 import time
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError, which `cli.main` handles as it does that of a print
+        raise  # BrokenPipeError, which `cli.main` handles as if print had raised it
 
 
 console = _Console(highlight=False, markup=False, soft_wrap=True)
 if not console.is_terminal:
-    console.width = 140  # of a file or pipe, where rich assumes 80 and folds tables
+    console.width = 140  # for a file or pipe, where rich assumes 80 and wraps tables
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -41,7 +41,7 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bars(unit: str) -> Bars:
-    """Bars counted in `unit`, with rate and time left; nothing is drawn where there is no terminal."""
+    """Bars counted in `unit`, with rate and time left; nothing is drawn without a terminal."""
     return Bars(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -52,13 +52,13 @@ def progress_bars(unit: str) -> Bars:
         TextColumn("{task.fields[note]}"),
         console=console,
         speed_estimate_period=20,
-        # Of the processes of a launch the first one draws.
+        # Only the first process of a launch draws.
         disable=not console.is_terminal or os.environ.get("RANK", "0") != "0",
     )
 
 
 class RecentRate:
-    """Progress per second over the last minute; the time before the first progress, as of imports, doesn't count."""
+    """Progress per second over the last minute; time before the first progress, such as imports, doesn't count."""
 
     SECONDS = 60.0
     ENOUGH_SECONDS = 5.0
@@ -67,7 +67,7 @@ class RecentRate:
         self.points: deque[tuple[float, int]] = deque()
 
     def note(self, seconds: float, done: int) -> None:
-        """Keeps the time of a progress; where nothing was done since the last call, nothing is to be kept."""
+        """Records the time at which `done` was reached; does nothing if `done` hasn't changed since the last call."""
         if self.points and done == self.points[-1][1]:
             return
         self.points.append((seconds, done))
@@ -83,7 +83,7 @@ class RecentRate:
 
 
 class Counter:
-    """One bar, or lines now and then where there is no terminal; call it with (done, total)."""
+    """One bar, or occasional lines if there is no terminal; call it with (done, total)."""
 
     def __init__(self, description: str, unit: str):
         self.description, self.unit = description, unit
@@ -100,7 +100,7 @@ class Counter:
         self.bars.stop()
 
     def start_at(self, done: int, total: int) -> None:
-        """Begins with `done` of `total` done earlier, which the rate leaves out."""
+        """Starts at `done` of `total`; the rate doesn't count what was done earlier."""
         self.first, self.started, self.recent = done, time.monotonic(), RecentRate()
         self.bars.reset(self.task, total=total, completed=done, note="")
 
@@ -121,7 +121,7 @@ class Counter:
 
 
 class SharedProgress:
-    """Counts what all processes do, each taken to do as much as the main one, on the main process's counter."""
+    """Counts the work of all processes on the main process's counter, assuming that each does as much as the main."""
 
     def __init__(self, counter: Counter, total: int, accelerator: "Accelerator"):
         self.counter, self.total, self.accelerator, self.done = counter, total, accelerator, 0.0
@@ -133,7 +133,7 @@ class SharedProgress:
 
 
 class ConsoleProgress(Progress):
-    """Progress on the terminal, a bar at a time."""
+    """Progress on the terminal, one bar at a time."""
 
     def __init__(self) -> None:
         self.counter: Counter | None = None
@@ -163,7 +163,7 @@ class ConsoleProgress(Progress):
         return self.counter
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self.counter is not None:
             self.counter.bars.stop()
             self.counter = None

@@ -1,4 +1,4 @@
-"""`dia-diffusion convert`: official U-ViT weights into a pipeline folder."""
+"""`dia-diffusion convert`: turns official U-ViT weights into a pipeline folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +9,14 @@ from dia_diffusion.validation import Strict
 
 
 class Options(Strict):
-    """Turns official U-ViT weights into a pipeline folder; runs no code in them."""
+    """Turns official U-ViT weights into a pipeline folder, without running code in them."""
 
     source: Annotated[Path, Positional("IN.pth")]
     """Weights as U-ViT's own training saves them."""
     out: Annotated[Path, Positional("OUT")]
     """The pipeline folder to make."""
     heads: int | None = None
-    """Attention heads, where the width is none of the published ones."""
+    """Attention heads, if the width isn't a published one."""
 
 
 def run(options: Options) -> None:

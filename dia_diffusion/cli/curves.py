@@ -1,4 +1,4 @@
-"""`dia-diffusion curves`: distance against images seen, of a study or a line per run (the paper's Fig. 8)."""
+"""`dia-diffusion curves`: distance against images seen, for a study, or one line per run (the paper's Fig. 8)."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,35 +19,35 @@ OF_RUNS = ("out", "floor", "title")
 
 
 class Options(Strict):
-    """Draws distance against images seen: of a study, or of runs that `fid` measured."""
+    """Draws distance against images seen, for a study or for runs that `fid` measured."""
 
     subjects: Annotated[tuple[str, ...], Positional("STUDY_or_RUN")] = Field(
         description=f"A study: a YAML file, its folder, or one of {', '.join(shipped_names('curves'))}; or run folders "
         "with evaluations."
     )
     protocol: str | None = None
-    """Of a study: the one of its curves, by name or file; of runs measured by several: the start of its hash."""
+    """For a study: the protocol of its curves, by name or file; for runs measured by several: the start of its hash."""
     output: str | None = None
-    """Of a study: its folder; if not given, the one that the study names."""
+    """For a study: its folder; if not given, the one that the study names."""
     data: Annotated[str | None, Metavar("SOURCE")] = None
-    """Of a study: the images to train on; if not given, the recipe's data.source."""
+    """For a study: the images to train on; if not given, the recipe's data.source."""
     reference: Annotated[str | None, Metavar("DATA")] = None
-    """Of a study: the images to measure against; if not given, those trained on."""
+    """For a study: the images to measure against; if not given, the training images."""
     final_protocol: Annotated[str | None, Metavar("NAME")] = None
-    """Of a study: the protocol of the last checkpoints; none for none."""
+    """For a study: the protocol of the last checkpoints, or none."""
     jobs: int = Field(1, ge=1)
-    """Of a study: runs at the same time, which share the cores, or have a GPU each."""
+    """For a study: parallel runs, which share the cores or have a GPU each."""
     plan: bool = False
-    """Of a study: only print what is missing, and what it would take."""
+    """For a study: only print what is missing, and what it would take."""
     only_plot: bool = False
-    """Of a study: only draw what there is."""
+    """For a study: only draw the existing results."""
     out: Path = Path("curves.png")
-    """Of runs: the figure; its numbers go beside it."""
+    """For runs: the figure; its numbers are written next to it."""
     floor: Annotated[str | None, Metavar("FILE_or_DISTANCE")] = None
-    """Of runs: a line for what a perfect model would reach: a number, or the file that `fid` recorded real images
-    in."""
+    """For runs: a line at the distance of a perfect model: a number, or the file in which `fid` recorded real
+    images."""
     title: str | None = None
-    """Of runs: above the figure."""
+    """For runs: the title above the figure."""
 
     @model_validator(mode="after")
     def _check(self) -> "Options":
@@ -56,7 +56,7 @@ class Options(Strict):
 
 
 def run(options: Options) -> None:
-    """Draws the curves; of a study, trains and measures first what is missing."""
+    """Draws the curves; for a study, first trains and measures what is missing."""
     is_study = len(options.subjects) == 1 and names_study(options.subjects[0])
     for name in OF_RUNS if is_study else OF_STUDIES:
         if getattr(options, name) != Options.model_fields[name].default:
@@ -71,7 +71,7 @@ def run(options: Options) -> None:
 
 
 def names_study(name: str) -> bool:
-    """Whether it is a study: not a folder, a study's folder, or a shipped one's name rather than a run's."""
+    """Whether a name is a study: not a folder, a study's folder, or a shipped study's name and not a run's folder."""
     from dia_diffusion.sweeps.sweep import STUDY_FILE
     from dia_diffusion.training.run_folder import RunFolder
 
@@ -101,7 +101,7 @@ def label(run: str) -> str:
 
 
 def records(run: str, protocol: str | None = None) -> "list[EvaluationRecord]":
-    """A run's records, of one protocol where its hash's start is given."""
+    """A run's records; only those of one protocol if the start of its hash is given."""
     from dia_diffusion.evaluation.record import read_records
     from dia_diffusion.training.run_folder import RunFolder
 
@@ -115,7 +115,7 @@ def records(run: str, protocol: str | None = None) -> "list[EvaluationRecord]":
 
 
 def floor_of(floor: str, record: "EvaluationRecord") -> float:
-    """A number, or the distance of a file's newest record that was measured as a run's record was."""
+    """A number, or the distance of the file's newest record that was measured in the same way as a run's record."""
     from dia_diffusion.evaluation.record import recorded_floor
 
     try:

@@ -24,11 +24,11 @@ class AverageOptions(Strict):
     width: list[float] | None = Field(None, min_length=1)
     """Relative widths, such as 0.05 or 0.02,0.05,0.1: power-function averages (EDM2), from the run's snapshots."""
     decay: list[float] | None = Field(None, min_length=1)
-    """Of ema.further_decays, such as 0.999: from a checkpoint of the run."""
+    """Decays in ema.further_decays, such as 0.999: averages from a checkpoint of the run."""
     step: int | None = None
-    """That of a snapshot, or a checkpoint for --decay; the newest if not given."""
+    """Step of a snapshot, or of a checkpoint for --decay; the newest if not given."""
     out: Path | None = None
-    """The pipeline's folder, or the folder of several; if not given, in RUN/averages."""
+    """The pipeline's folder, or a folder for several pipelines; if not given, in RUN/averages."""
 
 
 class Options(MeasureOptions, AverageOptions):  # --help lists the last base first
@@ -58,7 +58,7 @@ class Options(MeasureOptions, AverageOptions):  # --help lists the last base fir
 
 
 def run(options: Options) -> None:
-    """Writes the pipelines that aren't there, and measures them; draws a figure of several widths."""
+    """Writes the missing pipelines and measures all of them; draws a figure if there are several widths."""
     if options.measures:
         _check_measuring(options)
     places = make_averages(options.source, options.step, options.width, options.decay, options.out)
@@ -75,7 +75,7 @@ def run(options: Options) -> None:
 
 
 def _check_measuring(options: Options) -> None:
-    """Raises InputError, before pipelines are written, for what can't be measured of the run's recipe."""
+    """Raises InputError, before pipelines are written, if pipelines of the run's recipe can't be measured this way."""
     from dia_diffusion.data.sources import find_format
     from dia_diffusion.evaluation.record import check_record_file
     from dia_diffusion.sampling.load import load_guide
@@ -106,7 +106,7 @@ def _check_measuring(options: Options) -> None:
 def make_averages(
     run: str, step: int | None, widths: list[float] | None, decays: list[float] | None, out: Path | None = None
 ) -> list[Path]:
-    """Writes the pipelines that aren't there and returns their folders; the arguments are as the options."""
+    """Writes the missing pipelines and returns the folders of all of them; arguments as for the options."""
     from dia_diffusion.distributed import broadcast_from_rank_zero, start_accelerator
 
     make = partial(_make, run, step, widths or [], decays or [], out)

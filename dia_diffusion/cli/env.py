@@ -37,7 +37,7 @@ class Options(Strict):
 
 
 def run(_: Options) -> None:
-    """Prints the lines as they are known."""
+    """Prints each line as soon as it is known."""
     for key, value in describe():
         print(f"{key}: {value}")
 
@@ -73,7 +73,7 @@ def describe() -> Iterator[tuple[str, str]]:
 
 
 def matmul_speed(dtype: "torch.dtype", device: "torch.device", native: bool) -> str:
-    """Such as "42.1 GFLOP/s"; the error where the device can't multiply such matrices."""
+    """Such as "42.1 GFLOP/s"; the error if the device can't multiply such matrices."""
     from dia_diffusion.precision import matmul_rate
 
     size = EMULATED_SIZE if not native else CPU_SIZE if device.type == "cpu" else GPU_SIZE
@@ -84,7 +84,7 @@ def matmul_speed(dtype: "torch.dtype", device: "torch.device", native: bool) -> 
 
 
 def cpu_model() -> str:
-    """The CPU's name as its maker gives it, else its architecture."""
+    """The CPU's model name, or its architecture if that is unknown."""
     try:
         if sys.platform == "darwin":
             words = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -97,7 +97,7 @@ def cpu_model() -> str:
 
 
 def triton_version() -> str:
-    """triton compiles for GPUs."""
+    """The version of triton, which compiles for GPUs."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`dia-diffusion export`: a pipeline folder to share, with --with-code loadable without this package."""
+"""`dia-diffusion export`: a pipeline folder to share; with --with-code, it loads without this package."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +14,9 @@ class Options(Strict):
     source: Annotated[str, Positional("PIPELINE_OR_RUN")]
     """A pipeline folder, or a run folder."""
     out: Annotated[Path, Positional("OUT")]
-    """The folder to make, which must not exist or be empty."""
+    """The folder to make; it must be new or empty."""
     step: int | None = None
-    """Which of a run's pipelines; the newest if not given."""
+    """Step of a run's pipeline; the newest if not given."""
     with_code: bool = False
     """Add generated code, so that diffusers alone loads the folder."""
 
@@ -36,6 +36,6 @@ def run(options: Options) -> None:
 
 
 def print_left_out(left_out: dict[Path, str]) -> None:
-    """Says which files of a folder are left out, and why."""
+    """Prints which files of a folder are left out, and why."""
     if left_out:
         console.print("left out: " + ", ".join(f"{path} ({reason})" for path, reason in left_out.items()))

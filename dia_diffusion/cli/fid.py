@@ -50,9 +50,9 @@ def run(options: Options) -> None:
 
 
 def measure(options: MeasureOptions, pipelines: list[Path]) -> "list[list[EvaluationRecord]]":
-    """Measures pipelines, or the source's images if there are none, in each of the features; records and prints it.
+    """Measures, records and prints pipelines, or the source's images if there are none, with each feature extractor.
 
-    Returns the records in each of the features.
+    Returns a list of records per extractor.
     """
     records = measure_points(options, pipelines, [{}], print_records)
     if os.environ.get("RANK", "0") == "0" and len(records) > 1 and "fdr" in options.metrics:
@@ -66,19 +66,19 @@ def measure_points(
     settings: Sequence[Mapping[str, Any]],
     show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
 ) -> "list[list[EvaluationRecord]]":
-    """Measures and records each pipeline, or the source's images, with each of the settings, in each of the features.
+    """Measures and records each pipeline, or the source's images, with each item of `settings` and each extractor.
 
     Args:
-        settings: fields of EvalProtocol, in place of the options' or the named protocol's.
-        show: prints the records in one of the features.
+        settings: fields of EvalProtocol that replace those of the options or the named protocol.
+        show: prints the records of one extractor.
     """
     from dia_diffusion.distributed import start_accelerator
 
-    plans = [_plan(one, pipelines, settings) for one in per_features(options)]  # refuses before anything is measured
+    plans = [_plan(one, pipelines, settings) for one in per_features(options)]  # raises before anything is measured
     accelerator = start_accelerator()
     if len(settings) > 1:
         for pipeline, protocol in product(pipelines, plans[0].protocols):
-            load_for_sampling(pipeline, protocol, accelerator.device)  # refuses settings that aren't the pipeline's
+            load_for_sampling(pipeline, protocol, accelerator.device)  # raises for settings that don't fit the pipeline
     records = _measure(plans, pipelines, accelerator, show)
     accelerator.end_training()
     return records
@@ -86,14 +86,14 @@ def measure_points(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is measured in one of the features."""
+    """The measurements with one feature extractor."""
 
     options: MeasureOptions
     reference_data: str
     protocols: "list[EvalProtocol]"
-    """One for each of the settings."""
+    """One for each item of `settings`."""
     files: dict[Path | None, Path]
-    """For the records of each pipeline, or of the images."""
+    """The records file of each pipeline, or of the images (None)."""
 
 
 def _plan(options: MeasureOptions, pipelines: list[Path], settings: Sequence[Mapping[str, Any]]) -> _Plan:
@@ -112,7 +112,7 @@ def _measure(
     accelerator: "Accelerator",
     show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
 ) -> "list[list[EvaluationRecord]]":
-    """The records in each of the features; the images are made once for all features."""
+    """The records of each extractor; images are generated once for all extractors."""
     from dia_diffusion.evaluation.evaluate import few_images, record_together
 
     extractors = [_load_features(plan, accelerator) for plan in plans]
@@ -181,7 +181,7 @@ def _evaluator(
     accelerator: "Accelerator",
     progress: Progress,
 ) -> "Evaluator":
-    """With the reference loaded, for images of this shape."""
+    """The evaluator of a plan for images of this shape, with the reference loaded."""
     from dia_diffusion.evaluation.evaluate import Evaluator
     from dia_diffusion.evaluation.reference import measure_held_out
 
@@ -202,14 +202,14 @@ def _records_file(options: MeasureOptions, pipeline: Path | None = None) -> Path
 
 
 def _check_records(options: MeasureOptions, protocol: "EvalProtocol", files: "dict[Path | None, Path]") -> None:
-    """Raises InputError for pipelines of other weights, files that can't be used, and records of a changed protocol."""
+    """Raises InputError for pipelines of other weights, unusable record files, and records of a changed protocol."""
     from dia_diffusion.evaluation.record import check_record_file, read_records
     from dia_diffusion.pipelines.folder import read_training
 
     if options.record is not None:
         check_record_file(options.record)
     for pipeline in filter(None, files) if protocol.name else ():
-        weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # others' don't say which they are
+        weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # other programs don't say
         if weights != protocol.weights:
             measured = f"protocol {protocol.name} measures {protocol.weights}"
             raise InputError(f"{pipeline} holds {weights} weights; {measured}")
@@ -219,7 +219,7 @@ def _check_records(options: MeasureOptions, protocol: "EvalProtocol", files: "di
 
 
 def _measuring(progress: Progress) -> Any:
-    """A context around the measuring, in which the message of a signal says what is kept in the work folder."""
+    """A context around the measurement, in which the message for a signal says what the work folder keeps."""
 
     @contextmanager
     def measuring(work: Path) -> Iterator[Progress]:
@@ -241,7 +241,7 @@ def _measuring(progress: Progress) -> Any:
 
 
 def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> None:
-    """A table of distances, and one of the other metrics that were asked for; each record has them."""
+    """Prints a table of distances, and one of the other requested metrics, which each record has."""
     from dia_diffusion.evaluation.record import describe_number
 
     columns = ("source", "step", "metric", "distance", "images", "reference", "sampler", "seconds", "protocol")
@@ -262,9 +262,9 @@ def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> N
 
 
 def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
-    """FDr averaged over features, as in arXiv 2604.28190; one sequence of records per source, one record per features.
+    """Prints FDr averaged over extractors, as in arXiv 2604.28190; `records`: per source, one record per extractor.
 
-    The ends of the intervals are averaged too: right if the ratios of all features err together, else too wide.
+    The ends of the intervals are averaged too: right if the ratios of all extractors err together, else too wide.
     """
     rows = []
     for group in records:

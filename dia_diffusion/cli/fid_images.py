@@ -1,4 +1,4 @@
-"""The images that `dia-diffusion fid` measures, and those that they are compared with."""
+"""The images that `dia-diffusion fid` measures, and the reference images."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -53,7 +53,7 @@ def sources_of(
     accelerator: "Accelerator",
     progress: Progress,
 ) -> "Iterator[tuple[ImageSource, tuple[int, int, int], int]]":
-    """What is measured, each with the shape (C, H, W) of its images, which are square, and its protocol's index."""
+    """Yields each source to measure, with the shape (C, H, W) of its square images and the index of its protocol."""
     from dia_diffusion.evaluation.sources import images_source, pipeline_source
 
     if not pipelines:
@@ -77,7 +77,7 @@ def _square(source: str | Path, shape: tuple[int, int, int]) -> tuple[int, int, 
 def _open_source(
     options: Options, protocol: "EvalProtocol", accelerator: "Accelerator", progress: Progress
 ) -> "ImageSet":
-    """The images to measure; fewer than all are a choice by seed 0, since files are sorted by class."""
+    """The images to measure; a subset is chosen at random with seed 0, since files are sorted by class."""
     from dia_diffusion.data.sources import open_images_on_ranks
     from dia_diffusion.evaluation.reference import choose
 
@@ -102,7 +102,7 @@ def load_reference(
     accelerator: "Accelerator",
     progress: Progress,
 ) -> "Reference":
-    """The reference: a file of statistics, or images reduced to the shape that is measured."""
+    """The reference: a file of statistics, or images reduced to the measured shape."""
     from dia_diffusion.distributed import on_all_ranks
     from dia_diffusion.evaluation import reference as references
     from dia_diffusion.evaluation.statistics_file import holds_images, is_statistics_file
@@ -120,7 +120,7 @@ def load_reference(
         if got != width:
             needed = f"images or have mu_s and sigma_s of {width} features for sfid"
             raise InputError(f"`--reference` must be {needed}, got {data}, which has {got or 'none'}")
-    # Images without parts are opened as "train"; a file of another program doesn't say what it was made of.
+    # Images without splits count as "train"; a file of another program doesn't say what it was made from.
     known = reference.split or ("train" if reference.shape else None)
     if split not in (None, known):
         what = spelled(protocol, "reference_split") if protocol.reference_split else "`--reference-split`"

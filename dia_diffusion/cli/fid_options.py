@@ -1,4 +1,4 @@
-"""The options of `dia-diffusion fid`, and the protocol that they name or are."""
+"""The options of `dia-diffusion fid`, and the protocol that they name or define."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 DEFAULT_COUNT = 1000
 
 
-"""Images of a pipeline."""
+"""Images from a pipeline."""
 
 
 class MeasureOptions(SamplingOptions, FeatureOptions):
-    """What `measure` uses, whatever the command."""
+    """The options that `measure` uses, for every command."""
 
     reference: Annotated[str | None, Metavar("DATA")] = None
     """Images (a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10, cifar100), or a file of
-    statistics; if not given, with --protocol, what a run was trained on."""
+    statistics; if not given, with --protocol, the run's training images."""
     protocol: Annotated[str | None, Metavar("NAME")] = Field(
         None,
         description=f"A YAML file, or one of {', '.join(shipped_names('protocols'))}: decides features, number of "
@@ -41,11 +41,11 @@ class MeasureOptions(SamplingOptions, FeatureOptions):
         "three.",
     )
     reference_split: Split | None = None
-    """Of the reference's images; train if not given."""
+    """Split of the reference images; train if not given."""
     num: int | None = Field(None, ge=2)
-    """Images to measure; if not given, 1000 of a pipeline, all of a folder."""
+    """Number of images to measure; if not given, 1000 from a pipeline, all of a folder."""
     metrics: list[str] = Field(["fid"])
-    """Of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr, isc-adm, prc-adm; the distance is always measured."""
+    """Any of fid, sfid, kid, isc, prc, dc, mind, fd-inf, fdr, isc-adm, prc-adm; the distance is always measured."""
     kid_subset_size: int = 1000
     """Images per subset of KID."""
     held_out: Annotated[str | None, Metavar("DATA")] = None
@@ -53,9 +53,9 @@ class MeasureOptions(SamplingOptions, FeatureOptions):
     bootstrap: int = 0
     """Resamples for the distance's 95 % interval; 0 for none."""
     show: int = Field(0, ge=0)
-    """Samples to show on a page beside the records, with their nearest reference images, the best and the worst."""
+    """Samples to show on a page next to the records, with their nearest reference images, the best and the worst."""
     record: Path | None = None
-    """The file to add records to; if not given, evaluations.jsonl of the run, else here."""
+    """The file to add records to; if not given, evaluations.jsonl of the run, or in the current folder."""
 
 
 class Options(MeasureOptions):
@@ -64,18 +64,18 @@ class Options(MeasureOptions):
     source: Annotated[str, Positional("SOURCE")]
     """A pipeline, a run, or images: a folder, a zip, digits, ..."""
     split: Split | None = None
-    """Of SOURCE, where it is images that have parts; train if not given."""
+    """Split of SOURCE, for images with splits; train if not given."""
     size: int | None = None
-    """Crop and resize images to this size; a pipeline's have their own."""
+    """Crop and resize images to this size; not for pipelines."""
     channels: Literal[1, 3] = 3
-    """Of images: 3, or 1 to measure them in gray."""
+    """Channels of images: 3, or 1 to measure them in gray; not for pipelines."""
     step: int | None = None
-    """Which of a run's pipelines; the newest if not given."""
+    """Step of a run's pipeline; the newest if not given."""
     every_step: bool = False
     """All of a run's pipelines, one after the other."""
     sweep: Annotated[tuple[str, ...], Metavar("KEY=VALUE,VALUE")] = ()
-    """Measures the grid of these values, such as guidance_scale=1,1.5,2 steps=10,25. Of sampler, steps, guidance_scale,
-    guidance_interval (none,0.3:5), guide, precision, step, width and decay; the last two are averages as of ema."""
+    """Measure a grid of values, such as guidance_scale=1,1.5,2 steps=10,25. KEY: sampler, steps, guidance_scale,
+    guidance_interval (none,0.3:5), guide, precision, step, width or decay; the last two are averages as made by ema."""
 
     @model_validator(mode="after")
     def _check(self) -> "Options":
@@ -86,7 +86,7 @@ class Options(MeasureOptions):
 
 
 def per_features(options: MeasureOptions) -> list[MeasureOptions]:
-    """The options with one name as `features`, for each of the names."""
+    """One copy of the options for each name in `features`."""
     names = (options.features or "").split(",")
     if len(names) > 1 and options.weights_file is not None:
         raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
@@ -96,7 +96,7 @@ def per_features(options: MeasureOptions) -> list[MeasureOptions]:
 OPTION_OF = {"num_samples": "num"}
 
 
-"""Field of EvalProtocol -> the option, where they are called differently."""
+"""Field of EvalProtocol -> the option, if the names differ."""
 
 DECIDED = (
     *("features", "num_samples", "sampler", "steps", "precision", "classes"),
@@ -104,7 +104,7 @@ DECIDED = (
 )
 
 
-"""What a named protocol decides."""
+"""Fields that a named protocol decides."""
 
 EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
@@ -112,9 +112,9 @@ EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 def resolve_protocol(
     options: MeasureOptions, is_model: bool, reference: str, settings: Mapping[str, Any] | None = None
 ) -> "EvalProtocol":
-    """The protocol that the options name, or that they are. Raises InputError for what can't be asked for.
+    """The protocol that the options name or define. Raises InputError for options that are invalid.
 
-    settings: take the place of the protocol's; if they differ, its name says which they are.
+    settings: replace fields of the protocol; those that differ from a named protocol are added to its name.
     """
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
@@ -171,7 +171,7 @@ def _refuse_decided(options: MeasureOptions, protocol: "EvalProtocol", is_model:
 
 
 def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: str) -> None:
-    """Raises InputError for Inception's features of other weights than a named protocol means."""
+    """Raises InputError if the features aren't those of the named protocol, such as Inception with other weights."""
     if protocol.name and features != protocol.features:
         raise InputError(
             f"`--weights` must give features {protocol.features} for protocol {protocol.name}, got "
@@ -180,6 +180,6 @@ def check_features(options: FeatureOptions, protocol: "EvalProtocol", features: 
 
 
 def spelled(protocol: "EvalProtocol", field: str) -> str:
-    """A field of the protocol in a message."""
+    """How messages name a field of the protocol."""
     named = f"`{field}` of protocol {protocol.name}"
     return named if protocol.name else f"`{_flag([field])}`"

@@ -1,4 +1,4 @@
-"""`dia-diffusion fid --show`: a page of samples beside their nearest reference images, and the best and worst."""
+"""`dia-diffusion fid --show`: a page of samples next to their nearest reference images, and the best and worst."""
 
 import base64
 import io
@@ -79,7 +79,7 @@ def _write(
 
 
 def _page(source: ImageSource, features: str, found: Neighbors, count: int, reference: "ImageSet") -> str:
-    """HTML that loads nothing."""
+    """A page of HTML that loads no other files."""
     samples, kind = len(found.distances), "image" if source.folder is None else "seed"
     densest_first = np.argsort(found.sparsity)
     few = min(max(1, count // 4), samples)

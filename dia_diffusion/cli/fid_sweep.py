@@ -26,19 +26,19 @@ Grid = dict[str, list[Any]]
 SAMPLING = ("sampler", "steps", "guidance_scale", "guidance_interval", "guide", "precision")
 """Fields of EvalProtocol."""
 PIPELINES: dict[str, type] = {"step": int, "width": float, "decay": float}
-"""Which of a run's pipelines, or averages."""
+"""Settings that choose a run's pipeline or average."""
 
 
 def run_sweep(options: Options) -> None:
-    """Measures the grid and prints a table and the best point; writes a figure of up to two settings, and JSON.
+    """Measures the grid and prints a table and the best point; writes JSON, and a figure for up to two settings.
 
-    Raises InputError for a setting or value that can't be, before anything is sampled.
+    Raises InputError for an invalid setting or value, before anything is sampled.
     """
     grid = read_grid(options)
     sampling = [name for name in grid if name in SAMPLING]
     settings = [dict(zip(sampling, values, strict=True)) for values in product(*(grid[name] for name in sampling))]
     for each in settings:
-        if each.get("guidance_scale") == 1:  # no guidance, to which neither applies
+        if each.get("guidance_scale") == 1:  # no guidance, so neither applies
             each |= {"guidance_interval": None, "guide": None}
         resolve_protocol(per_features(options)[0], True, options.reference or "", each)
     pipelines = _pipelines(options, grid)
@@ -63,7 +63,7 @@ def run_sweep(options: Options) -> None:
 
 
 def read_grid(options: Options) -> Grid:
-    """The settings of `--sweep` and their values. Raises InputError for what can't be swept."""
+    """The settings of `--sweep` and their values. Raises InputError for a setting or value that can't be swept."""
     grid: Grid = {}
     for text in options.sweep:
         name, equals, values = text.partition("=")
@@ -98,7 +98,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _pipelines(options: Options, grid: Grid) -> dict[tuple[Any, Any, Any], Path]:
-    """Values of PIPELINES (None where it isn't swept) -> folder; averages are made if they aren't there."""
+    """Values of the PIPELINES settings (None if not swept) -> folder; missing averages are made."""
     from dia_diffusion.cli.ema import make_averages
     from dia_diffusion.pipelines.folder import find_pipeline
 
@@ -114,7 +114,7 @@ def _pipelines(options: Options, grid: Grid) -> dict[tuple[Any, Any, Any], Path]
     return found
 
 
-# What is shown and written.
+# Output.
 
 
 def sweep_table(points: list[dict[str, Any]], records: "list[EvaluationRecord]") -> Table:
@@ -147,7 +147,7 @@ def _write(
     best: "list[tuple[dict[str, Any], EvaluationRecord]]",
     figure: Path,
 ) -> None:
-    """The figure of one or two settings, and the points as JSON beside it."""
+    """The figure of one or two settings, and the points as JSON next to it."""
     from dia_diffusion.figures import Figure
     from dia_diffusion.plotting import save_figure
 
@@ -169,7 +169,7 @@ def _write(
 
 
 def sweep_panel(grid: Grid, points: list[dict[str, Any]], records: "list[EvaluationRecord]") -> "Panel":
-    """A curve over one setting; a heat map of two, the first from top to bottom."""
+    """A curve over one setting, or a heat map over two, with the first from top to bottom."""
     from dia_diffusion.evaluation.curves import distance_label
     from dia_diffusion.figures import Axis, HeatMap, Panel, Series, block_axis, value_axis
 
@@ -197,7 +197,7 @@ def sweep_panel(grid: Grid, points: list[dict[str, Any]], records: "list[Evaluat
 
 
 def _folder(options: Options, pipelines: list[Path]) -> Path:
-    """Where the records are; beside the pipelines of averages, which keep their own."""
+    """The folder of the records, or the common parent if the pipelines keep their records in several folders."""
     from dia_diffusion.pipelines.folder import records_file
 
     folders = {options.record.parent} if options.record else {records_file(place).parent for place in pipelines}
@@ -214,7 +214,7 @@ def _described(point: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as it is typed."""
+    """A value as typed in `--sweep`."""
     if value is None:
         return "none"
     if isinstance(value, list):

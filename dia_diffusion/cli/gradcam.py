@@ -25,11 +25,11 @@ class Options(Strict):
     images: Annotated[str, Metavar("SOURCE")]
     """Any image source, as for training."""
     split: Split = "train"
-    """The part of the images, where they have parts."""
+    """Split of the images, if they have splits."""
     count: int = Field(6, ge=1)
-    """Images, drawn at random."""
+    """Number of images, drawn at random."""
     seed: int = Field(0, ge=0)
-    """Decides which."""
+    """Seed of the drawn images."""
     number: int | None = Field(None, alias="class")
     """The class to explain; if not given, the image's own or, without labels, what the first classifier predicts."""
     out: Path = Path("gradcam.png")
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
 
 
 def _known_class(label: int, images: "ImageSet", classifier: "SavedClassifier") -> int:
-    """The classifier's number of the images' class, by its name where both have names."""
+    """The classifier's number for a class of the images, matched by name if both have names."""
     if images.class_names is None or classifier.class_names is None:
         return label
     name = images.class_names[label]

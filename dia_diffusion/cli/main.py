@@ -16,7 +16,7 @@ from dia_diffusion.cli.options import OptionParser, Options, parse_options, prog
 from dia_diffusion.environment import __version__
 from dia_diffusion.errors import NOT_ON_WINDOWS, InputError, RunError, Stopped, Terminated, number_of, one_line
 
-# name -> what it does; `_parse` says what the module dia_diffusion.cli.NAME has
+# name -> description; `_parse` documents the contents of the module dia_diffusion.cli.NAME
 COMMANDS = {
     "quickstart": "train twins on handwritten digits, sample, measure and draw the curve, in minutes on a CPU",
     "train": "train a recipe, or resume a run",
@@ -37,7 +37,7 @@ COMMANDS = {
     "env": "print versions, devices and speed of this machine, for a bug report",
 }
 INTERNAL = ("trials",)
-"""Commands that others start in child processes; the list of commands leaves them out."""
+"""Commands that other commands start in child processes; the list of commands omits them."""
 # Commands of earlier versions that are scripts of the repository now.
 SCRIPTS = {"distortions": "tools/distortions.py", "train-features": "tools/train_features.py"}
 
@@ -45,7 +45,7 @@ SCRIPTS = {"distortions": "tools/distortions.py", "train-features": "tools/train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 2 input or usage, 1 failure while running, 128 + n after signal n.
 
-    A pipe whose reader has ended, such as `| head`, ends a command quietly with the code of SIGPIPE.
+    If the reader of its output has exited, such as `| head`, a command ends quietly with the code of SIGPIPE.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
@@ -83,7 +83,7 @@ def _run_to_exit_code(name: str, parse: Callable[[], Callable[[], None]]) -> int
 
 
 def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
-    """Runs a command and returns its exit code. Raises BrokenPipeError where nothing reads what it prints."""
+    """Runs a command and returns its exit code. Raises BrokenPipeError if nothing reads its output any more."""
     if name in ("-h", "--help"):
         print(usage())
         return 0
@@ -130,10 +130,10 @@ def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
 
 
 def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
-    """The command with its options, checked, without importing torch.
+    """The command with its options parsed and checked, without importing torch.
 
     A command's module has a model `Options`, or a function `parse(arguments)` that returns them, and `run(options)`.
-    One with several parts has instead a table PARTS: name -> (model, function of its options), and a DESCRIPTION.
+    A command with several parts has a table PARTS instead: name -> (model, function of its options), and a DESCRIPTION.
     """
     if name in SCRIPTS:
         raise InputError(f"`{name}` is now a script: run `python {SCRIPTS[name]}` in a clone of the repository")
@@ -156,14 +156,14 @@ def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def import_package() -> None:
-    """Runs the package's `__init__` if `dia_diffusion_command` has put it off, and quiets diffusers."""
+    """Runs the package's `__init__` if `dia_diffusion_command` has deferred it, and silences diffusers."""
     package = sys.modules["dia_diffusion"]
     if not hasattr(package, "__all__"):
         assert package.__spec__ is not None and package.__spec__.loader is not None
         package.__spec__.loader.exec_module(package)
     from diffusers.utils import logging
 
-    # Its progress bars and warnings about loading say nothing that a person at this command line could act on.
+    # A user of this command can't act on its progress bars and loading warnings.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -179,7 +179,7 @@ def _output_is_closed() -> bool:
 
 
 def _discard_output() -> None:
-    """Sends what is still to be written to stdout to nowhere, so that the interpreter's flush at exit succeeds."""
+    """Discards output that stdout hasn't written yet, so that the interpreter's flush at exit succeeds."""
     with suppress(AttributeError, OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -187,12 +187,12 @@ def _discard_output() -> None:
 
 @contextmanager
 def _termination_as_interrupt() -> Iterator[None]:
-    """Ends a command at SIGTERM as at Ctrl-C, by an exception; training takes both signals itself."""
+    """Makes SIGTERM end a command by an exception, as Ctrl-C does; training handles both signals itself."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -213,7 +213,7 @@ def usage() -> str:
 
 
 def _end(name: str, line: str, code: int, reported: bool | None = None) -> int:
-    """Prints a command's last line: once a machine where its processes end alike, else by each that has one."""
+    """Prints a command's last line: once per machine if its processes end the same way, else for each that has one."""
     if reported is None:
         reported = code != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
     if not reported:

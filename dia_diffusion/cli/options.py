@@ -9,8 +9,8 @@
     options = parse_options(Options, ["runs/a", "--batch-size", "32"], "sample")
 
 A field is an option, its docstring the help. A bool is a flag, a tuple takes one or more arguments and may be repeated,
-a list is text such as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has the names of those
-that were given.
+a list is text such as 0,1,2, a section's fields are `--section.key`. `options.model_fields_set` has the names of the
+options that were given.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def options_parser(model: type[BaseModel], command: str) -> OptionParser:
 
 
 def flag(path: Sequence[str]) -> str:
-    """`--batch-size` for a field of the command's, `--train.batch_size` for a section's."""
+    """`--batch-size` for a field of the command, `--train.batch_size` for a field of a section."""
     return f"--{path[0].replace('_', '-')}" if len(path) == 1 else f"--{'.'.join(path)}"
 
 
@@ -119,7 +119,7 @@ def refuse_both(options: BaseModel, first: str, second: str) -> None:
 
 
 def spell(options: BaseModel, name: str) -> str:
-    """An option as it is typed, with its value: `--classes 0,1`."""
+    """An option with its value as typed: `--classes 0,1`."""
     value = getattr(options, name)
     if isinstance(value, list | tuple):
         value = (" " if isinstance(value, tuple) else ",").join(map(str, value))
@@ -127,7 +127,7 @@ def spell(options: BaseModel, name: str) -> str:
 
 
 def parse_text(text: Any, annotation: Any) -> Any:
-    """The value that text stands for where a field is no plain string; left as it is where that fails."""
+    """Parses text for a field that isn't a plain string; returns it unchanged if that fails."""
     kind = _without_none(annotation)
     if get_origin(kind) is tuple:
         return tuple(parse_text(item, get_args(kind)[0]) for item in text)

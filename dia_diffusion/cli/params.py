@@ -27,7 +27,7 @@ class Options(Strict):
     kwargs: Annotated[dict[str, Any], Metavar("YAML")] = Field(default_factory=dict)
     """Further arguments of the units: '{reduction: 8}'."""
     table: Annotated[tuple[str, ...] | None, Metavar("NUMBER")] = None
-    """Instead, tables of the paper by Roman number, such as IV, or all."""
+    """Print tables of the paper instead, by Roman numeral such as IV, or all."""
 
 
 def run(options: Options) -> None:
@@ -44,7 +44,7 @@ def run(options: Options) -> None:
 
 
 def print_added(models: Sequence[str], units: Sequence[str] | None, options: dict[str, object]) -> None:
-    """A row for each model and unit; None is all units."""
+    """Prints a row for each model and unit; None: all units."""
     from dia_diffusion.analysis.parameters import added_parameters, count_parameters, model_named
     from dia_diffusion.analysis.stages import stages_of
     from dia_diffusion.attention import UNITS
@@ -65,7 +65,7 @@ def print_added(models: Sequence[str], units: Sequence[str] | None, options: dic
 
 
 def print_paper(cells: "Sequence[Cell]") -> None:
-    """A row for each printed count, with ours, in millions."""
+    """Prints a row for each count in the paper, with ours, in millions."""
     columns = ["table", "backbone", "model", "paper", "ours", "difference", "parameters", "unit's arguments"]
     rows, differing = [], 0
     for cell in cells:
@@ -82,7 +82,7 @@ def print_paper(cells: "Sequence[Cell]") -> None:
 
 
 def _short(key: str, value: object) -> str:
-    """An argument of a unit, in short."""
+    """A unit's argument in short form."""
     if isinstance(value, bool):
         return key if value else f"no {key}"
     return {"sharing": f"{value}", "reduction": f"r {value}"}.get(key, f"{key} {value}")

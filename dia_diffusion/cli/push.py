@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 
 class Options(Strict):
-    """Sends a pipeline folder to the Hugging Face Hub; shows what, and asks first."""
+    """Sends a pipeline folder to the Hugging Face Hub; shows what will be sent, and asks first."""
 
     source: Annotated[str, Positional("FOLDER")]
     """A pipeline folder, or a run folder."""
     repo_id: Annotated[str, Positional("OWNER/NAME")]
     """The repository; created if it doesn't exist."""
     step: int | None = None
-    """Which of a run's pipelines; the newest if not given."""
+    """Step of a run's pipeline; the newest if not given."""
     private: bool = False
     """Create a private repository."""
     revision: Annotated[str | None, Metavar("BRANCH")] = None
-    """Created if it doesn't exist; the main one if not given."""
+    """The branch, created if it doesn't exist; the main one if not given."""
     yes: bool = False
     """Don't ask."""
 

@@ -17,7 +17,7 @@ LABELS = {"none": "UViT", UNIT: "UViT + DIA-LSTM (starts as the identity)"}
 PROTOCOL = "fd-digits"
 CHECKPOINTS = 6
 STEPS = 4200
-"""In four minutes on two cores without bfloat16 arithmetic."""
+"""Takes four minutes on two cores without bfloat16 arithmetic."""
 
 
 class Options(Strict):
@@ -26,13 +26,13 @@ class Options(Strict):
     out: Path = Path("quickstart")
     """The folder to work in."""
     seed: int = 0
-    """Of the twins."""
+    """Seed of both runs."""
     steps: int = STEPS
-    """Of each twin's training."""
+    """Training steps of each run."""
 
 
 def run(options: Options) -> None:
-    """Runs the quickstart; what the folder has already is not computed again."""
+    """Runs the quickstart; results that are already in the folder are not computed again."""
     from dia_diffusion.cli.study import SweepCounter
     from dia_diffusion.evaluation.curves import draw_curves
     from dia_diffusion.evaluation.protocol import EvalProtocol

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Options(SamplingOptions):
-    """Draws images from a pipeline folder or a run. The image of a seed is always the same."""
+    """Draws images from a pipeline folder or a run. A seed always gives the same image."""
 
     source: Annotated[str, Positional("PIPELINE_OR_RUN")]
     """A pipeline folder, or a run folder."""
     step: int | None = None
-    """Which of a run's pipelines; the newest if not given."""
+    """Step of a run's pipeline; the newest if not given."""
     seeds: str = "0-63"
     """Such as 0-63 or 1,5,7-9: one image per seed."""
     grid: Path | None = None
@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     keep = npz is not None or grid is not None
     missing = seeds
     if pngs is not None and not keep:
-        # Images that the folder has already would be the same if drawn again.
+        # Images that are already in the folder would come out the same.
         missing = broadcast_from_rank_zero(accelerator, lambda: missing_seeds(pngs, seeds))
     mine = list(shard(missing, accelerator.process_index, accelerator.num_processes))
     kept: list[Tensor] = []
@@ -87,7 +87,7 @@ def run(options: Options) -> None:
                     kept.append(images)
 
         for _ in range(0, -(-len(missing) // accelerator.num_processes), options.batch_size):
-            on_all_ranks(accelerator, draw_next_batch)  # if one process fails, the others don't draw on for hours
+            on_all_ranks(accelerator, draw_next_batch)  # if one process fails, the others don't continue for hours
 
     if keep:
         images = _gather(kept, len(seeds), pipeline.image_shape, accelerator)
@@ -103,7 +103,7 @@ def run(options: Options) -> None:
 
 
 def _prepare(folder: Path, options: Options, device: "torch.device") -> tuple["ImagePipeline", str]:
-    """What `load_for_sampling` returns; raises here, not after the sampling, where the files can't be written."""
+    """Returns the same as `load_for_sampling`; raises now, not after sampling, if the files can't be written."""
     if options.out is not None and options.out.suffix == ".npz" and options.out.exists():
         raise InputError(f"`--out` must be a new file, got {options.out}, which exists")
     for path in (options.grid, options.out):
@@ -114,7 +114,7 @@ def _prepare(folder: Path, options: Options, device: "torch.device") -> tuple["I
 
 @contextmanager
 def _explain_interrupt(keep: bool) -> Iterator[None]:
-    """Makes the message of a signal say what is kept."""
+    """Makes the message for a signal say what is kept."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -125,7 +125,7 @@ def _explain_interrupt(keep: bool) -> Iterator[None]:
 
 
 def _gather(kept: "list[Tensor]", count: int, shape: tuple[int, ...], accelerator: "Accelerator") -> "Tensor":
-    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that `shard` dealt out."""
+    """All processes' images, uint8 (count, C, H, W), in the order of the seeds that `shard` distributed."""
     import torch
 
     world = accelerator.num_processes

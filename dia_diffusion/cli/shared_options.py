@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they lead to: a pipeline, a feature extractor."""
+"""Options that several commands share, and what is loaded from them: a pipeline, a feature extractor."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dia_diffusion.sampling.generate import ImagePipeline
 
 Split = Literal["train", "test"]
-"""The part of a dataset that has parts."""
+"""A split of a dataset that has splits."""
 
 
 class SamplingOptions(Strict):
@@ -31,20 +31,20 @@ class SamplingOptions(Strict):
     batch_size: int = Field(64, ge=1)
     """Images that a process samples at once."""
     classes: list[int] | None = None
-    """Such as 3 or 0,1,2: the class of each seed in turn; all classes of the model if not given."""
+    """Classes, such as 3 or 0,1,2, assigned to the seeds in turn; all classes of the model if not given."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance, or by --guide; 1 is none."""
+    """Scale of classifier-free guidance, or of --guide; 1 is none."""
     guidance_interval: Annotated[list[float] | None, Metavar("LOW,HIGH")] = None
-    """Such as 0.3,5: guides only at noise levels sigma/alpha above LOW up to HIGH."""
+    """Guide only at noise levels sigma/alpha above LOW and up to HIGH, such as 0.3,5."""
     guide: Annotated[str | None, Metavar("RUN[:STEP]")] = None
     """Autoguidance by another run or pipeline folder, such as an earlier step or a smaller network, in place of the
     null label."""
     precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Of the network; auto is bfloat16 where the device multiplies it natively, else float32."""
+    """Precision of the network; auto is bfloat16 if the device multiplies it natively, else float32."""
 
 
 def chosen_precision(precision: str, device: "torch.device | None" = None) -> str:
-    """The precision, or what `auto` is on the device, which is printed."""
+    """The precision; `auto` is resolved for the device, and the result is printed."""
     from dia_diffusion.precision import best_precision, training_device
 
     if precision != "auto":
@@ -114,7 +114,7 @@ def load_features(options: FeatureOptions, data: str, device: "str | torch.devic
 
 
 def warn_unreleased(options: FeatureOptions, extractor: "FeatureExtractor") -> None:
-    """Prints a warning where the weights given aren't the released Inception."""
+    """Prints a warning if the given weights aren't the released Inception."""
     from dia_diffusion.evaluation.features.inception import NAME, unreleased
 
     file = options.weights_file
@@ -128,7 +128,7 @@ def features_for(data: str) -> str:
     from dia_diffusion.evaluation.statistics_file import is_statistics_file, read_statistics
 
     if Path(data).is_file() and is_statistics_file(data) and (name := read_statistics(data).features) is not None:
-        if name not in PACKAGED:  # these might be downloaded, or be a module to run, which takes asking for by name
+        if name not in PACKAGED:  # may need a download or run a module, so must be requested
             raise InputError(f"{data} holds statistics in features {name}; name them with --features")
         return name
     return "digits" if data == "digits" else "cifar10"

@@ -1,4 +1,4 @@
-"""`dia-diffusion stats`: files of statistics, made of any images, shown and compared."""
+"""`dia-diffusion stats`: makes files of statistics from any images, shows and compares them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,11 +26,11 @@ class MakeOptions(FeatureOptions):
     out: Annotated[Path, Positional("OUT.safetensors")]
     """The file to make."""
     split: Split = "train"
-    """Of SOURCE, where it is a dataset with parts."""
+    """Split of SOURCE, for a dataset with splits."""
     size: int | None = None
     """Crop to the center square and resize, as for a model of this size."""
     channels: Literal[1, 3] = 3
-    """1 for a model of gray images."""
+    """Channels: 3, or 1 for a model of gray images."""
     num: int | None = Field(None, ge=2)
     """The first N images; all if not given."""
     seed: int | None = Field(None, ge=0)

@@ -23,7 +23,7 @@ from dia_diffusion.tables import Table
 
 
 class SweepCounter(Counter):
-    """A counter with what was done before as its first call."""
+    """A counter that takes the first call as work done earlier."""
 
     begun = False
 
@@ -55,7 +55,7 @@ def run_study_command(options: Options) -> None:
         try:
             _run(scan(study), options.jobs, precision)  # another process may have worked in it until now
             _draw(scan(study))
-        except KeyboardInterrupt as interrupt:  # a second one, or one while it draws
+        except KeyboardInterrupt as interrupt:  # a second interrupt, or one while drawing
             text = "ended at once; the same command resumes from what is written"
             raise Stopped(number_of(interrupt), text) from None
 

@@ -19,16 +19,16 @@ MODELS = Path(__file__).parents[1] / "models"
 
 @dataclass(frozen=True)
 class Options:
-    """What `train` is given."""
+    """The options of `train`."""
 
     experiment: Experiment
     evaluate: str | None
-    """The protocol that checkpoints are measured by."""
+    """The protocol to measure checkpoints with."""
     evaluate_every: int | None
 
 
 def parse(arguments: Sequence[str]) -> Options:
-    """The recipe with what overrides it; `model:` is checked where it runs."""
+    """The recipe with its overrides; `model:` is checked only when the recipe runs."""
     own, experiment = parse_command(arguments, Experiment, "train", train_help, ("--evaluate", "--evaluate-every"))
     every = own.evaluate_every
     if every is not None and (own.evaluate is None or not re.fullmatch(r"[1-9]\d{0,17}", every)):
@@ -72,7 +72,7 @@ def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
     with ConsoleProgress() as progress:
         try:
             Trainer(task, progress, callbacks).run()
-        except KeyboardInterrupt as interrupt:  # a second one, or one before the first step
+        except KeyboardInterrupt as interrupt:  # a second interrupt, or one before the first step
             text = "ended at once; the same command resumes from the last checkpoint that was written"
             raise Stopped(number_of(interrupt), text) from None
 
@@ -84,7 +84,7 @@ def parse_command(
     help_parser: Callable[[], OptionParser],
     own_options: Sequence[str] = (),
 ) -> tuple[argparse.Namespace, R]:
-    """The command's own options, and the recipe of --config with what overrides it; --help prints all and exits."""
+    """The command's own options, and the recipe of --config with its overrides; --help prints all of them and exits."""
     if not arguments or {"-h", "--help"} & {*arguments}:
         parser = help_parser()
         parser.usage = (

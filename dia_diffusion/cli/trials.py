@@ -1,4 +1,4 @@
-"""`dia-diffusion analyze stability` and `analyze placement`: trainings that an analysis starts itself and compares."""
+"""`dia-diffusion analyze stability` and `analyze placement`: training runs that an analysis starts and compares."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from dia_diffusion.training.run_folder import RunFolder
 from dia_diffusion.validation import Strict
 
 COMMON = ("recipe", "held_out")
-"""Of each trial's result what the record says once, or the trial's own folder."""
+"""Fields of a trial's result that the record has only once, or that are in the trial's own folder."""
 DIVERGED = (
     "not finite: a loss or gradient; no better: at the end, the held-out loss is not below that of the best constant, "
     "one image for all samples of a time"
@@ -40,7 +40,7 @@ class Options(Strict):
     """Trains trials in this process, one after the other; `analyze stability` and `analyze placement` start it."""
 
     runs: Annotated[tuple[str, ...], Positional("RUN")]
-    """Folders with the recipes, as config.yaml."""
+    """Folders that contain the recipes, as config.yaml."""
     held_out: str | None = None
     images: int
     times: int
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
 
 
 def stability(options: StabilityOptions) -> None:
-    """Which unit still trains, at which learning rate, with a part of the network taken out."""
+    """Tests which units still train, at which learning rates, with a part of the network removed."""
     _check(options)
     units = _unique(options.units)
     trials = stability_trials(
@@ -78,7 +78,7 @@ def stability(options: StabilityOptions) -> None:
 
 
 def placement(options: PlacementOptions) -> None:
-    """Which blocks have to carry the unit."""
+    """Tests which blocks need to carry the unit."""
     _check(options)
     protocol = None if options.protocol is None else EvalProtocol.read(options.protocol)
     trials = placement_trials(
@@ -114,7 +114,7 @@ def _keys(options: TrialOptions) -> dict[str, Any]:
 
 
 def _trained(options: StabilityOptions | PlacementOptions, trials: list[Run]) -> list[Result] | None:
-    """The trials' results; None if only the plan is asked for."""
+    """The trials' results; None if only the plan is requested."""
     missing = [trial for trial in trials if finished(trial) is None]
     folder = trials[0].folder.parent
     steps = sum(trial.max_steps for trial in missing)
@@ -134,7 +134,7 @@ def _write(
     rows: list[dict[str, Any]],
     draw: Callable[[dict[str, Any], Path], None],
 ) -> None:
-    """The record first: whatever becomes of the figure, what was measured is kept."""
+    """Writes the record first, so that the measurements are kept if the figure fails."""
     common = {"recipe": options.config, "steps": options.steps, "held_out": results[0]["held_out"]}
     trials = [{key: value for key, value in result.items() if key not in COMMON} for result in results]
     record = {

@@ -24,7 +24,7 @@ def numpy_file(path: Path) -> ImageSource:
     """A .npy file of uint8 (N, H, W, C) with 1 to 4 channels, or (N, H, W), as a memory map."""
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a broken header is evaluated as Python literals, and raises accordingly
+    except Exception as error:  # numpy evaluates the header as Python literals, which can raise many types
         raise InputError(f"{path} can't be read as a numpy file ({one_line(str(error))})") from error
     return array_source(str(path), _pixels(images, path))
 
@@ -40,17 +40,17 @@ def numpy_archive(path: Path) -> ImageSource:
             images_name = next((name for name in ("images", "arr_0") if name in archive.files), None)
             labels_name = next((name for name in ("labels", "arr_1") if name in archive.files), None)
             if images_name is None:
-                if {"mu", "sigma"} & set(archive.files):  # which ADM's archives of images have beside them
+                if {"mu", "sigma"} & set(archive.files):  # also in ADM's archives of images
                     raise InputError(f"{path} must hold images, got statistics (mu, sigma)")
                 holds = one_line(", ".join(archive.files)) or "nothing"
                 raise InputError(f"{path} must hold images or arr_0, got {holds}")
             images = archive[images_name]
             labels = None if labels_name is None else archive[labels_name]
-            if isinstance(images, bytes) or isinstance(labels, bytes):  # as numpy returns what isn't .npy
+            if isinstance(images, bytes) or isinstance(labels, bytes):  # numpy's result if an entry isn't .npy
                 raise ValueError("its entries are not arrays")
     except InputError:
         raise
-    except Exception as error:  # as above; objects among them, which only unpickling could read
+    except Exception as error:  # as above, and for object arrays, which only unpickling could read
         raise InputError(f"{path} can't be read as an .npz file ({one_line(str(error))})") from error
     pixels = _pixels(images, path)
     if labels is None:
@@ -75,7 +75,7 @@ def _pixels(images: np.ndarray, path: Path) -> Pixels:
 
 
 def digits(split: str) -> ImageSource:
-    """scikit-learn's 1797 handwritten digits, 8 x 8 grey, their values 0..16 scaled to 0..255.
+    """scikit-learn's 1797 handwritten digits, 8 x 8 gray, with values 0..16 scaled to 0..255.
 
     Every third image of each class, in the order of the data set, is in split "test"; the others are in "train".
     """
@@ -93,7 +93,7 @@ def digits(split: str) -> ImageSource:
 
 
 class PickledArray:
-    """Takes the place of a numpy array; `pixels` is the array once its state has been read."""
+    """Stands in for a numpy array; `pixels` is the array once its state has been read."""
 
     pixels: Pixels
 
@@ -107,7 +107,7 @@ class _PickledDtype:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and alignment mean nothing for bytes."""
+        """Ignores byte order and alignment, which don't matter for bytes."""
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> Pixels:
@@ -131,7 +131,7 @@ def _encode(text: str, _: Any) -> bytes:
 
 
 _ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): "numpy.ndarray",  # only handed to _reconstruct
+    ("numpy", "ndarray"): "numpy.ndarray",  # only passed to _reconstruct
     ("numpy", "dtype"): _PickledDtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # numpy 2
@@ -151,11 +151,11 @@ class _Unpickler(pickle.Unpickler):
 def load_arrays(data: bytes) -> Any:
     """The pickled value, with text of Python 2 as bytes and arrays as PickledArray.
 
-    Raises pickle.UnpicklingError for anything else that needs code, and whatever pickle raises for broken data.
+    Raises pickle.UnpicklingError for anything else that needs code, and any error of pickle for broken data.
     """
     for opcode, argument, _ in pickletools.genops(data):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
-            # pickle makes room for all numbers below it: a few bytes would take gigabytes.
+            # pickle allocates memory for all numbers below it: a few bytes could take gigabytes.
             raise pickle.UnpicklingError(f"numbers a value {argument:,} in {len(data):,} bytes")
     return _Unpickler(io.BytesIO(data), encoding="bytes").load()
 
@@ -197,12 +197,12 @@ FOLDERS = tuple(layout.folder for layout in _LAYOUTS)
 
 
 def is_cifar_folder(folder: Path) -> bool:
-    """Whether it is an extracted archive, or the folder that one lies in."""
+    """Whether it is an extracted archive, or a folder that contains one."""
     return _find(folder) is not None
 
 
 def cifar_folder(folder: Path, split: str) -> ImageSource:
-    """The images of an extracted archive, or of the one in this folder."""
+    """The images of an extracted archive, or of the one inside this folder."""
     found = _find(folder)
     assert found is not None
     layout, place = found

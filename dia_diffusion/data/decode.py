@@ -1,7 +1,7 @@
-"""One encoded image -> uint8 pixels, RGB or grey, cropped to the center square and resized.
+"""One encoded image -> uint8 pixels, RGB or gray, cropped to the center square and resized.
 
-EXIF orientation is applied, transparency is composited on white, palettes and CMYK become RGB, 16 bit greys are scaled
-by 255/65535, of several frames the first is taken; color profiles are not applied.
+EXIF orientation is applied, transparency is composited on white, palettes and CMYK become RGB, 16 bit gray is scaled
+by 255/65535, and only the first of several frames is used; color profiles are not applied.
 """
 
 import io
@@ -21,9 +21,9 @@ PILLOW_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PIXEL_LIMIT = 1 << 26
 """Pixels that an image may declare; larger ones are refused before they are decoded."""
 SIDE_LIMIT = 1 << 16
-"""Pixels of the longer side; Pillow keeps two addresses per row."""
+"""Maximum pixels of the longer side; Pillow keeps two addresses per row."""
 FILE_LIMIT = 1 << 28
-"""Bytes of an image file, in a zip after decompression."""
+"""Maximum bytes of an image file; in a zip, after decompression."""
 
 
 def read_image(source: bytes | Path, name: str, *, size: int | None = None, channels: int = 3) -> Pixels:
@@ -32,7 +32,7 @@ def read_image(source: bytes | Path, name: str, *, size: int | None = None, chan
     Args:
         name: for error messages.
         size: crop to the center square and resize to size x size.
-        channels: 3 for RGB, 1 for grey.
+        channels: 3 for RGB, 1 for gray.
 
     Raises:
         InputError: it can't be read.
@@ -96,7 +96,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def read_file(path: Path) -> bytes:
-    """An image file's bytes; ValueError for more than FILE_LIMIT of them, and for what is no regular file."""
+    """An image file's bytes; ValueError for more than FILE_LIMIT of them, or if it isn't a regular file."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
         raise ValueError("not a regular file")

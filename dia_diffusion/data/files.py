@@ -1,4 +1,4 @@
-"""Folders and zips of image files, and what their folders say: classes and splits."""
+"""Folders and zips of image files, and the classes and splits that folder names give."""
 
 import os
 import stat
@@ -77,7 +77,7 @@ def files_of_zip(path: Path) -> ImageSource:
 def of_split(files: ImageSource, split: str) -> ImageSource:
     """The files of a split, labeled by their folders.
 
-    The first level of folders are the classes, if every image lies in one and there are at least two. A single folder
+    The folders of the first level are the classes, if every image is in one and there are at least two. A single folder
     around everything is skipped. A first level of train, test or the like is the split.
 
     Raises:
@@ -119,7 +119,7 @@ def _files(where: str, names: list[str], read: Callable[[int], bytes], stamps: l
 
 
 def _heads(folders: list[list[str]], depth: int) -> set[str]:
-    """The folder names at this depth; none if an image lies beside them."""
+    """The folder names at this depth; none if there is also an image."""
     return set() if any(len(parts) <= depth for parts in folders) else {parts[depth] for parts in folders}
 
 

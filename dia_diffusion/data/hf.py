@@ -1,4 +1,4 @@
-"""Hugging Face datasets: of the hub by name, or from a folder that `save_to_disk` wrote; no code of theirs runs."""
+"""Hugging Face datasets: from the hub by name, or a folder that `save_to_disk` wrote; their code is never run."""
 
 import sys
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from dia_diffusion.data.image_set import ImageSource, Labels
 from dia_diffusion.errors import InputError, RunError
 
 PREFIX = "hf:"
-OLDEST = 4  # major version of datasets; older ones run the scripts of a dataset
+OLDEST = 4  # major version of datasets; older versions run the scripts of a dataset
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder, with splits or without."""
+    """Whether `save_to_disk` wrote this folder, with or without splits."""
     with_splits, alone = ("dataset_dict.json",), ("dataset_info.json", "state.json")
     return any(all((folder / name).is_file() for name in names) for names in (with_splits, alone))
 
@@ -44,7 +44,7 @@ def saved_dataset(folder: Path, split: str) -> ImageSource:
 def hub_dataset(source: str, split: str, show_progress: bool) -> ImageSource:
     """The images of a split of "hf:NAME" or "hf:NAME:CONFIG", from the cache of `datasets` or downloaded into it.
 
-    NAME is one of the hub, or a folder of files that `datasets` reads, such as parquet.
+    NAME is a dataset on the hub, or a folder of files that `datasets` reads, such as parquet.
 
     Raises:
         InputError: there is no such dataset, or it has no images.
@@ -93,7 +93,7 @@ def _output(package: Any, bars: bool) -> Iterator[None]:
 
 
 def _image_source(package: Any, found: Any, where: str) -> ImageSource:
-    """The first column of classes, if any, and the one column of images; still encoded, as their files were."""
+    """The only column of images, still encoded as in their files, and the first column of classes, if any."""
     columns = {
         kind: [name for name, feature in found.features.items() if isinstance(feature, kind)]
         for kind in (package.Image, package.ClassLabel)

@@ -1,6 +1,6 @@
 """An opened source of images, and `ImageSet`: its images by index, decoded once or at each read.
 
-Decoded images lie in memory, or in a memory-mapped file of the cache if they would take too much.
+Decoded images are kept in memory, or in a memory-mapped file in the cache if they would take too much memory.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ Transform = Callable[[int, Image.Image], Pixels]
 """(k, the k-th image of a batch) -> uint8 (C, H, W)."""
 
 _HASH_BLOCK = 1 << 24  # bytes hashed at a time, so that a memory map is never held whole
-_BLOCK = 1 << 26  # decoded bytes held beside the result
-_VERSION = 1  # to be raised when the same file decodes to other pixels than before
+_BLOCK = 1 << 26  # decoded bytes held in addition to the result
+_VERSION = 1  # increase it when the same file decodes to different pixels than before
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def array_source(
     class_names: tuple[str, ...] | None = None,
     split: str | None = None,
 ) -> ImageSource:
-    """A source of images that are pixels already, (N, H, W, C): grey, grey + alpha, RGB or RGBA."""
+    """A source of images that are pixels already, (N, H, W, C): gray, gray + alpha, RGB or RGBA."""
 
     def read(index: int) -> Image.Image:
         pixels = array[index]
@@ -92,7 +92,7 @@ class ImageSet:
     images: Pixels | None = None
     """(N, C, H, W), 0..255, in memory or a read-only memory map; None if images are decoded at each read."""
     source: ImageSource | None = None
-    """What images are decoded from at each read."""
+    """The source that images are decoded from at each read."""
 
     def __len__(self) -> int:
         return len(self.images if self.source is None else self.source.names)  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ class ImageSet:
         """The images at these indices, in this order, uint8 (B, C, H, W), copied into memory.
 
         Args:
-            transform: makes pixels of each image; if and only if images are decoded at each read.
+            transform: makes pixels of each image; required if images are decoded at each read, else not allowed.
 
         Raises:
             IndexError: there is no such image.
@@ -159,8 +159,8 @@ def decoded_set(
 ) -> ImageSet:
     """A source's images, all decoded: into memory, or above `memory_limit` bytes into a read-only memory map.
 
-    The memory map lies in the folder `cache` and is used again as long as names, stamps, size and channels are the
-    same; an array that needs no change stays the map it is.
+    The memory map is stored in the folder `cache` and reused as long as names, stamps, size and channels are the same;
+    an array that needs no change is used as it is.
 
     Raises:
         InputError: images can't be read; names the first and counts all.
@@ -287,7 +287,7 @@ def _mapped(blocks: Iterator[Pixels], shape: tuple[int, ...], stem: Path, where:
 
 
 def _kept(path: Path, about: Path, shape: tuple[int, ...]) -> tuple[Pixels, str] | None:
-    """The map that an earlier start wrote; None if it is missing or damaged."""
+    """The map that an earlier run wrote; None if it is missing or damaged."""
     try:
         if not path.is_file():
             return None
@@ -306,7 +306,7 @@ def _write(path: Path, blocks: Iterator[Pixels], shape: tuple[int, ...]) -> str:
             file.write(block.data)
             yield block
 
-    with path.open("wb") as file:  # not a map: on a full disk, writing to one ends the process
+    with path.open("wb") as file:  # not a memory map: on a full disk, writing to one kills the process
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         return _sha256_of_blocks(written(), shape)

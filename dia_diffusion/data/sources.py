@@ -46,7 +46,7 @@ DOWNLOADS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a data format is asked to open."""
+    """A request to a data format to open a source."""
 
     source: str
     """A name or a path, as given."""
@@ -107,8 +107,8 @@ def open_images(
 
     Args:
         source: a name or a path, see FORMATS. A name wins over a file of the same name (./digits is the file).
-        size: images are cropped to the center square and resized to size x size; None: all have one size already.
-        channels: 3 for RGB, 1 for grey.
+        size: images are cropped to the center square and resized to size x size; None: all have the same size already.
+        channels: 3 for RGB, 1 for gray.
         split: "train" or "test". Digits and CIFAR have both; other sources only if their first level is train/, test/.
             A source without splits is "train".
         decode: decode all images now, into memory or the cache; False: at each read, by the reader's transform, and
@@ -118,7 +118,7 @@ def open_images(
         progress, download_progress: called with (images done, total) and (bytes done, total).
 
     Raises:
-        InputError: the source can't be used; of files that can't be read, names the first and counts all.
+        InputError: the source can't be used; if files can't be read, names the first and counts all.
         RunError: a download failed, or the cache can't be written.
     """
     if size is not None and size < 1:
@@ -135,7 +135,7 @@ def open_images(
     if not decode:
         return encoded_set(found)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on odd metadata; what matters is raised
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata; real problems raise
         return decoded_set(
             found,
             size=size,
@@ -152,8 +152,8 @@ def open_images_on_ranks(source: str, accelerator: Accelerator, progress: Progre
     So each machine downloads or memory-maps them once. `memory_limit` is shared by the ranks of a machine.
 
     Args:
-        source: as for `open_images`, and so are the keyword arguments.
-        progress: shows on rank 0 what is read.
+        source: as for `open_images`, like the keyword arguments.
+        progress: shows the progress of reading on rank 0.
 
     Raises:
         InputError: as `open_images`; if any rank raises, all ranks raise.
@@ -166,7 +166,7 @@ def open_images_on_ranks(source: str, accelerator: Accelerator, progress: Progre
 
 
 def _kind(path: Path) -> str:
-    """What a path that no format recognizes is, in words."""
+    """Describes a path that no format recognizes."""
     if path.is_dir():
         return f"holds no image files ({' '.join(SUFFIXES)})"
     return "is a file of another kind" if path.is_file() else "is no file or folder here"

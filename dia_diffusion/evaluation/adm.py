@@ -1,6 +1,7 @@
 """Inception score, precision and recall as ADM's evaluator computes them (Dhariwal and Nichol 2021, arXiv 2105.05233).
 
-That is evaluations/evaluator.py of github.com/openai/guided-diffusion. docs/evaluation.md says what can differ.
+ADM's evaluator is evaluations/evaluator.py of github.com/openai/guided-diffusion. docs/evaluation.md says what can
+differ.
 """
 
 import torch
@@ -10,7 +11,7 @@ from dia_diffusion.evaluation.features.extractor import exact_float32
 
 ROWS = 1000  # rows of pairwise distances held at once
 LARGEST_NORM = torch.finfo(torch.float16).max / 2
-"""Of a squared norm, for which no term of a squared distance overflows in float16."""
+"""The largest squared norm for which no term of a squared distance overflows in float16."""
 
 
 def inception_score(logits: Tensor, split_size: int) -> float:
@@ -52,7 +53,7 @@ class _Rows:
 
     def __init__(self, features: Tensor, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.values = features.to(dtype).float()  # products and sums of float16 are made in float32, then rounded
+        self.values = features.to(dtype).float()  # products and sums of float16 are computed in float32, then rounded
         self.norms = torch.cat([block.square().to(dtype).float().sum(1).to(dtype) for block in self.values.split(ROWS)])
 
     def distances(self, start: int, others: "_Rows") -> Tensor:

@@ -33,9 +33,9 @@ from dia_diffusion.training.trainer import StepResult, Trainer
 class EvaluatePipelines(Callback):
     """Measures the pipeline of each checkpoint, as `fid RUN --protocol NAME` does, against the training images.
 
-    The record goes to the run's evaluations.jsonl, the distance to metrics.jsonl and the trackers. Weights that are on
-    record are not measured again. An evaluation that was killed is made up for when the run resumes, after its last
-    finished chunk.
+    The record goes to the run's evaluations.jsonl, the distance to metrics.jsonl and the trackers. Weights that already
+    have a record are not measured again. If an evaluation was killed, it continues after its last finished chunk when
+    the run resumes.
 
     Args:
         protocol: what to measure.
@@ -80,7 +80,7 @@ class EvaluatePipelines(Callback):
             self._evaluate(trainer)
 
     def _is_missing(self, trainer: Trainer) -> bool:
-        """Whether the pipeline of this step was due, and its evaluation was killed."""
+        """Whether the pipeline of this step was due to be evaluated, but the evaluation was killed."""
         folder, name = trainer.folder.pipelines / step_name(trainer.step), distance_name(self.protocol.features)
         if trainer.step == 0 or not self.due(trainer.step) or not folder.is_dir():
             return False
@@ -121,8 +121,8 @@ class EvaluatePipelines(Callback):
         source = pipeline_source(pipeline, folder, self.protocol.num_samples)
         try:
             record, added = self.evaluator.record(source, self.records)
-        # Such as a sample that is not finite, too little memory or a full disk: training needs no distance. A rank that
-        # fails raises its own error, the others a RunError; all have to continue together.
+        # Such as a sample that is not finite, too little memory or a full disk: training can continue without the
+        # distance. A rank that fails raises its own error, the others a RunError; all have to continue together.
         except (InputError, RuntimeError, OSError, MemoryError) as error:
             if isinstance(error, RuntimeError) and lost_a_process(error) is not None:
                 raise

@@ -21,7 +21,7 @@ def draw_curves(
     A point has label, unit, batch_size, seed, step, images_seen, distance, low and high.
 
     Args:
-        runs: of two records of one step the later counts.
+        runs: if a step has two records, the later one counts.
         path: of the figure.
         floor: the distance that a perfect model would reach.
         title: above the figure.
@@ -54,7 +54,7 @@ def draw_widths(widths: Sequence[float], records: Sequence[EvaluationRecord], pa
 
 
 def curve_panel(lines: Sequence[Sequence[Point]], metric: str, *, floor: float | None = None, title: str = "") -> Panel:
-    """One line per list of points, with their intervals; an axis of steps if batch sizes agree."""
+    """One line per list of points, with their intervals, and an axis of steps if batch sizes agree."""
     series, points = [], [point for line in lines for point in line]
     for style, line in enumerate(lines):
         x, y, low, high = ([point[key] for point in line] for key in ("images_seen", "distance", "low", "high"))
@@ -71,7 +71,7 @@ def floor_level(floor: float | None) -> list[Level]:
 
 
 def refuse_mixed_protocols(runs: Sequence[Run]) -> None:
-    """Raises InputError that names the first two points whose protocols differ, and in what."""
+    """Raises InputError that names the first two points with different protocols, and the differences."""
     placed = [(label, record) for label, records in runs for record in records]
     for label, record in placed[1:]:
         first_label, first = placed[0]
@@ -87,7 +87,7 @@ def points_of(label: str, records: Sequence[EvaluationRecord]) -> list[Point]:
     """The points of a run in order of images seen.
 
     Raises:
-        InputError: there is none, or a record that doesn't say how far training was.
+        InputError: there are no records, or one doesn't say how far training had come.
     """
     by_images = {record.images_seen: record for record in records}
     if not by_images or None in by_images:
@@ -98,5 +98,5 @@ def points_of(label: str, records: Sequence[EvaluationRecord]) -> list[Point]:
 
 
 def distance_label(record: EvaluationRecord) -> str:
-    """What a record's distance is, as "FID, 10,000 samples"."""
+    """A label for a record's distance, such as "FID, 10,000 samples"."""
     return f"{record.metric}, {record.protocol.num_samples:,} samples"

@@ -1,4 +1,4 @@
-"""From images to a record: what `fid` and the training callback do once features and reference are loaded."""
+"""From images to a record: the steps of `fid` and the training callback once features and reference are loaded."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ from dia_diffusion.progress import Progress
 from dia_diffusion.sharing.card import evaluation_rows, write_card
 
 Measuring = Callable[[Path], AbstractContextManager[Progress]]
-"""Work folder -> a context around the measuring, which shows its progress."""
+"""Work folder -> a context around the measurement, which shows its progress."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Evaluator:
     reference: Reference
     accelerator: Accelerator
     held_out: HeldOut | None = None
-    """If a metric needs it."""
+    """Only if a metric needs it."""
 
     def resolve(self, source: ImageSource) -> ResolvedProtocol:
-        """The protocol of the source's distance, as its record keeps it."""
+        """The protocol of the source's distance, as stored in its record."""
         return ResolvedProtocol(
             features=self.extractor.name,
             features_hash=self.extractor.weights_hash,
@@ -74,7 +74,7 @@ class Evaluator:
         )
 
     def metric_settings(self) -> dict[str, dict[str, Any]]:
-        """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
+        """Settings of metrics other than the distance that aren't in the resolved protocol, as stored in records."""
         settings = self.protocol.metric_settings()
         for name in self.protocol.needing("held-out features"):
             assert self.held_out is not None
@@ -88,11 +88,11 @@ class Evaluator:
     def record(
         self, source: ImageSource, file: Path, measuring: Measuring = lambda work: nullcontext(Progress())
     ) -> tuple[EvaluationRecord, bool]:
-        """`record_together` of this evaluator alone."""
+        """`record_together` for this evaluator alone."""
         return record_together([self], source, file, measuring)[0]
 
     def known(self, source: ImageSource, file: Path) -> EvaluationRecord | None:
-        """The newest record of these images and this protocol that has all the metrics; under its name, if there is."""
+        """The newest record of these images and this protocol with all metrics, under the protocol's name if any is."""
         origin, resolved, settings = source.origin, self.resolve(source), self.metric_settings()
         known = [
             record
@@ -104,7 +104,7 @@ class Evaluator:
         return next(reversed([record for record in known if self.protocol.named_in(record)] or known), None)
 
     def check(self, source: ImageSource) -> None:
-        """Raises InputError for too few images, or no layer, for the metrics."""
+        """Raises InputError if a metric has too few images, or lacks a layer."""
         self.protocol.check_count(source.count, num_features=self.extractor.num_features)
         if self.held_out is not None and self.held_out.count < source.count:
             most = f"{self.held_out.count} or less for metric fdr, the held-out images of {self.held_out.name}"
@@ -112,7 +112,7 @@ class Evaluator:
         self.protocol.check_layers(self.extractor)
 
     def numbers(self, store: FeatureStore | None, progress: Progress) -> tuple[float, dict[str, Any]]:
-        """Seconds that resumed chunks took, and the fields of a record that are measured."""
+        """Seconds that resumed chunks took, and the measured fields of a record."""
         assert store is not None
         protocol, reference = self.protocol, self.reference.statistics
         spatial = None
@@ -149,9 +149,9 @@ class Evaluator:
         return store.resumed_seconds, fields
 
     def work_folder(self, source: ImageSource, resolved: ResolvedProtocol, records: Path) -> Path:
-        """Where chunks lie until the record is in the file `records`: a folder beside it.
+        """The folder of chunks until the record is in the file `records`, next to that file.
 
-        Named for a hash of all that the features depend on, so that no other evaluation resumes with them.
+        Its name is a hash of everything that the features depend on, so that no other evaluation resumes from it.
         """
         origin, layers = source.origin, self.protocol.layers
         depends = [resolved.hash(), origin.weights_hash, origin.model_hash, layers, installed_versions()]
@@ -165,10 +165,10 @@ def record_together(
     file: Path,
     measuring: Measuring = lambda work: nullcontext(Progress()),
 ) -> list[tuple[EvaluationRecord, bool]]:
-    """Each evaluator's record of a source in a file, and whether it was added now; the images are made once for all.
+    """Each evaluator's record of a source in a file, and whether it was added now; images are generated once for all.
 
-    What is in the file already is not measured again, at most recorded under the protocol's name. A new record of a
-    run's pipeline goes into its model card.
+    Records that are already in the file are not measured again, at most added again under the protocol's name. A new
+    record of a run's pipeline is also added to its model card.
 
     Raises:
         InputError: a file that can't be read or written, or too few images.
@@ -222,11 +222,11 @@ def measure_together(
     """Measures the images by each evaluator, on all ranks; only features are kept, on disk.
 
     Args:
-        works: of each evaluator the folder of finished chunks, see `work_folder`: the same call resumes after them.
-            None: temporary.
+        works: for each evaluator, the folder of finished chunks, see `work_folder`; the same call resumes after them.
+            None: a temporary folder.
 
     Raises:
-        InputError: too few images, or no layer, for the metrics.
+        InputError: a metric has too few images, or lacks a layer.
         RunError: another process is writing to a folder.
     """
     start, progress, accelerator = time.monotonic(), progress or Progress(), evaluators[0].accelerator
@@ -276,7 +276,7 @@ def update_card(folder: Path, file: Path) -> None:
 
 
 def few_images(protocol: ResolvedProtocol, num_features: int) -> list[str]:
-    """Warnings of no more images than features."""
+    """Warnings if there are no more images than features."""
     counts = {"samples": protocol.num_samples, "reference images": protocol.reference_count}
     return [
         f"{count} {what} for {num_features} features: their covariance is singular and the distance comes out too "

@@ -32,16 +32,16 @@ MIN_CHUNK, MAX_CHUNK, CHUNKS = 500, 2500, 20
 CHUNK_FILES = "chunk-*.safetensors"
 
 Advance = Callable[[float], None]
-"""Called with the number of images, in fractions, that were made since the last call."""
+"""Called with the number of images made since the last call, which may be fractional."""
 ImagesOf = Callable[[Sequence[int], Advance], Iterable[torch.Tensor]]
-"""Images by their indices (a pipeline's: by their seeds), as uint8 batches (B, C, H, W), in that order."""
+"""Images by index (for a pipeline, by seed), as uint8 batches (B, C, H, W), in that order."""
 
 
 def chunks_of(count: int) -> list[range]:
     """0..count-1 in consecutive ranges, the same for every batch size and number of processes.
 
-    Twenty, but none of fewer than 500 images, which would cost speed, nor of many more than 2,500, which would cost
-    memory: a chunk's features are held before they are written.
+    Twenty ranges, but none with fewer than 500 images, which would cost speed, or with many more than 2,500, which
+    would cost memory, since a chunk's features are held until they are written.
     """
     number = max(1, min(count // MIN_CHUNK, max(CHUNKS, count // MAX_CHUNK)))
     bounds = [index * count // number for index in range(number + 1)]
@@ -65,7 +65,7 @@ def batches_of(images: ImageSet) -> ImagesOf:
 
 
 def read_ahead(read: Callable[[Sequence[int]], torch.Tensor], parts: list[Sequence[int]]) -> Iterator[torch.Tensor]:
-    """What `read` gives for each part; the next part is read in a thread while the caller works."""
+    """Yields `read` of each part; the next part is read in a thread while the caller works."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         waiting: Future[torch.Tensor] | None = None
         for part in parts:
@@ -77,7 +77,7 @@ def read_ahead(read: Callable[[Sequence[int]], torch.Tensor], parts: list[Sequen
 
 
 class FeatureStore:
-    """A folder with the features, and maybe more layers, of images 0 to count - 1; row k is image k's.
+    """A folder with the features, and possibly other layers, of images 0 to count - 1; row k belongs to image k.
 
     A chunk whose file is missing, truncated or altered is made again.
     """
@@ -88,7 +88,7 @@ class FeatureStore:
         self.missing: list[range] = []
         """The chunks still to be made."""
         self.resumed_seconds = 0.0
-        """What making the others took."""
+        """Seconds that the other chunks took."""
         for chunk in self.chunks:
             try:
                 self.resumed_seconds += self._read(chunk)[1]
@@ -108,7 +108,7 @@ class FeatureStore:
         return array
 
     def blocks(self, name: str, size: int) -> Iterator[torch.Tensor]:
-        """An array in blocks of `size` rows, whatever the chunks are; about one block is in memory at a time."""
+        """An array in blocks of `size` rows, independent of the chunks; about one block is in memory at a time."""
         rest = torch.empty(0, self.widths[name])
         for chunk in self.chunks:
             *whole, rest = torch.cat([rest, self._read(chunk)[0][name]]).split(size)
@@ -130,7 +130,7 @@ class FeatureStore:
 def open_store(folder: Path, widths: dict[str, int], count: int, *, wait: bool = False) -> Iterator[FeatureStore]:
     """The features in `folder`, for this process alone.
 
-    If another process writes them: with `wait`, once it has finished or died; else raises RunError.
+    If another process is writing them: with `wait`, waits until it has finished or died; else raises RunError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = native_lock(folder / ".lock")
@@ -149,13 +149,13 @@ def open_store(folder: Path, widths: dict[str, int], count: int, *, wait: bool =
 
 @dataclass(frozen=True)
 class Judge:
-    """An extractor, and where its features of the images are kept."""
+    """An extractor, and the folder for its features of the images."""
 
     extractor: FeatureExtractor
     folder: Path | None = None
-    """None is a temporary one."""
+    """None: a temporary folder."""
     layers: Sequence[str] = ()
-    """Of `extractor.layers`, to keep beside the features."""
+    """Names from `extractor.layers` to keep in addition to the features."""
 
     @property
     def widths(self) -> dict[str, int]:
@@ -174,17 +174,18 @@ def filled_stores(
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[list[FeatureStore | None]]:
-    """Each judge's features of `count` images, measured by all ranks unless they are there; None except on rank 0.
+    """Each judge's features of `count` images, measured by all ranks unless stored already; None except on rank 0.
 
-    An image is made once for all judges. Each chunk is divided over the ranks, collected in order and written by rank
-    0, so that another number of processes can resume.
+    Each image is made once for all judges. Each chunk is divided over the ranks, collected in order and written by rank
+    0, so that a different number of processes can resume.
 
     Args:
         name: of the images, for messages and progress.
-        cache: other commands use the folders: wait for one that fills it; use a temporary one if it can't be written.
+        cache: the folders are shared with other commands: wait for a command that is filling one; use a temporary
+            folder if one can't be written.
 
     Raises:
-        InputError: `images` gives too few.
+        InputError: `images` yields too few images.
         RunError: another process is writing to a folder.
     """
     with ExitStack() as stack:
@@ -221,7 +222,7 @@ def filled_store(
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[FeatureStore | None]:
-    """`filled_stores` of one judge."""
+    """`filled_stores` for one judge."""
     judges = [Judge(extractor, folder, layers)]
     with filled_stores(images, count, judges, accelerator, name, cache=cache, progress=progress) as (store,):
         yield store
@@ -248,7 +249,7 @@ def _fill(
 
     def advance(amount: float) -> None:
         nonlocal done
-        done += amount * accelerator.num_processes  # each rank is taken to do as much as this one
+        done += amount * accelerator.num_processes  # assumes that each rank does as much as this one
         if accelerator.is_main_process:
             progress.update(what, "images", min(round(done), count), count)
 

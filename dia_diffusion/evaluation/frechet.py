@@ -22,8 +22,9 @@ from dia_diffusion.reading import parse_json
 class FeatureStatistics:
     """Count, sum and sum of outer products of feature vectors, in float64 on the CPU.
 
-    Plain sums need no shift by a first mean: a product of two float32 numbers is exact in float64, so the covariance's
-    error is about 1e-16 (mean / standard deviation)^2 of itself, and features don't lie a million deviations from zero.
+    Plain sums don't need a mean subtracted first: a product of two float32 numbers is exact in float64, so the
+    covariance's relative error is about 1e-16 (mean / standard deviation)^2, and no feature has a mean of a million
+    standard deviations.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -39,7 +40,7 @@ class FeatureStatistics:
         self.outer += features.T @ features
 
     def merge(self, other: "FeatureStatistics", sign: Literal[1, -1] = 1) -> "FeatureStatistics":
-        """The statistics of both sets of images; by sign -1 those of the images that aren't in `other`, a subset."""
+        """The statistics of both sets of images; with sign -1, of the images that aren't in `other`, a subset."""
         merged = FeatureStatistics(0)
         merged.count = self.count + sign * other.count
         merged.sum = self.sum + sign * other.sum
@@ -72,7 +73,7 @@ class FeatureStatistics:
             provenance = parse_json(text)
             if total.is_complex() or outer.is_complex():
                 raise ValueError("complex numbers")
-            statistics = cls(0)  # of the file's own size, a long sum alone would ask for its square
+            statistics = cls(0)  # sized for the file, it would allocate the square of a long sum
             statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
         except UNREADABLE as error:
             raise InputError(f"{path} is not a whole file of feature statistics ({type(error).__name__})") from error
@@ -83,18 +84,18 @@ class FeatureStatistics:
 
 
 UNREADABLE = (OSError, SafetensorError, TypeError, KeyError, ValueError, OverflowError, RuntimeError)
-"""What reading a file of tensors may raise that is truncated, altered, or none."""
+"""Errors from reading a file of tensors that is truncated or altered, or a file of another kind."""
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], text: str) -> None:
-    """Writes an atomic safetensors file with a text in its header, and a sha256 over both."""
+    """Writes a safetensors file atomically, with a text in its header and a sha256 over both."""
     with atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata={"provenance": text, "sha256": _sha256(text, *tensors.values())})
 
 
 def load_tensors(path: str | Path, names: Sequence[str]) -> tuple[list[torch.Tensor], str]:
-    """These tensors and the text of a file by `save_tensors`. Raises UNREADABLE."""
-    if not Path(path).is_file():  # a pipe would be waited for
+    """The named tensors and the text of a file that `save_tensors` wrote. Raises UNREADABLE."""
+    if not Path(path).is_file():  # opening a pipe would block
         raise OSError("not a regular file")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -116,7 +117,7 @@ SUM_BLOCK = 4096  # rows of features summed at once
 
 
 def measure(images: Iterable[torch.Tensor], extractor: FeatureExtractor) -> FeatureStatistics:
-    """The statistics of uint8 batches (B, C, H, W), each forgotten once it is measured."""
+    """The statistics of uint8 batches (B, C, H, W), each discarded once it is measured."""
     return sums((extractor(batch) for batch in images), extractor.num_features)
 
 
@@ -130,12 +131,12 @@ def sums(blocks: Iterable[torch.Tensor], num_features: int) -> FeatureStatistics
 
 @dataclass(frozen=True)
 class GivenMoments:
-    """A mean (D,) and a covariance (D, D), both float64, as other programs' files hold them."""
+    """A mean (D,) and a covariance (D, D), both float64, from another program's file."""
 
     mean: np.ndarray
     covariance: np.ndarray
     count: None = None
-    """Such files don't say of how many images they are."""
+    """Such files don't give the number of images."""
 
 
 def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what: str = "covariance") -> None:
@@ -152,7 +153,7 @@ def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what:
 
 
 TOLERANCE = 1e-12
-"""How large a part of the overlap its rounding may be."""
+"""The largest rounding error of the overlap, as a fraction of it."""
 
 
 class Moments(Protocol):
@@ -166,7 +167,7 @@ class Moments(Protocol):
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0, and the same both ways up to rounding.
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0, and symmetric up to rounding.
 
     Raises InputError when the two have different dimensions.
     """
@@ -182,9 +183,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     """tr (A B)^(1/2), the sum of the roots of the eigenvalues of R' B R, where A = R R'.
 
-    Symmetric eigenvalues take a third of the time of those of A B. An eigenvalue is off by about eps times a diagonal
-    element, its root by that over twice the root: nothing, until eigenvalues are zero which A's rank doesn't tell of.
-    They are fewer, or none, the other way round; else singular values of R_a' R_b are exact, at three times the cost.
+    Symmetric eigenvalues take a third of the time of those of A B. The error of an eigenvalue is about eps times a
+    diagonal element, and that of its root is this divided by twice the root: negligible, unless there are zero
+    eigenvalues that the rank of A doesn't reveal. Swapping A and B may leave fewer of them, or none; if that isn't
+    enough, the singular values of R_a' R_b are exact, at three times the cost.
     """
     for one, other in ((a, b), (b, a)):
         products = _products(one, other)
@@ -200,7 +202,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _eigenvalues(symmetric: np.ndarray) -> np.ndarray:
-    """Of the lower triangle (n, n), ascending; torch's LAPACK takes half the time of NumPy's on Intel CPUs."""
+    """Eigenvalues from the lower triangle (n, n), ascending; torch's LAPACK takes half NumPy's time on Intel CPUs."""
     return torch.linalg.eigvalsh(torch.from_numpy(symmetric)).numpy()
 
 
@@ -209,18 +211,18 @@ def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     root, order = _root(a)
     ordered = b[np.ix_(order, order)]
     if root.shape[0] == root.shape[1]:
-        return lapack.dsygst(ordered.T, root, itype=2, lower=1, overwrite_a=1)[0]  # a third of the general product
+        return lapack.dsygst(ordered.T, root, itype=2, lower=1, overwrite_a=1)[0]  # a third of the cost of the product
     return root.T @ ordered @ root
 
 
 def _root(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """R (D, rank), lower triangular, and an order such that R R' = covariance[order][:, order].
 
-    Cholesky's, with the largest pivot first: it finds the rank, pivots within rounding of zero being left out, and it
-    sorts what follows by size, without which small eigenvalues would drown in the rounding of large ones.
+    A Cholesky factor, with the largest pivot first. This finds the rank, since pivots within rounding of zero are left
+    out, and sorts by size; otherwise small eigenvalues would be lost in the rounding of large ones.
     """
     factor, pivots, rank, _ = lapack.dpstrf(covariance.T, lower=1)
-    return np.triu(factor.T).T[:, :rank], pivots - 1  # Fortran's order, as LAPACK takes it
+    return np.triu(factor.T).T[:, :rank], pivots - 1  # Fortran order, for LAPACK
 
 
 BLOCK = 8192  # rows multiplied at once in float64
@@ -229,7 +231,7 @@ MIN_RESAMPLES, SEED, LEVEL = 10, 0, 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Where the distance of as many other images lies, and the standard deviation from set to set."""
+    """The interval for the distance of an equal number of other images, and the standard deviation between sets."""
 
     low: float
     high: float
@@ -243,21 +245,21 @@ def bootstrap_interval(
     resamples: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Interval:
-    """The 95 % interval of `distance`, that of features (N, D) to the reference, over resamples of the N images.
+    """The 95 % interval of `distance`, from features (N, D) to the reference, over resamples of the N images.
 
-    The interval is about the mean distance that N images of this model have: what a second set of N images would give.
-    A resample has only 63 % of the images, and a Frechet distance falls with their number, so resampled distances lie
-    above the one that was measured, often all of them, and their plain percentiles would be an interval beside the
-    truth. Their spread is right where their place is not: the percentiles are taken of their deviations from their own
-    mean, and added to the distance. (The "basic" interval, 2 x distance - percentiles, would subtract the bias of the
-    distance itself and speak of infinitely many images, which no recorded distance does.)
+    The interval is for the mean distance of N images of this model: the distance that a second set of N images would
+    have. A resample has only 63 % of the images, and a Frechet distance decreases with their number, so most or all
+    resampled distances are larger than the measured one, and an interval of their plain percentiles would miss the
+    truth. Their spread is correct although their location is not. So the percentiles are taken of their deviations from
+    their own mean, and added to the distance. (The "basic" interval, 2 x distance - percentiles, would subtract the
+    bias of the distance itself and be valid for infinitely many images, unlike any recorded distance.)
 
-    Against fresh sets drawn from Gaussians (tests/evaluation/test_bootstrap.py) the standard error is right where bias
-    is under a tenth of the distance, a tenth too large where it is a sixth, and up to twice too large where it is
-    nearly all, as between two sets of the same kind: the interval is then too wide, not too narrow.
+    Compared with new sets drawn from Gaussians (tests/evaluation/test_bootstrap.py), the standard error is right if the
+    bias is under a tenth of the distance, a tenth too large if it is a sixth, and up to twice too large if it is nearly
+    all of it, as between two sets of the same kind: the interval is then too wide, not too narrow.
 
-    The reference is taken as exact, and other seeds of training are no part of it. The resamples are those of seed 0.
-    `progress` is called with resamples done before, and of how many.
+    The reference is assumed to be exact, and the variation over training seeds is not included. Resamples use seed 0.
+    `progress` is called with (resamples done before, total).
     Memory: up to 8 N D bytes, two float32 arrays. Time on one core: a resample of 5,000 images takes 0.04 s in 256
     features, 1.5 s in 2,048.
     """
@@ -276,10 +278,10 @@ def bootstrap_interval(
 
 
 class _ResampledDistance:
-    """The Frechet distance where image k counts times[k] times.
+    """The Frechet distance if image k counts times[k] times.
 
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of R' A R with B = R R', so with rows Y = X R that are
-    made once, a resample costs one product Y'Y and one set of eigenvalues.
+    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of R' A R with B = R R', so with rows Y = X R computed
+    once, a resample costs one product Y'Y and one set of eigenvalues.
     """
 
     def __init__(self, features: torch.Tensor, reference: Moments) -> None:
@@ -323,5 +325,5 @@ class _ResampledDistance:
         return float(np.sqrt(values.clip(min=0)).sum())
 
     def _rows(self, chosen: np.ndarray, times: np.ndarray, center: np.ndarray) -> np.ndarray:
-        """The chosen rows of Y, centred, each times the root of its count, float64."""
+        """The chosen rows of Y, centered, each times the root of its count, float64."""
         return (self.rotated[chosen] - center) * np.sqrt(times[chosen])[:, None]

@@ -24,12 +24,12 @@ def extrapolated_distance(
 ) -> ValueWithInterval:
     """The Frechet distance of features (N, D) to the reference in the limit of infinitely many images.
 
-    As in Chong and Forsyth 2020 (arXiv 1911.07023), the distance of n images is taken to be FD + slope / n, and FD is
+    As in Chong and Forsyth 2020 (arXiv 1911.07023), the distance of n images is modeled as FD + slope / n, and FD is
     the intercept of a line through the distances of subsets. The subsets are the images divided into 1, 2, 4, ...
-    equal `parts` at random; distances of the parts of one division are averaged, so that each point of the line is of
+    equal `parts` at random; distances of the parts of one division are averaged, so that each point of the line uses
     all images. An estimate near 0 can be negative. The bias from the reference's own number of images remains.
 
-    The jackknife leaves out one of `groups` groups of images after the other, which for 20 groups and parts (1, 2, 4)
+    The jackknife leaves out each of the `groups` groups of images in turn, which for 20 groups and parts (1, 2, 4)
     takes 67 distances. Memory: a covariance per group.
     """
     shares = _groups(features, groups, seed)
@@ -46,7 +46,7 @@ def extrapolated_distance(
             subsets = [tuple(np.intersect1d(part, kept)) for part in np.array_split(range(groups), number)]
             counts = [sum(shares[index].count for index in subset) for subset in subsets]
             means.append(np.average([distance(subset) for subset in subsets], weights=counts))
-        return float(np.polyfit(parts, means, 1)[1])  # the intercept of a line in number / N, on any scale
+        return float(np.polyfit(parts, means, 1)[1])  # the intercept; `parts` are proportional to 1 / n
 
     return _with_interval(estimate, groups)
 
@@ -54,9 +54,9 @@ def extrapolated_distance(
 def relative_distance(
     features: torch.Tensor, real: torch.Tensor, reference: Moments, groups: int, seed: int
 ) -> ValueWithInterval:
-    """The Frechet distance of features (N, D) to the reference over that of as many real images (N, D).
+    """The Frechet distance of features (N, D) to the reference, divided by that of as many real images (N, D).
 
-    The jackknife leaves out one of `groups` groups of both after the other.
+    The jackknife leaves out each of the `groups` groups of both in turn.
     """
     ours, theirs = (_groups(each, groups, seed) for each in (features, real))
 

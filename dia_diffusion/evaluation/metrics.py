@@ -1,6 +1,6 @@
 """Metrics: rows of `METRICS`, each computed from the features of images and of a reference.
 
-`fid`, the distance, is computed in any case; `sfid` is the distance in Inception's spatial features (Nash et al. 2021,
+`fid`, the distance, is always computed; `sfid` is the distance in Inception's spatial features (Nash et al. 2021,
 arXiv 2103.03841). `kid`, `isc` and `prc` are torch-fidelity's. `dc` is density and coverage (Naeem et al. 2020, arXiv
 2002.09797), `mind` the Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797); for `fd-inf` and `fdr` see
 `evaluation.jackknife`, for `isc-adm` and `prc-adm` `evaluation.adm`.
@@ -27,15 +27,15 @@ from dia_diffusion.registry import Registry
 DISTANCE = "fid"
 Needs = Literal["features", "logits", "spatial", "reference features", "held-out features"]
 LAYERS: tuple[Needs, ...] = ("logits", "spatial")
-"""Of the extractor, beside the features."""
+"""Layers of the extractor in addition to the features."""
 
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What a metric is computed from. Tensors are float32 on the CPU, and None unless the metric needs them."""
+    """The inputs of a metric. Tensors are float32 on the CPU, and None unless the metric needs them."""
 
     statistics: FeatureStatistics
-    """Of the images."""
+    """Statistics of the images."""
     reference: Moments
     device: device
     """For heavy computations."""
@@ -46,35 +46,35 @@ class MetricInputs:
     reference_features: Tensor | None = None
     """(M, D)"""
     spatial: FeatureStatistics | None = None
-    """Of the images' spatial features."""
+    """Statistics of the images' spatial features."""
     reference_spatial: Moments | None = None
     held_out_features: Tensor | None = None
-    """(N, D), of as many real images outside the reference."""
+    """(N, D), of an equal number of real images outside the reference."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. What it depends on besides the protocol is recorded with its numbers."""
+    """A metric. Settings that aren't in the resolved protocol are recorded with its numbers."""
 
     names: tuple[str, ...]
-    """Of its numbers, without the features: a record calls "KD" in the features digits "KD(digits)"."""
+    """Names of its numbers, without the features: "KD" in the features `digits` is "KD(digits)" in a record."""
     compute: Callable[[MetricInputs, Mapping[str, Any]], Mapping[str, float]]
     """Inputs and settings -> its numbers by name; "KD std" is the standard deviation of "KD", "X low" and "X high" are
     the ends of an interval of "X"."""
     needs: tuple[Needs, ...] = ()
-    """Besides the statistics."""
+    """Inputs that it needs in addition to the statistics."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()
-    """Fields of EvalProtocol that are settings too."""
+    """Fields of EvalProtocol that are also settings."""
     min_images: Callable[[Mapping[str, Any]], int] = lambda settings: 2
-    """Settings -> the least number of images, and of reference images if it needs their features."""
+    """Settings -> the minimum number of images, and of reference images if it needs their features."""
     min_images_per_feature: int = 0
     """The number of images must be more than this times the number of features."""
     inception_names: tuple[str, ...] = ()
-    """As papers call the numbers in Inception's features, and nothing else."""
+    """Names that papers reserve for the numbers in Inception's features."""
 
     def labels(self, features: str) -> dict[str, str]:
-        """Name -> what a record calls the number in these features."""
+        """Name -> the number's name in records, for these features."""
         if features == "inception" and self.inception_names:
             return dict(zip(self.names, self.inception_names, strict=True))
         return {name: f"{name}({features})" for name in self.names}
@@ -82,7 +82,7 @@ class Metric:
     def check_count(
         self, name: str, count: int, settings: Mapping[str, Any], what: str = "images", num_features: int = 0
     ) -> None:
-        """Raises InputError if these are too few images."""
+        """Raises InputError if there are too few images."""
         if count <= (most := self.min_images_per_feature * num_features):
             where = f"metric {name} in {num_features} features"
             raise InputError(f"{what} for {where} must be {most + 1} or more, got {count}")
@@ -95,7 +95,7 @@ METRICS: Registry[Metric] = Registry("metric")
 
 
 def labelled(metric: Metric, numbers: Mapping[str, float], features: str) -> dict[str, float]:
-    """A metric's numbers as a record calls them."""
+    """A metric's numbers under their names in records."""
     labels = metric.labels(features)
     labels |= {f"{name} {part}": f"{label} {part}" for name, label in labels.items() for part in NUMBER_PARTS}
     return {labels[name]: value for name, value in numbers.items()}
@@ -144,7 +144,7 @@ ADM_PRC_NAMES = ("precision-ADM", "recall-ADM")
 def _prc(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     assert inputs.features is not None and inputs.reference_features is not None
     pair = (inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device))
-    batch = 1000  # rows of distances at once: memory, not meaning
+    batch = 1000  # rows of distances at once; affects memory, not results
     values = prc_features_to_metric(*pair, **settings, prc_batch_size=batch, save_cpu_ram=True, verbose=False)
     return {name: values[name] for name in PRC_NAMES}
 
@@ -160,10 +160,10 @@ DIRECTIONS = 50  # projections held at once
 
 
 def _density_coverage(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
-    """An image is within a real image if it is nearer to it than its k-th nearest real image.
+    """A real image's neighborhood reaches to its k-th nearest real image.
 
-    density: how many real images an image is within, on average, divided by k. coverage: the fraction of real images
-    with an image within.
+    density: how many neighborhoods an image is in, on average, divided by k. coverage: the fraction of real images with
+    an image in their neighborhood.
     """
     assert inputs.features is not None and inputs.reference_features is not None
     features, reference = inputs.features.to(inputs.device), inputs.reference_features.to(inputs.device)
@@ -180,7 +180,7 @@ def _density_coverage(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict
 def _mind(inputs: MetricInputs, settings: Mapping[str, Any]) -> dict[str, float]:
     """3 D times the mean over random directions of the squared 2-Wasserstein distance of the projected features.
 
-    The random numbers are drawn in torch-fidelity's order: a choice of the larger set's images, then the directions.
+    Random numbers are drawn in torch-fidelity's order: the subset of the larger set's images, then the directions.
     """
     assert inputs.features is not None and inputs.reference_features is not None
     generator = torch.Generator().manual_seed(settings["rng_seed"])

@@ -11,20 +11,21 @@ from dia_diffusion.evaluation.reference import choose
 NEIGHBORS = 5
 """A sample's distance to its fifth nearest reference image is large where real images are sparse."""
 QUERIES = 1000
-"""Real images that nearest distances are compared with."""
+"""Real images whose nearest distances are compared with those of samples."""
 ROWS = 100  # rows of distances held at once
 
 
 @dataclass(frozen=True)
 class Neighbors:
-    """Of each sample; distances are Euclidean, in the features."""
+    """The nearest reference images of each sample; distances are Euclidean, between features."""
 
     nearest: np.ndarray
     """(N,), index of the nearest reference image."""
     distances: np.ndarray
     """(N,), to that image."""
     percentiles: np.ndarray
-    """(N,), in % how many real images are nearer to their nearest other real image: 0 for a copy, near 50 is usual."""
+    """(N,), the percentage of real images that are nearer to their nearest other real image: 0 for a copy, usually
+    near 50."""
     sparsity: np.ndarray
     """(N,), distances to the NEIGHBORS-th nearest reference image."""
 

@@ -22,47 +22,47 @@ from dia_diffusion.sampling.samplers import PRECISIONS, SamplingSettings, check_
 from dia_diffusion.validation import Float, NonNegative, Positive, Strict, validate
 
 UNHASHED = ("name", "metrics", "kid_subset_size", "bootstrap", "held_out")
-"""What the distance doesn't depend on."""
+"""Fields that don't affect the distance."""
 
 
 class EvalProtocol(Strict):
-    """What is asked for. Which images are the reference, hashes and versions are for each record to say."""
+    """The requested measurement. Each record adds the reference images, hashes and versions."""
 
     name: str = ""
     """The file's stem; empty for a protocol from options."""
     features: str
-    """What the distance is measured in: digits, cifar10, inception or MODULE:CLASS."""
+    """The features that the distance is measured in: digits, cifar10, inception or MODULE:CLASS."""
     num_samples: NonNegative
-    """Images, 2 or more; a pipeline's are those of the seeds 0, 1, 2, ... From options also 0, all of a folder."""
+    """Number of images, 2 or more; a pipeline's seeds are 0, 1, 2, ... From options also 0: all images of a folder."""
     sampler: str
     """A name in SAMPLERS, or own."""
     steps: Positive
-    """Of the sampler."""
+    """Sampler steps."""
     precision: Literal[*PRECISIONS] = "float32"  # type: ignore[valid-type]
-    """Of the network, a name of PRECISIONS."""
+    """Precision of the network, a name in PRECISIONS."""
     weights: Literal["ema"] = "ema"
     """Which weights of a run are sampled from; a run's pipelines hold no others."""
     reference_split: Literal[*SPLITS] | None = None  # type: ignore[valid-type]
-    """train or test, of a reference that has parts; None leaves it open."""
+    """train or test, for a reference that has splits; None leaves it open."""
     reference_count: Annotated[int, Field(ge=2)] | None = None
-    """How many images the reference must have; None is any number."""
+    """How many images the reference must have; None: any number."""
     classes: Annotated[list[NonNegative], Field(min_length=1)] | None = None
-    """Of class-conditional models, in turn by seed; None is all of a model's."""
+    """Classes for class-conditional models, assigned to the seeds in turn; None: all classes of a model."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
-    """Of classifier-free guidance, or of the guide's; 1 is none."""
+    """Scale of classifier-free guidance, or of guidance by `guide`; 1 is none."""
     guidance_interval: list[Float] | None = None
-    """Two noise levels: guidance applies where low < sigma / alpha <= high; None is everywhere."""
+    """Two noise levels: guidance applies where low < sigma / alpha <= high; None: everywhere."""
     guide: str | None = None
     """RUN, RUN:STEP or a pipeline folder, for autoguidance in place of the null label."""
     metrics: list[str] = Field(default_factory=lambda: [DISTANCE])
-    """Rows of METRICS; the distance is measured in any case."""
+    """Rows of METRICS; the distance is always measured."""
     kid_subset_size: Annotated[int, Field(ge=2)] = 1000
     """Images per subset of KID."""
     bootstrap: NonNegative = 0
-    """Resamples for the distance's interval; 0 is no interval."""
+    """Resamples for the distance's interval; 0: no interval."""
 
     held_out: str | None = None
-    """Real images outside the reference, for metric fdr; None is the other split of the reference."""
+    """Real images outside the reference, for metric fdr; None: the other split of the reference."""
 
     @field_validator("features")
     @classmethod
@@ -104,7 +104,7 @@ class EvalProtocol(Strict):
 
     @classmethod
     def read(cls, name: str) -> "EvalProtocol":
-        """A protocol from its file, by path or by the name of a shipped one.
+        """A protocol from its file, by path or by the name of a shipped protocol.
 
         Raises:
             InputError: no such protocol, not YAML, an unknown key (the nearest is named), or an invalid value.
@@ -123,7 +123,7 @@ class EvalProtocol(Strict):
 
     @property
     def sampling(self) -> SamplingSettings:
-        """The settings that a pipeline is sampled by."""
+        """The settings that a pipeline is sampled with."""
         classes = None if self.classes is None else tuple(self.classes)
         return SamplingSettings(self.sampler, self.steps, classes, self.guidance_scale, self.guidance_interval)
 
@@ -137,11 +137,11 @@ class EvalProtocol(Strict):
 
     @property
     def layers(self) -> list[Needs]:
-        """The extractor's layers that the metrics need beside the features."""
+        """The extractor's layers that the metrics need in addition to the features."""
         return [layer for layer in LAYERS if self.needs(layer)]
 
     def metric_settings(self) -> dict[str, dict[str, Any]]:
-        """What the numbers beside the distance depend on besides the resolved protocol, as records keep it."""
+        """Settings of metrics other than the distance that aren't in the resolved protocol, as stored in records."""
         settings = {name: self.settings_of(name) for name in self.metrics if name != DISTANCE}
         if self.bootstrap:
             settings["bootstrap"] = {"resamples": self.bootstrap, "level": LEVEL, "seed": SEED}
@@ -153,7 +153,7 @@ class EvalProtocol(Strict):
         return {**row.settings, **{name: getattr(self, name) for name in row.options}}
 
     def metric_labels(self, features: str) -> list[str]:
-        """What records call the metrics beside the distance in these features, standard deviations left out."""
+        """The names in records of the metrics other than the distance, for these features and without deviations."""
         return [label for name in self.metrics if name != DISTANCE for label in METRICS[name].labels(features).values()]
 
     def check_count(self, count: int, *, reference: bool = False, num_features: int = 0) -> None:
@@ -177,7 +177,7 @@ class EvalProtocol(Strict):
     # The name in records.
 
     def hash(self) -> str:
-        """sha256 over what the distance depends on, without defaults, so that a new key changes no hash."""
+        """sha256 over the fields that affect the distance, without defaults, so that a new field changes no hash."""
         settings = {
             name: value
             for name, field in type(self).model_fields.items()
@@ -201,7 +201,7 @@ class EvalProtocol(Strict):
 
 
 def under_name(record: EvaluationRecord, protocol: EvalProtocol) -> EvaluationRecord:
-    """The record under the protocol's name; unchanged if it is already, or for a protocol without a name."""
+    """The record under the protocol's name; unchanged if it has that name already, or the protocol has none."""
     if not protocol.name or protocol.named_in(record):
         return record
     return dataclasses.replace(record, protocol_name=protocol.name, protocol_file_hash=protocol.hash())

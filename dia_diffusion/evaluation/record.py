@@ -1,9 +1,9 @@
 """Evaluation records: a distance with everything it depends on, one line of JSON per evaluation.
 
-To record another setting that changes the numbers, such as a crop of the images, add it to `ResolvedProtocol` by
-`added_field(default)`, where the default stands for what was done before the field existed. At its default it is left
-out of the hash, so records of both kinds are of one protocol: they share a curve, and none is measured again. A field
-of `Origin` or `EvaluationRecord` only needs a default.
+To record another setting that changes the numbers, such as a crop of the images, add it to `ResolvedProtocol` with
+`added_field(default)`, where the default is the behavior before the field existed. At its default it is left out of the
+hash, so records with and without the field have the same protocol: they share a curve, and none is measured again. A
+field of `Origin` or `EvaluationRecord` only needs a default.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dia_diffusion.reading import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 
 RECORD_VERSION = 2
-"""Of the lines written. Version 1, whose lines don't say it, had no added fields: its hash is over all of them."""
+"""Version of written lines. Version 1, whose lines don't give it, had no added fields: its hash is over all fields."""
 
 
 def added_field(default: Any) -> Any:
@@ -46,25 +46,24 @@ class ResolvedProtocol:
     reference_hash: str
     num_samples: int
     seeds: str | None = None
-    """Of the sampled images, as `0-999`."""
+    """Seeds of the sampled images, such as `0-999`."""
     sampler: str | None = None
     scheduler: dict[str, Any] | None = None
-    """The settings of the scheduler behind the sampler, as timestep_spacing and clip_sample; `process` where it isn't
-    VP."""
+    """The settings of the sampler's scheduler, such as timestep_spacing and clip_sample; `process` if it isn't VP."""
     num_inference_steps: int | None = None
     class_labels: str | None = None
     guidance_scale: float | None = None
     weights: str | None = None
     """`ema` or `raw`."""
     dtype: str | None = None
-    """Of the model while sampling, as `float32`."""
+    """Dtype of the model while sampling, such as `float32`."""
     guidance_interval: list[float] | None = added_field(None)
     """Low and high, in sigma / alpha; None: guidance everywhere."""
     guide: dict[str, str] | None = added_field(None)
-    """weights_hash and model_hash of the pipeline of autoguidance."""
+    """weights_hash and model_hash of the autoguidance pipeline."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as plain values, without added ones that have their default."""
+        """Its fields as plain values, without added fields at their default."""
         values = dataclasses.asdict(self)
         for each in dataclasses.fields(self):
             if each.metadata.get("added") and values[each.name] == each.default:
@@ -78,7 +77,7 @@ class ResolvedProtocol:
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
         """The fields that differ, each with this protocol's value and the other's.
 
-        A sampler has other settings for another noise process, so they are compared within a process only.
+        A sampler has different settings for each noise process, so they are compared only within the same process.
         """
         pairs = {name: (value, getattr(other, name)) for name, value in vars(self).items()}
         processes = [(each.scheduler or {}).get("process") for each in (self, other)]
@@ -89,12 +88,12 @@ class ResolvedProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the measured images come from. None: not known, as for a folder of images."""
+    """The origin of the measured images. None: not known, as for a folder of images."""
 
     source: str
     """The run, pipeline, folder or archive that was named."""
     split: str | None = None
-    """Which part of it, where it is images that have parts."""
+    """Its split, for images that have splits."""
     run: str | None = None
     step: int | None = None
     images_seen: int | None = None
@@ -103,39 +102,39 @@ class Origin:
     batch_size: int | None = None
     seed: int | None = None
     randomness: int | None = None
-    """Version of the random streams it was trained with (`training.randomness`); None: as `seed`, or an older record of
-    a run, which is version 1."""
+    """Version of the random streams used in training (`training.randomness`); None: not known, as for `seed`, or an
+    older record of a run, which is version 1."""
     weights_hash: str | None = None
     model_hash: str | None = None
-    """Of the pipeline's class and the configs of its parts, see `pipelines.folder.model_hash`; None: images."""
+    """Hash of the pipeline's class and its parts' configs, see `pipelines.folder.model_hash`; None for images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Origin):
-    """One evaluation: where the images come from, the distance, and the protocol it was measured by."""
+    """One evaluation: the origin of the images, the distance, and the protocol it was measured with."""
 
     metric: str
-    """`FID` for Inception's features and no others, else `FD(features)`."""
+    """`FID` only for Inception's features, else `FD(features)`."""
     distance: float
     protocol: ResolvedProtocol
     versions: dict[str, str]
     time: str
     """ISO 8601, UTC."""
     seconds: float
-    """What making and measuring the images took."""
+    """Time to make and measure the images."""
     low: float | None = None
     high: float | None = None
-    """The ends of the distance's bootstrap interval, see `bootstrap_interval`; None: not asked for."""
+    """The ends of the distance's bootstrap interval, see `bootstrap_interval`; None: not requested."""
     standard_error: float | None = None
     """The standard deviation of the resampled distances."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Other numbers from the same images, as `KD(digits)`, of rows of `METRICS`."""
+    """Other numbers from the same images, such as `KD(digits)`, from rows of `METRICS`."""
     metric_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What they and the interval depend on besides the protocol, which is the distance's and knows nothing of them."""
+    """Settings of the metrics and the interval, which `protocol` doesn't include, since it covers only the distance."""
     protocol_name: str | None = None
-    """Of the `EvalProtocol` it was measured by; None: by options."""
+    """Name of the `EvalProtocol` it was measured with; None: measured with options."""
     protocol_file_hash: str | None = None
-    """`EvalProtocol.hash`; `protocol_hash` is over everything that it led to."""
+    """`EvalProtocol.hash`; `protocol_hash` is over the resolved protocol."""
 
     def has(self, settings: dict[str, dict[str, Any]]) -> bool:
         """Whether it holds all the numbers of these settings (`EvalProtocol.metric_settings`)."""
@@ -152,7 +151,7 @@ class EvaluationRecord(Origin):
 
     @classmethod
     def from_dict(cls, line: dict[str, Any]) -> "EvaluationRecord":
-        """The record of such a line. Raises ValueError, KeyError, TypeError or AttributeError if it isn't whole."""
+        """The record of such a line. Raises ValueError, KeyError, TypeError or AttributeError if it is incomplete."""
         fields = {name: value for name, value in line.items() if name not in ("protocol_hash", "record_version")}
         shape = fields["protocol"]["reference_shape"]
         protocol = {**fields["protocol"], "reference_shape": None if shape is None else tuple(shape)}
@@ -163,7 +162,7 @@ class EvaluationRecord(Origin):
 
 
 NUMBER_PARTS = ("std", "low", "high")
-"""What a record's `metrics` may have of a number beside itself, as in "KD(digits) std"."""
+"""Suffixes of values that a record's `metrics` may have in addition to a number, as in "KD(digits) std"."""
 
 
 def numbers_of(record: EvaluationRecord) -> list[str]:
@@ -182,7 +181,7 @@ def describe_number(record: EvaluationRecord, name: str) -> str:
 def make_record(
     distance: float, protocol: ResolvedProtocol, origin: Origin, seconds: float, **optional: Any
 ) -> EvaluationRecord:
-    """The record of a distance measured just now; `optional` are fields from `low` on."""
+    """The record of a distance measured just now; `optional` has fields from `low` on."""
     return EvaluationRecord(
         **vars(origin),
         metric=distance_name(protocol.features),
@@ -196,7 +195,7 @@ def make_record(
 
 
 def distance_name(features: str) -> str:
-    """What a Frechet distance in these features is called."""
+    """The name of a Frechet distance in these features."""
     return "FID" if features == "inception" else f"FD({features})"
 
 
@@ -208,14 +207,14 @@ def check_record_file(file: Path) -> None:
 
 
 def append_record(path: str | Path, record: EvaluationRecord) -> None:
-    """Adds the record to a JSON-lines file, as a run's evaluations.jsonl."""
+    """Adds the record to a JSON-lines file, such as a run's evaluations.jsonl."""
     append_json_line(path, record.to_dict())
 
 
 def read_records(path: str | Path) -> list[EvaluationRecord]:
     """The records of a file that `append_record` wrote, in its order.
 
-    Raises InputError when there is no such file, and naming the line that is truncated or no record.
+    Raises InputError if there is no such file, or if a line is truncated or not a record (the message names the line).
     """
     try:
         lines = read_lines(Path(path))
@@ -225,7 +224,7 @@ def read_records(path: str | Path) -> list[EvaluationRecord]:
 
 
 def count_records(path: str | Path) -> int:
-    """How many records a file has so far, none of which are read; 0 where there is no file."""
+    """The number of records in a file, without parsing them; 0 if there is no file."""
     path = Path(path)
     return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
 
@@ -251,7 +250,7 @@ SHARED_WITH_FLOOR = ("features", "features_hash", "reference_hash", "num_samples
 
 
 def recorded_floor(file: Path, record: EvaluationRecord) -> float:
-    """The distance of real images, as `fid` recorded it in a file of its own: the newest that compares with a record.
+    """The distance of real images from a file that `fid` recorded them in: the newest that is comparable to `record`.
 
     Raises:
         InputError: there is none; the message says what differs.

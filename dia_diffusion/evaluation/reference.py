@@ -42,26 +42,26 @@ OTHER_SPLIT = {"train": "test", "test": "train"}
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as a distance sees them. None: a file of statistics that doesn't say it."""
+    """Real images to measure distances to. None: not given by a file of statistics."""
 
     name: str
     split: str | None
     shape: tuple[int, int, int] | None
     """(C, H, W)"""
     hash: str
-    """Of the very images chosen, whatever the features; of the file, where it doesn't say which images they were."""
+    """Hash of the chosen images, independent of the features; of the file, if it doesn't say which images they were."""
     statistics: FeatureStatistics | GivenMoments
     features: torch.Tensor | None = None
     """(M, D), on rank 0 and only if a metric needs them."""
     spatial: FeatureStatistics | GivenMoments | None = None
     """The statistics of the extractor's spatial features, if a metric needs them or a file has them."""
     beside_statistics: int | None = None
-    """How many images `features` are of, where a file has these beside statistics, of other images."""
+    """The number of images behind `features`, if a file has these images in addition to statistics of others."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Real images outside the reference, which metric fdr compares with."""
+    """Real images outside the reference, for comparison in metric fdr."""
 
     name: str
     split: str | None
@@ -110,10 +110,10 @@ def measure_reference(
     accelerator: Accelerator,
     progress: Progress,
 ) -> Reference:
-    """The reference that the images are for a protocol, on all ranks.
+    """The images as the reference of a protocol, on all ranks.
 
     Raises:
-        InputError: another number of images than the protocol says, or too few for a metric.
+        InputError: another number of images than the protocol requires, or too few for a metric.
     """
     check_reference_count(protocol, images.name, len(images))
     protocol.check_count(len(images), reference=True)
@@ -126,7 +126,7 @@ def measure_reference(
 
 
 def check_reference_count(protocol: EvalProtocol, name: str, count: int | None) -> None:
-    """Raises InputError unless a reference has as many images as the protocol says, if it does."""
+    """Raises InputError if the protocol requires another number of reference images."""
     if protocol.reference_count not in (None, count):
         got = "an unknown number" if count is None else f"{count:,}"
         raise InputError(
@@ -149,8 +149,8 @@ def reference_statistics(
 
     Args:
         progress: shows the images that are measured.
-        features: of the very images (N, D), if they are known.
-        spatial: also those of the spatial features, which the extractor must have; from the same pass.
+        features: (N, D) of exactly these images, if they are known.
+        spatial: also the statistics of the spatial features, which the extractor must have, from the same pass.
 
     Raises:
         InputError: fewer than `count` images, or fewer than 2.
@@ -182,7 +182,7 @@ def reference_statistics(
     if missing := paths.keys() - known.keys() - made.keys():
         made |= _measure_layers(_batches(images, indices, progress), extractor, missing)
     for layer, statistics in made.items():
-        with suppress(OSError):  # a cache that can't be written is done without
+        with suppress(OSError):  # without a cache if it can't be written
             statistics.save(paths[layer], described[layer])
     known |= made
     return Reference(
@@ -291,10 +291,10 @@ def with_images(
     accelerator: Accelerator,
     progress: Progress,
 ) -> Reference:
-    """The reference that a file of statistics is, with the features of the images that it has beside them.
+    """Adds the features of the images in a file of statistics to the reference from that file.
 
-    Raises InputError for images of another shape than those measured, (C, H, W): reduced to that, they wouldn't be what
-    the statistics are of. Or if they are too few for a metric.
+    Raises InputError if the images are too few for a metric, or don't have the measured shape (C, H, W): if resized,
+    they would no longer match the statistics.
     """
 
     def check() -> None:

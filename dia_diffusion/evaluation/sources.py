@@ -1,4 +1,4 @@
-"""Images to measure: drawn by a pipeline from seeds, or there already."""
+"""Images to measure: drawn by a pipeline from seeds, or existing ones."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class ImageSource:
     origin: Origin
     count: int
     images: ImagesOf
-    """Image k is the same whichever process makes it."""
+    """Image k is the same in every process."""
     sampled_by: dict[str, Any]
     """Fields of ResolvedProtocol: how the images are sampled."""
     folder: Path | None = None
-    """Of the pipeline that draws them."""
+    """Folder of the pipeline that draws the images."""
 
 
 def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_size: int = BATCH) -> ImageSource:
@@ -65,7 +65,7 @@ def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_siz
 
 
 def images_source(images: ImageSet) -> ImageSource:
-    """Images that are there already."""
+    """Existing images."""
     origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
     return ImageSource(images.name, origin, len(images), batches_of(images), {})
 

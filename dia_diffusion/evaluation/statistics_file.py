@@ -23,39 +23,39 @@ if TYPE_CHECKING:
     from dia_diffusion.evaluation.reference import Reference
 
 STATISTICS_VERSION = 1
-"""To be raised when a change of code gives the same images and weights other statistics; older caches are ignored."""
+"""Increase it when a code change gives other statistics for the same images and weights; older caches are ignored."""
 
 NPZ_KEYS = "mu and sigma (as of pytorch-fid and U-ViT) or pool_3 (as of score_sde)"
 MOMENTS = {"mu", "sigma", "pool_3"}
 SPATIAL_MOMENTS = {"mu_s", "sigma_s"}
-"""Of ADM's reference batches, for sFID."""
+"""Keys in ADM's reference batches, for sFID."""
 
 IMAGES = {"images", "arr_0"}
-"""The keys of an .npz of images; ADM's reference batches have 10,000 beside statistics of the whole data set."""
+"""Keys of images in an .npz; ADM's reference batches have 10,000 images and statistics of the whole data set."""
 
 TEXTS = ("source", "images_hash", "features", "features_hash")
 
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """What a file of statistics holds."""
+    """The contents of a file of statistics."""
 
     path: Path
     statistics: FeatureStatistics | GivenMoments
     provenance: dict[str, Any] | None
-    """TEXTS, split (None: the source has no parts), shape (C, H, W) of the images and more; None for an npz, which says
-    nothing of them."""
+    """TEXTS, split (None: the source has no splits), shape (C, H, W) of the images and more; None for an npz, which has
+    none of them."""
     spatial: GivenMoments | None = None
-    """Of an npz with mu_s and sigma_s."""
+    """From an npz with mu_s and sigma_s."""
 
     @property
     def features(self) -> str | None:
-        """The name of the features, None where the file doesn't say."""
+        """The name of the features; None if the file doesn't say."""
         return None if self.provenance is None else self.provenance["features"]
 
 
 def is_statistics_file(source: str | Path) -> bool:
-    """Whether a source of reference images is a file of statistics instead: any .safetensors, and an .npz of none."""
+    """Whether a reference is a file of statistics: any .safetensors, and an .npz with statistics or without images."""
     path = Path(source)
     if path.is_dir() or path.suffix not in (".safetensors", ".npz"):
         return False
@@ -64,12 +64,12 @@ def is_statistics_file(source: str | Path) -> bool:
 
 
 def holds_images(path: str | Path) -> bool:
-    """Whether a file of statistics has images beside them, as ADM's reference batches have."""
+    """Whether a file of statistics also has images, as ADM's reference batches do."""
     return bool(_npz_keys(Path(path)) & IMAGES)
 
 
 def _npz_keys(path: Path) -> set[str]:
-    """The names of an .npz file's arrays; none for other files, and for damaged ones, which reading will tell."""
+    """The names of an .npz file's arrays; none for other files, and for damaged ones, which fail when read."""
     if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
         return set()
     try:
@@ -80,7 +80,7 @@ def _npz_keys(path: Path) -> set[str]:
 
 
 def write_statistics(path: str | Path, reference: "Reference", extractor: FeatureExtractor) -> None:
-    """One safetensors file with all that `read_statistics` and a reader need. Raises InputError for other suffixes."""
+    """Writes a safetensors file with all that `read_statistics` needs. Raises InputError for other suffixes."""
     if Path(path).suffix != ".safetensors":
         raise InputError(f"the file for statistics must end in .safetensors, got {path}")
     if not isinstance(reference.statistics, FeatureStatistics):
@@ -104,8 +104,8 @@ def write_statistics(path: str | Path, reference: "Reference", extractor: Featur
 def read_statistics(path: str | Path) -> StatisticsFile:
     """A file that `write_statistics` wrote, or another program's npz; nothing in either is executed.
 
-    Raises InputError, naming the file, for one that is truncated, holds other things than finite symmetric moments, or
-    has other keys (which are named).
+    Raises InputError, naming the file, if it is truncated, holds anything but finite symmetric moments, or has other
+    keys (which are named).
     """
     path = Path(path)
     if not path.is_file():
@@ -147,13 +147,13 @@ def refuse_other_features(file: StatisticsFile, features: str, weights_hash: str
 
 
 def _read_npz(path: Path) -> tuple[FeatureStatistics | GivenMoments, GivenMoments | None]:
-    """The statistics of features and, of ADM's files, those of spatial features."""
+    """The statistics of features and, from ADM's files, of spatial features."""
     try:
         with np.load(path, allow_pickle=False) as file:
             refuse_bomb(file.zip, path)
             keys = file.files
             arrays = {name: file[name] for name in sorted(MOMENTS | SPATIAL_MOMENTS) if name in keys}
-            if any(isinstance(array, bytes) for array in arrays.values()):  # as numpy gives what is in no .npy format
+            if any(isinstance(array, bytes) for array in arrays.values()):  # numpy's result if an entry isn't .npy
                 raise ValueError("its entries are no arrays")
     except Exception as error:  # a damaged archive or header can raise almost anything
         raise InputError(
@@ -184,7 +184,7 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: s
 
 
 def _of_features(path: Path, features: np.ndarray, block: int = 4096) -> FeatureStatistics:
-    """The statistics of the features (N, D) themselves."""
+    """The statistics of features (N, D), computed here."""
     if features.ndim != 2 or len(features) < 2:
         raise InputError(f"pool_3 in {path} must be (N, D) of 2 images or more, got {features.shape}")
     statistics = FeatureStatistics(features.shape[1])

@@ -40,7 +40,7 @@ def clip(
 ) -> PretrainedNetwork:
     """CLIP's image encoder for images of 224x224.
 
-    repository: OpenAI's on the Hugging Face Hub; patch: pixels; width: of tokens; embedding: width of the features.
+    repository: OpenAI's on the Hugging Face Hub; patch: in pixels; width: of tokens; embedding: width of the features.
     """
     files = f"transformers' model.safetensors of {repository}, or a file of OpenAI's own tensors, visual.*"
     return PretrainedNetwork(
@@ -55,7 +55,7 @@ def clip(
 
 
 def rename(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """The image encoder's tensors by OpenAI's names; either names on the way in."""
+    """The image encoder's tensors under OpenAI's names; the input may have either names."""
     renamed = {name: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
     for name, tensor in tensors.items():
         if name == "visual_projection.weight":
@@ -67,7 +67,7 @@ def rename(tensors: Mapping[str, torch.Tensor]) -> Tensors:
             renamed[f"visual.{inner}"] = tensor
     for name in [name for name in renamed if ".q_proj." in name]:
         parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-        if all(part in renamed for part in parts):  # OpenAI has queries, keys and values in one tensor
+        if all(part in renamed for part in parts):  # OpenAI stores queries, keys and values in one tensor
             joined = re.sub(r"q_proj\.(\w+)$", r"in_proj_\1", name)
             renamed[joined] = torch.cat([renamed.pop(part) for part in parts])
     return renamed

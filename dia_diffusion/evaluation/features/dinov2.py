@@ -38,7 +38,7 @@ def dinov2(size: str) -> PretrainedNetwork:
 
 
 def rename(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Meta's tensors by timm's names; timm's stay as they are."""
+    """Meta's tensors under timm's names; tensors with timm's names stay as they are."""
     names = {name: name.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.") for name in tensors}
     return {names[name]: tensor for name, tensor in tensors.items() if name != "mask_token"}
 
@@ -46,8 +46,8 @@ def rename(tensors: Mapping[str, torch.Tensor]) -> Tensors:
 def resize_positions(positions: torch.Tensor, patches: int) -> torch.Tensor:
     """Position embeddings (1, 1 + N * N, D), the class token's first, for patches x patches patches.
 
-    As DINOv2's own code does it: bicubic, not antialiased, and sampled at the scale of patches + 0.1, by which timm's
-    resampling differs.
+    As in DINOv2's own code: bicubic, not antialiased, and sampled at the scale of patches + 0.1, unlike timm's
+    resampling.
     """
     token, grid = positions[:, :1], positions[:, 1:]
     side = round(grid.shape[1] ** 0.5)

@@ -1,6 +1,6 @@
-"""Feature extractors: images in, the vectors that a distance compares out.
+"""Feature extractors: from images to the vectors that a distance compares.
 
-Features are rows of `FEATURES`, or MODULE:CLASS, a torch-fidelity extractor of the user's own.
+Features are rows of `FEATURES`, or MODULE:CLASS, the user's own torch-fidelity extractor.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 DownloadProgress = Callable[[int, int], None]
-"""Called with bytes, and of how many."""
+"""Called with (bytes done, total)."""
 BuildFeatures = Callable[[str | Path | None, DownloadProgress | None], tuple[str, FeatureExtractorBase, str]]
-"""Weights (None: the usual ones), progress of a download -> the name for records, the extractor, the weights' hash."""
+"""(weights, None: the usual ones; download progress) -> (name for records, extractor, hash of the weights)."""
 
 FEATURES: Registry[BuildFeatures] = Registry("features")
 OWN = "MODULE:CLASS, a torch-fidelity extractor of your own"
 
 
 def check_features_name(name: str) -> None:
-    """Raises InputError unless features are a row of FEATURES or named as MODULE:CLASS."""
+    """Raises InputError unless features are a row of FEATURES or have the form MODULE:CLASS."""
     if name not in FEATURES and not all(name.partition(":")):
         raise InputError(f"`features` must be one of {', '.join(FEATURES)}, or {OWN}, got {name!r}")
 
@@ -72,10 +72,10 @@ class FeatureExtractor:
 
     Args:
         name: as in records.
-        module: gives the features and after them the logits, if it has any, or the layers that its `layer_names` lists.
+        module: returns the features, followed by logits if it has any, or the layers listed in its `layer_names`.
 
     Raises:
-        InputError: a module that fails on an image, or doesn't give finite features (B, D).
+        InputError: a module that fails on an image, or doesn't return finite features (B, D).
     """
 
     def __init__(self, name: str, module: FeatureExtractorBase, weights_hash: str, device: str | torch.device) -> None:
@@ -84,7 +84,7 @@ class FeatureExtractor:
         self.device = torch.device(device)
         self._module = module.requires_grad_(False).eval().to(self.device)
         self.widths: dict[str, int] = {}
-        """Of the layers that `layers` gives: features, and maybe logits and spatial ones, for sFID."""
+        """Widths of the layers that `layers` returns: features, and possibly logits and spatial features (for sFID)."""
         layers = self.layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         self.widths = {name: layer.shape[1] for name, layer in layers.items()}
         self.num_features = self.widths["features"]
@@ -104,7 +104,7 @@ class FeatureExtractor:
     def layers(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """All layers (B, width) of the same images by name, from one pass.
 
-        Raises InputError as above.
+        Raises InputError as `__call__` does.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InputError(f"images must be uint8 images (B, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -113,7 +113,7 @@ class FeatureExtractor:
             return self._layers_of_module(images)
 
     def _layers_of_module(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The module's layers, float32, as a user's own module may not give them."""
+        """The module's layers, converted to float32 and checked, since a user's own module may return anything."""
         size = "x".join(map(str, images.shape[-2:]))
         try:
             names = getattr(self._module, "layer_names", ("features", "logits"))
@@ -139,9 +139,9 @@ class FeatureExtractor:
 
 
 def fold_normalisations(network: nn.Module) -> None:
-    """Takes every BatchNorm2d into the convolution that it follows, which saves a pass over each map.
+    """Folds every BatchNorm2d into the preceding convolution, which saves a pass over each map.
 
-    network: in evaluation; its state dict is another one afterwards.
+    network: in evaluation mode; its state dict changes.
     """
     for module in network.modules():
         for (name, convolution), (next_name, normalisation) in pairwise(list(module.named_children())):
@@ -160,13 +160,13 @@ def state_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_weights(module: Module, path: str | Path) -> Module:
-    """Loads a safetensors file of exactly this module's tensors; a JSON beside it says what its sha256 must be.
+    """Loads a safetensors file of exactly this module's tensors; a JSON file next to it may give the expected sha256.
 
     Raises InputError naming the file.
     """
     path = Path(path)
     card = path.with_suffix(".json")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise InputError(f"weights must be a regular safetensors file, got {path}")
     try:
         if card.exists() and (expected := read_json_object(card)["sha256"]) != sha256_of_file(path):
@@ -188,10 +188,10 @@ def load_weights(module: Module, path: str | Path) -> Module:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 in place of float32, and cuDNN's deterministic kernels; afterwards everything is as before.
+    """Disables TF32 and bfloat16 in place of float32, and uses cuDNN's deterministic kernels; restored at exit.
 
-    Settings are read and written by their new names, `fp32_precision`: after a mix of both kinds, reading the old
-    `allow_tf32` raises, and it may raise inside.
+    Settings are read and written under their new names, `fp32_precision`. After a mix of old and new names, reading the
+    old `allow_tf32` raises; this may also happen inside the context.
     """
     changed: list[tuple[Any, str, Any]] = []
     try:
@@ -207,8 +207,8 @@ def exact_float32() -> Iterator[None]:
 
 
 def _settings() -> list[tuple[Any, str, Any]]:
-    """Where, which and what, in this order: an operator without a precision of its own reads as its backend's, and that
-    as the one for all, so each is read only once what it falls back on is set."""
+    """(object, attribute, value), in the order to set them. An operator without its own precision falls back on its
+    backend's, and that on the global one, so each is read only after its fallback is set."""
     cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     operators = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]  # type: ignore[attr-defined]
     return [
@@ -221,11 +221,11 @@ def _settings() -> list[tuple[Any, str, Any]]:
 
 
 def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
-    """The extractor called MODULE:CLASS and a hash of its state dict and of the file that its class is written in.
+    """The extractor called MODULE:CLASS and a hash of its state dict and of the file that defines its class.
 
-    The module is imported from the working folder or from what is installed, which runs its code. The class is
-    constructed as torch-fidelity does, (name, layers), with its default layers for "fid" and, where it has one, "isc".
-    Raises InputError for what can't be imported or constructed, and for a class that is no extractor.
+    The module is imported from the working folder or from installed packages, which runs its code. The class is
+    constructed as torch-fidelity does, (name, layers), with its default layers for "fid" and, if it has one, "isc".
+    Raises InputError if it can't be imported or constructed, or the class is not an extractor.
     """
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name:
@@ -248,7 +248,7 @@ def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
 
 
 def _hash(extractor: FeatureExtractorBase) -> str:
-    """sha256 over tensors and code: with few or no tensors it is the code that makes the features what they are."""
+    """sha256 over tensors and code, since the code defines the features if there are few or no tensors."""
     parts = state_hash(extractor.state_dict()), sha256_of_file(inspect.getfile(type(extractor)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -267,11 +267,11 @@ def _import(name: str) -> ModuleType:
 
 
 def _layers(extractor: type[FeatureExtractorBase]) -> list[str]:
-    """The default layers of the metrics, without a second one where there is none for "isc"."""
+    """The default layers for "fid" and, if there is one, for "isc"."""
     layers = [extractor.get_default_feature_layer_for_metric("fid")]
     try:
         logits = extractor.get_default_feature_layer_for_metric("isc")
-    except Exception:  # by a KeyError, an assertion, NotImplementedError: each extractor says no in its own way
+    except Exception:  # KeyError, AssertionError or NotImplementedError, depending on the extractor
         logits = None
     return layers if logits is None or logits in layers else [*layers, logits]
 

@@ -1,4 +1,4 @@
-"""The features `inception`: torch-fidelity's inception-v3-compat, the network that FID is defined by."""
+"""The features `inception`: torch-fidelity's inception-v3-compat, the network that defines FID."""
 
 import io
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ RELEASED = Download(
 )
 """torch-fidelity's port of the TensorFlow network of 2015 (Apache-2.0); pytorch-fid ships the same bytes."""
 SPATIAL = "spatial"
-"""Of sFID: `mixed_6/conv` of the TensorFlow graph, after its ReLU, 17x17, as ADM's evaluator flattens its channels."""
+"""The layer of sFID: `mixed_6/conv` of the TensorFlow graph, after its ReLU, 17x17, flattened as by ADM's evaluator."""
 SPATIAL_CHANNELS = 7
-"""Of 192, so that there are about as many features as in FID, 2,023."""
+"""The first channels of 192, so that there are about as many features as in FID: 2,023."""
 LAYERS = ["2048", "logits_unbiased", SPATIAL]
 NAME = "inception"
 CPU_BATCH = 16
-"""Images that a CPU takes at once: their maps of 147x147 are 90 MB; with 64 an image takes a seventh more time."""
+"""Images per batch on a CPU: their maps of 147x147 take 90 MB; with 64, an image takes a seventh more time."""
 EXPECTED = f"expected: {RELEASED.file} with sha256 {RELEASED.sha256}, or a safetensors file of its tensors"
 
 Tensors = dict[str, torch.Tensor]
@@ -41,8 +41,8 @@ Tensors = dict[str, torch.Tensor]
 class InceptionExtractor(FeatureExtractorInceptionV3):
     """torch-fidelity's extractor, given its weights: on its own it would unpickle a file or download one.
 
-    features_list: of "64", "192", "768", "2048", "logits_unbiased", "logits", and last, after "2048" or a later one,
-        "spatial".
+    features_list: any of "64", "192", "768", "2048", "logits_unbiased", "logits"; "spatial" may come last, after "2048"
+        or a later one.
     Raises RuntimeError for tensors of another network.
     """
 
@@ -54,7 +54,7 @@ class InceptionExtractor(FeatureExtractorInceptionV3):
         nothing.seek(0)
         super().__init__("inception", [name for name in features_list if name != SPATIAL], nothing)
         self.load_state_dict(weights)
-        self.to(memory_format=torch.channels_last)  # nearly half the time of convolutions on a CPU
+        self.to(memory_format=torch.channels_last)  # nearly halves the time of convolutions on a CPU
         self._spatial: torch.Tensor | None = None
         if SPATIAL in features_list:
             self.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -82,24 +82,24 @@ def build_inception(
 ) -> tuple[str, InceptionExtractor, str]:
     """The features' name, the extractor, and the `state_hash` of its weights, the same for a .pth and its safetensors.
 
-    The name is `inception`, by which a distance is called FID, for the released weights only: the release file, or what
-    our cache was made of it. That of others has the start of their hash, as `inception-1a2b3c4d`.
+    Only the released weights (the release file, or our cached copy of it) get the name `inception`, for which a
+    distance is called FID. The name of other weights has the start of their hash, such as `inception-1a2b3c4d`.
 
-    weights: a .pth or .safetensors file. None: what torch-fidelity has downloaded to torch's hub folder, else
-        its release file, downloaded now (`progress` gets bytes and of how many) and checked by sha256; either is turned
-        into safetensors in our cache once, and read from there afterwards.
+    weights: a .pth or .safetensors file. None: the file that torch-fidelity has downloaded to torch's hub folder, else
+        its release file, downloaded now (`progress` gets bytes done and total) and checked by sha256; either is
+        converted to safetensors in our cache once, and read from there afterwards.
 
     Raises InputError for a file that is missing, truncated or another network's; RunError for a failed download.
     """
     name, extractor, weights_hash = _find(weights, features_list, progress)
-    fold_normalisations(extractor)  # once the tensors' hash is known
+    fold_normalisations(extractor)  # after the tensors are hashed
     return name, extractor, weights_hash
 
 
 def _find(
     weights: str | Path | None, features_list: list[str], progress: DownloadProgress | None
 ) -> tuple[str, InceptionExtractor, str]:
-    """As `build_inception`, with the tensors as they are in the file."""
+    """As `build_inception`, but with the tensors as they are in the file."""
     cached = cache_folder() / "inception" / f"{RELEASED.sha256}.safetensors"
     if weights is not None:
         extractor, weights_hash = _build(read_tensors(Path(weights), EXPECTED), Path(weights), features_list)
@@ -110,13 +110,13 @@ def _find(
     path = released_file(RELEASED, EXPECTED, "--inception-weights", progress)
     extractor, weights_hash = _build(read_tensors(path, EXPECTED), path, features_list)
     tensors = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
-    with suppress(OSError), atomic_file(cached) as temporary:  # a cache that can't be written is done without
+    with suppress(OSError), atomic_file(cached) as temporary:  # without a cache if it can't be written
         save_file(tensors, temporary, metadata={"weights_hash": weights_hash, "sha256": RELEASED.sha256})
     return NAME, extractor, weights_hash
 
 
 def unreleased(name: str, weights: str | Path) -> str | None:
-    """What a person must know of features called `name` by `build_inception`; None for the released weights."""
+    """A warning about features that `build_inception` named `name`; None for the released weights."""
     if name == NAME:
         return None
     return (
@@ -134,7 +134,7 @@ def _build(tensors: Tensors, path: Path, features_list: list[str]) -> tuple[Ince
 
 
 def _read_cached(path: Path) -> Tensors | None:
-    """What an earlier start has made of the release file; None where it isn't there, or not as it was written."""
+    """The tensors that an earlier run converted from the release file; None if they are missing or altered."""
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError):

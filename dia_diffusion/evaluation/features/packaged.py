@@ -22,7 +22,7 @@ PACKAGED_WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Classifier(nn.Module, ABC):
-    """Images (B, in_channels, size, size) in [0, 1] -> logits (B, num_classes), which `head` reads off features."""
+    """Images (B, in_channels, size, size) in [0, 1] -> logits (B, num_classes), computed from features by `head`."""
 
     in_channels: ClassVar[int]
     image_size: ClassVar[int]
@@ -41,7 +41,7 @@ class Classifier(nn.Module, ABC):
 class ClassifierExtractor(FeatureExtractorBase):
     """A classifier's features and "logits", for uint8 images (B, 3, H, W) of any size.
 
-    Images are resized to the classifier's own size, and their channels averaged where it takes grey ones.
+    Images are resized to the classifier's own size, and their channels are averaged if it takes gray images.
     `feature_extractor_weights_path` replaces the packaged weights.
     """
 
@@ -58,7 +58,7 @@ class ClassifierExtractor(FeatureExtractorBase):
         super().__init__(name, features_list)
         self.classifier = load_weights(self.network(), feature_extractor_weights_path or self.weights).eval()
         fold_normalisations(self.classifier)
-        self.to(memory_format=torch.channels_last)  # half the time of convolutions on a CPU
+        self.to(memory_format=torch.channels_last)  # halves the time of convolutions on a CPU
 
     @classmethod
     def get_provided_features_list(cls) -> tuple[str, ...]:
@@ -85,10 +85,10 @@ class ClassifierExtractor(FeatureExtractorBase):
 
 
 class DigitsClassifier(Classifier):
-    """A small classifier of 8x8 grey images in [0, 1]; the layer before its last gives 64 features.
+    """A small classifier of 8x8 gray images in [0, 1]; the layer before the last gives 64 features.
 
-    GELU instead of ReLU and strides instead of maxima: a feature that is flat over half its range or jumps between
-    pixels makes a poor ruler.
+    It has GELU instead of ReLU and strides instead of max pooling, since a feature that is flat over half its range or
+    jumps between pixels is a poor measure of distance.
     """
 
     in_channels = 1
@@ -123,7 +123,7 @@ class DigitsExtractor(ClassifierExtractor):
 
 
 class Cifar10Classifier(FeatureResNet, Classifier):
-    """That network for 32x32 colour images in [0, 1]; trained as `dia-diffusion classify --config cifar10_features`."""
+    """FeatureResNet for 32x32 color images in [0, 1]; trained by `dia-diffusion classify --config cifar10_features`."""
 
     in_channels = 3
     image_size = 32

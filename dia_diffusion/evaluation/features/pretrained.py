@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 IMAGE_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU_BATCH, BATCH = 16, 64
-"""Images that a CPU or a GPU takes at once, however many it is given: VGG-16's activations are 26 MB per image."""
+"""Images per forward pass on a CPU and on a GPU, for any input size: VGG-16's activations are 26 MB per image."""
 
 
 def resize_bicubic(images: torch.Tensor) -> torch.Tensor:
@@ -33,10 +33,10 @@ class PretrainedNetwork:
     """A published network and its preprocessing.
 
     build: the network with the parameters of the released file, called on the meta device.
-    rename: the file's tensors by the network's names, without those that features don't need.
-    finish: the network, once it has its weights -> (B, 3, 224, 224) to features (B, D).
+    rename: the file's tensors -> the tensors under the network's names, without those that features don't need.
+    finish: the network with its weights -> a network from (B, 3, 224, 224) to features (B, D).
     files: the files that `--weights` takes, for messages and documentation.
-    release: the released file, None where there is none to download.
+    release: the released file; None if there is none to download.
     resize: (B, 3, H, W) of any size, in [0, 255] -> (B, 3, 224, 224).
     """
 
@@ -52,7 +52,7 @@ class PretrainedNetwork:
     def load(
         self, name: str, weights: str | Path | None, progress: DownloadProgress | None
     ) -> tuple[str, "PretrainedExtractor", str]:
-        """The features' name, the extractor, and the hash of its weights; a row of FEATURES but for the first argument.
+        """The features' name, the extractor, and the hash of its weights. A row of FEATURES, except for `name`.
 
         The hash is of the released tensors in float32, the same for each format of the file.
 
@@ -70,7 +70,7 @@ class PretrainedNetwork:
             raise InputError(f"`--weights` must be given for features {name}; {expected}")
         try:
             tensors = self.rename(read_tensors(path, expected))
-        except (RuntimeError, IndexError) as error:  # tensors of other shapes don't join
+        except (RuntimeError, IndexError) as error:  # tensors of other shapes can't be concatenated
             raise InputError(f"weights {path} aren't those of {name}; {expected}") from error
         if problem := unusable(tensors, network) or _difference(tensors, network):
             raise InputError(f"weights {path} have {problem}, so they aren't those of {name}; {expected}")
@@ -106,7 +106,7 @@ class PretrainedExtractor(FeatureExtractorBase):
 
 
 def _difference(tensors: Tensors, network: nn.Module) -> str | None:
-    """The first tensor that the network lacks, that it needs, or that has another shape; None if there is none."""
+    """The first tensor that is missing, unknown to the network, or of another shape; None if there is none."""
     own = network.state_dict()
     for name in own:
         if name not in tensors:

@@ -15,11 +15,11 @@ from dia_diffusion.reading import NotTensors, load_pickled_tensors
 def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
     """The tensors of a .pth or safetensors file; nothing in it is executed.
 
-    expected: "expected: ...", which files are right, for messages.
+    expected: "expected: ...", the accepted files, for messages.
 
     Raises InputError for a file that is missing, truncated or holds something else.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # opening a pipe would block
         raise InputError(f"weights {path} are no regular file; {expected}")
     try:
         with path.open("rb") as file:
@@ -30,7 +30,7 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
         return load_file(path) if is_safetensors else load_pickled_tensors(path)
     except NotTensors as error:
         raise InputError(f"{path}, given as weights, {error}; {expected}") from error
-    except Exception as error:  # unpickling what anybody may have written raises almost anything
+    except Exception as error:  # unpickling an untrusted file can raise almost anything
         raise InputError(
             f"weights {path} are truncated, damaged or no file of tensors (sha256 {sha256_of_file(path)}); {expected}"
         ) from error
@@ -39,7 +39,7 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
 def released_file(download: Download, expected: str, option: str, progress: DownloadProgress | None) -> Path:
     """The release file in torch's hub folder, else in our cache, else downloaded to there.
 
-    option: where a file fetched by other means is given.
+    option: the option that takes a file fetched by other means.
 
     Raises InputError for another file of this name in torch's hub folder; RunError for a failed download.
     """
