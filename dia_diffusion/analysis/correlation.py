@@ -111,7 +111,7 @@ def describe(record: Record) -> Iterator[str]:
     yield f"{record['run']}, step {last['step']:,}: {_in_words(last['mean'])}"
     for stage in last["stages"]:
         undefined = stage["maps"]["undefined"]
-        constant = f"{undefined:,} undefined, of maps with one value in all channels" if undefined else ""
+        constant = f"{undefined:,} undefined (maps with the same value in all channels)" if undefined else ""
         if stage["name"]:
             means = _in_words({variant: stage[variant]["mean"] for variant in VARIANTS})
             yield f"  {stage['name']}, {len(stage['blocks'])} blocks: {'; '.join(filter(None, (means, constant)))}"
@@ -121,13 +121,13 @@ def describe(record: Record) -> Iterator[str]:
 
 def _in_words(means: dict[str, float | None]) -> str:
     maps, centered = ("undefined" if mean is None else f"{mean:.3f}" for mean in means.values())
-    return f"mean correlation {maps}; less each channel's mean over images {centered}"
+    return f"mean correlation {maps}; minus each channel's mean over images {centered}"
 
 
 # ---- figure
 
-TITLES = {"maps": "the maps", "centred": "less channels' means"}
-LEGEND = {"maps": "the maps", "centred": "the maps less each channel's mean over images"}
+TITLES = {"maps": "the maps", "centred": "minus channels' means"}
+LEGEND = {"maps": "the maps", "centred": "the maps minus each channel's mean over images"}
 PAPERS_MEAN = 0.85
 BINS_DRAWN = 50  # coarse, so that the histogram of few images has no gaps
 

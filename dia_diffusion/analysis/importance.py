@@ -116,7 +116,7 @@ def _most_important(name: str, row: Record, blocks: Sequence[str], least_r2: flo
 
 # ---- figure
 
-TITLES = {"maps": "the maps", "centred": "less each channel's mean over images"}
+TITLES = {"maps": "the maps", "centred": "minus each channel's mean over images"}
 
 
 def draw(runs: Sequence[Record]) -> Figure:

@@ -124,7 +124,7 @@ def load_reference(
     known = reference.split or ("train" if reference.shape else None)
     if split not in (None, known):
         what = spelled(protocol, "reference_split") if protocol.reference_split else "`--reference-split`"
-        raise InputError(f"{what} must be that of {data}, {known or 'no part that it names'}, got {split}")
+        raise InputError(f"{what} must be the split of {data}, {known or 'which is not recorded'}, got {split}")
     references.check_reference_count(protocol, data, reference.statistics.count)
     if not needing:
         return reference

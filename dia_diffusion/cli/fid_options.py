@@ -144,7 +144,7 @@ def _flag(field: Sequence[str]) -> str:
 
 def refuse_ignored(options: Options, is_model: bool) -> None:
     """Raises InputError for an option that has no effect on this kind of source."""
-    why = "draws images of its own" if is_model else "is no pipeline and no run"
+    why = "generates its own images" if is_model else "is neither a pipeline nor a run"
     ignored = (
         ("size", "channels", "split") if is_model else (*SamplingOptions.model_fields, "step", "every_step", "sweep")
     )

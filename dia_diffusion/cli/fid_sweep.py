@@ -80,7 +80,7 @@ def read_grid(options: Options) -> Grid:
         if repeated := [each for place, each in enumerate(grid[name]) if each in grid[name][:place]]:
             raise InputError(f"`--sweep {name}` must have each value once, got {_text(repeated[0])} twice")
     if "width" in grid and "decay" in grid:
-        raise InputError("`--sweep decay` must be left out beside `--sweep width`")
+        raise InputError("`--sweep decay` must be left out when `--sweep width` is given")
     return grid
 
 

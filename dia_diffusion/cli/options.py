@@ -115,7 +115,7 @@ def flag(path: Sequence[str]) -> str:
 def refuse_both(options: BaseModel, first: str, second: str) -> None:
     """Raises InputError if both options are given; for a model's validators."""
     if {first, second} <= options.model_fields_set:
-        raise InputError(f"`{flag([second])}` must be left out beside `{flag([first])}`")
+        raise InputError(f"`{flag([second])}` must be left out when `{flag([first])}` is given")
 
 
 def spell(options: BaseModel, name: str) -> str:

@@ -78,7 +78,7 @@ def print_paper(cells: "Sequence[Cell]") -> None:
         options = ", ".join(_short(key, value) for key, value in cell.options.items())
         rows.append([cell.table, cell.backbone, cell.model, *counts, options])
     console.print(Table(columns, rows, left=("table", "backbone", "model", "unit's arguments")).to_rich())
-    console.print(f"\n{len(cells) - differing} of {len(cells)} printed counts are ours to the digit.")
+    console.print(f"\n{len(cells) - differing} of {len(cells)} printed counts are reproduced to the digit.")
 
 
 def _short(key: str, value: object) -> str:

@@ -112,7 +112,7 @@ def compare(options: CompareOptions) -> None:
     for file in (a, b):
         console.print(f"  {file.path}: {_origin(file)}")
     if unnamed:
-        console.print("An npz doesn't name its features: that they are the same is only known from their number.")
+        console.print("An npz doesn't name its features: only their number could be compared.")
 
 
 PARTS = {"make": (MakeOptions, make), "show": (ShowOptions, show), "compare": (CompareOptions, compare)}

@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str]) -> Options:
     own, experiment = parse_command(arguments, Experiment, "train", train_help, ("--evaluate", "--evaluate-every"))
     every = own.evaluate_every
     if every is not None and (own.evaluate is None or not re.fullmatch(r"[1-9]\d{0,17}", every)):
-        raise InputError(f"`--evaluate-every` must be 1 or more, beside --evaluate, got {every}")
+        raise InputError(f"`--evaluate-every` must be 1 or more and needs --evaluate, got {every}")
     if every is not None and int(every) % (saved := experiment.train.checkpoint_every):
         raise InputError(f"`--evaluate-every` must be a multiple of train.checkpoint_every, {saved}, got {every}")
     return Options(experiment, own.evaluate, None if every is None else int(every))

@@ -156,7 +156,7 @@ def load_arrays(data: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(data):
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
             # pickle allocates memory for all numbers below it: a few bytes could take gigabytes.
-            raise pickle.UnpicklingError(f"numbers a value {argument:,} in {len(data):,} bytes")
+            raise pickle.UnpicklingError(f"has memo index {argument:,} in {len(data):,} bytes")
     return _Unpickler(io.BytesIO(data), encoding="bytes").load()
 
 

@@ -124,7 +124,7 @@ def open_images(
     if size is not None and size < 1:
         raise InputError(f"`size` must be a positive number of pixels or none, got {size}")
     if channels not in (1, 3):
-        raise InputError(f"`channels` must be 3 (RGB) or 1 (grey), got {channels}")
+        raise InputError(f"`channels` must be 3 (RGB) or 1 (gray), got {channels}")
     if split not in SPLITS:
         raise InputError(f"`split` must be {' or '.join(SPLITS)}, got {split!r}")
     name, cache = str(source), cache_folder() if cache is None else cache
@@ -169,7 +169,7 @@ def _kind(path: Path) -> str:
     """Describes a path that no format recognizes."""
     if path.is_dir():
         return f"holds no image files ({' '.join(SUFFIXES)})"
-    return "is a file of another kind" if path.is_file() else "is no file or folder here"
+    return "is a file of another kind" if path.is_file() else "is not a file or folder"
 
 
 def _starts_with(source: str, magic: bytes) -> bool:

@@ -80,9 +80,9 @@ class Evaluator:
             assert self.held_out is not None
             source = ", ".join(filter(None, (self.held_out.name, self.held_out.split)))
             settings[name] |= {"held_out": source, "held_out_hash": self.held_out.hash}
-        if self.reference.beside_statistics is not None:
+        if self.reference.num_feature_images is not None:
             for name in self.protocol.needing("reference features"):
-                settings[name] |= {"reference_images": self.reference.beside_statistics}
+                settings[name] |= {"reference_images": self.reference.num_feature_images}
         return settings
 
     def record(

@@ -264,4 +264,6 @@ def recorded_floor(file: Path, record: EvaluationRecord) -> float:
         reason = reason or ", ".join(
             f"{name} {differences[name][0]} there, {differences[name][1]} here" for name in different
         )
-    raise InputError(f"{file} has no images that were measured as the runs were: {reason or 'only samples'}")
+    raise InputError(
+        f"{file} has no record of real images measured with the protocol of the runs: {reason or 'only samples'}"
+    )

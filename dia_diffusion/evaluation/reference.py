@@ -55,7 +55,7 @@ class Reference:
     """(M, D), on rank 0 and only if a metric needs them."""
     spatial: FeatureStatistics | GivenMoments | None = None
     """The statistics of the extractor's spatial features, if a metric needs them or a file has them."""
-    beside_statistics: int | None = None
+    num_feature_images: int | None = None
     """The number of images behind `features`, if a file has these images in addition to statistics of others."""
 
 
@@ -252,7 +252,7 @@ def choose(total: int, count: int | None = None, seed: int | None = None) -> np.
     if count is None:
         return np.arange(total)
     if not 0 < count <= total:
-        raise InputError(f"the number of images must be 1 to {total}, which the source has, got {count}")
+        raise InputError(f"the number of images must be 1 to {total}, the size of the source, got {count}")
     return np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
@@ -271,8 +271,8 @@ def open_reference(path: str | Path, extractor: FeatureExtractor, shape: tuple[i
         made_of = tuple(file.provenance["shape"])
         if made_of != shape:
             raise InputError(
-                f"{path} was made of images of {sizes_text(made_of)}, measured are images of {sizes_text(shape)}; "
-                f"`dia-diffusion stats make SOURCE OUT --size {shape[1]} --channels {shape[0]}` reduces them alike"
+                f"{path} was made from images of {sizes_text(made_of)}, but those measured are {sizes_text(shape)}; "
+                f"`dia-diffusion stats make SOURCE OUT --size {shape[1]} --channels {shape[0]}` makes them the same"
             )
     if (found := file.statistics.mean.size) != extractor.num_features:
         raise InputError(f"{path} holds statistics of {found} features; {extractor.name} has {extractor.num_features}")
@@ -303,12 +303,12 @@ def with_images(
         height, width, channels = pixels.shape[1:]
         if (channels, height, width) != shape:
             raise InputError(
-                f"`--reference` must hold images of {sizes_text(shape)}, as are measured, got {path} with images of "
-                f"{sizes_text((channels, height, width))}"
+                f"`--reference` must hold images of {sizes_text(shape)}, like the measured images, "
+                f"got {path} with images of {sizes_text((channels, height, width))}"
             )
         protocol.check_count(len(pixels), reference=True)
 
     on_all_ranks(accelerator, check)
     images = open_images_on_ranks(path, accelerator, progress, channels=shape[0])
     features = reference_features(images, extractor, accelerator, progress)
-    return replace(reference, features=features, beside_statistics=len(images))
+    return replace(reference, features=features, num_feature_images=len(images))

@@ -115,7 +115,7 @@ def read_statistics(path: str | Path) -> StatisticsFile:
         return StatisticsFile(path, statistics, None, spatial)
     statistics, provenance = FeatureStatistics.load(path)
     if not isinstance(provenance, dict) or not all(isinstance(provenance.get(name), str) for name in TEXTS):
-        raise InputError(f"{path} doesn't say what it was made of, which takes texts for {', '.join(TEXTS)}")
+        raise InputError(f"{path} doesn't say what it was made from: it needs a text for each of {', '.join(TEXTS)}")
     if not isinstance(provenance.get("split"), str | None):
         raise InputError(f"the split in {path} must be a name or none, got {provenance['split']}")
     shape = provenance.get("shape")
@@ -154,7 +154,7 @@ def _read_npz(path: Path) -> tuple[FeatureStatistics | GivenMoments, GivenMoment
             keys = file.files
             arrays = {name: file[name] for name in sorted(MOMENTS | SPATIAL_MOMENTS) if name in keys}
             if any(isinstance(array, bytes) for array in arrays.values()):  # numpy's result if an entry isn't .npy
-                raise ValueError("its entries are no arrays")
+                raise ValueError("its entries are not arrays")
     except Exception as error:  # a damaged archive or header can raise almost anything
         raise InputError(
             f"{path} is truncated, holds objects, or is no npz of arrays ({one_line(str(error))})"

@@ -82,7 +82,7 @@ def test_the_command_compares_with_the_paper(capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     r_1 = "XII ResNet164 DIA-LSTM, r = 1 2.59 2.59 0 2,591,924 r 1"
     assert r_1.split() in [line.split() for line in out.splitlines()]
-    assert "4 of 4 printed counts are ours to the digit" in out
+    assert "4 of 4 printed counts are reproduced to the digit" in out
 
 
 @pytest.mark.parametrize(

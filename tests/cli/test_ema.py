@@ -96,7 +96,7 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     shutil.rmtree(plain / "checkpoints")
     for arguments, line in (
         ([averages], "`--width` is missing, or `--decay`"),
-        ([averages, "--width", "0.1", "--decay", "0.5"], "`--decay` must be left out beside `--width`"),
+        ([averages, "--width", "0.1", "--decay", "0.5"], "`--decay` must be left out when `--width` is given"),
         ([averages, "--width", "wide"], "each of `--width` must be a number, got 'wide'"),
         ([averages, "--width", "0.07,0.070"], "`--width` must be different numbers, got 0.07,0.07"),
         ([averages, "--decay", "0.5,0.5"], "`--decay` must be different numbers, got 0.5,0.5"),

@@ -101,7 +101,7 @@ def test_what_it_refuses(
     mine.write_text(SETTINGS)
     np.savez(tmp_path / "m.npz", mu=np.zeros(64), sigma=np.eye(64))
     unknown = error_of([*named, "--reference", tmp_path / "m.npz"], capsys)
-    assert "`reference_split` of protocol mine" in unknown and "no part that it names" in unknown
+    assert "`reference_split` of protocol mine" in unknown and "which is not recorded" in unknown
     few = error_of(["fid", "digits", "--reference", "digits", "--protocol", "fd2k-dpm25"], capsys)
     assert "`num_samples` of protocol fd2k-dpm25 must be 1201 or less" in few
 

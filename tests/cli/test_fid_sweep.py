@@ -79,10 +79,10 @@ def test_what_cannot_be_swept(run: Path, sampled: list[int], capsys: pytest.Capt
         ("guidance_scale=1,1.5", "must be 1 for an unconditional model"),
         ("guidance_interval=none,0.3:5", "must be left out for guidance_scale 1"),
         ("steps=2,3 --steps 4", "--steps 4: --sweep steps=2,3 sets it"),
-        ("steps=2,3 --every-step", "must be left out beside"),
+        ("steps=2,3 --every-step", "must be left out when"),
         ("step=3,4", "must be one of 3, 6, got 4"),
         ("width=0.1,wide", "must have numbers, got 'wide'"),
-        ("width=0.1 decay=0.9", "must be left out beside"),
+        ("width=0.1 decay=0.9", "must be left out when"),
     ):
         fid = ["fid", run, "--reference", "digits", "--num", "40", "--sweep", *options.split()]
         assert message in error_of(fid, capsys)
@@ -91,4 +91,4 @@ def test_what_cannot_be_swept(run: Path, sampled: list[int], capsys: pytest.Capt
 
 def test_images_have_no_settings(capsys: pytest.CaptureFixture[str]) -> None:
     sweep = ["fid", "digits", "--reference", "digits", "--sweep", "steps=2,3"]
-    assert "--sweep steps=2,3: digits is no pipeline and no run; leave it out" in error_of(sweep, capsys)
+    assert "--sweep steps=2,3: digits is neither a pipeline nor a run; leave it out" in error_of(sweep, capsys)

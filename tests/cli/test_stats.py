@@ -93,5 +93,5 @@ def test_nothing_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     split[split.index("test")] = "train"
     assert "test.safetensors, test" in error_of([*split, "test.safetensors"], capsys)
     np.savez("moments.npz", mu=np.zeros(64), sigma=np.eye(64))
-    assert "no part that it names" in error_of([*split, "moments.npz", "--features", "digits"], capsys)
+    assert "which is not recorded" in error_of([*split, "moments.npz", "--features", "digits"], capsys)
     assert not list(tmp_path.glob("*.jsonl"))

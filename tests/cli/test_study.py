@@ -123,7 +123,7 @@ def test_options_of_the_other_kind_and_missing_things(
         ([tmp_path, "--plan"], "--plan: not an option of run folders"),
         ([study, "--final-protocol", "letters"], "got 'letters'"),
         ([study, "--data", tmp_path / "none.zip"], "none.zip"),
-        ([study, "--reference", tmp_path / "none.zip"], "none.zip', which is no file or folder here"),
+        ([study, "--reference", tmp_path / "none.zip"], "none.zip', which is not a file or folder"),
     ):
         assert said in error_of(["curves", *arguments], capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")

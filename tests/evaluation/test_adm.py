@@ -176,7 +176,7 @@ def test_the_whole_protocol(fid: list[str]) -> None:
         ({"mu_s": np.array([{}] * 12)}, "holds objects"),
         ({"arr_0": np.array([print, None])}, "r.npz can't be read as an .npz file"),
         ({"arr_0": np.zeros((9, 8, 8, 3))}, "r.npz must hold uint8 (N, H, W, C)"),
-        ({"arr_0": noise(9, 0, 16)}, "must hold images of 8x8 with 3 channels, as are measured, got r.npz"),
+        ({"arr_0": noise(9, 0, 16)}, "must hold images of 8x8 with 3 channels, like the measured images, got r.npz"),
         ({"arr_0": noise(9, 0)[..., :1]}, "got r.npz with images of 8x8 with 1 channel"),
         ({"arr_0": noise(3, 0)}, "reference images for metric prc-adm must be 4 or more, got 3"),
     ],

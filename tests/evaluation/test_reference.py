@@ -33,8 +33,8 @@ def test_choice_is_a_function_of_the_seed_without_repetition():
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (0, "must be 1 to 596, which the source has, got 0"),
-        (597, "must be 1 to 596, which the source has, got 597"),
+        (0, "must be 1 to 596, the size of the source, got 0"),
+        (597, "must be 1 to 596, the size of the source, got 597"),
         (1, "digits must have 2 images or more, got 1"),
     ],
 )

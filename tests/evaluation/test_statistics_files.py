@@ -103,7 +103,7 @@ def test_damaged_and_other_files(path, tmp_path):
     ("changes", "tensors", "said"),
     [
         ({"shape": [8, 8]}, {}, "three numbers"),
-        ({"features": None}, {}, "doesn't say what it was made of"),
+        ({"features": None}, {}, "doesn't say what it was made from"),
         ({"statistics_version": 0}, {}, "of version 0, this program's are 1"),
         ({}, {"count": torch.tensor(1)}, "of 2 images or more, got 1"),
         ({}, {"sum": torch.zeros(3)}, r"got \(3,\) and \(64, 64\)"),
@@ -118,7 +118,7 @@ def test_our_own_files_are_checked(path, changes, tensors, said):
 def test_a_reference_of_other_features_weights_and_images_is_refused(path, extractor, tmp_path):
     refused(
         path,
-        "images of 8x8 with 3 channels, measured are images of 16x16 with 3",
+        "images of 8x8 with 3 channels, but those measured are 16x16 with 3",
         lambda p: open_reference(p, extractor, (3, 16, 16)),
     )
     weights = load_file(PACKAGED["digits"].weights)

@@ -73,7 +73,7 @@ def test_cases_are_what_they_say(train):
     duplicates = by_name["duplicates, per cent", 90].indices
     assert (len(duplicates), len(set(duplicates))) == (400, 40)
     assert set(duplicates) <= set(unchanged.indices)
-    with pytest.raises(InputError, match="must be 1 to 1201, which the source has, got 2000"):
+    with pytest.raises(InputError, match="must be 1 to 1201, the size of the source, got 2000"):
         cases(train, 2000)
 
 

@@ -138,7 +138,7 @@ class FeatureExtractor:
         return dict(zip(names, layers, strict=False))
 
 
-def fold_normalisations(network: nn.Module) -> None:
+def fold_batch_norms(network: nn.Module) -> None:
     """Folds every BatchNorm2d into the preceding convolution, which saves a pass over each map.
 
     network: in evaluation mode; its state dict changes.
@@ -176,9 +176,7 @@ def load_weights(module: Module, path: str | Path) -> Module:
             raise InputError(f"weights {path} have {problem}")
         module.load_state_dict(tensors)
     except (Unreadable, KeyError) as error:
-        raise InputError(
-            f"{card} says no sha256 for the weights beside it; without that file they load unchecked"
-        ) from error
+        raise InputError(f"{card} has no sha256 for its weights; without that file they load unchecked") from error
     except (OSError, SafetensorError) as error:
         raise InputError(f"weights {path} are missing, truncated or not safetensors ({error})") from error
     except RuntimeError as error:

@@ -15,7 +15,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dia_diffusion.download import Download
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.features.extractor import DownloadProgress, fold_normalisations, state_hash
+from dia_diffusion.evaluation.features.extractor import DownloadProgress, fold_batch_norms, state_hash
 from dia_diffusion.evaluation.features.weight_files import read_tensors, released_file
 from dia_diffusion.io import atomic_file, cache_folder, sha256_of_file
 
@@ -92,7 +92,7 @@ def build_inception(
     Raises InputError for a file that is missing, truncated or another network's; RunError for a failed download.
     """
     name, extractor, weights_hash = _find(weights, features_list, progress)
-    fold_normalisations(extractor)  # after the tensors are hashed
+    fold_batch_norms(extractor)  # after the tensors are hashed
     return name, extractor, weights_hash
 
 

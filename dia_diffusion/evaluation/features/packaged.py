@@ -12,7 +12,7 @@ from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 from dia_diffusion.evaluation.features.extractor import (
     BuildFeatures,
     DownloadProgress,
-    fold_normalisations,
+    fold_batch_norms,
     load_weights,
 )
 from dia_diffusion.io import sha256_of_file
@@ -57,7 +57,7 @@ class ClassifierExtractor(FeatureExtractorBase):
     ) -> None:
         super().__init__(name, features_list)
         self.classifier = load_weights(self.network(), feature_extractor_weights_path or self.weights).eval()
-        fold_normalisations(self.classifier)
+        fold_batch_norms(self.classifier)
         self.to(memory_format=torch.channels_last)  # halves the time of convolutions on a CPU
 
     @classmethod
