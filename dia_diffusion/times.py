@@ -49,7 +49,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:
-    """Quantiles (B,) of a normal distribution, float64. Draws are multiples of 2^-24; half of that is added to keep them finite."""
+    """Quantiles (B,) of a normal distribution, float64; finite, since half of the draws' resolution 2^-24 is added."""
     return mean + deviation * torch.special.ndtri(uniform.double() + 2**-25)
 
 
