@@ -196,7 +196,7 @@ class UViTPipeline(DiffusionPipeline):
         return prediction if takes_variance else prediction[:, :channels]
 
     def _guided_timesteps(self, interval: Sequence[float] | None) -> list[bool]:
-        """Whether guidance applies at each of the scheduler's timesteps. Computed once, since this waits for the GPU."""
+        """Whether guidance applies at each of the scheduler's timesteps. Computed once, since it waits for the GPU."""
         if interval is None:
             return [True] * len(self.scheduler.timesteps)
         ratios = noise_ratio(self.scheduler)(self.scheduler.timesteps.cpu())
