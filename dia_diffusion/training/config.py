@@ -56,7 +56,7 @@ class LoopConfig(Strict):
     """The settings of the training loop that `train` and `classify` share."""
 
     batch_size: Positive = 128
-    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    """Images per optimizer step, over all processes and accumulations together."""
     accumulation: Positive = 1
     """Micro-batches that a process accumulates per optimizer step; BatchNorm sees each separately."""
     mixed_precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
