@@ -40,7 +40,7 @@ MORE_TO_DO = 3
 
 @dataclass(frozen=True)
 class Task:
-    """A command. One that can resume may start in the time that is left; another needs a piece of its own."""
+    """A command. If time runs out, one that can resume does so in the next piece; others start again in a whole one."""
 
     name: str
     command: list[str]

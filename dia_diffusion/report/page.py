@@ -22,7 +22,7 @@ blocks: Any = _templates.get_template("blocks.html").module
 
 @dataclass
 class Page:
-    """A whole page."""
+    """A page."""
 
     title: str
     subtitle: str

@@ -155,7 +155,7 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
 
 
 def twins(runs: Sequence[R], batch_size: int, has_grids: Callable[[R], bool]) -> list[R]:
-    """One run with grids per unit, all with the same training seed: the first of those that most units have."""
+    """One run with grids per unit, all with the same training seed: the first seed that the most units have."""
     by_seed: dict[int, list[R]] = {}
     for run in runs:
         if run.batch_size == batch_size and has_grids(run):

@@ -83,7 +83,7 @@ class Run:
     name: str
     """Its folder, relative to the sweep's."""
     label: dict[str, Any]
-    """What distinguishes it from the other runs; `unit` is an attention unit or a variant of the study."""
+    """Values that distinguish it from other runs; `unit` is an attention unit or a variant of the study."""
     experiment: Experiment
     """Its resolved recipe; `output` is the run's folder."""
 
