@@ -1,7 +1,7 @@
-"""`python bench/agreement.py`: how far apart the same work comes out when it is split in other ways; a table and JSON.
+"""`python bench/agreement.py`: how much results differ when the same work is split differently; a table and JSON.
 
-Every step of a training, every sample and every distance is a function of the recipe and the seeds alone, but sums are
-taken in another order by other splits. Run on CPUs, with gloo between processes.
+Every training step, sample and distance is a function of the recipe and the seeds alone, but each split adds numbers in
+a different order. Runs on CPUs, with gloo between processes.
 """
 
 import argparse
@@ -92,7 +92,7 @@ class StopAt(Callback):
 
 
 def train(folder: str, dtype: str, options: dict[str, Any], stop_at: int = 0) -> None:
-    """Trains the recipe in this process's part; up to a step, where it is stopped as by a signal."""
+    """Trains the recipe as one of its processes; a positive `stop_at` is the step after which SIGTERM stops it."""
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
     precision = {"train.mixed_precision": "bf16" if dtype == "bf16" else "none"}
     experiment = read_experiment(RECIPE, keys={**OPTIONS, **precision, **options, "output": folder})
@@ -101,7 +101,7 @@ def train(folder: str, dtype: str, options: dict[str, Any], stop_at: int = 0) ->
 
 
 def measure_fid(run: str, record: str, batch_size: int) -> None:
-    """A distance of images that are drawn for it."""
+    """Samples images from the run and records their distance to the digits."""
     options = ["--reference", "digits", "--num", str(4 * IMAGES), "--steps", str(SAMPLER_STEPS), "--record", record]
     with open(os.devnull, "w") as nowhere:
         sys.stdout = nowhere
@@ -109,13 +109,13 @@ def measure_fid(run: str, record: str, batch_size: int) -> None:
 
 
 def trained(folder: Path) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses and the last weights of a run."""
+    """The losses and the final weights of a run."""
     weights = load_file(folder / "checkpoints" / step_name(STEPS) / "model.safetensors")
     return [line["loss"] for line in read_metrics(folder / "metrics.jsonl")], weights
 
 
 def deviations(folder: Path, base: Path) -> tuple[float, float]:
-    """The largest difference of two runs' losses, relative, and of their weights, over the largest weight."""
+    """The largest relative difference of two runs' losses, and of their weights, relative to the largest weight."""
     (losses, weights), (own_losses, own_weights) = trained(folder), trained(base)
     of_losses = max(abs(a - b) / abs(b) for a, b in zip(losses, own_losses, strict=True))
     largest = max(float(tensor.abs().max()) for tensor in own_weights.values())
@@ -124,7 +124,7 @@ def deviations(folder: Path, base: Path) -> tuple[float, float]:
 
 
 def trainings(work: Path) -> Found:
-    """Trainings split over processes, accumulation and restarts, against one process with all at once."""
+    """Compares trainings split over processes, accumulation and restarts with one uninterrupted process."""
     rows: dict[str, dict[str, Any]] = {}
     for dtype in DTYPES:
         base = work / f"{dtype}-base"
@@ -154,7 +154,7 @@ def _note(rows: dict[str, dict[str, Any]], name: str, dtype: str, found: tuple[f
 
 
 def samples(work: Path) -> Found:
-    """Images of the seeds 0..63 drawn in other batches, against all at once."""
+    """Compares the images of seeds 0..63 sampled in smaller batches with those of a single batch."""
     rows: dict[int, dict[str, Any]] = {}
     place = work / "float32-base" / "pipelines" / step_name(STEPS)
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bf16", torch.bfloat16)):
@@ -180,7 +180,7 @@ def samples(work: Path) -> Found:
 
 
 def distances(work: Path) -> Found:
-    """A distance over processes and batches, against one process."""
+    """Compares the distance for several numbers of processes and batch sizes with that of one process."""
     run = work / "float32-base"
     found = {}
     for name, count, size in (

@@ -1,6 +1,6 @@
-"""Which attention a CPU computes faster: softmax of explicit products, or torch's scaled_dot_product_attention.
+"""Which attention is faster on a CPU: softmax of explicit products, or torch's scaled_dot_product_attention.
 
-`softmax_attention` in dia_diffusion/models/uvit.py chooses by this table.
+`softmax_attention` in dia_diffusion/models/uvit.py is based on this table.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dia_diffusion.precision import DTYPES
 
-# Images, heads, tokens and width of a head: of the digits recipe, then of U-ViT-S at growing resolutions.
+# Images, heads, tokens and head width: the digits recipe, then U-ViT-S at increasing resolutions.
 SHAPES = (
     (32, 4, 5, 32),
     (32, 8, 17, 64),
@@ -34,7 +34,7 @@ def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def measure(rounds: int, precision: str, device: torch.device) -> list[Found]:
-    """A table of milliseconds, both ways timed in turn: forward without gradients, then forward and backward."""
+    """A table of milliseconds, with both ways interleaved: forward without gradients, then forward and backward."""
     rows, dtype = [], DTYPES[precision]
     for images, heads, tokens, width in SHAPES:
         repeats = max(1, round(OPERATIONS_A_ROUND / (4 * images * heads * tokens**2 * width)))

@@ -29,23 +29,23 @@ from dia_diffusion.evaluation.record import read_records
 
 IMAGE_SIZE = 32
 SMALL_NETWORK = 25
-"""The small network is given so many times the images that Inception is."""
+"""The small network gets this many times as many images as Inception."""
 DIMENSIONS, SAMPLES = 2048, 5000
 CHECKED = 64
-"""Images in the folders by which it is checked that contenders find the same distance."""
+"""Images per folder in the check that all contenders find the same distance."""
 AGREEMENT = 1e-4
-"""How far the distances of contenders may be apart in exact float32, of themselves."""
+"""Largest relative difference allowed between the contenders' distances in exact float32."""
 
 Run = Callable[[], float]
-"""Does the work once and returns the distance; NaN where it measures none."""
+"""Does the work once and returns the distance; NaN if it computes none."""
 
 
 def measure(images: int, rounds: int, device: torch.device) -> list[Found]:
-    """Tables of seconds of an evaluation, in Inception's features and a small network's, and of the distance alone.
+    """Times an evaluation with Inception's features and with a small network's, and the distance alone.
 
-    images: in the folder, and as many in the folder it is compared to; both are measured.
+    images: number of images in each of the two folders that are compared; features are computed for both.
 
-    Raises AssertionError where contenders disagree about a distance.
+    Raises AssertionError if contenders disagree about a distance.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -69,17 +69,17 @@ def measure(images: int, rounds: int, device: torch.device) -> list[Found]:
 
 
 def check_agreement(runs: dict[str, Run]) -> None:
-    """Runs each contender once, which also warms it up. Raises AssertionError where their distances differ."""
-    with exact_float32():  # torch-fidelity by itself lets a GPU compute in TF32, and is timed so
+    """Runs each contender once, which also warms it up. Raises AssertionError if their distances differ."""
+    with exact_float32():  # by default torch-fidelity allows TF32 on a GPU, and is timed that way
         distances = {name: run() for name, run in runs.items()}
     found = [distance for distance in distances.values() if not np.isnan(distance)]
     assert max(found) - min(found) <= AGREEMENT * max(found), f"they disagree: {distances}"
 
 
 def side_by_side(title: str, runs: dict[str, Run], images: int, rounds: int, device: torch.device) -> Found:
-    """The seconds of contenders that take turns, and how they compare to ours."""
+    """The interleaved timings of the contenders, and their ratios to ours."""
     contenders = [Contender(name, run, images) for name, run in runs.items()]
-    timings = interleave(contenders, rounds, device, warm_up=False)  # their check has
+    timings = interleave(contenders, rounds, device, warm_up=False)  # check_agreement did
     return Found(title, rows_of(timings, timings[0]), timings)
 
 
@@ -122,7 +122,7 @@ def of_folders(folder: Path, reference: Path, features: str, weights: Path | Non
 
 
 def of_statistics() -> dict[str, Run]:
-    """Contenders for the distance of two sets of moments, of more samples than dimensions."""
+    """Contenders for the distance of two sets of moments, each from more samples than dimensions."""
     mixing = np.random.default_rng(0).normal(size=(DIMENSIONS, DIMENSIONS)) / np.sqrt(DIMENSIONS)
     spread = np.exp(-4 * np.arange(DIMENSIONS) / DIMENSIONS)
     pair = []
@@ -138,7 +138,7 @@ def of_statistics() -> dict[str, Run]:
 
 
 def precision_recall(count: int) -> dict[str, Any]:
-    """Seconds, and the memory over that of the features, in a separate process."""
+    """Seconds, and memory beyond that of the features, measured in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         seconds, taken = pool.apply(_precision_recall, (count,))
     return {"what": "dia-diffusion", "seconds": seconds, "MiB": round(taken / 2**20)}
@@ -155,7 +155,7 @@ def _precision_recall(count: int) -> tuple[float, int]:
 
 
 def make_folders(work: Path, images: int) -> tuple[Path, Path]:
-    """Two folders of PNGs: noise about a colour that differs from image to image."""
+    """Two folders of PNGs: noise around a color that differs from image to image."""
     folders = work / f"{images}-a", work / f"{images}-b"
     for seed, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def make_folders(work: Path, images: int) -> tuple[Path, Path]:
 
 
 def save_inception(path: Path) -> None:
-    """A weights file for torch-fidelity's Inception, drawn by a seed, under which features differ between images."""
+    """Writes seeded random weights for torch-fidelity's Inception that give different features for different images."""
 
     class Unfilled(FeatureExtractorInceptionV3):
         def __init__(self) -> None:

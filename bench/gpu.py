@@ -1,13 +1,13 @@
-"""`python bench/gpu.py`: everything that is to be measured on a GPU, in pieces of a few minutes, as tables and figures.
+"""`python bench/gpu.py`: all GPU measurements, in pieces of a few minutes, as tables and figures.
 
-Each call works for at most --minutes and resumes where the last one ended, until all tasks are done:
+Each call runs for at most --minutes and resumes where the last one stopped, until all tasks are done:
 
     test_...    the files of tests/gpu
     before      the suites of bench/run.py
     study       twins of a study, for as many steps as fit in --training-minutes, with distances along the way
-    after       the suites train and sample once more: what changed meanwhile is the machine's doing
+    after       the suites train and sample again: any change since `before` is due to the machine
 
-OUT/gpu.md and what it shows are written anew after each call. Exit codes: 0 done, 3 more to do, 2 what can't be run.
+OUT/gpu.md and its figures are rewritten after each call. Exit codes: 0 done, 3 more to do, 2 can't be run.
 """
 
 import argparse
@@ -33,14 +33,14 @@ ROOT = Path(__file__).parents[1]
 SUITES = "train,memory,overhead,sample,fid,scale"
 AFTER = ("train", "sample")
 SECONDS_TO_STOP = 45
-"""For a checkpoint after SIGTERM, and for the page."""
+"""Reserved for the checkpoint after SIGTERM and for writing the page."""
 ROUND_STEPS = 100
 MORE_TO_DO = 3
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command; one that can go on where it was stopped is given what time is left, others a piece of their own."""
+    """A command. If time runs out, one that can resume does so in the next piece; others start again in a whole one."""
 
     name: str
     command: list[str]
@@ -49,16 +49,16 @@ class Task:
 
 @dataclass
 class State:
-    """What is done, kept in OUT/state.json."""
+    """Progress, kept in OUT/state.json."""
 
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """A task's name -> its seconds and exit code; a code of null: it took more than a whole piece."""
+    """A task's name -> its seconds and exit code; the code is null if it took longer than a whole piece."""
     steps: int | None = None
-    """Of the study's runs, once they are decided."""
+    """Steps of the study's runs, once they are decided."""
 
 
 def main() -> int:
-    """Works for one piece."""
+    """Runs one piece."""
     options = _parser().parse_args()
     options.out = options.out.resolve()  # the tasks run in the checkout
     deadline = time.monotonic() + 60 * options.minutes - SECONDS_TO_STOP
@@ -77,9 +77,9 @@ def main() -> int:
 
 
 def _work(options: argparse.Namespace, state: State, deadline: float) -> str:
-    """Runs tasks until the time is over; the names of those that are left."""
+    """Runs tasks until time is up, and returns the names of the remaining ones."""
     names = _names(options)
-    fresh = True  # a whole piece is left
+    fresh = True  # nothing has run in this piece yet
     for name in names:
         if name in state.done:
             continue
@@ -127,12 +127,12 @@ def _task(name: str, options: argparse.Namespace, state: State) -> Task:
 
 
 def _run(task: Task, out: Path, deadline: float) -> tuple[float, int | None]:
-    """Seconds and exit code; None where the time was over before it ended. Its output goes to OUT/NAME.log."""
+    """Seconds and exit code, or None if time ran out first. The output goes to OUT/NAME.log."""
     started = time.monotonic()
     if deadline <= started:
         return 0.0, None
     print(f"{task.name}: {shlex.join(task.command)}", flush=True)
-    # What torch.compile has made is there in the next piece, on a new machine as well.
+    # Keeps torch.compile's cache for the next piece, even on a new machine.
     environment = {"TORCHINDUCTOR_CACHE_DIR": str((out / "compiled").resolve()), **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (out / f"{task.name}.log").open("a") as log:
@@ -143,7 +143,7 @@ def _run(task: Task, out: Path, deadline: float) -> tuple[float, int | None]:
             code: int | None = process.wait(deadline - started)
         except subprocess.TimeoutExpired:
             code = None
-            process.send_signal(signal.SIGTERM)  # a study ends its own processes with a checkpoint
+            process.send_signal(signal.SIGTERM)  # a study has its runs write a checkpoint and stops them
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_TO_STOP / 2)
         finally:
@@ -152,14 +152,14 @@ def _run(task: Task, out: Path, deadline: float) -> tuple[float, int | None]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a task's processes, those that it has started too."""
+    """Kills the remaining processes of a task, including those it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _write_study(options: argparse.Namespace, state: State) -> Path:
-    """The study with the chosen units and its first seed, and the steps that fit; OUT/twins.yaml."""
+    """Writes OUT/twins.yaml: the study with the chosen units, its first seed, and as many steps as fit."""
     place = options.out.resolve() / "twins.yaml"
     study = read_study(options.study)
     if state.steps is None:
@@ -177,8 +177,8 @@ def _write_study(options: argparse.Namespace, state: State) -> Path:
 
 
 def _fitting_steps(options: argparse.Namespace, study: Study) -> int:
-    """Steps a run for --training-minutes of all runs together, by what the suite train has measured; at most the
-    study's own."""
+    """Steps per run so that all runs together take --training-minutes, by the timings of the suite train; at most
+    the study's own."""
     size = options.batch_sizes.split(",")[0]
     file = options.out / f"before-train-b{size}.json"
     most = study.runs[0].experiment.train.max_steps
@@ -222,7 +222,7 @@ FIGURES = ("curves.png", "final.png")
 
 
 def write_page(out: Path, done: dict[str, dict[str, Any]]) -> Path:
-    """OUT/gpu.md, from what the tasks have left in OUT.
+    """Writes OUT/gpu.md from the tasks' files in OUT.
 
     done: a task's name -> its seconds and exit code.
     """
@@ -266,7 +266,7 @@ def _tasks(out: Path, done: dict[str, dict[str, Any]]) -> str:
 
 
 def _timings(name: str, table: dict[str, Any], measured: dict[str, Any]) -> str:
-    """Of each contender the median and the spread of its seconds, and what the suite has made of them."""
+    """Median and range of each contender's seconds, and the figures that the suite derived from them."""
     earlier = _medians(measured.get(name.replace("after-", "before-"))) if name.startswith("after-") else {}
     rows = []
     for timing, figures in zip(table["timings"], table["figures"], strict=True):

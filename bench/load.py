@@ -1,9 +1,9 @@
-"""`python bench/load.py`: what grows with time and with images; a table, JSON and a figure.
+"""`python bench/load.py`: what grows over time and with the number of images; a table, JSON and a figure.
 
 train   two connected processes train for minutes with frequent checkpoints and grids, while another command evaluates
         each new pipeline: memory, open files, threads, disk and speed over time
-fid     folders of images, up to 50,000, are measured: seconds and memory over their number
-index   folders and zips of tiny images, up to 1,000,000, are opened: seconds and memory over their number
+fid     computes the distance of up to 50,000 images: seconds and memory against their number
+index   opens folders and zips of up to 1,000,000 tiny images: seconds and memory against their number
 """
 
 import argparse
@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parents[1]
 MOST_LINKS = 50_000
-"""To one file; file systems allow 65,000."""
+"""Hard links to one file; file systems allow 65,000."""
 OPENING = """
 import sys, time
 from pathlib import Path
@@ -47,7 +47,7 @@ before, start = memory("VmRSS"), time.perf_counter()
 images = open_images(sys.argv[1], size=4)
 print(time.perf_counter() - start, memory("VmHWM") - before)
 """
-"""Prints the seconds of opening images and the MiB that it took at the most."""
+"""Prints the seconds that opening the images took, and the peak memory in MiB."""
 
 
 @dataclass
@@ -57,12 +57,12 @@ class Seen:
     seconds: list[float] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
-    """Without what is mapped from files, of which the system keeps in memory what it likes."""
+    """Without mapped files: the system decides how much of those stays in memory."""
     files: list[int] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
 
     def look(self, pid: int, seconds: float) -> None:
-        """Adds how the process is now; nothing where it has ended."""
+        """Adds a reading of the process; does nothing if it has ended."""
         try:
             status = Path(f"/proc/{pid}/status").read_text()
             fields = dict(line.split(":", 1) for line in status.splitlines())
@@ -78,13 +78,13 @@ class Seen:
 
 
 def ends_of(values: list[float]) -> tuple[float, float]:
-    """The medians of the second and of the last fifth: of the first, a process is still growing up."""
+    """The medians of the second and the last fifth; in the first fifth a process is still starting up."""
     fifth = max(1, len(values) // 5)
     return float(np.median(values[fifth : 2 * fifth])), float(np.median(values[-fifth:]))
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in it; what vanishes meanwhile counts as nothing."""
+    """Total bytes of the files in a folder; files that disappear meanwhile are skipped."""
     total = 0
     for file in folder.rglob("*"):
         try:
@@ -95,7 +95,7 @@ def size_of(folder: Path) -> int:
 
 
 def train(work: Path, minutes: float) -> tuple[Found, dict[str, Any]]:
-    """Trains on two processes for so long, evaluating along the way."""
+    """Trains on two processes for `minutes`, evaluating along the way."""
     run, log = work / "run", (work / "log").open("w")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29531"]
     command += [str(ROOT / "train" / "train.py"), "--config", "digits_uvit_cpu_dia", "--output", str(run)]
@@ -150,7 +150,7 @@ def _row(name: str, values: list[float]) -> dict[str, Any]:
 
 
 def watched(command: list[str], environment: dict[str, str]) -> tuple[float, Seen, int]:
-    """Runs a command to its end: seconds, what was seen of it, and its highest own memory in MiB."""
+    """Runs a command to its end: seconds, readings over time, and its peak own memory in MiB."""
     start, seen = time.monotonic(), Seen()
     running = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     while running.poll() is None:
@@ -162,14 +162,14 @@ def watched(command: list[str], environment: dict[str, str]) -> tuple[float, See
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a PNG file."""
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def fid(work: Path, counts: list[int]) -> tuple[Found, dict[str, Any]]:
-    """Measures zips of random images to one of 2,000."""
+    """Computes the distance of zips of random images to one of 2,000 images."""
     generator = np.random.default_rng(0)
     rows, raw = [], {}
     for count in [2000, *counts]:
@@ -190,7 +190,7 @@ def fid(work: Path, counts: list[int]) -> tuple[Found, dict[str, Any]]:
 
 
 def _per_image(name: str, count: int, seconds: float, highest: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row; what an image more costs is counted from the row before."""
+    """A row; the cost per additional image is relative to the previous row."""
     row: dict[str, Any] = {"what": name, "count": count, "seconds": seconds, "MiB": highest}
     more: tuple[Any, Any] = ("", "")
     if rows:
@@ -201,7 +201,7 @@ def _per_image(name: str, count: int, seconds: float, highest: float, rows: list
 
 
 def index(work: Path, counts: list[int]) -> list[Found]:
-    """Opens folders and zips of 4x4 images, decoded once into the cache."""
+    """Opens folders and zips of 4x4 images, which decodes them into the cache."""
     tables = []
     picture = png(np.zeros((4, 4, 3), dtype=np.uint8))
     for kind, make in (("folder", _folder), ("zip", _zip)):
@@ -223,7 +223,7 @@ def index(work: Path, counts: list[int]) -> list[Found]:
 
 
 def _folder(place: Path, count: int, picture: bytes) -> None:
-    """Folders of links, which take neither disk nor time."""
+    """Makes folders of hard links, which take little disk and time."""
     for index in range(count):
         folder = place / f"{index // 1000:04d}"
         if index % MOST_LINKS == 0:
@@ -243,7 +243,7 @@ def _zip(place: Path, count: int, picture: bytes) -> None:
 
 
 def draw(raw: dict[str, Any], path: Path) -> None:
-    """What the training's processes held over time, and what the evaluation of most images held."""
+    """Plots the training's memory, open files, threads and disk over time, and the memory of the distances."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for rank, one in enumerate(raw["train"]["processes"]):
         axes[0, 0].plot(one["seconds"], one["memory"], label=f"process {rank}")

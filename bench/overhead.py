@@ -1,4 +1,4 @@
-"""What comes on top of the mathematics: the unit, feeding images, dividing a batch over processes."""
+"""Overheads: the unit, feeding images, and splitting a batch over processes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TRAIN = Path(__file__).parents[1] / "train" / "train.py"
 
 
 def measure(batch_size: int, rounds: int, precision: str, device: torch.device) -> list[Found]:
-    """Tables of the unit's cost in training and in a network's call, of feeding, and of two processes."""
+    """Tables of the unit's cost in a training step and in a network call, of feeding, and of two processes."""
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(batch_size, precision, Path(folder))
         training = _training(setting, rounds, device)
@@ -42,7 +42,7 @@ def _training(setting: Setting, rounds: int, device: torch.device) -> Found:
 
 
 def _calls(setting: Setting, rounds: int, device: torch.device) -> Found:
-    """Of the network, which sampling is 95 % or more of."""
+    """Calls of the network, which are 95 % or more of sampling."""
     sample, contenders = torch.randn(setting.batch_size, 3, 32, 32, device=device), []
     for name, attention in ATTENTIONS.items():
         network = pipeline_of(attention, setting.precision, device).unet
@@ -59,7 +59,7 @@ def _calls(setting: Setting, rounds: int, device: torch.device) -> Found:
 
 
 def _feeding(setting: Setting, rounds: int, device: torch.device, seconds_of_step: float) -> Found:
-    """Drawing a step's numbers and fetching its images, from memory, a memory map and a folder of PNGs."""
+    """Drawing a step's random numbers and fetching its images from memory, a memory map or a folder of PNGs."""
     array = made_up_images(setting.work, 32)
     folder = setting.work / "pngs"
     folder.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def _feeding(setting: Setting, rounds: int, device: torch.device, seconds_of_ste
 
 
 def _processes(setting: Setting, rounds: int = 2, steps: int = 3) -> Found:
-    """One process with two threads against two with one, at the same global batch, by the runs' own rates."""
+    """One process with two threads against two with one each, at the same global batch size, by their logged rates."""
     timings = {
         1: Timing("1 process, 2 threads", setting.batch_size, None),
         2: Timing("2 processes, 1 thread each", setting.batch_size, None),
@@ -103,7 +103,7 @@ def _processes(setting: Setting, rounds: int = 2, steps: int = 3) -> Found:
 
 
 def _run(source: str, run: Path, processes: int, setting: Setting, steps: int) -> list[float]:
-    """Seconds of each step but the first, which warms up."""
+    """Seconds of each step except the first, which is a warm-up."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     keys = {
         "config": "cifar10_uvit_s2", "data.source": source, "output": run, "train.batch_size": setting.batch_size,

@@ -17,7 +17,7 @@ SUITES = ("train", "memory", "sample", "fid", "scale", "overhead", "attention")
 
 
 def main() -> int:
-    """Runs the suites that are asked for. Exit codes: 0, and 2 for what can't be run."""
+    """Runs the requested suites. Exit codes: 0, or 2 if something can't be run."""
     options = _parser().parse_args()
     try:
         device = _device(options.device)
@@ -25,7 +25,7 @@ def main() -> int:
         options.precision = precision.name
         note(str(precision))
         if device.type == "cpu":
-            keep_freed_memory()  # as every command does
+            keep_freed_memory()  # as the package's commands do
         for suite in [options.suite] if options.suite else SUITES:
             tables = _measure(suite, options, device)
             for found in tables:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(suite: str, options: argparse.Namespace, device: torch.device) -> list[Found]:
-    """Each suite is imported where it is run: some need what others don't."""
+    """Imports only the suite that runs, since their dependencies differ."""
     batch, rounds, precision = options.batch_size, options.rounds, options.precision
     compiled = not options.no_compile
     if suite == "train":
@@ -104,16 +104,16 @@ def _device(name: str | None) -> torch.device:
 
 
 def _precision(name: str, device: torch.device) -> Precision:
-    """The precision of this name; of "auto", what the device multiplies natively."""
+    """The precision of this name; "auto" is what the device multiplies natively."""
     if name == "fp16" and device.type != "cuda":
         raise InputError("`--precision` must be auto, bf16 or none without a CUDA GPU, got fp16")
     return best_precision(device) if name == "auto" else Precision(name, "by --precision")
 
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """What the figures depend on in addition to the code."""
     about: dict[str, Any] = {"environment": environment(), "processor": _processor()}
-    # Paths are this machine's own.
+    # Paths mean nothing on another machine.
     about |= {"options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)}}
     if device.type == "cuda":
         about["gpu"] = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _gpu_clocks()}
@@ -121,7 +121,7 @@ def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def _gpu_clocks() -> str:
-    """As nvidia-smi tells them: current and highest, of the multiprocessors and the memory."""
+    """Current and maximum clocks of the multiprocessors and the memory, from nvidia-smi."""
     query = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.limit,driver_version"
     try:
         words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
@@ -131,7 +131,7 @@ def _gpu_clocks() -> str:
 
 
 def _processor() -> str:
-    """The model and what it has for bf16, as Linux tells them."""
+    """The CPU's model and its bf16 instructions, from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Sampling side by side: ours and the official U-ViT's Euler-Maruyama; and how much of our loop is the network's."""
+"""Sampling compared: our Euler-Maruyama and the official U-ViT's; and the network's share of our loop's time."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def measure(
     device: torch.device,
     checkout: Path | None,
 ) -> list[Found]:
-    """Tables of seconds a batch, of the network's share of every sampler's loop, and of the command's start."""
+    """Tables of seconds per batch, of the network's share of each sampler's loop, and of the command's start-up."""
     seeds = list(range(batch_size))
     contenders = []
     for name, attention in ATTENTIONS.items():
@@ -54,7 +54,7 @@ def measure(
 
 
 def pipeline_of(attention: str | None, precision: str, device: torch.device) -> UViTPipeline:
-    """U-ViT-S/2 with first weights, sampling by Euler-Maruyama."""
+    """An untrained U-ViT-S/2 that samples by Euler-Maruyama."""
     network = UViT(attention=attention).to(device, DTYPES[precision])
     return UViTPipeline(network.eval(), _scheduler())
 
@@ -69,7 +69,7 @@ def _draw(pipeline: UViTPipeline, seeds: list[int], steps: int, sampler: str = O
 
 
 def _shares(steps: int, precision: str, device: torch.device) -> list[dict]:
-    """Of each sampler. On a GPU the network's calls are not waited for, and its share is not measured this way."""
+    """The network's share for each sampler. Not measured on a GPU, where its calls are asynchronous."""
     if device.type != "cpu":
         return [{"what": "not measured on a GPU", "% in the network": "-"}]
     pipeline, rows = pipeline_of("dia-lstm", precision, device), []
@@ -100,7 +100,7 @@ class _Clock:
 
 
 def _start(rounds: int) -> list[dict]:
-    """Seconds of whole processes, the first not counted, which may read from the disk."""
+    """Seconds of whole processes, without the first, which may have to read from disk."""
     with tempfile.TemporaryDirectory() as folder:
         network = UViT.from_size("tiny/4", sample_size=16)
         UViTPipeline(network, _scheduler()).save_pretrained(folder)

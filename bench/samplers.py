@@ -1,6 +1,6 @@
-"""`python bench/samplers.py RUN --reference DATA`: which sampler gives which distance at how many images a second.
+"""`python bench/samplers.py RUN --reference DATA`: distance and images per second of each sampler.
 
-Every sampler draws the images of the same seeds at the same numbers of network calls; the rates are taken side by side.
+Every sampler draws images from the same seeds with the same numbers of network calls, and all rates come from one run.
 """
 
 import argparse
@@ -33,12 +33,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 CALLS_A_STEP = {"heun": 2}
-"""Of the network; one where it isn't said. Heun's last step takes one."""
+"""Network calls per step; 1 for samplers that aren't listed. Heun's last step takes one."""
 PRECISIONS = ("float32", "bfloat16")
 
 
 def main() -> int:
-    """Measures, prints a table, writes OUT.json and OUT.png. Exit codes: 0, and 2 for what can't be measured."""
+    """Measures, prints a table, writes OUT.json and OUT.png. Exit codes: 0, or 2 if it can't be measured."""
     options = _parser().parse_args()
     try:
         about, rows = _measure(options)
@@ -91,7 +91,7 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str
             for name in options.samplers.split(","):
                 try:
                     row = _row(pipeline, name, calls, options, extractor, reference)
-                except InputError as error:  # what a sampler can't do says so in its place
+                except InputError as error:  # this sampler can't do this; the others continue
                     console.print(f"{name}, {calls} calls: {error}")
                     continue
                 rows.append({"precision": precision, **row})
@@ -131,7 +131,7 @@ def _row(
 
 
 def _draw(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
-    """Distance against rate, a line a sampler."""
+    """Plots distance against rate, one line per sampler."""
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     distance = f"FD({about['features']})"
     for precision in dict.fromkeys(row["precision"] for row in rows):

@@ -1,4 +1,4 @@
-"""How seconds a training step and peak memory grow: with batch, width, depth and image size, one at a time."""
+"""How seconds per training step and peak memory grow with batch, width, depth and image size, one at a time."""
 
 import multiprocessing
 import tempfile
@@ -12,7 +12,7 @@ from timing import STEPS, Found, block_size, exponent, memory_now, memory_peak, 
 
 from dia_diffusion.training.recipe import override
 
-# A U-ViT that a CPU trains in minutes; each axis changes one of its numbers.
+# A U-ViT that a CPU trains in minutes; each axis varies one of these numbers.
 BASE = {"batch": 32, "width": 192, "blocks": 5, "size": 16}
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (1, 2, 4, 8, 16, 32, 64, 128, 256),
@@ -22,11 +22,11 @@ AXES: dict[str, tuple[int, ...]] = {
 }
 PATCH, HEAD = 2, 32
 ASKED_FOR = {"batch": 1.0, "width": 2.0, "blocks": 1.0, "size": 4.0}
-"""The exponent of a step's operations at the most: by width those of matrices, by size those of attention."""
+"""Largest exponents of a step's operation count: by width from the matrix products, by size from attention."""
 
 
 def measure(rounds: int, precision: str) -> list[Found]:
-    """A table an axis; each setting in a separate process."""
+    """One table per axis; each setting runs in a separate process."""
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         for axis, values in AXES.items():
@@ -52,7 +52,7 @@ def measure(rounds: int, precision: str) -> list[Found]:
 
 
 def step_of(shape: dict[str, int], rounds: int, precision: str, folder: Path) -> tuple[float, int]:
-    """Median seconds of a step of this shape, and the bytes that it took at the most."""
+    """Median seconds of a step of this shape, and the peak bytes that it took."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = experiment_of(f"{OURS}, DIA-LSTM", Setting(shape["batch"], precision, folder))
     keys = {

@@ -1,4 +1,4 @@
-"""Training steps by name, each as its project's own code takes them, of networks of about U-ViT-S/2's size.
+"""Training steps by name, each run by its own project's code, of networks of about U-ViT-S/2's size.
 
 The official U-ViT (github.com/baofff/U-ViT) is imported from a checkout given by path, and needs absl-py and tqdm.
 """
@@ -25,7 +25,7 @@ from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.recipe import override, read_experiment
 from dia_diffusion.training.trainer import Trainer
 
-# configs/cifar10_uvit_small.py there: the network's and the optimizer's numbers.
+# The network's and the optimizer's settings in that checkout's configs/cifar10_uvit_small.py.
 NETWORK = {
     "img_size": 32, "patch_size": 2, "embed_dim": 512, "depth": 12, "num_heads": 8, "mlp_ratio": 4,
     "qkv_bias": False, "mlp_time_embed": False, "num_classes": -1,
@@ -38,7 +38,7 @@ class Official:
     """The checkout's modules.
 
     Raises:
-        InputError: no such checkout, or something that its modules need is missing.
+        InputError: no such checkout, or a package that its modules need is missing.
     """
 
     def __init__(self, checkout: Path):
@@ -58,7 +58,7 @@ class Official:
         return self.uvit.UViT(**NETWORK)
 
     def training_step(self, images: Tensor, precision: str) -> Callable[[], Any]:
-        """One step of its train.py on images (B, 3, 32, 32) in [-1, 1], its metrics, loader and logs left out."""
+        """One step of its train.py on images (B, 3, 32, 32) in [-1, 1], without its metrics, loader and logs."""
         accelerator = Accelerator(mixed_precision="no" if precision == "none" else precision)
         network, average = self.network(), self.network()
         average.load_state_dict(network.state_dict())
@@ -80,7 +80,7 @@ class Official:
         return step
 
     def sampler(self, weights: dict[str, Tensor] | None, precision: str, device: torch.device) -> Callable[..., Tensor]:
-        """Its Euler-Maruyama sampler: called with the first noise (B, 3, 32, 32) and the number of steps."""
+        """Its Euler-Maruyama sampler, called with the initial noise (B, 3, 32, 32) and the number of steps."""
         accelerator = Accelerator(mixed_precision="no" if precision == "none" else precision)
         network = self.network()
         if weights is not None:
@@ -101,16 +101,16 @@ OFFICIAL = "official U-ViT"
 
 @dataclass(frozen=True)
 class Setting:
-    """What a training step is taken with."""
+    """The settings of a training step."""
 
     batch_size: int
     precision: str
-    """Accelerate's: bf16 or none."""
+    """bf16 or none."""
     work: Path
-    """A folder for runs and images that are made up."""
+    """A folder for runs and random images."""
     official: Official | None = None
     recipe: str = "cifar10_uvit_s2"
-    """Ours; of other recipes than U-ViT-S/2's there are no peers."""
+    """Our recipe; peers exist only for U-ViT-S/2's."""
 
 
 Step = Callable[[], object]
@@ -121,7 +121,7 @@ GRAPHS = ", CUDA graphs"
 
 
 def names(setting: Setting, with_compiled: bool) -> list[str]:
-    """The steps that can be taken here, ours without a unit first."""
+    """The steps that can run here; ours without a unit comes first."""
     ours = [OURS, f"{OURS}, DIA-LSTM", f"{OURS}, Light"]
     if with_compiled:
         ways = [COMPILED, *([GRAPHS] if torch.cuda.is_available() else [])]
@@ -138,7 +138,7 @@ def eager(name: str) -> str:
 
 
 def build_step(name: str, setting: Setting) -> Step:
-    """A training step by its name; its images lie ready, normalised for all but ours, which reads its own."""
+    """A training step by name. Peers get normalized images that are already in memory; ours reads its own."""
     if name.startswith(OURS):
         return own_step(experiment_of(name, setting))
     if name == OFFICIAL:
@@ -148,7 +148,7 @@ def build_step(name: str, setting: Setting) -> Step:
 
 
 def experiment_of(name: str, setting: Setting) -> Experiment:
-    """The recipe for one of our steps, over made-up images."""
+    """The recipe for one of our steps, on random images."""
     attention = "dia-lstm" if "DIA-LSTM" in name else "dia-lstm-light" if "Light" in name else "none"
     experiment = read_experiment(
         setting.recipe,
@@ -166,9 +166,9 @@ def experiment_of(name: str, setting: Setting) -> Experiment:
 
 
 def own_step(experiment: Experiment) -> Step:
-    """Our trainer's step: draws, images, network, optimizer, average, look for what isn't finite."""
+    """Our trainer's step: draws, images, network, optimizer, average, and the check for non-finite values."""
     trainer = Trainer(experiment)
-    trainer.folder.unlock()  # one process may hold several
+    trainer.folder.unlock()  # the process may create several trainers
     return trainer.train_step
 
 
@@ -185,8 +185,8 @@ def _images(count: int) -> torch.Tensor:
 
 
 def _unet() -> UNet2DModel:
-    """That of diffusers' unconditional example, examples/unconditional_image_generation, in google/ddpm-cifar10-32's
-    shape: 35.7 million parameters."""
+    """The UNet of diffusers' examples/unconditional_image_generation with the shape of google/ddpm-cifar10-32:
+    35.7 million parameters."""
     return UNet2DModel(
         sample_size=32,
         block_out_channels=(128, 256, 256, 256),
@@ -197,7 +197,7 @@ def _unet() -> UNet2DModel:
 
 
 def _dit() -> DiTTransformer2DModel:
-    """U-ViT-S/2's width, heads and patches; its modulations make 10 blocks about as many parameters."""
+    """U-ViT-S/2's width, heads and patches; because of DiT's modulations, 10 blocks have about as many parameters."""
     return DiTTransformer2DModel(
         num_attention_heads=8, attention_head_dim=64, in_channels=3, out_channels=3, num_layers=10, sample_size=32,
         num_embeds_ada_norm=10,
@@ -205,7 +205,7 @@ def _dit() -> DiTTransformer2DModel:
 
 
 def _diffusers_step(network: UNet2DModel | DiTTransformer2DModel, setting: Setting) -> Step:
-    """A step as in diffusers' unconditional example: AdamW, cosine rate left out, clipping, and its EMAModel."""
+    """A step as in diffusers' unconditional example: AdamW, clipping and its EMAModel, but no cosine schedule."""
     accelerator = Accelerator(mixed_precision="no" if setting.precision == "none" else setting.precision)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     average.to(accelerator.device)

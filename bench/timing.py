@@ -1,6 +1,6 @@
-"""Timing side by side, the limits of the machine, and tables of the results.
+"""Interleaved timing, the limits of the machine, and tables of the results.
 
-Contenders take turns, A B A B ..., so that a machine whose speed drifts drifts for all alike. Short runs are timed in
+Contenders take turns, A B A B ..., so that a drift in the machine's speed affects all equally. Short runs are timed in
 blocks: a GPU's work is queued, and waiting for it after each run would hide that.
 """
 
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dia_diffusion.io import write_json
 
 STEPS = 20
-"""Training steps or network calls in a block, at the most."""
+"""Most training steps or network calls in a block."""
 CPU_BLOCK_SECONDS = 1.0
 
 
@@ -37,30 +37,30 @@ class Contender:
     images: int = 1
     """Images that one run handles."""
     flops: float | None = None
-    """Floating-point operations of one run, a multiplication and an addition counted as two."""
+    """Floating-point operations of one run; a multiply-add counts as two."""
 
 
 @dataclass
 class Timing:
-    """A contender's seconds a run, one number an interleaved round; the first run, a warm-up, apart."""
+    """A contender's seconds per run, one number per interleaved round; the warm-up run is separate."""
 
     name: str
     images: int
     flops: float | None
     first: float = 0.0
-    """Seconds of the warm-up: compilation, if there is one, is in it."""
+    """Seconds of the warm-up, including any compilation."""
     seconds: list[float] = field(default_factory=list)
     block: int = 1
-    """Runs that are timed together in a round."""
+    """Runs that are timed together in each round."""
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds per run."""
         return median(self.seconds)
 
     @property
     def images_per_second(self) -> float:
-        """By the median."""
+        """The rate at the median time."""
         return self.images / self.median
 
     def ratio_to(self, other: "Timing") -> tuple[float, float, float]:
@@ -69,7 +69,7 @@ class Timing:
         return median(ratios), ratios[0], ratios[-1]
 
     def utilisation(self, peak: float) -> float | None:
-        """Its rate of floating-point operations over `peak` (a second)."""
+        """Its rate of floating-point operations divided by `peak` (operations per second)."""
         return None if self.flops is None else self.flops / self.median / peak
 
 
@@ -82,8 +82,8 @@ def interleave(
 ) -> list[Timing]:
     """Warms each contender up, then times a block of runs of each in turn, `rounds` times.
 
-    most: runs in a block on a GPU; fewer on a CPU where they take long.
-    warm_up: no if they are warm and their runs long; blocks are then of one run.
+    most: runs in a block on a GPU; fewer on a CPU if they take long.
+    warm_up: False if the contenders are warm and each run is long; each block is then one run.
     """
     timings = [Timing(contender.name, contender.images, contender.flops) for contender in contenders]
     for contender, timing in zip(contenders, timings, strict=True) if warm_up else ():
@@ -101,12 +101,12 @@ def interleave(
 
 
 def block_size(seconds: float, device: torch.device, most: int) -> int:
-    """How many runs of this many seconds to time together: `most` on a GPU, those of a second on a CPU."""
+    """How many runs of this many seconds to time together: `most` on a GPU, about a second's worth on a CPU."""
     return most if device.type == "cuda" else min(most, max(1, round(CPU_BLOCK_SECONDS / seconds)))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """Seconds a run, mean of several without waiting between them, their work on the device included."""
+    """Mean seconds per run of several, without waiting between them, including their work on the device."""
     _wait(device)
     started = time.perf_counter()
     for _ in range(times):
@@ -127,14 +127,13 @@ def _wait(device: torch.device) -> None:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}
 SIDE = {"cpu": 4096, "cuda": 8192}
-"""Of the square matrices; larger ones gave no higher rate."""
+"""Side of the square matrices; larger ones gave no higher rate."""
 
 
 def matmul_peak(precision: str, device: torch.device, tries: int = 5) -> float:
-    """Operations a second of large matrix products in this precision, the fastest of a few blocks of them.
+    """Operations per second of large matrix products in this precision: the fastest of a few blocks.
 
-    Products of float32 matrices are taken under torch's settings of the moment, as those of a training are: in float32,
-    or in TF32 where that was switched on.
+    float32 products follow torch's current settings, as in training: float32, or TF32 if it was switched on.
     """
     side = SIDE[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=DTYPES[precision]) for _ in range(2))
@@ -151,7 +150,7 @@ def flops_of(run: Callable[[], object]) -> float:
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes held: of the GPU's memory on a GPU, else the process's."""
+    """Bytes in use: of the GPU's memory on a GPU, else by the process. Resets the GPU's peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -160,12 +159,12 @@ def memory_now(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most bytes held so far."""
+    """The peak bytes in use so far."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory("VmHWM")
 
 
 def _process_memory(name: str) -> int:
-    """As Linux tells it of this process alone: getrusage's peak is the starting process's where that was higher."""
+    """From /proc, for this process alone: getrusage's peak is that of the parent process if that was higher."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
@@ -179,10 +178,10 @@ console = Console(highlight=False, width=140)
 
 @dataclass
 class Found:
-    """A table: what was timed against what.
+    """A table of results.
 
     figures: rows of plain numbers or text, all with the same keys.
-    timings: the raw seconds behind them.
+    timings: the raw seconds behind the figures.
     """
 
     title: str
@@ -192,7 +191,7 @@ class Found:
 
 
 def rows_of(timings: list[Timing], base: Timing, peak: float | None = None) -> list[dict[str, Any]]:
-    """A row a timing; times and their ratios to the base's, round by round."""
+    """One row per timing: times and their ratios to the base's, round by round."""
     rows = []
     for timing in timings:
         ratio, low, high = timing.ratio_to(base)
@@ -210,12 +209,12 @@ def rows_of(timings: list[Timing], base: Timing, peak: float | None = None) -> l
 
 
 def note(text: str) -> None:
-    """A line of progress."""
+    """Prints a line of progress."""
     console.print(f"  {text}", style="dim")
 
 
 def show(found: Found) -> None:
-    """The table on the screen."""
+    """Prints the table."""
     table = Table(title=found.title, title_justify="left", caption=found.note or None, caption_justify="left")
     for column in found.figures[0]:
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -225,7 +224,7 @@ def show(found: Found) -> None:
 
 
 def save(tables: list[Found], about: dict[str, Any], path: Path) -> None:
-    """PATH.json, with every second that was measured, and PATH.png."""
+    """Writes PATH.json, with all raw timings, and PATH.png."""
     write_json(path.with_suffix(".json"), {**about, "tables": [asdict(found) for found in tables]})
     timed = [found for found in tables if found.timings]
     if not timed:

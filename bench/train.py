@@ -1,4 +1,4 @@
-"""Training steps side by side: ours, the official U-ViT's, diffusers' backbones; and the memory that each takes."""
+"""Training steps compared: ours, the official U-ViT's and diffusers' backbones; and the memory that each takes."""
 
 import multiprocessing
 import tempfile
@@ -19,11 +19,11 @@ def measure(
     recipe: str,
     with_compiled: bool,
 ) -> list[Found]:
-    """Tables of seconds, and of what compilation costs and gives."""
+    """Tables of step times, and of the cost and gain of compilation."""
     with tempfile.TemporaryDirectory() as folder:
         official = None if checkout is None else Official(checkout)
         setting = Setting(batch_size, precision, Path(folder), official, recipe)
-        # An operation count grows with the images: one step of two is counted.
+        # Operations are proportional to the number of images, so they are counted for a batch of two.
         few = replace(setting, batch_size=2, work=Path(folder) / "counted")
         few.work.mkdir()
         flops: dict[str, float] = {}
@@ -72,7 +72,7 @@ def _compilation(timings: dict) -> list[dict]:
 
 
 def _memory(setting: Setting, checkout: Path | None, with_compiled: bool) -> list[dict]:
-    """Each in a process of its own, which starts with nothing of the others."""
+    """Measures each step in a separate process, so that none inherits memory from another."""
     rows = []
     for name in [*names(setting, with_compiled), f"{OURS}, DIA-LSTM, checkpointing"]:
         note(f"memory: {name}")
@@ -84,7 +84,7 @@ def _memory(setting: Setting, checkout: Path | None, with_compiled: bool) -> lis
 
 
 def peak_of_step(name: str, setting: Setting, checkout: Path | None) -> int:
-    """Bytes that building a network and taking two steps took at the most."""
+    """Peak bytes of building a network and running two steps."""
     setting.work.mkdir(exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     official = None if checkout is None else Official(checkout)

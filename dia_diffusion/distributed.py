@@ -22,9 +22,9 @@ from dia_diffusion.launch import check_launch, choose_gloo_interface
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor copied to the device, in its own dtype; convert float64 first, which some devices lack.
+    """A CPU tensor copied to the device in its own dtype; convert float64 first, since some devices lack it.
 
-    The copy is from pinned memory, which is queued; one from pageable memory would wait for a GPU's earlier work.
+    It is pinned first, so that the copy is queued; a copy from pageable memory would wait for the GPU's earlier work.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 def shard(items: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
-    """The items of process `rank`: every world_size-th; processes differ by one item at most."""
+    """The items of process `rank`: every world_size-th. Shares differ by at most one item."""
     return items[rank::world_size]
 
 
 PATIENCE = timedelta(days=1)
-"""How long ranks wait for one that decodes a data set, writes files or computes metrics."""
+"""How long ranks wait for a rank that decodes a dataset, writes files or computes metrics."""
 
 # How gloo, NCCL and torch's store report that another process is gone.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited", "Timed out")
@@ -48,8 +48,8 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     """Accelerate's engine for this process.
 
     Raises:
-        InputError: the launcher asked for something that isn't supported or for more processes than are connected, or
-            the processes chose different precisions.
+        InputError: the launcher requested an unsupported feature or more processes than are connected, or the
+            processes chose different precisions.
     """
     check_launch()
     choose_gloo_interface()
@@ -65,14 +65,14 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
     launched_alone = _started_alone()
     if launched != accelerator.num_processes or launched_alone:
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # else one that ends here breaks off another that is still connecting to it
+            torch.distributed.barrier()  # or a process that exits here disconnects one that is still connecting
         raise InputError(
             f"the launcher asked for {'several' if launched_alone else launched} processes and "
             f"{accelerator.num_processes} is connected; on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
             "N (or unset MASTER_ADDR where one process is meant)"
         )
     if accelerator.num_processes > 1:
-        gloo_group()  # connected here, before any process is busy or has failed
+        gloo_group()  # connect now, before any process is busy or has failed
     number = {"no": 0, "bf16": 1, "fp16": 2}[accelerator.mixed_precision]
     numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
     if not bool((numbers == numbers[0]).all()):
@@ -84,7 +84,7 @@ def start_accelerator(mixed_precision: str = "none", **kwargs: Any) -> Accelerat
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises InputError for a tracker that Accelerate doesn't know or that isn't installed, which it would skip."""
+    """Raises InputError for an unknown or uninstalled tracker, which Accelerate would silently skip."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in available:
@@ -96,20 +96,20 @@ def check_trackers(names: list[str]) -> None:
 def _started_alone() -> bool:
     """Whether this is the one process that `accelerate launch --cpu --num_processes 2` starts.
 
-    The address of its missing peers is the only trace; launched with one process, Accelerate sets none.
+    The only sign is the address of its missing peers, which Accelerate doesn't set when it launches a single process.
     """
     peers = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
     return peers and "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
 
 
-_gloo_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # world's group -> the same processes' over gloo
+_gloo_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # world group -> gloo group of the same processes
 
 
 def gloo_group() -> Any:
-    """The gloo process group of all ranks. The first call creates it, so all ranks must make it.
+    """The gloo process group of all ranks. The first call creates it, so all ranks must make that call.
 
-    For waits that may be long: NCCL kills a process that has waited for 10 minutes. Gloo waits for `PATIENCE`, fails at
-    once if a process dies, and doesn't synchronize a GPU.
+    It is for long waits: NCCL kills a process that has waited for 10 minutes. Gloo waits for `PATIENCE`, fails at once
+    if a process dies, and doesn't synchronize the GPU.
     """
     world = torch.distributed.group.WORLD
     if world not in _gloo_groups:
@@ -135,13 +135,13 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Runs work on each rank, without communication in it; if any rank raises, all ranks raise.
 
     Raises:
-        InputError: the work raised one on some rank.
+        InputError: the work raised InputError on any rank.
         RunError: the work raised anything else on another rank.
     """
     failure: Exception | None = None
     try:
         result = work()
-    except Exception as error:  # of any kind, or the other ranks would wait for this one
+    except Exception as error:  # any kind; otherwise the other ranks would wait for this one
         failure = error
     if accelerator.num_processes > 1:
         failure = _failure_anywhere(accelerator, failure)
@@ -151,12 +151,12 @@ def on_all_ranks(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def on_rank_zero(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Runs work on rank 0 while the others wait; if it raises, all ranks raise, as by `on_all_ranks`."""
+    """Runs work on rank 0 while the others wait; if it raises, all ranks raise, as in `on_all_ranks`."""
     on_all_ranks(accelerator, work if accelerator.is_main_process else lambda: None)
 
 
 def broadcast_from_rank_zero(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """The result of work on rank 0, sent to all ranks as JSON; if it raises, all ranks raise, as by `on_all_ranks`."""
+    """The result of work on rank 0, sent to all ranks as JSON; if it raises, all ranks raise, as in `on_all_ranks`."""
     result: list[T] = []
     on_rank_zero(accelerator, lambda: result.append(work()))
     if accelerator.num_processes == 1:
@@ -166,7 +166,7 @@ def broadcast_from_rank_zero(accelerator: Accelerator, work: Callable[[], T]) ->
 
 
 def first_on_each_machine(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Runs work on one rank per machine, then on all, which find the first one's results in the cache."""
+    """Runs work on one rank per machine, then on all ranks, which find the first one's results in the cache."""
     if accelerator.num_processes > 1:
         on_all_ranks(accelerator, work if accelerator.is_local_main_process else lambda: None)
     return on_all_ranks(accelerator, work)
@@ -246,15 +246,15 @@ class StopSignal:
 
 
 def lost_a_process(error: RuntimeError) -> str | None:
-    """How the error reports that another process or its machine is gone; None for other errors."""
+    """The part of the error's message that says that another process or its machine is gone; None for other errors."""
     return next((text for text in LOST if text in str(error)), None)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of this process: of the GPU's memory on a GPU, else of the machine's."""
+    """Peak memory of this process in bytes: GPU memory on a GPU, else main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # which Windows doesn't have
+    import resource  # not available on Windows
 
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

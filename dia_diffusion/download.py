@@ -24,7 +24,7 @@ class Download:
 
 
 class _SecureRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects only to secure addresses."""
+    """Follows redirects only to https addresses."""
 
     def redirect_request(self, *arguments: Any) -> urllib.request.Request | None:
         request = super().redirect_request(*arguments)
@@ -50,7 +50,7 @@ def fetch(
 
     Args:
         progress: called with (bytes done, total).
-        instead: for the message of a failed download: where to give the path of a file fetched by other means.
+        instead: for the message of a failed download: where to pass the path of a file fetched by other means.
 
     Raises:
         RunError: the download failed, or the file has another sha256.

@@ -12,12 +12,12 @@ RECORDED_PACKAGES = ("torch", "torchvision", "diffusers", "accelerate", "torch-f
 
 
 def installed_versions() -> dict[str, str]:
-    """package -> version, of the packages that a measured number depends on."""
+    """package -> version, for the packages that a measured number depends on."""
     return {"dia-diffusion": __version__} | {name: metadata.version(name) for name in RECORDED_PACKAGES}
 
 
 def environment(processes: int = 1) -> dict[str, str]:
-    """Versions, device and system, for people to read.
+    """Versions, device and system, as text to read.
 
     Args:
         processes: number of processes of the launch, each with its own device.
@@ -29,7 +29,7 @@ def environment(processes: int = 1) -> dict[str, str]:
 
 
 def device_name() -> str:
-    """This machine's GPU, or CPU and the threads that torch uses."""
+    """This machine's GPU, or its CPU and the number of threads that torch uses."""
     import torch  # slow to import, and not needed for the versions
 
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Of glibc's mallopt, see malloc.h.
+# Parameters of glibc's mallopt; see malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 LARGEST = 2**31 - 1
 
@@ -50,8 +50,8 @@ LARGEST = 2**31 - 1
 def keep_freed_memory() -> None:
     """Lets glibc keep large freed blocks for reuse; does nothing with other C libraries.
 
-    By default glibc maps each block above 32 MiB anew and unmaps it when it is freed. A training step frees and
-    allocates gigabytes of such activations, and the kernel clears every page of them.
+    By default glibc maps each block above 32 MiB when it is allocated and unmaps it when it is freed. A training step
+    frees and allocates gigabytes of such activations, and the kernel clears every page of them.
     """
     if sys.platform != "linux":
         return

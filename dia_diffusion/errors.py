@@ -36,10 +36,10 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(printable(message))  # it quotes untrusted names and values
+        super().__init__(printable(message))  # the message quotes untrusted names and values
 
     alone = False
-    """Whether only this rank raises it, and so has to report it."""
+    """Whether only this rank raises it, and therefore has to report it."""
 
 
 class RunError(RuntimeError):

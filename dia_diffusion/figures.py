@@ -1,6 +1,6 @@
-"""Figures described once, as data.
+"""Figures described as data.
 
-plotting.py renders them to files with matplotlib, report/plots.py to the HTML page with plotly. Text is shown as it is:
+plotting.py renders them to files with matplotlib, report/plots.py to the HTML page with plotly. Text is shown verbatim:
 no mathtext, no markup.
 """
 
@@ -18,38 +18,38 @@ GRAY = "#595959"
 LOG_DIGITS = (1, 2, 5)
 """Ticks of each power of ten on a logarithmic axis."""
 LOG_FROM = 10
-"""The ratio of the largest to the smallest value from which an axis is logarithmic."""
+"""An axis is logarithmic if the ratio of the largest to the smallest value is at least this."""
 
 Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points, joined by a line and marked; y may be None where there is no point."""
+    """Points with markers, joined by a line; y may be None where there is no point."""
 
     x: Sequence[float]
     y: Values
     label: str = ""
-    """In the legend, unless pale, and beside the mouse; none if empty."""
+    """Shown in the legend, unless pale, and on hover; empty shows none."""
     style: int = 0
-    """Index of its color, marker and dashes, see `style_of`."""
+    """Index of its color, marker and dashes; see `style_of`."""
     color: str | None = None
-    """Instead of its style's, as #rrggbb."""
+    """Replaces the style's color, as #rrggbb."""
     low: Values | None = None
     high: Values | None = None
-    """Ends of each point's interval; None where a point has none. A band where all points have one, else bars."""
+    """Ends of each point's interval; None where a point has none. A band if all points have one, else error bars."""
     bars: bool = False
-    """Draws the interval as error bars in any case."""
+    """Always draws the interval as error bars."""
     lines: bool = True
     markers: bool = True
     pale: bool = False
-    """In the background and in no legend, such as a seed's own curve behind the mean."""
+    """In the background and not in the legend, such as the curve of a single seed behind the mean."""
     hover: Sequence[str] = ()
-    """What each point says on the page besides its value."""
+    """What the page shows on hover in addition to a point's value."""
 
     @property
     def look(self) -> dict[str, Any]:
-        """Color, marker and line style of matplotlib."""
+        """matplotlib's color, marker and line style."""
         return style_of(self.style) | ({"color": self.color} if self.color else {})
 
     @property
@@ -60,9 +60,9 @@ class Series:
 
     @property
     def errors(self) -> tuple[list[float], list[float]] | None:
-        """Distances from y to the ends of the intervals, 0 where a point has none; None where none is drawn as a bar.
+        """Distances from y to the ends of the intervals, 0 where a point has none; None if no error bars are drawn.
 
-        A band is no bar.
+        A band doesn't count as error bars.
         """
         if self.low is None or self.high is None or self.has_band:
             return None
@@ -74,7 +74,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed gray line at a value of an axis."""
+    """A dashed gray line at one value of an axis."""
 
     value: float
     label: str = ""
@@ -107,16 +107,16 @@ class Area:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix, its first row on top; column i is at x = i, row j at y = j. NaN is left gray."""
+    """A matrix with its first row on top; column i is at x = i, row j at y = j. NaN cells stay gray."""
 
     values: Any
-    """(rows, columns), anything that numpy takes."""
+    """(rows, columns), anything that numpy accepts."""
     low: float
     high: float
     colors: str = "viridis"
-    """Of matplotlib, such as viridis, or RdBu_r for values around 0."""
+    """A matplotlib colormap, such as viridis, or RdBu_r for values around 0."""
     numbers: str = ""
-    """Format of the numbers in the cells, such as ".2f"; none if empty."""
+    """Format of the numbers in the cells, such as ".2f"; empty shows none."""
     bar: str | None = None
     """Label of a color bar beside the panel; no bar if None."""
 
@@ -144,7 +144,7 @@ Item = Series | Level | Bars | Area | HeatMap | Text | Picture
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis; limits that are None are where the data end."""
+    """An axis; a limit of None is where the data ends."""
 
     label: str = ""
     scale: Literal["linear", "log", "symlog"] = "linear"
@@ -152,9 +152,9 @@ class Axis:
     high: float | None = None
     ticks: Mapping[float, str] | Mapping[int, str] | None = None
     form: Literal["plain", "si", "percent"] = "plain"
-    """How numbers are written: 50000 as it is, as 50k, or 0.5 as 50%."""
+    """How numbers are written: 50000 as is, 50000 as 50k, or 0.5 as 50%."""
     step_images: int | None = None
-    """Of an axis of images seen: images a step. A second axis then counts steps, and points on the page say theirs."""
+    """Images per step, for an axis of images seen. A second axis then counts steps, and the page shows each point's."""
     grid: bool = True
 
 
@@ -167,9 +167,9 @@ class Panel:
     x: Axis = field(default_factory=Axis)
     y: Axis = field(default_factory=Axis)
     note: str = ""
-    """In the upper right corner."""
+    """Text in the upper right corner."""
     frame: bool = True
-    """Whether there are axes around it."""
+    """Whether axes are drawn around it."""
 
 
 @dataclass(frozen=True)
@@ -180,18 +180,18 @@ class Figure:
     size: tuple[float, float] = (6.4, 4.2)
     """Width and height in inches."""
     legend: Literal["panel", "below", "none"] = "panel"
-    """One in each panel that has labels, or one for all below them."""
+    """A legend in each panel that has labels, or one for all below them."""
     legend_title: str = ""
     share_x: Literal["none", "col"] = "none"
     share_y: Literal["none", "row", "all"] = "none"
-    """Which panels have the same limits; their axis is labeled at the left and the bottom alone."""
+    """Which panels share limits; a shared axis is labeled only at the left and the bottom."""
     widths: Sequence[float] | None = None
     heights: Sequence[float] | None = None
     """Ratios of columns and rows; all the same if None."""
 
 
 def style_of(index: int) -> dict[str, Any]:
-    """Color, marker and line style of matplotlib; no two of the first 21 indices have the same."""
+    """matplotlib's color, marker and line style; the first 21 indices all differ."""
     turn = index // len(COLORS)
     return {
         "color": COLORS[index % len(COLORS)],
@@ -207,12 +207,12 @@ def images_axis(batch_sizes: Iterable[int | None] = ()) -> Axis:
 
 
 def value_axis(label: str, values: Iterable[float | None], others: Iterable[float | None] = ()) -> Axis:
-    """Logarithmic for a wide range, else linear from zero, so that a small difference looks small.
+    """An axis that is logarithmic for a wide range, else linear from zero, so that a small difference looks small.
 
     Args:
         label: of the axis.
-        values: those that decide on the scale.
-        others: those that it must have room for too, such as the floor.
+        values: the values that decide on the scale.
+        others: further values that must fit, such as the floor.
     """
     known, rest = _finite(values), _finite(others)
     if known and min(known) > 0 and max(known) / min(known) >= LOG_FROM:
@@ -222,12 +222,12 @@ def value_axis(label: str, values: Iterable[float | None], others: Iterable[floa
 
 
 def block_axis(names: Sequence[str], label: str = "block") -> Axis:
-    """Blocks at 0, 1, ...; of more than 12 every second, third, ... one is named."""
+    """Blocks at 0, 1, ...; with more than 12, only every second, third, ... one is named."""
     return Axis(label, ticks={place: names[place] for place in range(0, len(names), -(-len(names) // 12))}, grid=False)
 
 
 def log_axis(label: str, values: Iterable[float | None]) -> Axis:
-    """Logarithmic, with room for all values above zero."""
+    """A logarithmic axis with room for all values above zero."""
     shown = [value for value in _finite(values) if value > 0]
     room = (max(shown) / min(shown)) ** 0.05
     return Axis(label, "log", low=min(shown) / room, high=max(shown) * room)

@@ -23,8 +23,8 @@ KEY = "crc32"
 
 
 def with_checksum(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with its checksum as last item."""
-    return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read, with lists for tuples
+    """The object with its checksum as the last item."""
+    return {**value, KEY: _checksum(json.loads(json.dumps(value)))}  # as it will be read: tuples become lists
 
 
 def verify_checksum(value: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def verify_checksum(value: Any) -> dict[str, Any]:
         raise ValueError("not a JSON object")
     *items, (_, checksum) = [*value.items()] or [("", "")]
     rest = dict(items)
-    if checksum == _checksum(rest):  # whatever its key, since that may hold the flipped bit
+    if checksum == _checksum(rest):  # whatever its key is, since the flipped bit may be in the key
         return rest
     if KEY in value:
         raise ValueError("its checksum differs")
@@ -55,7 +55,7 @@ REPLACED = re.compile(r"\.(.+)\.replaced\.")  # the name of a folder that `atomi
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, flushed and renamed to `path` if the block succeeds."""
+    """Yields a temporary path next to `path`, which is flushed and renamed to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -73,11 +73,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, flushed and renamed to `path` if the block succeeds.
+    """Yields a temporary folder next to `path`, which is flushed and renamed to `path` if the block succeeds.
 
     Args:
-        replace: replace a folder at `path` once the new one is complete; False raises InputError for anything there,
-            be it put there while the block runs.
+        replace: replace a folder at `path` once the new one is complete; False raises InputError if anything is there,
+            even if it was put there while the block ran.
         needed: bytes to be written, if known; checked against the free space first.
     """
     path = Path(path)
@@ -100,7 +100,7 @@ def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Itera
             if not replace:
                 refuse_existing(path)
             elif path.exists():
-                os.rename(path, replaced)  # removing it takes long, with neither folder in place
+                os.rename(path, replaced)  # removing it takes long, and meanwhile neither folder would be in place
             os.rename(temporary, path)
             _flush(path.parent)
     finally:
@@ -119,11 +119,11 @@ def refuse_existing(path: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Removes the temporary files that killed processes left in a folder.
 
-    A folder that was being replaced is put back if the new one is missing. Files of processes of this machine that
-    still run are kept.
+    A folder that was being replaced is put back if the new one is missing. Files of processes that still run on this
+    machine are kept.
     """
     for path in folder.glob(f".*{PARTIAL}"):
-        written, _, process = path.name.removesuffix(PARTIAL).rpartition(".")  # as `_beside` names them
+        written, _, process = path.name.removesuffix(PARTIAL).rpartition(".")  # the names that `_beside` gives
         if not process.isdecimal() or (written.endswith(f".{socket.gethostname()}") and _runs(int(process))):
             continue
         replaced = REPLACED.match(path.name)
@@ -136,12 +136,12 @@ def remove_partial(folder: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of this machine has this id."""
+    """Whether another process on this machine has this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except OSError:  # another user's process
         return True
     return process != os.getpid()
 
@@ -150,7 +150,7 @@ _IN_CHECKOUT = {"recipes": "train/configs", "curves": "eval/curves", "protocols"
 
 
 def shipped_folder(kind: str) -> Path:
-    """The shipped recipes, curves (studies) or protocols: in an installed package beside the code, or in a checkout."""
+    """The folder of shipped recipes, curves (studies) or protocols: next to the installed code, or in a checkout."""
     package = Path(__file__).parent
     return package / kind if (package / kind).is_dir() else package.parent / _IN_CHECKOUT[kind]
 
@@ -166,7 +166,7 @@ def step_name(step: int) -> str:
 
 
 def step_folders(folder: Path) -> dict[int, Path]:
-    """step -> folder, in ascending order, of the complete step folders in `folder`."""
+    """step -> path of each complete step folder in `folder`, in ascending order."""
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_FOLDER.fullmatch(path.name)
@@ -187,7 +187,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def append_json_line(path: str | Path, value: dict[str, Any]) -> None:
-    """Appends a line of JSON with its checksum, flushed to the disk; after a truncated line it starts a new one."""
+    """Appends a line of JSON with its checksum and flushes it to disk; starts a new line after a truncated one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line_to_add = json.dumps(with_checksum(value)).encode() + b"\n"
@@ -216,7 +216,7 @@ def naming(path: Path, needed: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except SafetensorError as error:  # raised for a full disk too
+    except SafetensorError as error:  # also raised for a full disk
         if f"os error {errno.ENOSPC}" not in str(error):
             raise
         raise _full(errno.ENOSPC, path, needed) from None
@@ -235,7 +235,7 @@ def _full(number: int, path: Path, needed: int) -> OSError:
 
 
 def _size(count: float) -> str:
-    """As "4.2 MB"."""
+    """Text such as "4.2 MB"."""
     if count < 1000:
         return f"{count:.0f} bytes"
     for unit in ("kB", "MB"):
@@ -261,7 +261,7 @@ def _beside(path: Path) -> Path:
 
 
 def _usual_mode() -> int:
-    """The mode of a newly created file; safetensors writes files that only their owner can read."""
+    """The default mode of a new file; safetensors writes files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
     return 0o666 & ~umask
@@ -280,15 +280,15 @@ if not has_fcntl:
 
 
 def native_lock(path: Path) -> UnixFileLock:
-    """A lock file: exclusive between processes and threads of a machine, and freed by the system when its holder dies.
+    """A lock file: exclusive between processes and threads of a machine; the system releases it when its holder dies.
 
-    The file stays behind when the lock is released. On a file system without locks `acquire` raises OSError.
+    The file remains when the lock is released. On a file system without locks `acquire` raises OSError.
     """
     return UnixFileLock(path, thread_local=False, fallback_to_soft=False)
 
 
 class FolderLock:
-    """The lock of a folder: its file `.lock`, which names the holder."""
+    """The lock of a folder: a file `.lock` in it, which names the holder."""
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / ".lock"

@@ -1,4 +1,4 @@
-"""What a launcher asks for in environment variables: which of it is supported, and gloo's network interface."""
+"""The launcher's settings in environment variables: which are supported, and gloo's network interface."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def check_launch() -> None:
-    """Raises InputError where the launcher asks for something that isn't supported."""
+    """Raises InputError if the launcher requests something unsupported."""
     for variable, (supported, instead) in SETTINGS.items():
         value = os.environ.get(variable, "")
         if value and value.lower() not in supported:
@@ -37,10 +37,10 @@ def check_launch() -> None:
 
 
 def choose_gloo_interface() -> None:
-    """Sets GLOO_SOCKET_IFNAME in a launch of several machines, if NCCL's interface is set or gloo's choice can't work.
+    """Sets GLOO_SOCKET_IFNAME in a multi-machine launch if NCCL's interface is set or gloo's choice can't work.
 
-    Gloo listens on the address of this machine's name. That is 127.0.1.1 in Debian's /etc/hosts, which no other machine
-    can connect to.
+    Gloo listens on the address that this machine's name resolves to. With Debian's /etc/hosts that is 127.0.1.1, which
+    no other machine can connect to.
 
     Raises:
         InputError: it isn't clear which interface the other machines can connect to.
@@ -64,7 +64,7 @@ def choose_gloo_interface() -> None:
 
 
 def _several_machines() -> bool:
-    """Whether the launch has processes on other machines, as far as its variables tell."""
+    """Whether the launch has processes on other machines, judging by its variables."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     main = os.environ.get("MASTER_ADDR", "localhost")
@@ -79,13 +79,13 @@ def _address(host: str) -> str | None:
 
 
 def _is_loopback(address: str | None) -> bool:
-    """Also where there is no address: gloo then listens on the loopback interface."""
+    """Whether gloo would listen on the loopback interface, which it also does without an address."""
     return address is None or ip_address(address.partition("%")[0]).is_loopback
 
 
 def _interfaces() -> dict[str, str]:
     """The IPv4 address of each interface that is up and connects to other machines."""
-    import psutil  # slow to import, and asked by launches of several machines alone
+    import psutil  # slow to import, and only needed in multi-machine launches
 
     states = psutil.net_if_stats()
     return {
@@ -97,7 +97,7 @@ def _interfaces() -> dict[str, str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether NCCL_SOCKET_IFNAME picks an interface: "eth,ib" by prefix, "=eth0" exactly, "^docker" all others."""
+    """Whether NCCL_SOCKET_IFNAME selects an interface: "eth,ib" by prefix, "=eth0" exactly, "^docker" all but these."""
     names = pattern.removeprefix("^")
     exact = names.startswith("=")
     parts = tuple(names.removeprefix("=").split(","))

@@ -1,14 +1,14 @@
-"""Noise processes in closed form: the one definition of alpha, sigma, targets and loss weights.
+"""Noise processes in closed form: the only definition of alpha, sigma, targets and loss weights.
 
     x_t = alpha(t) x_0 + sigma(t) noise
 
-Training mixes images with noise here, and pipelines get the scheduler that runs the same process backwards. Time is
-what the network sees, called network time: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the
+Training mixes images with noise here, and pipelines get the scheduler that runs the same process backwards. The time
+that the network gets is called network time: 999 t for the continuous VP process (t in [0, 1]), the step 0..999 for the
 discrete ones, 1000 t for the flow. Recipes choose from four tables: PROCESSES, PREDICTION_TYPES, LOSS_WEIGHTINGS, and
 TIMES in dia_diffusion/times.py.
 
-What depends on time alone is computed in float64 on the CPU and copied to the device in the sample's dtype: some
-devices, such as Apple's MPS, have no float64, and a CUDA GPU is not waited for.
+Functions of time alone are computed in float64 on the CPU and copied to the device in the sample's dtype: some devices,
+such as Apple's MPS, have no float64, and this doesn't wait for a CUDA GPU.
 """
 
 import math
@@ -36,18 +36,18 @@ from dia_diffusion.times import TIMES, check_arguments, quantiles
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of the VP-SDE (Song et al. 2021, appendix C), as U-ViT uses it
 # At t = 0 the signal-to-noise ratio is infinite, which no table of betas can hold.
 SMALLEST_TABLE_TIME = 1e-4
-# Where a flow's network predicts the image, its error of the velocity is that of the image over t: t counts as this at
-# least, as in JiT (Li and He 2025, arXiv 2511.13720).
+# If a flow's network predicts the image, the velocity error is the image error divided by t. t is clamped to at least
+# this, as in JiT (Li and He 2025, arXiv 2511.13720).
 SMALLEST_LOSS_TIME = 0.05
 
 
 class Process(ABC):
     """How images turn into noise; PROCESSES holds one object of each subclass.
 
-    prediction_types: the names in PREDICTION_TYPES of what its networks may predict.
-    loss_type: the prediction type in which errors are weighted whatever the network predicts; None is the network's.
-    scheduler_class: of the scheduler that its pipelines are saved with, diffusers' or another SchedulerMixin.
-    scheduler_settings: that scheduler's settings that say how it steps.
+    prediction_types: what its networks may predict, as names in PREDICTION_TYPES.
+    loss_type: the prediction type whose errors are weighted, whatever the network predicts; None: the network's own.
+    scheduler_class: the scheduler that its pipelines are saved with, diffusers' or another SchedulerMixin.
+    scheduler_settings: settings of that scheduler that say how it steps.
     """
 
     prediction_types: tuple[str, ...]
@@ -74,7 +74,7 @@ class Process(ABC):
         return sigma.log() - alpha.log()
 
     def time_at(self, log_ratio: Tensor) -> Tensor:
-        """t (B,) in [0, 1), float32, by log(sigma / alpha) (B,): to 2^-24, or the end of the process that is nearer."""
+        """t (B,) in [0, 1), float32, at log(sigma / alpha) (B,), to within 2^-24, clamped to the process's ends."""
         low, high = torch.zeros_like(log_ratio), torch.ones_like(log_ratio)
         for _ in range(24):
             middle = (low + high) / 2
@@ -98,11 +98,11 @@ class Process(ABC):
 
 
 class VPProcess(Process):
-    """A variance-preserving process, alpha^2 + sigma^2 = 1, which schedulers know by its betas."""
+    """A variance-preserving process, alpha^2 + sigma^2 = 1, which schedulers define by its betas."""
 
     prediction_types = ("epsilon", "sample", "v_prediction")
     scheduler_class = DPMSolverMultistepScheduler
-    scheduler_settings = MappingProxyType({"solver_order": 2, "use_lu_lambdas": True})  # as the sampler "dpmsolver++"
+    scheduler_settings = MappingProxyType({"solver_order": 2, "use_lu_lambdas": True})  # as in sampler "dpmsolver++"
 
     @abstractmethod
     def log_alpha_bar(self, timestep: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class VPProcess(Process):
         return 1 / torch.expm1(-self.log_alpha_bar(timestep))
 
     def scheduler_config(self, prediction_type: str) -> dict[str, Any]:
-        """What any scheduler that goes by betas needs to run this process backwards."""
+        """The settings with which any scheduler based on betas runs this process backwards."""
         return {
             "num_train_timesteps": NUM_TIMESTEPS,
             "trained_betas": self.betas.tolist(),
@@ -134,7 +134,7 @@ class VPProcess(Process):
             return False
         if is_flow(scheduler):
             return False
-        # The tolerance is that of betas that went through float32.
+        # The tolerance allows for betas that were rounded to float32.
         return torch.allclose(torch.as_tensor(betas, dtype=torch.float64), self.betas, rtol=1e-4, atol=1e-7)
 
 
@@ -177,19 +177,19 @@ class DiscreteVP(VPProcess):
 
 
 def linear_betas() -> Tensor:
-    """Of Ho et al. 2020."""
+    """The linear schedule of Ho et al. 2020."""
     return torch.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=torch.float64)
 
 
 def cosine_betas() -> Tensor:
-    """Of Nichol and Dhariwal 2021."""
+    """The cosine schedule of Nichol and Dhariwal 2021."""
     edges = torch.arange(NUM_TIMESTEPS + 1, dtype=torch.float64) / NUM_TIMESTEPS
     alpha_bar = ((edges + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 class Flow(Process):
-    """Rectified flow (Liu et al. 2023, Lipman et al. 2023): the straight line from image to noise."""
+    """Rectified flow (Liu et al. 2023, Lipman et al. 2023): straight lines from images to noise."""
 
     prediction_types = ("velocity", "sample")
     loss_type = "velocity"
@@ -225,15 +225,15 @@ class NoiseProcess:
 
     Args:
         schedule: a name in PROCESSES.
-        prediction_type: a name in PREDICTION_TYPES that the process has.
+        prediction_type: a name in PREDICTION_TYPES that the process supports.
         loss_weighting: a name in LOSS_WEIGHTINGS.
         times: a name in TIMES.
         times_kwargs: arguments of that distribution.
-        shift: multiplies sigma / alpha at the times that are drawn, above 0. On the flow it maps t to
-            s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23), and samplers step evenly in that.
+        shift: multiplies sigma / alpha at the times that are drawn; above 0. On the flow it maps t to
+            s t / (1 + (s - 1) t) (Esser et al. 2024, equation 23), and samplers step evenly in the shifted time.
 
     Raises:
-        InputError: an unknown name or argument, or a prediction type that the process doesn't have.
+        InputError: an unknown name or argument, or a prediction type that the process doesn't support.
     """
 
     schedule: str = "vp-continuous"
@@ -269,7 +269,7 @@ class NoiseProcess:
     def mix(self, sample: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy sample x_t and the network's target, both like sample (B, C, H, W).
 
-        timestep: (B,), on the CPU, so that no device is waited for.
+        timestep: (B,), on the CPU, to avoid waiting for the device.
         """
         factors = torch.stack(self.process.alpha_sigma(timestep)).to(sample.dtype)  # (2, B)
         if sample.is_cuda:
@@ -289,7 +289,7 @@ class NoiseProcess:
         return (weights(snr, weighted) * weighted.error_scale(snr) / kind.error_scale(snr)).float()
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The settings of any scheduler for this process that define it."""
+        """The settings that define this process in any scheduler."""
         return self.process.scheduler_config(self.prediction_type)
 
     def build_scheduler(self) -> SchedulerMixin:

@@ -47,7 +47,7 @@ def check_format(path: str | Path) -> str:
 
 
 def save_figure(figure: Figure | matplotlib.figure.Figure, path: str | Path, dpi: int = 200) -> None:
-    """Writes a figure in the format that its suffix names, whole or not at all."""
+    """Writes a figure atomically, in the format that its suffix names."""
     rendered = render(figure) if isinstance(figure, Figure) else figure
     file_format = check_format(path)
     with atomic_file(path) as temporary:
@@ -55,7 +55,7 @@ def save_figure(figure: Figure | matplotlib.figure.Figure, path: str | Path, dpi
 
 
 def render(figure: Figure) -> matplotlib.figure.Figure:
-    """The figure in matplotlib."""
+    """The figure as a matplotlib figure."""
     rendered = matplotlib.figure.Figure(figsize=figure.size, layout="constrained")
     columns = max(len(row) for row in figure.rows)
     grid = rendered.subplots(
@@ -75,7 +75,7 @@ def render(figure: Figure) -> matplotlib.figure.Figure:
             else:
                 panels.append((axes, panel))
                 _draw_panel(axes, panel)
-    for axes, panel in panels:  # limits once everything is drawn, since they may be shared
+    for axes, panel in panels:  # set limits once everything is drawn, since they may be shared
         labeled = figure.share_y == "none" or axes.get_subplotspec().is_first_col()  # type: ignore[union-attr]
         _scale(axes, panel.x, "x", narrow=figure.size[0] / columns < 4.2)
         _scale(axes, panel.y, "y", labeled=labeled)
@@ -185,7 +185,7 @@ def _scale(axes: Axes, axis: Axis, which: Literal["x", "y"], *, labeled: bool = 
 
 
 def _draw_legend(figure: matplotlib.figure.Figure, panels: Sequence[tuple[Axes, Panel]], title: str) -> None:
-    """One for all panels, below them; levels come last."""
+    """Draws one legend for all panels, below them; levels come last."""
     drawn = [pair for axes, _ in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     levels = {_plain(item.label) for _, panel in panels for item in panel.items if isinstance(item, Level)}
     entries = {label: handle for handle, label in sorted(drawn, key=lambda pair: pair[1] in levels)}

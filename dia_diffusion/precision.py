@@ -1,7 +1,7 @@
-"""Which precision a device multiplies matrices in natively, and how fast it multiplies.
+"""Which precisions a device supports natively for matrix products, and how fast those are.
 
-bfloat16 saves memory and time on hardware that has instructions for it. Elsewhere torch emulates it: on a CPU with AVX2
-alone, a bfloat16 matrix product takes 40 times as long as the float32 one.
+bfloat16 saves memory and time on hardware that has instructions for it. Elsewhere torch emulates it: on a CPU with only
+AVX2, a bfloat16 matrix product takes 40 times as long as the float32 one.
 """
 
 import os
@@ -20,7 +20,7 @@ DTYPES: dict[Name, str] = {"none": "float32", "bf16": "bfloat16", "fp16": "float
 
 CPU_INFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512_BF16", "bf16": "Arm BF16"}
-"""Linux' name of the instructions that multiply bfloat16 -> their makers' name."""
+"""Linux's name of the instructions that multiply bfloat16 -> the vendor's name."""
 
 ONEDNN_LIMIT = "ONEDNN_MAX_CPU_ISA"
 """Limits oneDNN, torch's library of CPU kernels, to older instructions."""
@@ -34,7 +34,7 @@ class Precision:
     name: Name
     """none, bf16 or fp16, as in train.mixed_precision."""
     reason: str
-    """Such as "this CPU has no bfloat16 arithmetic"."""
+    """For example "this CPU has no bfloat16 arithmetic"."""
 
     @property
     def dtype(self) -> str:
@@ -46,7 +46,7 @@ class Precision:
 
 
 def best_precision(device: torch.device) -> Precision:
-    """bf16 where the device multiplies it natively, else none, which is float32: what `auto` stands for."""
+    """What `auto` stands for: bf16 if the device multiplies it natively, else none, which is float32."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):  # compute capability 8.0 and up
@@ -64,7 +64,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def _bf16_instructions() -> str | None:
-    """The instructions that multiply bfloat16 on this CPU; None where there are none or this isn't Linux."""
+    """The instructions that multiply bfloat16 on this CPU; None if there are none or this isn't Linux."""
     try:
         lines = CPU_INFO.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
@@ -74,9 +74,9 @@ def _bf16_instructions() -> str | None:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 512, seconds: float = 0.2) -> float:
-    """Floating-point operations per second of products of two (size, size) matrices, with the threads torch uses.
+    """Floating-point operations per second of products of two (size, size) matrices, with torch's current threads.
 
-    Takes about `seconds`; where one product takes longer, the time of two.
+    Takes about `seconds`, or the time of two products if one takes longer.
     """
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
 
@@ -94,7 +94,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int = 512, secon
 
 
 def training_device() -> torch.device:
-    """The device that Accelerate gives this process, known before it is started."""
+    """The device that Accelerate will give this process, known before Accelerate starts."""
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes", "y", "on"):
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -107,14 +107,14 @@ def training_precision(recipe: Literal["auto"] | Name, device: torch.device, beg
 
     Args:
         recipe: train.mixed_precision: auto, none, bf16 or fp16.
-        device: that it trains on.
-        began_in: what the run that is resumed began in; None for a new run.
+        device: the device that the run trains on.
+        began_in: the precision in which the resumed run began; None for a new run.
 
-    The recipe decides; where it says auto, what `accelerate launch --mixed_precision` asks for, else what the run began
-    in, else the best precision of the device. The launcher's `no` is its default and asks for nothing.
+    The recipe decides. If it says auto, the order is: `accelerate launch --mixed_precision`, the precision in which the
+    run began, the best precision of the device. The launcher's `no` is its default and is ignored.
 
     Raises:
-        InputError: fp16 without a CUDA GPU, or a precision of the launcher that isn't supported.
+        InputError: fp16 without a CUDA GPU, or the launcher's precision isn't supported.
     """
     launcher: Any = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if launcher not in ("no", "bf16", "fp16"):
@@ -137,13 +137,13 @@ def training_precision(recipe: Literal["auto"] | Name, device: torch.device, beg
 
 
 def in_precision(experiment: Any, precision: Precision) -> Any:
-    """A recipe, of train or classify, with the precision that its train.mixed_precision was resolved to."""
+    """A recipe of train or classify whose train.mixed_precision is set to a resolved precision."""
     train = experiment.train.model_copy(update={"mixed_precision": precision.name})
     return experiment.model_copy(update={"train": train})
 
 
 def slow_warning(precision: Precision, device: torch.device) -> str | None:
-    """One line on how slow bf16 is on a device without bfloat16 arithmetic; None for what isn't slow."""
+    """One line on how slow bf16 is on a device without bfloat16 arithmetic; None if it isn't slow."""
     if precision.name != "bf16" or best_precision(device).name == "bf16":
         return None
     rates = [matmul_rate(dtype, device) for dtype in (torch.float32, torch.bfloat16)]

@@ -1,4 +1,4 @@
-"""What networks predict, how one prediction is converted to another, and how its errors are weighted."""
+"""Prediction types of networks, conversions between them, and the weighting of their errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from dia_diffusion.registry import Registry
 
-MIN_SNR_GAMMA = 5.0  # of Hang et al. 2023
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023
 
 
 @dataclass(frozen=True)
 class PredictionType:
-    """What a network predicts; alpha and sigma are floats, or tensors that broadcast with the images.
+    """A prediction type. alpha and sigma are floats, or tensors that broadcast with the images.
 
     target: (x_0, noise, alpha, sigma) -> what the network should predict.
     noise: (prediction, x_t, alpha, sigma) -> the noise in x_t according to the network.
-    error_scale: signal-to-noise ratio -> squared error of the prediction over that of the x_0 it implies.
-    image: (prediction, x_t, alpha, sigma) -> the x_0 it implies; None computes it from the noise, by dividing by alpha.
+    error_scale: signal-to-noise ratio -> squared error of the prediction over the squared error of the x_0 it implies.
+    image: (prediction, x_t, alpha, sigma) -> the x_0 it implies; None computes it from the noise, dividing by alpha.
     """
 
     target: Callable[[Tensor, Tensor, Any, Any], Tensor]
@@ -74,7 +74,7 @@ PREDICTION_TYPES.register(  # dx_t / dt of the flow
 
 
 def convert_prediction(prediction: Tensor, sample: Tensor, alpha: Any, sigma: Any, given: str, wanted: str) -> Tensor:
-    """A prediction of the type `given` for x_t = sample, as the type `wanted`; both names are in PREDICTION_TYPES."""
+    """Converts a prediction for x_t = sample from type `given` to type `wanted`; both are names in PREDICTION_TYPES."""
     kind = PREDICTION_TYPES[given]
     noise = kind.noise(prediction, sample, alpha, sigma)
     image = (sample - sigma * noise) / alpha if kind.image is None else kind.image(prediction, sample, alpha, sigma)

@@ -1,4 +1,4 @@
-"""How long work shows its progress: training, reading, sampling and measuring call one object."""
+"""The progress of long work: training, reading, sampling and evaluation report to one object."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,20 @@ class Progress:
     """Shows nothing; `cli.console.ConsoleProgress` shows it on a terminal. Called on rank 0."""
 
     def message(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Shows a permanent line."""
 
     def update(self, what: str, unit: str, done: int, total: int, note: str = "") -> None:
         """Shows that `done` of `total` units are done.
 
         Args:
-            what: the work, such as "training"; another one than before starts a new bar.
+            what: the work, such as "training"; a different value than before starts a new bar.
             unit: what is counted, such as "steps".
             note: shown behind the bar, such as the loss.
         """
 
     def resume(self, what: str, unit: str, done: int, total: int) -> None:
-        """Starts a bar with `done` units that were done earlier and that its rate leaves out."""
+        """Starts a bar at `done` units that were done earlier; its rate doesn't count them."""
 
     def reading(self, unit: str) -> Callable[[int, int], None]:
-        """A function of (done, total), such as `open_images` calls."""
+        """A callback (done, total) for functions such as `open_images`."""
         return lambda done, total: self.update("reading", unit, done, total)

@@ -1,4 +1,4 @@
-"""A table of things that recipes and options choose by name; importing a module adds its rows."""
+"""Tables from which recipes and options choose by name; importing a module adds its rows."""
 
 from collections.abc import Iterator, Mapping
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""What sampling needs to know of diffusers' schedulers: their process, noise levels, timesteps and noise."""
+"""What sampling needs to know about diffusers' schedulers: their process, noise levels, timesteps and noise."""
 
 import inspect
 from collections.abc import Callable
@@ -28,17 +28,17 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 
 def scheduler_prediction_type(scheduler: SchedulerMixin) -> str | None:
-    """What a scheduler takes, by its name in PREDICTION_TYPES; None where it doesn't say."""
+    """The prediction type that a scheduler expects, as a name in PREDICTION_TYPES; None if it doesn't say."""
     name = scheduler.config.get("prediction_type")
     return "velocity" if is_flow(scheduler) and name in (None, "flow_prediction") else name
 
 
 def noise_ratio(scheduler: SchedulerMixin) -> Callable[[Tensor], Tensor]:
-    """sigma / alpha by timestep: a function of the loop's timesteps, of any shape, float32 on their device.
+    """A function from timesteps of any shape to sigma / alpha, float32 on the timesteps' device.
 
-    A scheduler without a table of betas may have it as a method.
+    A scheduler without a table of betas may provide it as a method.
 
-    Raises InputError: a scheduler that doesn't say its process.
+    Raises InputError: the scheduler doesn't say which process it runs.
     """
     if is_flow(scheduler):
         return lambda timestep: timestep / (NUM_TIMESTEPS - timestep)
@@ -59,9 +59,9 @@ def noise_ratio(scheduler: SchedulerMixin) -> Callable[[Tensor], Tensor]:
 def prediction_converter(
     given: str | None, scheduler: SchedulerMixin
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """(prediction, x_t, timestep) -> the prediction as a scheduler takes it; None if that is how it comes.
+    """(prediction, x_t, timestep) -> the prediction as the scheduler expects it; None if no conversion is needed.
 
-    given: the prediction type of the network, of the scheduler's process.
+    given: the prediction type of the network, which has the scheduler's process.
     """
     taken = scheduler_prediction_type(scheduler)
     if given is None or taken is None or given == taken:
@@ -84,21 +84,21 @@ def prediction_converter(
 
 
 def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device | None = None) -> None:
-    """Sets a scheduler's timesteps, at which the network is called; those of the flow are 1000 sigma."""
-    # Even steps from 1 to 0, as diffusers' pipelines give them to Euler's scheduler. The schedulers' own end with one
-    # from 1/1000, where the velocity that a predicted image implies has a thousand times the image's error.
+    """Sets the timesteps at which the network is called; on the flow they are 1000 sigma."""
+    # Even steps from 1 to 0, as diffusers' pipelines pass them to Euler's scheduler. By default the schedulers end with
+    # a step from 1/1000, where the velocity that a predicted image implies has a thousand times the image's error.
     sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
     else:
         scheduler.set_timesteps(num_inference_steps, device=device)
-    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # which takes no sigmas
+    if isinstance(scheduler, FlowMatchHeunDiscreteScheduler):  # it doesn't accept sigmas
         shift = scheduler.config.shift
         shifted = torch.from_numpy(shift * sigmas / (1 + (shift - 1) * sigmas)).float()
         scheduler.sigmas = torch.cat([shifted[:1], shifted[1:].repeat_interleave(2), torch.zeros(1)])
         scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
     if is_flow(scheduler):
-        # Some keep sigmas on a GPU, and wait for it in each step.
+        # Some schedulers keep sigmas on the GPU and wait for it in each step.
         scheduler.sigmas = scheduler.sigmas.cpu()
         if scheduler.config.get("use_flow_sigmas"):  # diffusers rounds these timesteps to whole numbers
             scheduler.timesteps = NUM_TIMESTEPS * scheduler.sigmas[:-1].to(device)
@@ -107,15 +107,15 @@ def set_timesteps(scheduler: SchedulerMixin, num_inference_steps: int, device: t
 def step_noise(
     scheduler: SchedulerMixin, index: int, sample: Tensor, generator: Generator | list[Generator] | None
 ) -> dict[str, Any]:
-    """The arguments of `scheduler.step` that decide its noise: ready noise, the generator to draw it from, or none.
+    """The arguments of `scheduler.step` that decide its noise: precomputed noise, a generator, or nothing.
 
-    Either way the step draws the same numbers. A scheduler copies its CPU noise to a GPU by a call that waits until the
-    GPU has finished the network's; the copy of ready noise doesn't wait, so that the next call can be queued.
+    Either way the step uses the same numbers. A scheduler copies its CPU noise to the GPU with a call that waits until
+    the GPU has finished the network call; copying precomputed noise doesn't wait, so the next call can be queued.
 
     Args:
         scheduler: with timesteps set.
         index: of the step.
-        sample: (B, C, H, W), what the step is given.
+        sample: (B, C, H, W), the step's input.
         generator: one, or one per image.
     """
     accepted = inspect.signature(scheduler.step).parameters
@@ -133,9 +133,9 @@ def step_noise(
 
 
 def _ready_noise_dtype(scheduler: SchedulerMixin, index: int, sample: Tensor) -> torch.dtype | None:
-    """What the scheduler draws this step's noise in; None where it draws none or takes none ready.
+    """The dtype of this step's noise; None if the scheduler draws none or doesn't accept precomputed noise.
 
-    DDIM takes it too, but adds noise only for an eta above 0, which UViTPipeline doesn't pass.
+    DDIM accepts it too, but adds noise only for an eta above 0, which UViTPipeline doesn't pass.
     """
     name = type(scheduler).__name__
     if name == "DPMSolverMultistepScheduler" and scheduler.config.algorithm_type.startswith("sde"):

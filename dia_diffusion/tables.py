@@ -1,4 +1,4 @@
-"""A table, rendered by rich for the console, as Markdown, and by the template of the HTML page."""
+"""A table that can be rendered by rich for the console, as Markdown, and by the HTML page's template."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,17 +9,17 @@ import rich.table
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, as many in each row as there are columns."""
+    """Rows of text, one cell per column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     left: Collection[str] = ("unit",)
-    """Names of the columns that are flush left; numbers are flush right."""
+    """Names of the left-aligned columns; numbers are right-aligned."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, str]], title: str = "", **how: Any) -> "Table":
-        """Of rows as column -> cell, without the columns that are empty in all of them."""
+        """A table of rows given as column -> cell, without the columns that are empty in all rows."""
         columns = list(dict.fromkeys(name for row in rows for name in row))
         return cls(
             columns, [[row.get(name, "") for name in columns] for row in rows], title, **how
@@ -32,7 +32,7 @@ class Table:
         return replace(self, columns=[self.columns[place] for place in kept], rows=rows)
 
     def to_rich(self) -> rich.table.Table:
-        """For `console.print`."""
+        """The table for `console.print`."""
         table = rich.table.Table(box=None, pad_edge=False, title=self.title or None, title_justify="left")
         for name in self.columns:
             table.add_column(name, justify="left" if name in self.left else "right")
@@ -41,6 +41,6 @@ class Table:
         return table
 
     def to_markdown(self) -> str:
-        """In GitHub's Markdown, without the title."""
+        """The table in GitHub's Markdown, without the title."""
         rule = ["---" if name in self.left else "---:" for name in self.columns]
         return "".join(f"| {' | '.join(line)} |\n" for line in (self.columns, rule, *self.rows))

@@ -1,6 +1,6 @@
 """Distributions of the times that training draws, by name.
 
-Each is a quantile function, so that nothing is random but the step's uniform draws.
+Each is a quantile function, so the step's uniform draws are the only randomness.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from dia_diffusion.registry import Registry
 TIMES: Registry[Callable[..., Tensor]] = Registry("time distribution")
 """(numbers (B,) drawn uniformly from [0, 1), **noise.times_kwargs) -> t (B,) in [0, 1).
 
-A function with a parameter `process` is also given the noise process.
+A function with a parameter `process` also gets the noise process.
 """
 
 
@@ -29,14 +29,14 @@ def quantiles(name: str, uniform: Tensor, process: Any, arguments: Mapping[str, 
     return row(uniform, **given, **arguments)
 
 
-@cache  # training asks at each step
+@cache  # training calls this at each step
 def _arguments(row: Callable[..., Tensor]) -> tuple[str, ...]:
-    """The names of a distribution's arguments besides the draws."""
+    """The names of a distribution's arguments other than the draws."""
     return tuple(inspect.signature(row).parameters)[1:]
 
 
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises InputError unless `noise.times_kwargs` are arguments of the distribution with values that it can have."""
+    """Raises InputError unless `noise.times_kwargs` are valid arguments of the distribution."""
     known = [key for key in _arguments(TIMES[name]) if key != "process"]
     for key, value in arguments.items():
         if key not in known:
@@ -49,7 +49,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _normal(uniform: Tensor, mean: float, deviation: float) -> Tensor:
-    """Quantiles (B,) of a normal distribution, float64; draws are multiples of 2^-24, so that none is infinite."""
+    """Quantiles (B,) of a normal distribution, float64; finite, since half of the draws' resolution 2^-24 is added."""
     return mean + deviation * torch.special.ndtri(uniform.double() + 2**-25)
 
 

@@ -1,8 +1,8 @@
-"""What recipes, options and protocols share: the strict base model, and one line from a pydantic error.
+"""What recipes, options and protocols share: the strict base model, and one-line messages from pydantic errors.
 
 `Strict` is the base of every typed model. `describe_error` turns a ValidationError into "`train.batch_size` must be 1
-or more, got 0"; `nearest` is the valid key that a mistyped one is closest to. A field validator raises ValueError with
-what the value must be ("a multiple of 3"); a validator of several fields raises InputError with the whole line.
+or more, got 0"; `nearest` finds the valid key closest to a mistyped one. A field validator raises ValueError with what
+the value must be ("a multiple of 3"); a validator of several fields raises InputError with the whole line.
 """
 
 import difflib
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A frozen model: no conversion of types, no inf or nan, no unknown keys; a field's docstring is its help."""
+    """A frozen model: no type conversion, no inf or nan, no unknown keys; a field's docstring is its help."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -27,7 +27,7 @@ class Strict(BaseModel):
 
 
 def with_floats(value: Any) -> Any:
-    """The value with text such as "1e-4" as a float: YAML 1.1 reads numbers without a point before the e as text."""
+    """Converts text such as "1e-4" to a float: YAML 1.1 reads numbers without a point before the e as text."""
     if isinstance(value, dict):
         return {key: with_floats(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -36,7 +36,7 @@ def with_floats(value: Any) -> Any:
     return float(value) if is_number else value
 
 
-# Types of a recipe's values. Whole numbers fit the 64 bits of JSON records.
+# Types of a recipe's values. Whole numbers fit into 64 bits in JSON records.
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 Float = Annotated[float, BeforeValidator(with_floats)]
@@ -76,10 +76,10 @@ MUST_BE = {
 def describe_error(
     error: ValidationError, model: type[BaseModel], spell: Callable[[Sequence[str]], str] = ".".join
 ) -> str:
-    """One line for the first of the errors that validating a model raised.
+    """One line for the first of a model's validation errors.
 
     Args:
-        spell: how a key is written, from its parts; recipes' "train.batch_size" if not given.
+        spell: joins a key's parts; by default as recipes do, "train.batch_size".
     """
     errors = [(_key(details["loc"], model), details) for details in error.errors(include_url=False)]
     key, first = errors[0]
@@ -91,14 +91,14 @@ def describe_error(
         return f"`{spell(key)}` is missing"
     if isinstance(cause := first.get("ctx", {}).get("error"), InputError):
         return str(cause)
-    # Each type of a union has its own error.
+    # Each type of a union reports its own error.
     expected = dict.fromkeys(_must_be(details) for other, details in errors if other == key)
     each = "each of " if any(isinstance(part, int) for part in first["loc"][len(key) :]) else ""
     return f"{each}`{spell(key)}` must be {' or '.join(expected)}, got {shown(first['input'])}"
 
 
 def validate(model: type[Model], values: Any, where: str = "") -> Model:
-    """The model of what a file or a recipe holds. Raises InputError, which begins with `where`."""
+    """Validates the values of a file or a recipe. Raises InputError with a message that begins with `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -111,12 +111,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as error messages show it: text in quotes, None as YAML's null."""
+    """A value for error messages: text in quotes, None as YAML's null."""
     return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 def fields_of(model: type[BaseModel]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """The path and field of each key of a model and of the models within it, in order."""
+    """The path and field of each key of a model and its nested models, in order."""
     for name, field in model.model_fields.items():
         section = model_in(field.annotation)
         if section is None:
@@ -132,7 +132,7 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _key(location: Sequence[str | int], model: type[BaseModel] | None) -> tuple[str, ...]:
-    """The key of an error: of its location the names of fields, without indices and without types of a union."""
+    """The key of an error: the field names in its location, without indices and types of a union."""
     key: list[str] = []
     for part in location:
         if model is not None and isinstance(part, int):

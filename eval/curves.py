@@ -1,4 +1,4 @@
-"""The same as `dia-diffusion curves`: a study, or curves of runs; it starts its own processes and needs no launcher."""
+"""The same as `dia-diffusion curves`: a study, or curves of runs. It starts its own processes and needs no launcher."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The tests of docs/results/small-batches.md, written before its runs: python eval/small_batches.py [RUNS]
 
-Reads the results.json that `dia-diffusion curves STUDY` leaves in RUNS/STUDY (default runs/studies) and prints a table
-for each question: the primary outcome, then the secondary ones with Holm's p values over all of that question's.
+Reads the results.json that `dia-diffusion curves STUDY` writes to RUNS/STUDY (default runs/studies) and prints a table
+for each question: the primary outcome, then the secondary ones, with Holm's p values over all outcomes of the question.
 """
 
 import json
@@ -29,7 +29,7 @@ NONE, DIA, IDENTITY, TIME = "none", "dia-lstm", "dia-lstm-identity", "block-chan
 
 @dataclass(frozen=True)
 class Comparison:
-    """Final distances of one unit against those of another at a batch size, paired by seed."""
+    """Compares the final distances of two units at a batch size, paired by seed."""
 
     unit: str
     other: str
@@ -40,7 +40,7 @@ class Comparison:
     """Compares variances instead of means."""
 
 
-# The learning rates that question 4 chooses from for each twin.
+# The learning rates from which question 4 chooses for each twin.
 RATES_OF = [(IDENTITY, "identity-half", "identity-double"), (NONE, "none-half", "none-double")]
 
 # question -> the primary outcome and then the secondary ones
@@ -81,7 +81,7 @@ def distances(folder: Path, study: str, unit: str, batch_size: int) -> dict[int,
 
 
 def paired(folder: Path, comparison: Comparison) -> tuple[list[float], list[float]]:
-    """Both units' final distances, pair by pair, by seed."""
+    """Both units' final distances for their common seeds, in the same order."""
     first = distances(folder, comparison.study, comparison.unit, comparison.batch_size)
     second = distances(folder, comparison.other_study, comparison.other, comparison.batch_size)
     seeds = sorted(first.keys() & second.keys())

@@ -1,4 +1,4 @@
-"""Puts one shared DIA-LSTM into a network of your own, and trains both on scikit-learn's digits.
+"""Inserts a shared DIA-LSTM into your own network, and trains both on scikit-learn's digits.
 
 python examples/attach_to_your_network.py
 """
@@ -33,7 +33,7 @@ def main(steps: int = 300) -> list[float]:
     torch.manual_seed(0)
     trunk = [nn.Conv2d(1, 32, 3, padding=1), *(Block(32) for _ in range(4))]
     model = nn.Sequential(*trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-    # Before optimizer, DDP and torch.compile. Points in a row with the same channels share one unit, here all four.
+    # Before optimizer, DDP and torch.compile. Consecutive points with equal channel counts share a unit, here all four.
     attached = attach(model, "dia-lstm-identity", at=[f"{index}.conv2" for index in range(1, 5)])
     for stage in attached.stages:
         print(f"one unit for {len(stage.positions)} insertion points of {stage.channels} channels")

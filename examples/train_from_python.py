@@ -1,8 +1,8 @@
-"""Trains a UViT with DIA-LSTM on scikit-learn's digits with the parts of the library: no recipe, no Trainer.
+"""Trains a UViT with DIA-LSTM on scikit-learn's digits with the library's components: no recipe, no Trainer.
 
     python examples/train_from_python.py
 
-It takes a few minutes on a CPU and writes digits.png, and the pipeline folder digits, which `dia-diffusion sample` and
+It takes a few minutes on a CPU and writes digits.png and the pipeline folder digits, which `dia-diffusion sample` and
 diffusers load. `dia-diffusion train` adds what a real training needs: checkpoints, resuming, several GPUs, bfloat16.
 """
 
@@ -63,7 +63,7 @@ def main(folder: Path = Path("."), steps: int = 2000) -> list[float]:
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {sum(losses[-100:]) / 100:.4f}")
 
-    # Samples: the averaged weights in a pipeline of diffusers, an image per seed.
+    # Samples: the averaged weights in a diffusers pipeline, one image per seed.
     with torch.no_grad():
         for parameter, average in zip(parameters, ema.parameters, strict=True):
             parameter.copy_(average)

@@ -1,4 +1,4 @@
-"""Scores corrupted real images to calibrate the metric: what a given distance means.
+"""Scores corrupted real images, to calibrate what a given distance means.
 
 python tools/distortions.py cifar10-train-jpeg.zip --reference cifar10-test-jpeg.zip --num 5000 --out fd-cifar10.json
 """
@@ -41,22 +41,22 @@ class Options(FeatureOptions):
     """Scores corrupted real images to calibrate the metric, and prints the table."""
 
     images: Annotated[str, Positional("IMAGES")]
-    """What is corrupted: a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10 or
+    """The images to corrupt: a folder, a zip, a .npy or .npz file, a CIFAR archive, hf:NAME, digits, cifar10 or
     cifar100."""
     split: Split = "train"
-    """Of IMAGES, where they have parts."""
+    """Split of IMAGES, if they have splits."""
     reference: Annotated[str, Metavar("DATA")]
     """Other images of the same kind."""
     reference_split: Split = "train"
-    """Of the reference."""
+    """Split of the reference."""
     size: int | None = None
     """Crop and resize all images to this size first."""
     num: int = 10_000
     """Images per row."""
     seeds: str = "0-2"
-    """Choices of images to repeat it with, such as 0-2."""
+    """Seeds of the choices of images, such as 0-2; all is repeated for each."""
     out: Annotated[Path | None, Metavar("FILE.json")] = None
-    """The numbers; a PNG of the images goes beside it."""
+    """File for the numbers; a PNG of the images goes next to it."""
 
 
 def jpeg(images: Tensor, quality: float, generator: torch.Generator) -> Tensor:
@@ -75,7 +75,7 @@ def blur(images: Tensor, deviation: float, generator: torch.Generator) -> Tensor
 
 
 def noise(images: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise with this standard deviation in grey levels."""
+    """Gaussian noise with this standard deviation in gray levels."""
     noisy = images + deviation * torch.randn(images.shape, generator=generator)
     return noisy.round().clamp(0, 255).to(torch.uint8)
 
@@ -95,13 +95,13 @@ class Case:
     """A choice of images to score, corrupted or not."""
 
     name: str
-    """Such as "blur, pixels"; "unchanged" for the images as they are."""
+    """Such as "blur, pixels", or "unchanged" for the original images."""
     amount: float | None
     images: ImageSet
     indices: np.ndarray
     corrupt: Corrupt | None
     seed: int
-    """Of the choice of images and of random corruptions."""
+    """Seed of the choice of images and of random corruptions."""
 
     def batches(self) -> Iterator[Tensor]:
         """uint8 images (B, C, H, W)."""
@@ -116,9 +116,9 @@ class Case:
 
 
 def cases(images: ImageSet, num: int, seed: int = 0, others: ImageSet | None = None) -> list[Case]:
-    """Cases of `num` images each: unchanged, corrupted, without some classes, with duplicates, and those of `others`.
+    """Cases of `num` images each: unchanged, corrupted, without some classes, with duplicates, and from `others`.
 
-    All but those without some classes start from the same choice of images. Raises InputError if there are too few.
+    All except those without some classes start from the same choice of images. Raises InputError if there are too few.
     """
     chosen = choose(len(images), num, seed)
     result = [Case("unchanged", None, images, chosen, None, seed)]

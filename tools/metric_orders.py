@@ -1,8 +1,8 @@
-"""`python tools/metric_orders.py RUN --reference DATA`: how metrics order checkpoints at several numbers of samples.
+"""`python tools/metric_orders.py RUN --reference DATA`: how metrics rank checkpoints at several numbers of samples.
 
-Each pipeline draws its images once; each metric is computed from each N of them in turn. Kendall's tau compares the
-order of the pipelines with the metric's own order at the largest N, and with the order of the Frechet distance there:
-with images of the same seeds for all pipelines, and, on average over 1,000 draws, of other seeds for each.
+Each pipeline draws its images once; each metric is computed on every consecutive block of N of them. Kendall's tau
+compares the order of the pipelines with the metric's own order at the largest N, and with that of the Frechet distance
+there: with the same seeds for all pipelines, and, averaged over 1,000 draws, with different seeds for each.
 """
 
 import argparse
@@ -41,13 +41,13 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 Values = dict[str, dict[int, list[list[float]]]]
-"""Metric -> number of samples N -> for each pipeline, in order of step, a number for each N of its samples."""
+"""Metric -> number of samples N -> for each pipeline, in order of step, one number per block of N samples."""
 DRAWS = 1000
-"""Of seeds for each pipeline."""
+"""Number of random choices of seeds for each pipeline."""
 
 
 def main() -> int:
-    """Measures, prints a table, writes OUT.json and OUT.png. Exit codes: 0, and 2 for what can't be measured."""
+    """Measures, prints a table, writes OUT.json and OUT.png. Exit codes: 0, or 2 if it can't be measured."""
     options = _parser().parse_args()
     try:
         steps, values = _measure(options)
@@ -134,7 +134,7 @@ COLUMNS = ("metric", "samples", "seeds", "tau with its own order", "tau with FD'
 
 
 def orders(values: Values) -> list[list[Any]]:
-    """Rows of COLUMNS; the orders at the largest number of samples are those of its first samples."""
+    """Rows of COLUMNS; the orders at the largest number of samples use its first block."""
     most = max(next(iter(values.values())))
     final = {name: [blocks[0] for blocks in by_count[most]] for name, by_count in values.items()}
     with_fd = final.get("FD")
@@ -156,7 +156,7 @@ def _mean_tau(sets: np.ndarray, order: Sequence[float]) -> str:
 
 
 def _draw(steps: Sequence[int], values: Values, path: Path) -> None:
-    """One panel per metric, per number of samples the mean over all samples' parts and their range."""
+    """Plots one panel per metric: for each number of samples, the mean over the blocks and their range."""
     figure, panels = plt.subplots(1, len(values), figsize=(4 * len(values), 3.2), layout="constrained", squeeze=False)
     for panel, (name, by_count) in zip(panels[0], values.items(), strict=True):
         for count, numbers in by_count.items():

@@ -44,23 +44,23 @@ DATA = {
 
 
 class Options(Strict):
-    """Trains a classifier whose features a distance is measured in."""
+    """Trains a classifier whose features are used to compute distances."""
 
     name: Annotated[Literal["digits", "cifar10"], Positional("NAME")]
-    """Which features: digits or cifar10."""
+    """The features: digits or cifar10."""
     data: Annotated[str | None, Metavar("DATA")] = None
-    """Images in ten classes; if not given, those the features are named for."""
+    """Images in ten classes; by default the dataset that the features are named after."""
     test_data: Annotated[str | None, Metavar("DATA")] = None
-    """Other images to test on, all of them; if not given, the test part of --data."""
+    """Other images to test on, all of them; by default the test split of --data."""
     out: Annotated[Path | None, Metavar("FILE.safetensors")] = None
-    """Where the weights go; NAME.safetensors if not given. cifar10 keeps its run beside them, in FILE.run."""
+    """File for the weights, by default NAME.safetensors. cifar10 keeps its run next to them, in FILE.run."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Of weights, batches and augmentation."""
+    """Seed of weights, batches and augmentation."""
 
 
 @dataclass(frozen=True)
 class DigitsRecipe:
-    """AdamW with a cosine rate on images that are turned, scaled, shifted and made noisy at random."""
+    """AdamW with a cosine schedule, on images that are randomly rotated, scaled, shifted and noised."""
 
     steps: int = 3000
     batch_size: int = 128
@@ -70,7 +70,7 @@ class DigitsRecipe:
     max_degrees: float = 10.0
     max_scaling: float = 0.1
     max_shift: float = 1.0
-    """In pixels."""
+    """Largest shift in pixels."""
     max_noise: float = 0.05
     """The largest standard deviation of the noise; each image has its own, from 0 up."""
 
@@ -93,12 +93,12 @@ class Trained:
 def train_features(options: Options, reporter: Progress) -> dict[str, Any] | None:
     """Trains a classifier; returns its card, or None on all but the main process.
 
-    A stopped training of `cifar10` resumes from its run folder beside the weights.
+    A stopped training of `cifar10` resumes from its run folder next to the weights.
 
     Raises:
-        InputError: images without the ten classes, `out` exists or isn't a .safetensors file, or its run folder is of
+        InputError: images don't have ten classes, `out` exists or isn't a .safetensors file, or its run folder is from
             another training.
-        Stopped: a signal.
+        Stopped: after a signal.
     """
     out = options.out or Path(f"{options.name}.safetensors")
     if out.suffix != ".safetensors":
@@ -119,7 +119,7 @@ def train_features(options: Options, reporter: Progress) -> dict[str, Any] | Non
 
 
 def _train_cifar10(options: Options, out: Path, reporter: Progress) -> Trained:
-    """Trains by the recipe of `dia-diffusion classify`; kernels are kept in half precision, which halves the file."""
+    """Trains with the recipe of `dia-diffusion classify`; kernels are stored in half precision to halve the file."""
     keys = {"output": str(out.with_suffix(".run")), "seed": options.seed}
     keys |= {"data.source": options.data or "cifar10", "data.test_source": options.test_data}
     task = ClassificationTask(read_experiment(CIFAR10_RECIPE, keys=keys, kind=ClassifyExperiment))
@@ -159,7 +159,7 @@ def fit_digits(
     seed: int,
     progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> DigitsClassifier:
-    """A classifier fitted to uint8 images (N, 1, 8, 8) and int64 labels (N,); `seed` alone fixes what is random."""
+    """A classifier fitted to uint8 images (N, 1, 8, 8) and int64 labels (N,); `seed` determines all randomness."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,7 +179,7 @@ def fit_digits(
 
 
 def _augment(images: torch.Tensor, recipe: DigitsRecipe, generator: torch.Generator) -> torch.Tensor:
-    """Rotates, scales and shifts each image (B, 1, H, W) in [0, 1] by its own draw, and adds noise."""
+    """Rotates, scales and shifts each image (B, 1, H, W) in [0, 1] by separate random amounts, and adds noise."""
 
     def uniform(*shape: int) -> torch.Tensor:
         return 2 * torch.rand(len(images), *shape, generator=generator) - 1
@@ -196,7 +196,7 @@ def _augment(images: torch.Tensor, recipe: DigitsRecipe, generator: torch.Genera
 
 
 def _card(options: Options, trained: Trained, file: Path) -> dict[str, Any]:
-    """What was done; accuracies are those of the weights as they are stored."""
+    """A record of the training; accuracies are those of the stored weights."""
     network = PACKAGED[options.name].network
     classifier = load_weights(network(), file).eval()
     train, test = trained.train, trained.test

@@ -1,8 +1,9 @@
-"""Attention units put into any network from outside, by hooks (arXiv 2210.16101, eq. 2 and 4).
+"""Inserts attention units into any network by hooks (arXiv 2210.16101, eq. 2 and 4).
 
-One unit per stage, a maximal run of insertion points with one channel count in the order of execution. Its state runs
-along depth in a forward pass. Gradient checkpointing (torch.utils.checkpoint, use_reentrant=False) runs parts of it
-again in the backward pass, without the parts before them; each insertion point then gets the state of the first time.
+There is one unit per stage: a maximal run of insertion points, in execution order, with the same channel count. Its
+state runs along depth in a forward pass. Gradient checkpointing (torch.utils.checkpoint, use_reentrant=False) reruns
+parts of the forward pass in the backward pass, without the parts before them; each insertion point then gets the state
+that it had the first time.
 """
 
 import weakref
@@ -39,21 +40,21 @@ class Pass:
         self.state: Any = None  # what the unit returned last
         self.grad_enabled = torch.is_grad_enabled()
         self.incoming: dict[int, Any] = {}
-        # Nodes of the autograd graph are numbered as they are made, so that a node's pass can be found by its number.
-        # Reading the number would break a compiled graph in two, and a compiled graph recomputes nothing.
+        # Nodes of the autograd graph are numbered as they are created, so a node's pass can be found by its number.
+        # Reading the number would cause a graph break in a compiled model, and a compiled graph recomputes nothing.
         self.numbered = checkpointing or not torch.compiler.is_compiling()
         self.first_node = self.last_node = next_node() if self.numbered else 0
 
     def end(self) -> None:
-        """Marks the end of the pass: from now on its positions only run to be recomputed."""
+        """Marks the end of the pass; from now on its positions only run for recomputation."""
         self.state = None
         if self.numbered:
             self.last_node = next_node()
 
     def keep(self, incoming: Any) -> None:
-        """Keeps the state that the next position gets, for its recomputation.
+        """Stores the state that the next position gets, for its recomputation.
 
-        Raises InputError: a checkpoint in a compiled model that didn't announce it.
+        Raises InputError: a checkpoint in a compiled model that didn't declare gradient checkpointing.
         """
         if not self.numbered:
             raise InputError(
@@ -62,8 +63,8 @@ class Pass:
             )
 
         def leaf(value: Any) -> Any:
-            # As a leaf, so that no graph is held; it requires a gradient where the first one did, since that decides
-            # which tensors are saved for the backward pass, and they must be the same again.
+            # A leaf, so that no graph is held. It requires a gradient if the original did, since that decides which
+            # tensors are saved for the backward pass, and recomputation must save the same ones.
             return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
         self.incoming[self.position] = tree_map(leaf, incoming)
@@ -76,13 +77,13 @@ class Passes:
         self.kept: weakref.WeakSet[Pass] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Passes":
-        return Passes()  # a copied model has no graph of its own yet
+        return Passes()  # a copied model has no graph yet
 
     def __reduce__(self) -> Any:
         return Passes, ()
 
     def hold(self, current: Pass, output: Any) -> None:
-        """Ties the lifetime of the pass to the graph of these tensors, if it kept states."""
+        """Ties the lifetime of the pass to the autograd graph of these tensors, if it kept states."""
         if torch.compiler.is_compiling() or not current.incoming:
             return
         self.kept.add(current)
@@ -121,8 +122,8 @@ def next_node() -> int:
 
 
 def in_checkpoint() -> bool:
-    """Whether the code that runs now may be recomputed in the backward pass."""
-    if torch.compiler.is_compiling():  # compiled, both are one graph
+    """Whether the running code may be recomputed in the backward pass."""
+    if torch.compiler.is_compiling():  # compilation makes both one graph
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -139,7 +140,7 @@ class Stage:
 class AttentionUnits(nn.Module):
     """The units of an attached model, one per stage, its `attention_units`.
 
-    Not an nn.ModuleList: diffusers' group offloading assumes that its modules run once each, in turn.
+    Not an nn.ModuleList: diffusers' group offloading assumes that each module of one runs once, in order.
     """
 
     attachment: "Attachment"
@@ -159,7 +160,7 @@ class AttentionUnits(nn.Module):
         return self.children()
 
     def forward(self, output: Any) -> Any:
-        """Identity: a Sequential that is the model calls its units last."""
+        """Identity: if the model is a Sequential, it calls this as its last module."""
         return output
 
 
@@ -169,23 +170,23 @@ def attach(
     """Inserts attention units into a model: one per stage, shared by the stage's insertion points.
 
     The units become part of the model (`model.attention_units`), so attach before you create optimizers, DDP and
-    torch.compile. Their first weights come from a forked generator: the model's other weights and later draws don't
-    depend on the unit.
+    torch.compile. Their initial weights come from a forked generator, so the model's other weights and later draws
+    don't depend on the unit.
 
     Args:
         model: a UNet2DModel or DiTTransformer2DModel of diffusers, a ResNet or ViT of torchvision, a model that holds
             one, or any other with `at`. Every forward pass must run each position once, in the order given.
         unit: its name; see build_attention.
-        at: names of modules whose outputs the unit recalibrates; Positions; or a predicate of (name, module). None is
-            after each resnet block of a UNet, at the end of a ResNet's residual branches, and between norm and MLP of
-            a transformer.
+        at: names of modules whose outputs the unit recalibrates; Positions; or a predicate of (name, module). None
+            means after each resnet block of a UNet, at the end of a ResNet's residual branches, or between norm and
+            MLP of a transformer.
         unit_kwargs: further arguments of the unit, such as reduction=16.
 
     Returns:
         The attachment; its detach() removes the units again.
 
     Raises:
-        InputError: no insertion point, an unknown unit or one that needs the time, or a model that has units already or
+        InputError: no insertion point, an unknown unit or one that needs the time, or a model that already has units or
             is wrapped by DDP or torch.compile.
     """
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -206,7 +207,7 @@ def attach(
         raise InputError(f"`unit` must not need the time, which only a UViT gives its unit, got {unit!r}")
     positions = insertion_points(model, at)
     for position in positions:
-        if _has_unit(model.get_submodule(position.module)):  # by attach() of a network around this model
+        if _has_unit(model.get_submodule(position.module)):  # from attach() on an enclosing network
             raise InputError(
                 f"`at` must name modules without an attached unit, got {position.module}; detach() its unit first"
             )
@@ -229,7 +230,7 @@ class Attachment:
     """A model's units, the hooks that call them, and the state of the current forward pass.
 
     model: the attached model.
-    stages: in the order of execution, each with its insertion points and its unit.
+    stages: in execution order, each with its insertion points and its unit.
     unit_name, unit_kwargs: the arguments of attach().
     """
 
@@ -257,7 +258,7 @@ class Attachment:
         units.attachment = self
         setattr(model, UNITS_NAME, units)
         if hasattr(model, SAVE):
-            setattr(model, SAVE, self._save)  # the model's own would write tensors that its class doesn't load
+            setattr(model, SAVE, self._save)  # the model's own method would save tensors that its class can't load
         self.hooks = [
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._finish),
@@ -272,11 +273,11 @@ class Attachment:
 
     @property
     def positions(self) -> list[Position]:
-        """All insertion points in the order of execution."""
+        """All insertion points in execution order."""
         return [call.position for call in self.calls]
 
     def detach(self) -> None:
-        """Restores the model: its function, parameters and tensor names. A second call does nothing."""
+        """Restores the model's function, parameters and tensor names. A second call does nothing."""
         if not self.hooks:
             return
         for hook in self.hooks:
@@ -302,7 +303,7 @@ class Attachment:
 
     def _finish(self, model: nn.Module, args: Any, output: Any) -> None:
         current = self.current
-        if current is None:  # ended by a pass within this one
+        if current is None:  # a nested pass has ended it
             return
         if current.position != len(self.calls):
             skipped = self.calls[current.position].position.module

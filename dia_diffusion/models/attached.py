@@ -21,23 +21,23 @@ ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
 
 class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A network of diffusers, in pixels, with or without units, that is called as a UViT is.
+    """A diffusers network in pixel space, with or without units, with UViT's call signature.
 
     Args:
         backbone: "unet2d" (UNet2DModel) or "dit" (DiTTransformer2DModel).
         backbone_kwargs: further arguments of that class.
         sample_size: height and width of the images.
         in_channels: channels of the images.
-        num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
-        has_null_label: whether the backbone embeds a null label after its classes. One of diffusers' UNets that is
-            wrapped may have none; guidance, and drawing without a class, then aren't possible.
+        num_classes: classes of a class-conditional model, not counting the null label; None is unconditional.
+        has_null_label: whether the backbone embeds a null label after its classes. A wrapped diffusers UNet may have
+            none; guidance and sampling without a class are then impossible.
         attention: the units by name (see build_attention), None or "none" for the backbone alone.
         attention_kwargs: further arguments of the units.
         attention_at: names of the network's modules whose outputs the units recalibrate, or lists of a Position's
-            fields; None is where attach() puts them.
-        down_block_types: leave it out, and norm_type too. They are in the config so that diffusers' own classes, which
-            ignore unknown keys and would start at random weights, refuse a saved folder.
-        norm_type: as down_block_types.
+            fields; None is where attach() puts them by default.
+        down_block_types: leave out, like norm_type. They are in the config so that diffusers' own classes, which ignore
+            unknown keys and would start with random weights, refuse a saved folder.
+        norm_type: see down_block_types.
 
     Raises:
         InputError: an argument that the backbone or the unit refuses.
@@ -91,7 +91,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     ("attention_kwargs", attention_kwargs) if attention_kwargs else ("attention_at", attention_at)
                 )
                 raise InputError(f"`{key}` must be null without attention, got {value}")
-            with forked_rng():  # so that later draws are the same as with a unit
+            with forked_rng():  # so that later draws don't depend on the unit
                 pass
         else:
             at = None if attention_at is None else [_position(place) for place in attention_at]
@@ -103,16 +103,17 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def from_backbone(
         cls, model: ModelMixin, attention: str | None = "dia-lstm", at: Any = None, **attention_kwargs: Any
     ) -> "AttachedModel":
-        """Wraps a model of diffusers, its weights as they are, and attaches units unless it has some.
+        """Wraps a diffusers model with its weights, and attaches units unless it already has some.
 
         Args:
-            model: a UNet2DModel or a DiTTransformer2DModel, which becomes part of what is returned.
+            model: a UNet2DModel or a DiTTransformer2DModel, which becomes part of the returned model.
             attention: the unit by name; None or "none" attaches none.
-            at: as attach() has it.
+            at: see attach().
             attention_kwargs: the unit's arguments.
 
         Raises:
-            InputError: another model, one with other conditions than classes, or what attach() refuses.
+            InputError: another type of model, one conditioned on something other than classes, or anything that
+                attach() refuses.
         """
         name, row = next(
             ((name, row) for name, row in wrapped_networks().items() if type(model) is row.network), ("", None)
@@ -120,7 +121,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if row is None:
             accepted = " or ".join(row.name for row in wrapped_networks().values())
             raise InputError(f"`model` must be a {accepted}, got a {type(model).__name__}")
-        known = inspect.signature(type(model)).parameters  # diffusers' EMAModel adds keys of its own
+        known = inspect.signature(type(model)).parameters  # diffusers' EMAModel adds its own keys
         config = {key: value for key, value in model.config.items() if key in known}
         if config["sample_size"] is None:
             raise InputError("`sample_size` of the model must be the size of its images, got None")
@@ -141,7 +142,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 "attention_at": None if usual else places,
             }
         own = {"sample_size", "in_channels", row.classes_argument}
-        with torch.device("meta"):  # the network takes its place below
+        with torch.device("meta"):  # replaced by the given network below
             wrapped = cls(
                 backbone=name,
                 backbone_kwargs={key: value for key, value in config.items() if key not in own},
@@ -156,7 +157,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return wrapped
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model of diffusers. Raises InputError: units were attached or detached since the model was made."""
+        """As in diffusers. Raises InputError: units were attached or detached after the model was created."""
         if self.attachment is not self._attachment_of_config:
             raise InputError(
                 f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
@@ -187,7 +188,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             sample: (B, C, H, W), x_t.
             timestep: (B,) or a number, 0..999, fractions allowed.
-            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None is the null label
+            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None means the null label
                 for every image. Only for class-conditional models.
             return_dict: False returns a tuple.
         """
@@ -198,7 +199,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if class_labels is not None:
                 raise InputError("`class_labels` must be None for an unconditional model, got labels")
             if self.needs_label:
-                class_labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)  # its one class
+                class_labels = torch.zeros(len(sample), dtype=torch.long, device=sample.device)  # its only class
         elif class_labels is None:
             if not self.has_null_label:
                 raise InputError(
@@ -210,7 +211,7 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[str, Any]) -> ModelMixin:
-    """A network of diffusers with first weights; `kwargs` may have those of `given` only with the same values.
+    """A newly initialized diffusers network; `kwargs` may repeat arguments in `given` only with the same values.
 
     Raises InputError: arguments that the class doesn't have or refuses.
     """

@@ -1,7 +1,7 @@
-"""Residual networks for 32x32 images: ResNet, Wide ResNet and ResNeXt of the sizes that arXiv 2210.16101 trains.
+"""Residual networks for 32x32 images: ResNet, Wide ResNet and ResNeXt in the sizes that arXiv 2210.16101 trains.
 
-Shapes are those of the published DIANet code: three stages, the second and third beginning with stride 2, then the mean
-over the last map. An attention unit stands at the end of a block's `branch`.
+Shapes follow the published DIANet code: three stages, the second and third starting with stride 2, then the mean over
+the last feature map. An attention unit goes at the end of a block's `branch`.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ NORMS = ("batch", "none")
 
 
 class Block(nn.Module):
-    """A residual block: relu(branch(x) + shortcut(x)), the shortcut being a projection where the shape changes."""
+    """A residual block: relu(branch(x) + shortcut(x)). The shortcut is a projection if the shape changes."""
 
     branch_end = "branch"  # for attach()
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Wide ResNet's block: x + branch(relu(norm(x))); where the shape changes, the shortcut projects relu(norm(x))."""
+    """Wide ResNet's block: x + branch(relu(norm(x))). If the shape changes, the shortcut projects relu(norm(x))."""
 
     branch_end = "branch"
 
@@ -50,9 +50,9 @@ class Layers:
     """Makes the layers of a network.
 
     Args:
-        norm: "batch", or "none": no norms, and no biases instead (the paper's VI-A2).
+        norm: "batch", or "none": no norms and no biases in their place (the paper's VI-A2).
         residual: whether blocks have shortcuts.
-        branch_norm: a norm at the end of branches that have none, which the published code adds before a unit.
+        branch_norm: adds a norm at the end of branches that lack one, as the published code does before a unit.
     """
 
     def __init__(self, norm: str, residual: bool, branch_norm: bool):
@@ -97,7 +97,7 @@ class Layers:
         return Block(branch, self.shortcut(n_in, n_out, stride))
 
     def pre_activation(self, n_in: int, n_out: int, stride: int, dropout: float) -> nn.Module:
-        """Two 3x3 convolutions after norm and ReLU each."""
+        """Two 3x3 convolutions, each after a norm and a ReLU."""
         branch = nn.Sequential(
             self.convolution(n_in, n_out, 3, stride),
             *self.activation(n_out),
@@ -123,7 +123,7 @@ class CifarResNet(nn.Module):
         stem: output channels of the first convolution.
         widths: output channels per stage.
         blocks: blocks per stage.
-        pre_activation: norm and ReLU come before the head instead of after the first convolution.
+        pre_activation: puts a norm and a ReLU before the head instead of after the first convolution.
         num_classes: classes.
     """
 
@@ -186,7 +186,7 @@ def cifar_wrn(depth: int, widen: int, num_classes: int, layers: Layers, dropout:
 def cifar_resnext(depth: int, cardinality: int, width: int, num_classes: int, layers: Layers) -> CifarResNet:
     """ResNeXt of depth 9 n + 2, with `cardinality` groups of `width` channels in the first stage.
 
-    As in the published DIANet code: half the widths of Xie et al. (CVPR 2017), a stem of 32 channels.
+    As in the published DIANet code: half the widths of Xie et al. (CVPR 2017), and a stem with 32 channels.
     """
     blocks, groups = blocks_per_stage(depth, 9, 2), cardinality
 
@@ -197,7 +197,7 @@ def cifar_resnext(depth: int, cardinality: int, width: int, num_classes: int, la
 
 
 def blocks_per_stage(depth: int, layers_per_block: int, other_layers: int) -> int:
-    """Blocks in each of the three stages. Raises InputError for a depth that gives no whole number."""
+    """Blocks in each of the three stages. Raises InputError if that isn't a whole number."""
     blocks, rest = divmod(depth - other_layers, layers_per_block)
     if rest or blocks < 1:
         examples = ", ".join(str(layers_per_block * n + other_layers) for n in (1, 2, 3, 9, 18))
@@ -208,7 +208,7 @@ def blocks_per_stage(depth: int, layers_per_block: int, other_layers: int) -> in
 class FeatureResNet(nn.Module):
     """Images (B, 3, H, W) of about zero mean and unit variance -> logits (B, num_classes).
 
-    Ten convolutions, 794 thousand parameters. Strides and means instead of maxima, for smooth features.
+    Ten convolutions, 794 thousand parameters. Strides and mean pooling instead of max pooling, for smooth features.
     """
 
     num_features: ClassVar[int] = 256
@@ -230,10 +230,10 @@ class FeatureResNet(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The mean over the last map, (B, 256).
+        """The mean over the last feature map, (B, 256).
 
-        Outside training an image and its mirror have the same features, the mean of both, which gets more
-        of them right (0.8 % of CIFAR-10's test images) and keeps a distance from telling left from right.
+        In evaluation mode the features are averaged over the image and its mirror image, so both get the same ones.
+        That classifies more of them correctly (0.8 % of CIFAR-10's test images) and makes distances blind to mirroring.
         """
         features = self._mean_of_map(images)
         return features if self.training else (features + self._mean_of_map(images.flip(-1))) / 2
@@ -243,7 +243,7 @@ class FeatureResNet(nn.Module):
 
 
 class _Residual(nn.Module):
-    branch_end = "branch.1.1"  # the last norm, where attach() puts a unit
+    branch_end = "branch.1.1"  # the last norm, after which attach() puts a unit
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from dia_diffusion.reading.typed import fits
 
 FEATURE_RESNET = "feature-resnet"
 RESNETS: dict[str, Callable[..., nn.Module]] = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
-# ViT-S is DeiT's: torchvision has none.
+# ViT-S is DeiT's, since torchvision has none.
 VITS = {
     "vit_s_16": {"num_layers": 12, "num_heads": 6, "hidden_dim": 384, "mlp_dim": 1536},
     "vit_b_16": {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
@@ -44,18 +44,18 @@ ACCEPTED = (
 
 
 def build_classifier(config: BackboneConfig, sync_batchnorm: bool = False) -> nn.Module:
-    """Images (B, 3, H, W) -> logits (B, num_classes), with first weights from torch's default generator.
+    """Images (B, 3, H, W) -> logits (B, num_classes), with initial weights from torch's default generator.
 
-    The unit's come from a generator of their own: the backbone starts the same with any unit.
+    The unit's weights come from a separate generator, so the backbone starts the same with any unit.
 
-    sync_batchnorm: makes every BatchNorm one over all processes.
+    sync_batchnorm: synchronizes every BatchNorm over all processes.
 
     Raises:
         InputError: an unknown backbone or unit, or options that don't fit it.
     """
     has_unit = config.attention not in (None, "none")
     model = _backbone(config, has_unit)
-    if sync_batchnorm:  # before units are attached to BatchNorms, which this replaces by others without their hooks
+    if sync_batchnorm:  # before attaching units: this replaces BatchNorms by modules without their hooks
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if has_unit:
         assert config.attention is not None
@@ -82,7 +82,7 @@ def _backbone(config: BackboneConfig, has_unit: bool) -> nn.Module:
         raise InputError(
             f"`model.dropout` must be 0 for backbone {name}, only cifar-wrn has dropout, got {config.dropout}"
         )
-    # A norm before the unit, where a branch has none: as the published networks have it, and with units only.
+    # A norm before the unit if the branch has none; like the published networks, only with units.
     network = _cifar_network(config, Layers(config.norm, config.residual, branch_norm=has_unit))
     if network is not None:
         return network
@@ -103,7 +103,7 @@ def _backbone(config: BackboneConfig, has_unit: bool) -> nn.Module:
 
 
 def _cifar_network(config: BackboneConfig, layers: Layers) -> nn.Module | None:
-    """The network that a name of PATTERNS stands for; None for other names."""
+    """The network for a name that matches PATTERNS; None for other names."""
     for kind, pattern in PATTERNS.items():
         if (match := re.fullmatch(pattern, config.backbone)) is None:
             continue
@@ -137,16 +137,16 @@ WEIGHTS_FILE, CONFIG_FILE, TRAINING_FILE = "model.safetensors", "config.json", "
 
 @dataclass(frozen=True)
 class SavedClassifier:
-    """A trained classifier with the normalization of its images."""
+    """A trained classifier and the normalization of its images."""
 
     model: nn.Module
-    """Prepared images (B, 3, H, W) -> logits (B, num_classes); in evaluation mode, without gradients of its weights."""
+    """Prepared images (B, 3, H, W) -> logits (B, num_classes); in evaluation mode, without weight gradients."""
     config: BackboneConfig
     mean: list[float]
     std: list[float]
     class_names: list[str] | None
     training: dict[str, Any] | None
-    """Where the weights come from: run, step, recipe, data; None if unknown."""
+    """Origin of the weights: run, step, recipe, data; None if unknown."""
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, H, W) -> normalized float32 images."""
@@ -179,9 +179,9 @@ def save_classifier(
 
 
 def load_classifier(place: str | Path, device: str | torch.device = "cpu") -> SavedClassifier:
-    """Loads a classifier folder, or the newest of a run of `dia-diffusion classify`.
+    """Loads a classifier folder, or the newest one of a `dia-diffusion classify` run.
 
-    Raises InputError: there is none, or its files are truncated, corrupted, or don't fit each other.
+    Raises InputError: there is none, or its files are truncated, corrupted or inconsistent.
     """
     folder = Path(place)
     if not (folder / CONFIG_FILE).is_file():

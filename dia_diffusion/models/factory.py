@@ -1,4 +1,4 @@
-"""Models built from what a recipe or a config says, with checks before memory is taken: configs may be made up."""
+"""Builds models from recipes and configs. Checks come before allocation, since configs may be untrusted."""
 
 import inspect
 import os
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.models import attached, uvit  # noqa: F401  (they add their rows)
+from dia_diffusion.models import attached, uvit  # noqa: F401  (they register backbones)
 from dia_diffusion.models.registry import BACKBONES
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def build_model(config: Mapping[str, Any]) -> Any:
-    """A recipe's model, with first weights from torch's default generator.
+    """A recipe's model, with initial weights from torch's default generator.
 
     Args:
-        config: the recipe's `model:`, checked: a `backbone` of BACKBONES and arguments of its class; what the class
-            doesn't take is left out.
+        config: the recipe's validated `model:` section: a `backbone` of BACKBONES and arguments of its class; others
+            are ignored.
 
     Raises:
         InputError: an unknown backbone, or arguments that it refuses.
@@ -35,7 +35,7 @@ def build_model(config: Mapping[str, Any]) -> Any:
 
 
 def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
-    """The arguments of a backbone's class that a recipe's `model:` may have. Raises InputError: an unknown backbone."""
+    """The arguments of a backbone's class that a recipe's `model:` may set. Raises InputError: an unknown backbone."""
     row = BACKBONES.choose(backbone, "model.backbone")
     left_out = {"backbone", *row.not_in_recipes}
     parameters = inspect.signature(row.model, eval_str=True).parameters
@@ -43,7 +43,7 @@ def recipe_arguments(backbone: str) -> dict[str, inspect.Parameter]:
 
 
 def check_layers(config: Mapping[str, Any], most: int) -> None:
-    """Raises InputError for a config with more layers or LSTM cells than `most`, which would take long to build."""
+    """Raises InputError for a config with more than `most` layers or LSTM cells, which would be slow to build."""
     for key, value in config.items():
         counts = value if isinstance(value, list) else [value]
         largest = max((count for count in counts if isinstance(count, int | float)), default=0)
@@ -54,13 +54,13 @@ def check_layers(config: Mapping[str, Any], most: int) -> None:
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The result of `build`, without memory for its weights. Raises InputError if it fails."""
+    """The result of `build` on the meta device, without memory for weights. Raises InputError if it fails."""
     try:
         with torch.device("meta"):
             return build()
     except InputError:
         raise
-    except Exception as error:  # a config may say anything
+    except Exception as error:  # a config may hold anything
         raise InputError(f"the network can't be built: {first_line(error)}") from None
 
 
@@ -75,14 +75,14 @@ def check_size(build: Callable[[], nn.Module], stored: Shapes) -> nn.Module:
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raises InputError for a model with weights larger than this machine's memory."""
+    """Raises InputError if the model's weights are larger than this machine's memory."""
     needed = 4 * sum(parameter.numel() for parameter in model.parameters())
     if needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
         raise InputError(f"the model's weights must fit into {memory >> 30:,} GiB of memory, got {needed >> 30:,} GiB")
 
 
 def unusable(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """Why tensors can't be a model's weights: another kind of dtype, or values that aren't finite; None if they can."""
+    """Why tensors can't be a model's weights: a wrong kind of dtype, or non-finite values; None if they can."""
     own = model.state_dict()
     for name, tensor in tensors.items():
         if name in own and tensor.is_floating_point() != own[name].is_floating_point():

@@ -1,7 +1,7 @@
 """U-ViT (Bao et al., CVPR 2023) with a shared attention unit between Norm and MLP of every block.
 
-The unit's place is that of arXiv 2210.16101, Fig. 7. Without a unit it is U-ViT itself: the same function and the same
-parameters as the official network.
+The unit is placed as in arXiv 2210.16101, Fig. 7. Without a unit this is U-ViT itself: the same function and parameters
+as the official network.
 """
 
 import math
@@ -22,7 +22,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.models.registry import BACKBONES, Backbone
 from dia_diffusion.models.uvit_blocks import Block, SkipCalibration
 
-# Table 1 of the U-ViT paper, and a width that a CPU trains in minutes.
+# Table 1 of the U-ViT paper, and a size that a CPU trains in minutes.
 UVIT_SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "num_layers": 5, "num_attention_heads": 4},
     "S": {"hidden_size": 512, "num_layers": 13, "num_attention_heads": 8},
@@ -39,15 +39,15 @@ SET_BY_MODEL = {"name", "channels", "num_blocks"}  # arguments of build_attentio
 
 @dataclass
 class UViTOutput(BaseOutput):
-    """sample: (B, C, H, W), the prediction, of the noise process's prediction_type."""
+    """sample: (B, C, H, W), the prediction, of the noise process's prediction type."""
 
     sample: Tensor
 
 
 def blocks_with_unit(chosen: list[int] | None, num_layers: int, attention: str | None) -> list[int]:
-    """The blocks that carry the unit, in the order in which they run; None is all.
+    """The blocks that carry the unit, in execution order; `chosen` None is all.
 
-    Raises InputError: no block, an unknown one, one named twice, or blocks without a unit.
+    Raises InputError: no block, an unknown one, a duplicate, or blocks without a unit.
     """
     if chosen is None:
         return list(range(num_layers))
@@ -61,7 +61,7 @@ def blocks_with_unit(chosen: list[int] | None, num_layers: int, attention: str |
 
 
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding (B, dim), cosines first, of times (B,) that may be fractional."""
+    """Sinusoidal embedding (B, dim), cosines first, of times (B,), which may be fractional."""
     half = dim // 2
     exponents = torch.arange(half, dtype=timestep.dtype, device=timestep.device) / half
     angles = timestep[:, None] * torch.exp(-math.log(max_period) * exponents)  # (B, dim/2)
@@ -77,33 +77,33 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: height and width of a patch.
         in_channels: channels of the images.
         hidden_size: width N of the tokens.
-        num_layers: transformer blocks, an odd number: in blocks, one middle block, as many out blocks.
+        num_layers: transformer blocks, an odd number: in blocks, one middle block, and as many out blocks.
         num_attention_heads: heads; must divide hidden_size.
         mlp_ratio: hidden width of the MLPs over hidden_size.
         qkv_bias: a bias on queries, keys and values.
         time_embed_mlp: an MLP on the sinusoidal time embedding.
-        num_classes: classes of a class-conditional model, the null label not counted; None is unconditional.
-        final_conv: a 3x3 convolution on the image made of the patches.
+        num_classes: classes of a class-conditional model, not counting the null label; None is unconditional.
+        final_conv: a 3x3 convolution on the image assembled from the patches.
         long_skips: long skips from in blocks to out blocks.
         residual_skips: residual connections around attention and MLP.
         layer_norm: LayerNorms in the blocks and before the decoder.
         attention: the shared unit by name (see build_attention), None or "none" for plain U-ViT.
         attention_kwargs: further arguments of the unit, such as {"reduction": 16}.
-        attention_blocks: the blocks that carry the unit, counted from 0 in the order in which they run (in, middle, out
-            blocks); None is all.
+        attention_blocks: the blocks that carry the unit, counted from 0 in execution order (in, middle, out blocks);
+            None is all.
         pool_tokens: the tokens that the unit pools over, "all" or "patch".
-        initialization: "uvit" (everything normal with deviation 0.02), or "xavier" (Xavier-uniform linear maps,
-            positions of unit variance), with which narrow networks find the positions of their patches early.
-        skip_scaling: what the long skips are multiplied by (ScaleLong, arXiv 2310.13545): "none", "constant"
-            (1/sqrt(2)), "power" (kappa^(i-1) of the i-th long skip, counted from the outermost, which stays as it is),
-            or "learned" (see SkipCalibration).
+        initialization: "uvit" (all normal with standard deviation 0.02), or "xavier" (Xavier-uniform linear layers,
+            position embeddings of unit variance), with which narrow networks learn patch positions early.
+        skip_scaling: the factor of the long skips (ScaleLong, arXiv 2310.13545): "none", "constant" (1/sqrt(2)),
+            "power" (kappa^(i-1) for the i-th long skip, counted from the outermost, which is unscaled), or "learned"
+            (see SkipCalibration).
         skip_kappa: kappa of skip_scaling "power", above 0 and at most 1; ScaleLong suggests 0.5 to 0.95.
         qk_norm: RMSNorm with learned scales on the queries and keys of each head.
         drop_path: stochastic depth (Huang et al. 2016): the probability that training drops a residual branch of the
             last block for an image. It rises linearly from 0 in the first block.
 
     Raises:
-        InputError: sizes that don't fit each other, or an unknown unit.
+        InputError: inconsistent sizes, or an unknown unit.
     """
 
     _supports_gradient_checkpointing = True
@@ -176,7 +176,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.num_unpooled_tokens = self.num_prefix_tokens if pool_tokens == "patch" else 0
         num_patches = (sample_size // patch_size) ** 2
         half = num_layers // 2
-        # Of the long skips, from the outermost to the innermost.
+        # Factors of the long skips, from the outermost to the innermost.
         factors = {"constant": [2**-0.5] * half, "power": [(skip_kappa or 1.0) ** index for index in range(half)]}
         self.skip_factors: list[float] | None = factors.get(skip_scaling)
         self.drop_path = drop_path
@@ -214,7 +214,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.output_conv = nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1)
         self._initialize(initialization)
 
-        # Last and from a generator of its own, so that the backbone starts the same with and without it.
+        # Last and from a separate generator, so that the backbone starts the same with and without it.
         with forked_rng():
             num_blocks = len(self.attention_blocks)
             unit = build_attention(attention, hidden_size, num_blocks=num_blocks, **(attention_kwargs or {}))
@@ -261,12 +261,12 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             sample: (B, C, H, W), x_t.
             timestep: (B,) or a number, 0..999, fractions allowed.
-            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None is the null label
+            class_labels: (B,) int64, 0..num_classes - 1, or num_classes for the null label; None means the null label
                 for every image. Only for class-conditional models.
             return_dict: False returns a tuple.
-            depth_draws: (B, num_layers, 2), uniform in [0, 1), for stochastic depth: the attention and the MLP branch
-                of a block are dropped where their number is below the block's rate. None draws them from torch's
-                generator. Only training with `drop_path` uses them.
+            depth_draws: (B, num_layers, 2), uniform in [0, 1), for stochastic depth: a block's attention or MLP branch
+                is dropped if its number is below the block's rate. None draws them from torch's generator. Used only
+                in training with `drop_path`.
         """
         channels, size = self.in_channels, self.sample_size
         if tuple(sample.shape[1:]) != (channels, size, size):
@@ -319,7 +319,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return block(*arguments)
 
     def _skip_scale(self, skip: Tensor, index: int) -> Tensor | float | None:
-        """What the long skip from in block `index` is multiplied by; None leaves it as it is."""
+        """The factor of the long skip from in block `index`; None leaves it unscaled."""
         if self.skip_calibration is not None:
             return self.skip_calibration(skip)
         return None if self.skip_factors is None else self.skip_factors[index]
@@ -330,7 +330,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _sinusoidal_embedding(self, timestep: Tensor | float | int, x: Tensor) -> Tensor:
         """Embedding (B, N) of the time."""
-        # Sines of times up to 999 need float32 whatever the model's precision.
+        # Sines of times up to 999 need float32, whatever the model's precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         timestep = torch.as_tensor(timestep, dtype=dtype, device=x.device).expand(x.shape[0])
         return timestep_embedding(timestep, self.hidden_size)

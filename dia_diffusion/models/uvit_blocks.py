@@ -1,4 +1,4 @@
-"""The blocks of U-ViT: attention, MLP, long skips with their scaling, and the place of the shared unit."""
+"""The blocks of U-ViT: attention, MLP, scaled long skips, and the place of the shared unit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     trains_in_half = q.requires_grad and torch.is_grad_enabled() and q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type != "cpu" or not trains_in_half:
         return F.scaled_dot_product_attention(q, k, v)
-    # Backward in bfloat16, torch's CPU kernel takes up to 7 times as long as this (table in docs/results/speed.md).
+    # In bfloat16, the backward pass of torch's CPU kernel takes up to 7 times as long (table in docs/results/speed.md).
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, L, L)
-    with torch.autocast("cpu", enabled=False):  # which would keep the weights in float32; the kernel sums in it anyway
+    with torch.autocast("cpu", enabled=False):  # it would keep the weights in float32, in which the kernel sums anyway
         weights = weights.softmax(dim=-1)
     return weights @ v
 
@@ -28,11 +28,10 @@ def in_autocast_dtype(x: Tensor) -> Tensor:
 
 
 class SkipCalibration(nn.Module):
-    """ScaleLong's learned scaling (arXiv 2310.13545), one network for all long skips: a factor in (0, 1) per token.
+    """ScaleLong's learned scaling (arXiv 2310.13545): one network for all long skips, a factor in (0, 1) per token.
 
     Tokens (B, L, N) are averaged over N; the factors are sigmoid(W2 relu(W1 mean + b1) + b2), with L/16 hidden units
-    (at least 1). It starts from torch's default initialization of linear layers, as the official code does, with
-    factors near 1/2.
+    (at least 1). As in the official code, linear layers have torch's default initialization, so factors start near 1/2.
 
     Args:
         num_tokens: L.
@@ -52,7 +51,7 @@ class SkipCalibration(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the last axis that computes in float32 whatever the precision of its input, and returns that."""
+    """RMSNorm over the last axis that computes in float32 and returns the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -89,14 +88,14 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; the unit stands between the second norm and the MLP.
+    """A transformer block; the unit goes between the second norm and the MLP.
 
     Args:
         dim: width N of the tokens.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over dim.
         qkv_bias: a bias on queries, keys and values.
-        long_skip: concatenates the tokens of an in block to its own.
+        long_skip: concatenates the tokens of an in block to the input.
         residual: residual connections around attention and MLP.
         layer_norm: LayerNorms before attention and MLP.
         carries_unit: whether it calls the unit.
@@ -139,20 +138,20 @@ class Block(nn.Module):
 
         Args:
             x: (B, L, N).
-            unit: (features, state) to (features, state); a function, as a hook that moves a block's arguments to a
-                device would move a module too.
+            unit: (features, state) -> (features, state). A function, since a hook that moves a block's arguments to a
+                device would also move a module.
             state: the state that the unit returned in the previous block.
-            skip: (B, L, N), the output of the in block that the long skip starts from.
-            skip_scale: multiplies `skip`, as a number or (B, L, 1).
-            draws: (B, 2), uniform in [0, 1): the attention and the MLP branch are dropped where theirs is below
-                drop_path; None drops nothing. The unit's state continues through a dropped branch.
+            skip: (B, L, N), the output of the in block at the other end of the long skip.
+            skip_scale: multiplies `skip`, a number or (B, L, 1).
+            draws: (B, 2), uniform in [0, 1): the attention or MLP branch is dropped if its number is below drop_path;
+                None drops nothing. The unit's state continues through a dropped branch.
         """
         if self.skip_linear is not None and skip is not None:
             skip = skip if skip_scale is None else skip * skip_scale
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         attended = self._dropped(self.attn(self.norm1(x)), draws, 0)
         x = x + attended if self.residual else attended
-        # In the precision that the MLP will take anyway, so that the unit moves half as many bytes.
+        # In the precision that the MLP uses anyway, so that the unit moves half as many bytes.
         features = in_autocast_dtype(self.norm2(x))  # (B, L, N)
         if unit is not None and self.carries_unit:
             features, state = unit(features, state)
@@ -160,7 +159,7 @@ class Block(nn.Module):
         return x + out if self.residual else out, state
 
     def _dropped(self, branch: Tensor, draws: Tensor | None, column: int) -> Tensor:
-        """The branch without the images that drop it, divided by the probability of keeping it."""
+        """The branch with dropped images set to zero, divided by the probability of keeping it."""
         if draws is None or self.drop_path == 0:
             return branch
         dropped = draws[:, column, None, None] < self.drop_path  # (B, 1, 1)

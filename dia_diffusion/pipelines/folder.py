@@ -1,4 +1,4 @@
-"""A pipeline's folder: which it is, its index, its weights and whether they are whole, hashes of both, its records."""
+"""Pipeline folders: finding them, their index, their weights and whether those are intact, hashes, and records."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from dia_diffusion.reading import Unreadable, read_json_object, stored_shapes
 
 INDEX = "model_index.json"
 EVALUATIONS = "evaluations.jsonl"
-CONVERTED_FILE = "converted.json"  # what a converter leaves: the source's name and sha256
-TRAINING_FILE = "training.json"  # what a run leaves beside the weights: run, step, images, weights, recipe, data
+CONVERTED_FILE = "converted.json"  # written by a converter: the source's name and sha256
+TRAINING_FILE = "training.json"  # written by a run: run, step, images, weights, recipe, data
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 INCIDENTAL = ("_diffusers_version", "_name_or_path")
-"""What a model's config says of who wrote it, not of the model."""
+"""Keys of a model's config that describe who wrote it, not the model."""
 
-# What is read of training.json, by dotted names, with the types.
+# The keys of training.json that are read, as dotted names, with their types.
 NEEDED: dict[str, Any] = {
     "run": str,
     "step": int,
@@ -40,9 +40,9 @@ STARTED_FROM = {"init_from.path": str, "init_from.weights_sha256": str}
 
 
 def find_pipeline(path: str | Path, step: int | None = None) -> Path:
-    """The pipeline folder at `path`, or of a run folder the pipeline of that step, by default the newest.
+    """The pipeline folder at `path`, or, if `path` is a run folder, its pipeline at that step (None: the newest).
 
-    Raises InputError: nothing there, neither kind of folder, or no pipeline of that step.
+    Raises InputError: nothing is there, neither kind of folder, or no pipeline at that step.
     """
     path = Path(path)
     if not path.exists():
@@ -65,7 +65,7 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
 
 
 def find_guide(name: str) -> Path:
-    """The pipeline folder of a guide: that folder, a run, or RUN:STEP. Raises InputError for what is none of these."""
+    """The pipeline folder of a guide, given as a pipeline folder, a run, or RUN:STEP. Raises InputError otherwise."""
     run, _, step = name.rpartition(":")
     try:
         if not name:
@@ -78,7 +78,7 @@ def find_guide(name: str) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline folder. Raises InputError: a file that is none."""
+    """The model_index.json of a pipeline folder. Raises InputError for an invalid file."""
     file = folder / INDEX
     try:
         index = read_json_object(file)
@@ -90,13 +90,13 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def class_name(index: dict[str, Any]) -> str:
-    """The class that an index names, by its name or as [module, name]."""
+    """The class that an index names, as a name or as [module, name]."""
     entry = index.get("_class_name")
     return str(entry[-1] if isinstance(entry, list) and entry else entry)
 
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """name -> (library, class) of the parts that a pipeline's index names and its folder holds."""
+    """name -> (library, class) of the components that a pipeline's index names and its folder contains."""
     return {
         name: (value[0], value[1])
         for name, value in index.items()
@@ -108,36 +108,36 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def records_file(folder: str | Path) -> Path:
-    """Where a pipeline's evaluations lie: in its run, or in the folder itself where it is in none."""
+    """The file with a pipeline's evaluations: in its run, or in the pipeline folder itself if it is in no run."""
     place = Path(folder).resolve()
     run = place.parent.parent
-    inside = place.parent == run / "pipelines" and (run / "config.yaml").is_file()  # as `RunFolder` names them
+    inside = place.parent == run / "pipelines" and (run / "config.yaml").is_file()  # the names in `RunFolder`
     return run / EVALUATIONS if inside else Path(folder) / EVALUATIONS
 
 
 def part_folder(folder: Path, name: str) -> Path:
-    """Where a part of a pipeline lies; the first pipelines that diffusers had are without subfolders."""
+    """The folder of a pipeline's component; diffusers' earliest pipelines have no subfolders."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 def is_scheduler(class_name: str) -> bool:
-    """Whether a part is a scheduler, by the name of its class; all other parts of image pipelines have weights."""
+    """Whether a component is a scheduler, by its class name; all other components of image pipelines have weights."""
     return class_name.endswith("Scheduler")
 
 
 def weights_files(folder: Path) -> list[Path]:
     """The weights files of a pipeline folder's models, or their shards.
 
-    Raises InputError: a model whose weights are missing or not safetensors.
+    Raises InputError: a model's weights are missing or not safetensors.
     """
     models = [name for name, (_, kind) in components(read_index(folder)).items() if not is_scheduler(kind)]
     return [file for name in sorted(models) for file in model_files(part_folder(folder, name))]
 
 
 def weights_hash(folder: str | Path) -> str:
-    """One value for the weights of a pipeline folder: the sha256 of the file, or over those of several files.
+    """A hash of a pipeline folder's weights: the sha256 of the file, or of the hashes of several files.
 
-    Raises InputError: as `weights_files`.
+    Raises InputError: see `weights_files`.
     """
     folder = Path(folder)
     files = weights_files(folder)
@@ -148,9 +148,9 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def model_hash(folder: str | Path) -> str:
-    """One value for what a pipeline does with its weights: sha256 over its class and the configs of its parts.
+    """A hash of what a pipeline does with its weights: sha256 over its class and the configs of its components.
 
-    Its scheduler's is among them: it defines the noise process, also for samplers that take its place. So does the
+    The scheduler's config is included, since it defines the noise process, also for samplers that replace it. So is the
     prediction type of a flow.
 
     Raises:
@@ -170,13 +170,13 @@ def model_hash(folder: str | Path) -> str:
 
 
 def check_weights(folder: Path) -> None:
-    """Raises InputError unless all of a pipeline folder's weights are there, whole, and safetensors."""
+    """Raises InputError unless all of a pipeline folder's weights are present, intact, and safetensors."""
     for file in weights_files(folder):
         stored_shapes(file)
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A part's config, without what it says of who wrote it. Raises InputError where it can't be read."""
+    """A component's config without the INCIDENTAL keys. Raises InputError if it can't be read."""
     try:
         return {name: value for name, value in read_json_object(file).items() if name not in INCIDENTAL}
     except (OSError, Unreadable) as error:
@@ -184,8 +184,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def model_files(model: Path) -> list[Path]:
-    """The weights files of a model's folder, or their shards. Raises InputError as `weights_files`."""
-    if (model / SHARDS).is_file():  # which diffusers too prefers to a single file beside it
+    """The weights files of a model's folder, or their shards. Raises InputError, see `weights_files`."""
+    if (model / SHARDS).is_file():  # like diffusers, prefer it to a single file
         try:
             shards = set(read_json_object(model / SHARDS)["weight_map"].values())
             if any(Path(name).name != name or not name.endswith(".safetensors") for name in shards):
@@ -204,9 +204,9 @@ def model_files(model: Path) -> list[Path]:
 
 
 def read_training(folder: str | Path) -> dict[str, Any] | None:
-    """The training.json of a pipeline folder; None where there is none, as of converted weights.
+    """The training.json of a pipeline folder; None if there is none, as for converted weights.
 
-    Raises InputError: the file is truncated or not a run's.
+    Raises InputError: the file is truncated or was not written by a run.
     """
     path = Path(folder) / TRAINING_FILE
     if not path.is_file():
@@ -226,13 +226,13 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
 
 
 def average_of(training: dict[str, Any]) -> str | None:
-    """Which average a training.json says the weights are, as "width 0.05"; None for the run's own."""
+    """The average that the weights are according to training.json, as "width 0.05"; None for the run's own."""
     average = training.get("average", {})
     return next((f"{key} {average[key]}" for key in ("width", "decay") if key in average), None)
 
 
 def read_record(path: Path, needed: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object with these keys (dotted) and types.
+    """Reads a JSON object and checks that it has these (dotted) keys and types.
 
     Raises InputError: the file is truncated, or a key is missing or of another type.
     """

@@ -1,4 +1,4 @@
-"""UViTPipeline: images from noise with a UViT, loaded and saved like any diffusers pipeline."""
+"""UViTPipeline: generates images with a UViT; loads and saves like any diffusers pipeline."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,11 +30,11 @@ class UViTPipeline(DiffusionPipeline):
     """Pixel-space image generation, unconditional or by class.
 
     Args:
-        unet: the backbone, a UViT or one with its signature, in_channels, sample_size and num_classes;
-            diffusers' image pipelines call it so whatever its architecture.
+        unet: the backbone, a UViT or a model with its signature, in_channels, sample_size and num_classes. diffusers'
+            image pipelines use this name for any architecture.
         scheduler: any diffusers scheduler of the same noise process; swap it with `Scheduler.from_config`.
-        prediction_type: what the network predicts, if the scheduler doesn't say, as those of the flow, or takes another
-            type; None is what the scheduler takes.
+        prediction_type: what the network predicts, if the scheduler doesn't say (as on the flow) or expects another
+            type; None means what the scheduler expects.
     """
 
     model_cpu_offload_seq = "unet"
@@ -49,17 +49,17 @@ class UViTPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs; a callback changes it for the steps that follow by setting `_guidance_scale`."""
+        """The current call's scale; a callback changes it for the following steps by setting `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Network calls of the call that runs, one per timestep of the scheduler."""
+        """Network calls in the current call, one per timestep of the scheduler."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs stops before its next step; a callback sets `_interrupt`."""
+        """Whether the current call stops before its next step; a callback sets `_interrupt`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -82,9 +82,9 @@ class UViTPipeline(DiffusionPipeline):
 
         Args:
             batch_size: number of images; None is one per class label, generator or latent, or 1 if none is a list.
-            generator: one, or a list with one per image: then image k depends on generator k alone.
+            generator: one, or a list with one per image, so that image k depends on generator k alone.
             num_inference_steps: steps of the scheduler.
-            class_labels: one class for all images, or one per image; None draws from the model's null label.
+            class_labels: one class for all images, or one per image; None uses the model's null label.
             guidance_scale: classifier-free guidance, uncond + scale (cond - uncond), 1 or more; 1 is none. With a
                 `guide`, guide + scale (own - guide).
             output_type: "pil", "np" (float32 (B, H, W, C) in [0, 1]), "pt" (float32 (B, C, H, W) in [0, 1]) or
@@ -92,18 +92,18 @@ class UViTPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             callback_on_step_end: called after each step as callback(pipe, step, timestep, {"latents": x_t}); a
                 returned "latents" replaces it.
-            callback_on_step_end_tensor_inputs: the tensors it is given: "latents" or none.
-            latents: (B, C, H, W), the noise to start from, of unit variance; None draws it from `generator`.
+            callback_on_step_end_tensor_inputs: the tensors that the callback gets: "latents" or none.
+            latents: (B, C, H, W), the initial noise, of unit variance; None draws it from `generator`.
             guidance_interval: (low, high) guides only where low < sigma / alpha <= high (Kynkaanniemi et al. 2024,
-                arXiv 2404.07724); elsewhere a step costs what it does without guidance. None guides everywhere.
+                arXiv 2404.07724); other steps cost as much as without guidance. None guides everywhere.
             guide: a pipeline for autoguidance (Karras et al. 2024, arXiv 2406.02507), such as one of an earlier step or
-                of a smaller network. It gets the same labels, and takes the place of the null label. It has the same
-                noise process, shape and classes, and may predict something else.
+                of a smaller network. It gets the same labels and replaces the null label. It must have the same noise
+                process, shape and classes, but may have another prediction type.
 
         Raises:
             InputError: labels or guidance for an unconditional model, guidance for one without a null label, labels,
-                guidance or steps out of range, an unknown output type, latents of another shape, arguments for
-                different numbers of images, or a guide that doesn't fit.
+                guidance or steps out of range, an unknown output type, latents of the wrong shape, arguments for
+                different numbers of images, or a guide that doesn't match.
         """
         labels = _as_labels(class_labels, self.unet.num_classes)
         batch_size = _batch_size(batch_size, labels, generator, latents)
@@ -131,9 +131,9 @@ class UViTPipeline(DiffusionPipeline):
             raise InputError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
         set_timesteps(self.scheduler, num_inference_steps, device)
         if hasattr(self.scheduler, "set_begin_index"):
-            # Else schedulers look the first timestep up, and skip steps where rounding made it occur twice.
+            # Otherwise schedulers look up the first timestep, and skip steps if rounding made it occur twice.
             self.scheduler.set_begin_index(0)
-        # Schedulers of flow matching have no scale.
+        # Flow-matching schedulers have no scale.
         sample = latents.to(device, sample_dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         self._num_timesteps = len(self.scheduler.timesteps)
@@ -176,7 +176,7 @@ class UViTPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     def _to_images(self, sample: Tensor) -> Tensor:
-        """What the sampler ends with, as images in [0, 1]."""
+        """The sampler's final sample as images in [0, 1]."""
         return (sample / 2 + 0.5).clamp(0, 1)
 
     def _predict(self, sample: Tensor, timestep: Tensor, labels: Tensor | None, guidance_scale: float) -> Tensor:
@@ -188,7 +188,7 @@ class UViTPipeline(DiffusionPipeline):
             both = self.unet(torch.cat([sample, sample]), timestep, torch.cat([null, labels])).sample
             unconditional, conditional = both.chunk(2)
             prediction = _guide(conditional, unconditional, guidance_scale, channels)
-        # Of all schedulers, only DDPM's uses a predicted variance.
+        # Only the DDPM scheduler uses a predicted variance.
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
             "learned",
             "learned_range",
@@ -196,7 +196,7 @@ class UViTPipeline(DiffusionPipeline):
         return prediction if takes_variance else prediction[:, :channels]
 
     def _guided_timesteps(self, interval: Sequence[float] | None) -> list[bool]:
-        """Whether guidance applies at each of the scheduler's timesteps. Computed once, as it waits for the device."""
+        """Whether guidance applies at each of the scheduler's timesteps. Computed once, since it waits for the GPU."""
         if interval is None:
             return [True] * len(self.scheduler.timesteps)
         ratios = noise_ratio(self.scheduler)(self.scheduler.timesteps.cpu())
@@ -206,19 +206,19 @@ class UViTPipeline(DiffusionPipeline):
         check_guidance(self.guidance_scale)
         if guide is not None:
             return
-        # A class-conditional UViT has a null label; others say if they have none.
+        # A class-conditional UViT has a null label; other networks say if they have none.
         check_null_label(self.guidance_scale, self.unet.num_classes, getattr(self.unet, "has_null_label", True))
         if self.guidance_scale != 1 and labels is None:
             raise InputError(f"`class_labels` must be given for guidance_scale {self.guidance_scale}, got None")
 
 
 def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
-    """What a pipeline's network predicts, by its name in PREDICTION_TYPES; None where its parts don't say."""
+    """The prediction type of a pipeline's network, as a name in PREDICTION_TYPES; None if its components don't say."""
     return pipeline.config.get("prediction_type") or scheduler_prediction_type(pipeline.scheduler)
 
 
 def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
-    """Raises InputError for settings of guidance that are out of range or have no effect."""
+    """Raises InputError for guidance settings that are out of range or have no effect."""
     if not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
         raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
     if has_guide and scale == 1:
@@ -234,7 +234,7 @@ def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) ->
 
 
 def check_null_label(scale: float, num_classes: int | None, has_null_label: bool) -> None:
-    """Raises InputError for classifier-free guidance of a model that can't have it."""
+    """Raises InputError for classifier-free guidance of a model that doesn't support it."""
     if scale != 1 and (num_classes is None or not has_null_label):
         kind = "an unconditional model" if num_classes is None else "a model without a null label"
         raise InputError(f"`guidance_scale` must be 1 for {kind}, got {scale}")
@@ -251,37 +251,37 @@ def check_guide(pipeline: UViTPipeline, guide: Any) -> None:
     count = pipeline.scheduler.config.get("num_train_timesteps")
     if count is not None and count == guide.scheduler.config.get("num_train_timesteps"):
         own, theirs = (noise_ratio(each.scheduler)(torch.arange(1, count)) for each in (pipeline, guide))
-        # Closed forms and tables of betas in float32 agree to less than that; processes differ by more.
+        # Closed forms and float32 tables of betas agree within this tolerance; different processes differ by more.
         if torch.allclose(own, theirs, rtol=1e-2):
             return
     raise InputError("`guide` must have the noise process of the pipeline it guides, got another process")
 
 
 def _guide(prediction: Tensor, worse: Tensor, scale: float, channels: int) -> Tensor:
-    """A prediction pushed away from a worse one.
+    """Pushes a prediction away from a worse one.
 
-    What a network predicts beyond the image's channels, as a variance, is not guided.
+    Channels beyond those of the image, such as a predicted variance, are not guided.
     """
     ours, theirs = prediction[:, :channels], worse[:, :channels]
     return torch.cat([theirs + scale * (ours - theirs), prediction[:, channels:]], dim=1)
 
 
 def _sample_shape(network: Any) -> tuple[int, int, int]:
-    """(C, H, W) of what a network denoises."""
+    """(C, H, W) of a network's samples."""
     size = network.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return network.in_channels, height, width
 
 
 def _as_labels(class_labels: Any, num_classes: int | None) -> Tensor | None:
-    """Class labels as int64, () for all images or (B,). Raises InputError for what are no classes of the model."""
+    """Class labels as int64, () for all images or (B,). Raises InputError unless they are classes of the model."""
     if class_labels is None:
         return None
     if num_classes is None:
         raise InputError("`class_labels` must be None for an unconditional model, got labels")
     try:
         labels = torch.as_tensor(class_labels)
-    except (TypeError, ValueError, RuntimeError):  # no numbers, or a list of lists of several lengths
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or a ragged list of lists
         labels = torch.empty(1)
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if labels.numel() and not (whole and labels.min() >= 0 and labels.max() < num_classes):
@@ -290,7 +290,7 @@ def _as_labels(class_labels: Any, num_classes: int | None) -> Tensor | None:
 
 
 def _batch_size(batch_size: int | None, labels: Tensor | None, generator: Any, latents: Tensor | None) -> int:
-    """The number of images that the arguments of a call are for. Raises InputError for several numbers, or none."""
+    """The number of images that a call's arguments imply. Raises InputError if they disagree or it is zero."""
     counts = {
         "batch_size": batch_size,
         "class_labels": None if labels is None or labels.dim() == 0 else labels.numel(),

@@ -1,7 +1,7 @@
-"""Bounded reading of files from anywhere: text, JSON, YAML, zip archives, safetensors headers, pickled weights.
+"""Bounded reading of untrusted files: text, JSON, YAML, zip archives, safetensors headers, pickled weights.
 
-A named pipe would block, a device never ends, and a few kilobytes can ask for gigabytes or for more nested calls than
-Python allows. Every reader refuses that here, and nothing in a file is run.
+A named pipe would block, a device never ends, and a few kilobytes can expand to gigabytes or to deeper recursion than
+Python allows. Every reader here refuses that, and nothing in a file is executed.
 """
 
 import json
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TEXT_LIMIT = 1 << 24
-"""Bytes of a file that is read as one value; a recipe or a card holds a few thousand."""
+"""Most bytes of a file that is read as one value; a recipe or a card has a few thousand."""
 LINES_LIMIT = 1 << 28
-"""Bytes of a file of records: 100,000 evaluations."""
+"""Most bytes of a file of records: 100,000 evaluations."""
 LINE_LIMIT = 1 << 20
-"""Bytes of one line, where a file is read line by line."""
+"""Most bytes of a line in a file that is read line by line."""
 DEPTH_LIMIT = 64
-"""Nested lists and mappings, since what walks through them is recursive; a recipe has four levels."""
+"""Most levels of nested lists and mappings, since they are traversed recursively; a recipe has four."""
 YAML_LIMIT = 1 << 20
-"""Characters of a YAML file's values, with every alias expanded."""
+"""Most characters of a YAML file's values, with all aliases expanded."""
 DIGITS_LIMIT = 40
-"""Digits of a whole number in YAML; parsing and printing longer ones takes quadratic time."""
+"""Most digits of a whole number in YAML; parsing and printing take quadratic time."""
 RATIO_LIMIT = 200
-"""Compression ratio of a zip entry of more than a megabyte."""
+"""Highest compression ratio of a zip entry of more than a megabyte."""
 EXPANDED_LIMIT = 1 << 20
-"""Bytes that tensors may take beyond the size of their file: one number can expand to a tensor of any shape."""
+"""Most bytes by which tensors may exceed their file's size: one number can expand to a tensor of any shape."""
 PICKLE_START = b"\x80"
 """First byte of each pickle protocol that torch has written."""
 
@@ -57,10 +57,10 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
 
 
 def complete_lines(path: Path) -> Iterator[str]:
-    """A regular file's lines, one at a time, without a last line that lacks its newline, as a crash leaves it.
+    """A regular file's lines, one at a time; skips a last line without a newline, which a crash may leave.
 
     Raises:
-        Unreadable: a pipe, a device, a folder, or a line of more bytes than LINE_LIMIT.
+        Unreadable: a pipe, a device, a folder, or a line longer than LINE_LIMIT bytes.
         OSError: the file is missing or not readable.
     """
     _refuse_irregular(path)
@@ -86,7 +86,7 @@ def _decoded(data: bytes) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value. Raises Unreadable for other text, nesting beyond DEPTH_LIMIT and numbers beyond Python's limit."""
+    """A JSON value. Raises Unreadable for invalid JSON, nesting beyond DEPTH_LIMIT or numbers beyond Python's limit."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -97,12 +97,12 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """A file's JSON value. Raises Unreadable or OSError, as `read_text` and `parse_json`."""
+    """A file's JSON value. Raises Unreadable or OSError; see `read_text` and `parse_json`."""
     return parse_json(read_text(path))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file's JSON object. Raises as `read_json`, and Unreadable for another value."""
+    """A file's JSON object. Raises the errors of `read_json`, and Unreadable for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise Unreadable("not a JSON object")
@@ -110,12 +110,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """A file's lines. Raises Unreadable or OSError, as `read_text`."""
+    """A file's lines. Raises Unreadable or OSError; see `read_text`."""
     return read_text(path, LINES_LIMIT).splitlines()
 
 
 def read_yaml(path: Path, what: str, keys: str) -> dict[str, Any]:
-    """A YAML mapping, without tags, which could make objects.
+    """A YAML mapping without tags, since tags could create objects.
 
     Args:
         what: the kind of file, for error messages.
@@ -137,7 +137,7 @@ def parse_yaml(text: str) -> Any:
     """A YAML document as plain values.
 
     Raises:
-        Unreadable: other text, tags, aliases that expand without bound, or nesting beyond DEPTH_LIMIT.
+        Unreadable: invalid YAML, tags, aliases that expand too far, or nesting beyond DEPTH_LIMIT.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -145,13 +145,13 @@ def parse_yaml(text: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _refuse_growth(node)  # before values are constructed, which expands merged keys
+            _refuse_growth(node)  # before constructing values, which expands merged keys
             return loader.construct_document(node)
         finally:
             loader.dispose()
     except Unreadable:
         raise
-    # PyYAML raises the last few for one of its tags before text of another kind, as `!!bool maybe`.
+    # PyYAML raises the last few of these for a tag that doesn't fit its text, such as `!!bool maybe`.
     except (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
         raise Unreadable(str(error) or type(error).__name__) from None
 
@@ -166,7 +166,7 @@ def _refuse_growth(root: yaml.Node) -> None:
             raise Unreadable(f"it expands to more than {YAML_LIMIT:,} characters")
         if node.tag == "tag:yaml.org,2002:int" and len(node.value) > DIGITS_LIMIT:
             raise Unreadable(f"it has a number of {len(node.value):,} digits")
-        if depth > DEPTH_LIMIT:  # as a list that contains itself
+        if depth > DEPTH_LIMIT:  # for example a list that contains itself
             raise Unreadable(f"it is nested more than {DEPTH_LIMIT} deep")
         if isinstance(node, yaml.SequenceNode):
             waiting += [(part, depth + 1) for part in node.value]
@@ -185,7 +185,7 @@ def _refuse_depth(value: Any) -> None:
 
 
 def refuse_bomb(archive: ZipFile, path: Path, only: Callable[[ZipInfo], bool] = lambda entry: True) -> None:
-    """Raises ValueError for an archive that would unpack to far more than the file holds; nothing is unpacked.
+    """Raises ValueError for an archive that would unpack to far more than its own size; nothing is unpacked.
 
     Args:
         only: which entries will be read.
@@ -200,12 +200,12 @@ def refuse_bomb(archive: ZipFile, path: Path, only: Callable[[ZipInfo], bool] = 
 
 
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """tensor name -> shape. Raises InputError as `read_header`."""
+    """tensor name -> shape. Raises InputError; see `read_header`."""
     return {name: shape for name, (shape, _) in read_header(file).items()}
 
 
 def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """tensor name -> shape and safetensors' name of the dtype (F32, I64, C64), from the header alone.
+    """tensor name -> shape and safetensors' dtype name (F32, I64, C64), read from the header alone.
 
     Raises:
         InputError: the file is missing, truncated or not safetensors.
@@ -228,8 +228,8 @@ def load_pickled_tensors(path: Path) -> "dict[str, Tensor]":
     """The tensors of a state dict (.pth) that torch.save wrote, on the CPU.
 
     Raises:
-        NotTensors: anything but a mapping of names to tensors, or tensors of more bytes than the file.
-        Exception: of almost any type, where unpickling fails or the file names code.
+        NotTensors: anything but a mapping of names to tensors, or tensors that are larger than the file.
+        Exception: of almost any type, if unpickling fails or the file refers to code.
     """
     import torch  # slow to import, and needed only here
 

@@ -1,4 +1,4 @@
-"""Dataclasses from what a JSON file holds, which may be of any type whatever the dataclass says."""
+"""Type-checked dataclasses from JSON, whose values may be of any type."""
 
 import dataclasses
 import types
@@ -8,10 +8,10 @@ T = TypeVar("T")
 
 
 def from_json(kind: type[T], values: Any) -> T:
-    """A dataclass from the values of its fields.
+    """A dataclass from a JSON object with its fields.
 
     Raises:
-        ValueError: other values than an object's, a field that is missing or unknown, or one of another type.
+        ValueError: not an object, or a field is missing, unknown or of the wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{type(values).__name__} instead of an object")
@@ -29,7 +29,7 @@ def from_json(kind: type[T], values: Any) -> T:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; whole numbers are floats too, truth values no numbers, and numbers fit 64 bits."""
+    """Whether a value has a type. Whole numbers count as floats, booleans aren't numbers, numbers must fit 64 bits."""
     origin, parts = get_origin(hint) or hint, get_args(hint)
     if origin in (types.UnionType, Union):
         return any(fits(value, part) for part in parts)

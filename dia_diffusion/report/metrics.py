@@ -1,4 +1,4 @@
-"""The metrics that a run has logged, thinned and smoothed for plots."""
+"""A run's logged metrics, thinned and smoothed for plots."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -8,7 +8,7 @@ import numpy as np
 from dia_diffusion.sweeps.stats import comparable
 
 SMOOTHED_OVER = 20
-"""A running mean is over this part of a run."""
+"""A running mean covers 1 / SMOOTHED_OVER of a run."""
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Images seen and values of a metric."""
@@ -22,7 +22,7 @@ def metric(lines: Sequence[dict[str, Any]], key: str) -> Curve:
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
-    """At most `most` points: the lowest and the highest of each of `most` / 2 stretches."""
+    """At most `most` points: the lowest and the highest of each of `most` / 2 segments."""
     if len(x) <= most:
         return x, y
     stretches = np.array_split(np.arange(len(y)), most // 2)
@@ -31,7 +31,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
 
 
 def running_mean(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
-    """At most `most` means, evenly spaced, each of the values around a point."""
+    """At most `most` evenly spaced means, each over the values around a point."""
     if not len(y):
         return x, y
     window = max(1, len(y) // SMOOTHED_OVER)
@@ -41,12 +41,12 @@ def running_mean(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
 
 
 def mean_of_runs(runs: Sequence[Curve]) -> Curve:
-    """The mean over the runs that have come furthest, at the images that all of these have."""
+    """The mean over the runs that are furthest along, at the image counts that all of these have."""
     curves = comparable({run: dict(zip(x.tolist(), y.tolist(), strict=True)) for run, (x, y) in enumerate(runs)})
     shared = next(iter(curves.values()), {})
     return np.array([*shared], dtype=int), np.array([np.mean([curve[x] for curve in curves.values()]) for x in shared])
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` of the items, evenly spaced, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, including the first and the last."""
     return [items[round(place)] for place in np.linspace(0, len(items) - 1, min(len(items), most))]

@@ -1,4 +1,4 @@
-"""A page: sections of blocks, rendered into one HTML file that loads nothing from elsewhere."""
+"""A page of sections and blocks, rendered into one self-contained HTML file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from dia_diffusion.environment import __version__
 from dia_diffusion.io import write_text
 
-# Everything is shown as text, never run: names and paths come from outside.
+# Everything is escaped, since names and paths are untrusted.
 _templates = Environment(
     loader=PackageLoader("dia_diffusion", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
@@ -22,14 +22,14 @@ blocks: Any = _templates.get_template("blocks.html").module
 
 @dataclass
 class Page:
-    """A whole page."""
+    """A page."""
 
     title: str
     subtitle: str
     facts: Mapping[str, str]
-    """What a reader wants first, as name -> value; those without a value are left out."""
+    """Key facts for the top of the page, as name -> value; those without a value are left out."""
     sections: Mapping[str, Sequence[Markup]]
-    """Heading -> what is below it."""
+    """Heading -> the blocks below it."""
 
 
 def render(page: Page) -> str:
@@ -38,5 +38,5 @@ def render(page: Page) -> str:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Renders into a file, which replaces an older one once it is whole."""
+    """Renders the page to a file, replacing an older one atomically."""
     write_text(path, render(page))

@@ -1,4 +1,4 @@
-"""Panels as the data and layout that plotly draws."""
+"""Converts panels to plotly's data and layout."""
 
 import html
 import math
@@ -20,16 +20,16 @@ class Plot:
 
     title: str
     description: str
-    """What it shows, for those who can't see it."""
+    """Text alternative for people who can't see it."""
     data: list[dict[str, Any]]
     layout: dict[str, Any]
 
 
 def to_plotly(panels: Sequence[Panel], title: str = "", height: int = 400) -> Plot:
-    """Panels below each other over one x axis: their series, levels and notes.
+    """Panels stacked above a shared x axis: their series, levels and notes.
 
     Args:
-        panels: from the top. All have the labels of the first, which are in the legend.
+        panels: from the top. All have the labels of the first, which the legend shows.
         title: above the plot.
         height: of all panels together, in pixels.
     """
@@ -70,7 +70,7 @@ def to_plotly(panels: Sequence[Panel], title: str = "", height: int = 400) -> Pl
             corner = {"x": 1, "xref": "x domain", "y": 1, "yref": f"{name} domain", "align": "right"}
             layout["annotations"].append({"text": _escape(panel.note), "showarrow": False, **corner})
     layout["showlegend"] = sum(entry["showlegend"] for entry in lines + layout["shapes"]) > 1
-    layout["hoversubplots"] = "overlaying" if layout["showlegend"] else "axis"  # values of all panels, if few
+    layout["hoversubplots"] = "overlaying" if layout["showlegend"] else "axis"  # hover shows all panels, if few
     layout["margin"] = {"l": 64, "r": 12, "t": 34 if layout["showlegend"] else 12, "b": 48}
     return Plot(title, f"Over {x.label}: {'; '.join(shown)}", bands + lines, layout)
 
@@ -120,12 +120,12 @@ def _line(series: Series, step_images: int | None) -> dict[str, Any]:
 
 
 def _band(series: Series) -> dict[str, Any]:
-    """The interval as an area behind the line: along its lower end, and back along its upper one."""
+    """The interval as an area behind the line: forward along the lower end, back along the upper one."""
     x, low, high = list(series.x), list(series.low or ()), list(series.high or ())
     area = {"fill": "toself", "fillcolor": series.look["color"], "opacity": 0.22, "mode": "none", "hoverinfo": "skip"}
     return {"x": x + x[::-1], "y": low + high[::-1], "legendgroup": _escape(series.label), "showlegend": False, **area}
 
 
 def _escape(text: str) -> str:
-    """plotly takes some tags for markup; it shows entities as the characters that they stand for."""
+    """Escapes text, since plotly interprets some tags as markup; it decodes entities."""
     return html.escape(text, quote=False).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""The page of a run, and that of a study."""
+"""The pages of runs and studies."""
 
 import base64
 import io
@@ -35,19 +35,19 @@ from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 MOST_GRIDS = 24
-"""Of a run."""
+"""Most grids of one run."""
 MOST_MOMENTS = 6
-"""Of the grids of several runs."""
+"""Most steps at which grids of several runs are shown."""
 MOST_POINTS = 10_000
-"""Of a metric as logged: 500,000 steps, logged every 50."""
+"""Most points of a metric as logged: 500,000 steps, logged every 50."""
 MOST_MEANS = 1_000
-"""Of a running mean."""
+"""Most points of a running mean."""
 QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm", "learning rate": "lr"}
 """Title -> metric."""
 
 
 class RecordedRun(Run):
-    """A run and what it has left so far."""
+    """A run and its output so far."""
 
     @cached_property
     def paths(self) -> RunFolder:
@@ -63,14 +63,14 @@ class RecordedRun(Run):
 
     @property
     def step(self) -> int:
-        """The last one of a trained run, else the last one that was logged; 0 before that."""
+        """The last step of a finished run, else the last logged step; 0 before that."""
         logged = self.metrics[-1]["step"] if self.metrics else 0
         return self.max_steps if self.metrics and logged >= last_logged_step(self.experiment) else logged
 
     @property
     def facts(self) -> dict[str, str]:
-        """Name -> value, empty where it isn't known."""
-        with torch.device("meta"):  # takes no memory or time for the weights
+        """Name -> value, empty if unknown."""
+        with torch.device("meta"):  # allocates no weights
             parameters = sum(p.numel() for p in build_model(self.experiment.model).parameters())
         (_, losses), (_, memory) = metric(self.metrics, "loss"), metric(self.metrics, "peak_memory_mib")
         seconds, evaluated = training_seconds(self.metrics), [one for one in self.records if one.step is not None]
@@ -91,12 +91,12 @@ class RecordedRun(Run):
 
     @cached_property
     def grids(self) -> dict[int, Path]:
-        """Step -> PNG, in rising order."""
+        """Step -> PNG, in ascending order."""
         files = {path: STEP_FOLDER.fullmatch(path.stem) for path in self.paths.samples.glob("*.png")}
         return dict(sorted((int(match[1]), path) for path, match in files.items() if match))
 
     def grid(self, step: int) -> tuple[str, str] | None:
-        """What the grid of a step shows, and its `data:` URI; None if its file is no whole picture."""
+        """A description of a step's grid, and its `data:` URI; None if its file isn't a complete image."""
         try:
             content = read_file(self.grids[step])
             with PIL.Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
@@ -112,7 +112,7 @@ def page_of(subject: str) -> tuple[Page, Path]:
     """The page of a run (its folder) or of a study (its folder, file or name), and the folder.
 
     Raises:
-        InputError: it is neither, nothing is there of the study yet, or files can't be read.
+        InputError: it is neither, the study has no output yet, or files can't be read.
     """
     if RunFolder(subject).config.is_file():
         return run_page(Path(subject)), Path(subject)
@@ -144,7 +144,7 @@ def run_page(path: Path) -> Page:
 
 
 def study_page(study: Study) -> Page:
-    """The page of a study, of whatever there is of its runs.
+    """The page of a study, with the runs as far as they exist.
 
     Raises:
         InputError: evaluations can't be read.
@@ -180,7 +180,7 @@ def describe(experiment: Experiment) -> str:
 def _sections(
     runs: Sequence[RecordedRun], distance: list[Markup], recipe: list[Markup], command: str
 ) -> dict[str, list[Markup]]:
-    """The sections of a page; `command` makes what is missing."""
+    """The sections of a page; `command` is the command that creates missing data."""
     records = [record for run in runs for record in run.records]
     protocols = [blocks.table(protocols_table(records))] if records else []
     rows = [{"run": run.name, **run.facts} for run in runs]
@@ -196,7 +196,7 @@ def _sections(
 
 
 def _distance_of_run(run: RecordedRun) -> list[Markup]:
-    """A plot per protocol that has more than one point, since those of two can't share an axis; then the records."""
+    """A plot per protocol with more than one point, since protocols can't share an axis; then the records."""
     if not run.records:
         command = f"dia-diffusion fid {run.folder} --every-step --reference IMAGES"
         return [blocks.text(f"No evaluations yet; `{command}` makes them.")]
@@ -232,7 +232,7 @@ def _distance_of_study(study: Study, command: str) -> list[Markup]:
 
 
 def _samples(runs: Sequence[RecordedRun]) -> list[Markup]:
-    """A slider per batch size: the grids that all units have, from the same seeds, side by side."""
+    """A slider per batch size over the grids that all units have, side by side, from the same seeds."""
     sliders = []
     for size in sorted({run.batch_size for run in runs}):
         shown = twins(runs, size, lambda run: bool(run.grids))
@@ -256,7 +256,7 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Markup]:
 
 
 def _training(runs: Sequence[RecordedRun]) -> list[Markup]:
-    """A plot per batch size, a panel per quantity, a line per unit; of one run also the values as logged."""
+    """A plot per batch size, a panel per quantity, a line per unit; for a single run, the logged values too."""
     single, units = len(runs) == 1, list(dict.fromkeys(run.unit for run in runs))
     panels: dict[int, list[Panel]] = {size: [] for size in sorted({run.batch_size for run in runs})}
     for title, key in QUANTITIES.items():
@@ -287,5 +287,5 @@ def _series(label: str, curve: Curve, style: int = 0, pale: bool = False) -> Ser
 
 
 def _of(done: int, planned: int) -> str:
-    """As "300", or "200 of 300" while some are missing."""
+    """Text such as "300", or "200 of 300" while some are missing."""
     return f"{done:,}" + ("" if done >= planned else f" of {planned:,}")

@@ -1,4 +1,4 @@
-"""Tables of what was measured, how, and where, and what recipes have in common."""
+"""Tables of results, protocols, environments and recipes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,12 +15,12 @@ from dia_diffusion.training.run_folder import RunFolder
 
 
 def protocol_label(record: EvaluationRecord) -> str:
-    """The start of its hash, and its name if it has one."""
+    """The start of the protocol's hash, and its name if it has one."""
     return " ".join(filter(None, (record.protocol_hash()[:8], record.protocol_name)))
 
 
 def results_table(records: Sequence[EvaluationRecord]) -> Table:
-    """One row per record, in order of step; further metrics have columns of their own."""
+    """One row per record, in order of step; further metrics have their own columns."""
     rows = [
         {
             "step": _count(record.step),
@@ -45,7 +45,7 @@ def protocols_table(records: Iterable[EvaluationRecord]) -> Table:
 
 
 def environment_table(folders: Iterable[RunFolder], records: Iterable[EvaluationRecord]) -> Table:
-    """What runs were last trained with, what distances were measured with, and what made this page."""
+    """The environments in which runs were last trained, distances were measured, and this page was created."""
     used = {
         "training": [_environment_of(folder) for folder in folders if folder.path.is_dir()],
         "evaluations": [record.versions for record in records],
@@ -59,7 +59,7 @@ def environment_table(folders: Iterable[RunFolder], records: Iterable[Evaluation
 
 
 def recipe_tables(experiments: Mapping[str, Experiment]) -> tuple[str, Table]:
-    """What the runs' recipes have in common, as YAML, and a row per run of where they differ, without `output`."""
+    """The keys that all runs' recipes share, as YAML, and a row per run with those that differ, except `output`."""
     recipes = {name: flatten(experiment.to_dict()) for name, experiment in experiments.items()}
     first, *others = recipes.values()
     keys = dict.fromkeys(key for recipe in recipes.values() for key in recipe)
@@ -73,7 +73,7 @@ def recipe_tables(experiments: Mapping[str, Experiment]) -> tuple[str, Table]:
 
 
 def _side_by_side(title: str, keys: Sequence[str], columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row per key that has a value, a column per mapping; of a hash, the start."""
+    """A row per key that has a value, a column per mapping; hashes are shortened."""
     rows = []
     for key in keys:
         values = {name: column.get(key) for name, column in columns.items()}

@@ -1,1 +1,1 @@
-"""Images from pipelines: one noise stream an image seed, named samplers over diffusers' schedulers."""
+"""Sampling images from pipelines: one noise stream per image seed, named samplers over diffusers' schedulers."""

@@ -1,4 +1,4 @@
-"""The Euler-Maruyama solver of the reverse VP-SDE, as U-ViT evaluates with it, in the form of a diffusers scheduler.
+"""The Euler-Maruyama solver of the reverse VP-SDE that U-ViT is evaluated with, as a diffusers scheduler.
 
     dx = -beta(t) (x / 2 + score(x, t)) dt + sqrt(beta(t)) dw,   score = -epsilon / sigma,   t from 1 to 0
 
@@ -34,21 +34,21 @@ class EulerMaruyamaSchedulerOutput(BaseOutput):
 
 
 class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
-    """Euler-Maruyama over {0} and `num_inference_steps` equally spaced times of [1e-3, 1]; the last step adds no noise.
+    """Euler-Maruyama over 0 and `num_inference_steps` equally spaced times in [1e-3, 1]; the last step adds no noise.
 
-    The network sees 999 t, which is fractional. alpha, sigma and beta come from the process in closed form; the
-    betas are there to see that the model was trained with that process.
+    The network gets 999 t, which is fractional. alpha, sigma and beta come from the process in closed form; the betas
+    only serve to check that the model was trained with that process.
 
     Args:
         num_train_timesteps: 1000.
-        trained_betas: those of the process "vp-continuous".
+        trained_betas: the betas of the process "vp-continuous".
         prediction_type: "epsilon", "sample" or "v_prediction".
 
     Raises:
         InputError: betas of another process, or an unknown prediction type.
     """
 
-    # So that from_config takes the config of any of these.
+    # So that from_config accepts the config of any of these.
     _compatibles = [kind.name for kind in KarrasDiffusionSchedulers]  # noqa: RUF012
     order = 1
     init_noise_sigma = 1.0
@@ -64,7 +64,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             accepted = ", ".join(VP.prediction_types)
             raise InputError(f"`prediction_type` must be one of {accepted}, got {prediction_type!r}")
         betas = torch.as_tensor(trained_betas if trained_betas is not None else [], dtype=torch.float64)
-        # The tolerance is that of betas that went through float32.
+        # The tolerance allows for betas that were rounded to float32.
         if betas.shape != VP.betas.shape or not torch.allclose(betas, VP.betas, rtol=1e-5, atol=0):
             raise InputError(
                 "`trained_betas` must be those of the process vp-continuous, which euler-maruyama solves, got others"
@@ -72,22 +72,22 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps(NUM_TIMESTEPS)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Times of the network's calls, descending: `timesteps` (num_inference_steps,), float32, 999 t."""
+        """Sets the times of the network calls, descending: `timesteps` (num_inference_steps,), float32, 999 t."""
         self.num_inference_steps = num_inference_steps
         self.times = [*torch.linspace(1, SMALLEST_TIME, num_inference_steps, dtype=torch.float64).tolist(), 0.0]
         self.timesteps = (NUM_TIMESTEPS - 1) * torch.tensor(self.times[:-1], dtype=torch.float32, device=device)
         self.step_index: int | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Counts steps from here on, instead of looking each one's timestep up, which waits for a GPU."""
+        """Counts steps from now on instead of looking up each timestep, which waits for the GPU."""
         self.step_index = begin_index
 
     def noise_ratio(self, timestep: Tensor) -> Tensor:
-        """sigma / alpha at timesteps, for `dia_diffusion.noise.noise_ratio`."""
+        """sigma / alpha at timesteps, for `dia_diffusion.schedulers.noise_ratio`."""
         return torch.expm1(-vp_log_alpha_bar(timestep / (NUM_TIMESTEPS - 1))).sqrt()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is: the network's input is x_t."""
+        """The unchanged sample: the network's input is x_t."""
         return sample
 
     def step(
@@ -105,7 +105,7 @@ class EulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             model_output: (B, C, H, W), what the network predicts at `timestep`.
             timestep: one of `timesteps`.
             sample: (B, C, H, W), x at `timestep`.
-            generator: of the step's noise; a list has one per image.
+            generator: draws the step's noise; a list has one per image.
             return_dict: False returns a tuple.
             variance_noise: (B, C, H, W), the step's noise, of unit variance; None draws it from `generator`.
         """

@@ -1,7 +1,7 @@
 """Images by seed: image k depends on seed k alone, whatever the batch, the order and the number of processes.
 
-A pipeline of this project or of diffusers is adapted once, together with the sampling settings, which are checked
-against it there. Most are drawn from by UViTPipeline's loop around their network; others by their own loop.
+A pipeline of this project or of diffusers is adapted once, with the sampling settings, which are then checked against
+it. Most pipelines are sampled by UViTPipeline's loop around their network, others by their own loop.
 """
 
 import inspect
@@ -38,7 +38,7 @@ from dia_diffusion.sampling.samplers import (
     scheduler_settings,
 )
 
-# Pipelines whose own loop is UViTPipeline's: the names of their network, and of the decoder of its latents.
+# Pipelines with the same loop as UViTPipeline -> the component names of the network and of its latent decoder.
 SHARED_LOOPS: dict[str, tuple[str, str | None]] = {
     "UViTPipeline": ("unet", None),
     "DDPMPipeline": ("unet", None),
@@ -51,7 +51,7 @@ SHARED_LOOPS: dict[str, tuple[str, str | None]] = {
 DECODERS = (AutoencoderKL, VQModel, AutoencoderTiny)
 
 Progress = Callable[[float], None]
-"""Called with the number of images, in fractions, that have been drawn since the last call."""
+"""Called with the (fractional) number of images that have been sampled since the last call."""
 
 
 def generate(
@@ -59,21 +59,21 @@ def generate(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generates the images of seeds, batch by batch.
 
-    An image's first noise and its noise in every step come from a generator of its own, on the CPU on any device. In
-    float32 it is the same to one grey level however it is batched.
+    An image's initial noise and its noise in every step come from its own generator, which is on the CPU whatever the
+    device. In float32 its values differ by at most one gray level between batch sizes.
 
     Args:
-        pipeline: of `adapt_pipeline`, with the settings to sample by.
+        pipeline: from `adapt_pipeline`, with its sampling settings.
         seeds: one per image, each 0 to 2**32 - 1.
         batch_size: images per batch.
         progress: called after each network call.
 
     Yields:
-        Seeds of the batch in the order of `seeds`, and uint8 images (B, C, H, W) on the CPU.
+        The seeds of the batch in the order of `seeds`, and uint8 images (B, C, H, W) on the CPU.
 
     Raises:
-        InputError: a seed or a batch size out of range.
-        RunError: a sample that is not finite.
+        InputError: a seed or a batch size is out of range.
+        RunError: a sample is not finite.
     """
     if batch_size < 1:
         raise InputError(f"`batch_size` must be 1 or more, got {batch_size}")
@@ -92,7 +92,7 @@ def _to_uint8(images: Tensor, seeds: list[int]) -> Tensor:
 def adapt_pipeline(
     pipeline: DiffusionPipeline, settings: SamplingSettings, guide: Guide | None = None
 ) -> "ImagePipeline":
-    """Makes a pipeline ready to draw by the settings. The pipeline keeps its own scheduler.
+    """Prepares a pipeline for sampling with the settings. The pipeline keeps its own scheduler.
 
     Args:
         pipeline: this project's, or an unconditional or class-conditional one of diffusers.
@@ -100,8 +100,8 @@ def adapt_pipeline(
         guide: for autoguidance, with the settings' scale and interval.
 
     Raises:
-        InputError: a pipeline that can't be sampled, or a sampler, a number of steps, classes, guidance or a guide that
-            don't fit it.
+        InputError: the pipeline can't be sampled, or doesn't support the sampler, number of steps, classes, guidance
+            or guide.
     """
     name = type(pipeline).__name__
     if getattr(pipeline, "scheduler", None) is None:
@@ -120,16 +120,16 @@ def adapt_pipeline(
 
 
 class ImagePipeline(ABC):
-    """A pipeline that draws images by seed with settings that were checked against it.
+    """A pipeline that samples images by seed, with settings that were checked against it.
 
     name: the pipeline's class.
     settings: the sampling settings, with a conditional model's classes filled in.
     scheduler_settings: the settings of the scheduler in use, as plain values for records.
     image_shape: (C, H, W) of the images.
-    num_classes: the classes it takes, 0..num_classes - 1; None is unconditional.
-    has_null_label: whether it can draw without a class too, which guidance needs.
+    num_classes: accepts classes 0..num_classes - 1; None is unconditional.
+    has_null_label: whether it can also sample without a class, which guidance needs.
     dtype: of the network.
-    guide: of autoguidance, which then takes the place of the null label.
+    guide: for autoguidance; it then replaces the null label.
     """
 
     def __init__(
@@ -159,10 +159,10 @@ class ImagePipeline(ABC):
 
     @abstractmethod
     def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
-        """Float images (B, C, H, W) in [0, 1], one per seed, each the same whatever the other seeds."""
+        """Float images (B, C, H, W) in [0, 1], one per seed; none depends on the other seeds."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values for JSON, those of the scheduler included."""
+        """The settings, including the scheduler's, as plain values for JSON."""
         values = self.settings.to_dict(self.scheduler_settings)
         return values if self.guide is None else {**values, "guide": self.guide.hashes}
 
@@ -179,7 +179,7 @@ class ImagePipeline(ABC):
 
 
 class SharedLoop(ImagePipeline):
-    """One that UViTPipeline's loop samples, with a generator per image and every sampler of its noise process."""
+    """A pipeline sampled by UViTPipeline's loop, with a generator per image and any sampler for its noise process."""
 
     def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings, guide: Guide | None = None):
         name = type(pipeline).__name__
@@ -237,14 +237,14 @@ class SharedLoop(ImagePipeline):
 
 
 def _network_and_decoder(pipeline: DiffusionPipeline) -> tuple[Any, Any]:
-    """The network of a pipeline of SHARED_LOOPS, called as a UViT is, and the decoder of its latents, if it has one."""
+    """The network of a pipeline in SHARED_LOOPS, with UViT's call signature, and the decoder of its latents, if any."""
     name = type(pipeline).__name__
     network_name, decoder_name = SHARED_LOOPS[name]
     network = getattr(pipeline, network_name)
     wrapped = tuple(row.network for row in wrapped_networks().values())
     if isinstance(network, wrapped):
         network = AttachedModel.from_backbone(network, "none")
-    elif not hasattr(network, "num_classes"):  # neither a UViT nor called like one
+    elif not hasattr(network, "num_classes"):  # doesn't have UViT's signature
         accepted = f"a UViT or {' or '.join(kind.__name__ for kind in wrapped)}"
         raise InputError(f"the {network_name} of a {name} must be {accepted}, got a {type(network).__name__}")
     decoder = None if decoder_name is None else getattr(pipeline, decoder_name)
@@ -255,7 +255,7 @@ def _network_and_decoder(pipeline: DiffusionPipeline) -> tuple[Any, Any]:
 
 
 class LatentPipeline(UViTPipeline):
-    """UViTPipeline's loop around a network of latents, with their decoder."""
+    """UViTPipeline's loop around a latent network, with the decoder."""
 
     def __init__(self, unet: Any, scheduler: SchedulerMixin, vae: Any, prediction_type: str | None = None):
         super().__init__(unet, scheduler, prediction_type)
@@ -267,9 +267,9 @@ class LatentPipeline(UViTPipeline):
 
 
 class OwnLoop(ImagePipeline):
-    """One that is called image by image, with a loop and a scheduler of its own.
+    """A pipeline that is called image by image, with its own loop and scheduler.
 
-    Such loops may take averages over a batch or draw from torch's global generator, which is seeded for each image.
+    Such loops may average over a batch or draw from torch's global generator, which is therefore seeded for each image.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
@@ -318,9 +318,9 @@ class OwnLoop(ImagePipeline):
 
 
 def image_shape(name: str, channels: Any, sample_size: Any, decoder: Any = None) -> tuple[int, int, int]:
-    """(C, H, W) of a pipeline's images: those of its network's samples, or what its decoder makes of them.
+    """(C, H, W) of a pipeline's images: the shape of its network's samples, or of their decoded images.
 
-    Raises InputError: a network that doesn't say its size.
+    Raises InputError: the network doesn't declare its size.
     """
     pair = [sample_size, sample_size] if isinstance(sample_size, int) else sample_size
     if not isinstance(channels, int) or not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -337,7 +337,7 @@ def image_shape(name: str, channels: Any, sample_size: Any, decoder: Any = None)
 
 @contextmanager
 def _one_line(name: str) -> Iterator[None]:
-    """Makes what others' code raises a RunError of one line, with the whole as its cause."""
+    """Converts exceptions of third-party code to a one-line RunError that has them as its cause."""
     try:
         yield
     except (InputError, RunError, Stopped):

@@ -1,4 +1,4 @@
-"""Pipelines from folders, this project's and diffusers' alike: from safetensors only, by installed classes only."""
+"""Loads pipelines of this project and of diffusers from folders, with safetensors and installed classes only."""
 
 import inspect
 from collections.abc import Iterator
@@ -35,12 +35,12 @@ from dia_diffusion.reading import read_header
 from dia_diffusion.sampling.euler_maruyama import EulerMaruyamaScheduler
 from dia_diffusion.sampling.samplers import SAMPLERS
 
-# Parts, by how their names begin, that tell what a pipeline needs even where diffusers can't import its class.
+# Prefixes of component names that show what a pipeline needs even if diffusers can't import its class.
 NEEDS_BY_PART = {"text_encoder": "a prompt", "tokenizer": "a prompt", "image_encoder": "an input image"}
-GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling has
+GIVEN = ("self", "batch_size", "class_labels", "generator", "num_inference_steps")  # arguments that sampling passes
 BY_NAME = ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
 NETWORKS = ("unet", "transformer")
-FLOATS = ("F", "BF")  # how the names of types begin in safetensors; others would be converted without a word
+FLOATS = ("F", "BF")  # prefixes of dtype names in safetensors; others would be converted silently
 
 
 def load_pipeline(
@@ -49,19 +49,19 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     step: int | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline from its folder or, by `find_pipeline`, from a run's.
+    """Loads a pipeline from its folder or from a run folder (see `find_pipeline`).
 
-    Runs nothing that lies in the folder: where it carries this project's code, the installed classes take its place.
+    Executes no code from the folder: if it contains this project's code, the installed classes are used instead.
 
     Args:
         path: the folder.
         device: where the models go.
-        dtype: of the network; None is float32, as a decoder of latents always is.
-        step: of a run's pipelines; None is the newest.
+        dtype: of the network; None is float32. A latent decoder is always float32.
+        step: of a run's pipeline; None is the newest.
 
     Raises:
-        InputError: no pipeline there, one that needs more than noise and classes, or weights that are missing,
-            truncated, of another model or not safetensors.
+        InputError: there is no pipeline, it needs more than noise and classes, or weights are missing, truncated, from
+            another model or not safetensors.
     """
     folder = find_pipeline(path, step)
     index = read_index(folder)
@@ -74,7 +74,7 @@ def load_pipeline(
         given |= {name: _load_part(part_folder(folder, name), part) for name, part in classes.items()}
         try:
             pipeline = kind(**given).to(device)
-        except Exception as error:  # a part is missing, or not the kind that the pipeline is made for
+        except Exception as error:  # a component is missing or of a kind that the pipeline doesn't accept
             raise InputError(f"{folder} can't be loaded: {first_line(error)}") from None
         for name in NETWORKS:
             if dtype is not None and getattr(pipeline, name, None) is not None:
@@ -84,15 +84,15 @@ def load_pipeline(
 
 @dataclass(frozen=True)
 class Guide:
-    """The pipeline of autoguidance."""
+    """The pipeline for autoguidance."""
 
     pipeline: DiffusionPipeline
     hashes: dict[str, str]
-    """weights_hash and model_hash of its folder, for records."""
+    """weights_hash and model_hash of the folder, for records."""
 
 
 def load_guide(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Guide:
-    """The guide of a name such as RUN, RUN:STEP or a pipeline folder; arguments and errors as `load_pipeline`."""
+    """The guide named by RUN, RUN:STEP or a pipeline folder. For arguments and errors see `load_pipeline`."""
     folder = find_guide(name)
     hashes = {"weights_hash": weights_hash(folder), "model_hash": model_hash(folder)}
     return Guide(load_pipeline(folder, device, dtype), hashes)
@@ -135,17 +135,17 @@ def _known_parts() -> dict[str, type]:
 def _of_diffusers(name: Any) -> type | None:
     try:
         kind = getattr(diffusers, name)
-    except Exception:  # it imports lazily, so that this can be anything
+    except Exception:  # it imports lazily, which can raise anything
         return None
     return kind if isinstance(kind, type) else None
 
 
 def _needs(kind: type, index: dict[str, Any]) -> str | None:
-    """What a pipeline class needs besides noise and classes, in words; None if nothing."""
+    """What a pipeline class needs in addition to noise and classes, in words; None if nothing."""
     for part, needed in NEEDS_BY_PART.items():
         if any(name.startswith(part) for name in components(index)):
             return needed
-    if backends := getattr(kind, "_backends", None):  # diffusers' stand-in for a class whose imports are missing
+    if backends := getattr(kind, "_backends", None):  # diffusers' placeholder for a class with missing dependencies
         return f"the package {' and '.join(name for name in backends if find_spec(name) is None)}"
     arguments = inspect.signature(kind.__call__).parameters
     required = [
@@ -169,11 +169,11 @@ def _load_part(folder: Path, kind: Any) -> Any:
         )
     except InputError:
         raise
-    except Exception as error:  # diffusers has no type of its own for a folder that it can't read
-        if "ignore_mismatched_sizes" in str(error):  # diffusers' advice on tensors of other shapes
+    except Exception as error:  # diffusers has no specific exception for a folder that it can't read
+        if "ignore_mismatched_sizes" in str(error):  # diffusers' advice if shapes differ
             raise InputError(f"{folder} holds weights of another model: its tensors have other shapes") from None
         raise InputError(f"{folder} can't be loaded: {first_line(error)}") from None
-    # diffusers loads what fits and leaves other tensors at random values.
+    # diffusers loads matching tensors and leaves the others at random values.
     if different := [*info["missing_keys"], *info["unexpected_keys"]]:
         raise InputError(f"{folder} holds weights of another model: they differ in tensor {min(different)}")
     if problem := unusable(model.state_dict(), model):
@@ -182,12 +182,12 @@ def _load_part(folder: Path, kind: Any) -> Any:
 
 
 def _check_before_loading(folder: Path, kind: Any) -> None:
-    """Raises InputError for a config that the weights beside it can't be of: diffusers builds a network at once."""
+    """Raises InputError if the config can't match the stored weights, since diffusers would build the network first."""
     config = read_config(folder / "config.json")
     header = {name: about for file in model_files(folder) for name, about in read_header(file).items()}
     stored = {name: shape for name, (shape, _) in header.items()}
     try:
-        check_layers(config, len(stored))  # of which each has one at least
+        check_layers(config, len(stored))  # each layer has at least one tensor
         own = check_size(lambda: kind.from_config(config), stored).state_dict()
     except InputError as error:
         raise InputError(f"{folder / 'config.json'} is of another model than the weights beside it: {error}") from None
@@ -200,7 +200,7 @@ def _check_before_loading(folder: Path, kind: Any) -> None:
 
 @contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """No progress bar and no warnings from diffusers: what they tell is raised here, in one line."""
+    """Turns off diffusers' progress bar and warnings: what they report is raised here in one line."""
     verbosity, progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,12 +1,11 @@
-"""Samplers by name, and what a sampling asks for: sampler, steps, classes, seeds.
+"""Samplers by name, and sampling settings: sampler, steps, classes, seeds.
 
-Samplers are rows of a table over schedulers, each with the settings that suit the VP process. Near t = 0 the process's
-log signal-to-noise ratio changes by more in one timestep than elsewhere in a hundred. Solvers of higher order
-extrapolate over a step, so they step evenly in that ratio. Solvers of first order and ancestral ones step evenly in
-time ("trailing": the first step from timestep 999, the last one to sigma 0). tests/sampling checks each against the
-closed form of a Gaussian.
+Samplers are rows of a table over schedulers, each with settings that suit the VP process. Near t = 0 the process's log
+signal-to-noise ratio changes more in one timestep than in a hundred elsewhere. Higher-order solvers extrapolate over a
+step, so they step evenly in that ratio. First-order and ancestral samplers step evenly in time ("trailing": the first
+step from timestep 999, the last one to sigma 0). tests/sampling checks each against the closed form for a Gaussian.
 
-Nothing here imports torch or diffusers until a scheduler is built: commands read names and seeds before that.
+Nothing here imports torch or diffusers until a scheduler is built, since commands read names and seeds before that.
 """
 
 import copy
@@ -25,7 +24,7 @@ from dia_diffusion.registry import Registry
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-# The settings of a scheduler that define a process given by betas; all others belong to the sampler.
+# The scheduler settings that define a process given by betas; all others belong to the sampler.
 BETA_SETTINGS = (
     "num_train_timesteps",
     "beta_start",
@@ -35,12 +34,12 @@ BETA_SETTINGS = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
-# Below this, Heun's corrector weights a network call at a far smaller sigma than its step starts from, and diverges.
+# With fewer steps, Heun's corrector weights a network call at a sigma far below the start of its step, and diverges.
 HEUN_MIN_STEPS = 7
 
 
 def has_betas(scheduler: "SchedulerMixin") -> bool:
-    """Whether a scheduler's config gives its process by betas, unchanged, and says what the network predicts."""
+    """Whether a scheduler's config defines its process by unmodified betas and gives the network's prediction type."""
     config = scheduler.config
     by_betas = "trained_betas" in config or "beta_start" in config
     known = by_betas and "prediction_type" in config and config.get("snr_shift_scale", 1) == 1
@@ -52,20 +51,20 @@ class Sampler:
     """A way to run a pipeline's noise process backwards."""
 
     scheduler: "str | type[SchedulerMixin]"
-    """A scheduler class, or the name of one of diffusers."""
+    """A scheduler class, or the name of one in diffusers."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The scheduler's settings, as plain values: records keep them."""
+    """The scheduler's settings, as plain values, since records keep them."""
     prediction_types: tuple[str, ...] = ("epsilon", "sample", "v_prediction")
-    """What its scheduler takes, by names in PREDICTION_TYPES; other predictions are converted to the first of these."""
+    """The prediction types that its scheduler accepts; others are converted to the first of these."""
     process_settings: tuple[str, ...] = BETA_SETTINGS
-    """The settings that it takes over from the pipeline's scheduler."""
+    """The settings that it copies from the pipeline's scheduler."""
     follows: "Callable[[SchedulerMixin], bool]" = has_betas
-    """Whether it can run the process of a pipeline's scheduler."""
+    """(a pipeline's scheduler) -> whether it can run that scheduler's process."""
     flow: "Sampler | None" = None
-    """Its scheduler and settings for the flow; None can't run it."""
+    """Its scheduler and settings for the flow; None if it can't run the flow."""
 
     def for_process(self, scheduler: "SchedulerMixin") -> "Sampler | None":
-        """What runs the process of a pipeline's scheduler: this, its `flow`, or None."""
+        """The sampler for the process of a pipeline's scheduler: this one, its `flow`, or None."""
         from dia_diffusion.schedulers import is_flow
 
         if self.flow is not None and is_flow(scheduler):
@@ -73,7 +72,7 @@ class Sampler:
         return self if self.follows(scheduler) else None
 
     def scheduler_class(self) -> "type[SchedulerMixin]":
-        """The class, of diffusers or another."""
+        """The scheduler's class, from diffusers or elsewhere."""
         if not isinstance(self.scheduler, str):
             return self.scheduler
         import diffusers
@@ -84,7 +83,7 @@ class Sampler:
         return EulerMaruyamaScheduler if ours else getattr(diffusers, self.scheduler)
 
     def settings_for(self, latent: bool) -> dict[str, Any]:
-        """The settings for images or for latents, which have no range to be clipped to."""
+        """The settings for images, or for latents, which have no range to clip to."""
         clips = latent and "clip_sample" in self.settings
         return {**self.settings, **({"clip_sample": False} if clips else {})}
 
@@ -97,10 +96,10 @@ DEFAULT_SAMPLER = "dpmsolver++"
 OWN_SAMPLER = "own"  # the scheduler that came with the pipeline, unchanged
 
 SAMPLERS: Registry[Sampler] = Registry("sampler")
-# Images lie in [-1, 1], so their expectation does too: clipping the predicted image can only correct it.
+# Images are in [-1, 1], and so is their expectation: clipping the predicted image can only improve it.
 SAMPLERS.register("ddpm", Sampler("DDPMScheduler", {**EVEN_TIME, "clip_sample": True}))
-# DPM-Solver++ of first order is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always
-# steps by 1000 // num_inference_steps, which is wrong for numbers of steps that don't divide 1000.
+# First-order DPM-Solver++ is DDIM (Lu et al. 2022, section 4), without clipping. diffusers' DDIMScheduler always steps
+# by 1000 // num_inference_steps, which is wrong if the number of steps doesn't divide 1000.
 SAMPLERS.register("ddim", Sampler("DPMSolverMultistepScheduler", {**EVEN_TIME, "solver_order": 1}))
 SAMPLERS.register(
     "dpmsolver++",
@@ -119,7 +118,7 @@ SAMPLERS.register(
         flow=Sampler("DPMSolverMultistepScheduler", {**FLOW, "solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
     ),
 )
-# Even steps in log sigma / alpha are even steps in log-SNR. diffusers cuts these timesteps down to whole ones.
+# Even steps in log sigma / alpha are even steps in log-SNR. diffusers truncates these timesteps to whole ones.
 SAMPLERS.register(
     "unipc",
     Sampler(
@@ -144,7 +143,7 @@ SAMPLERS.register("euler-maruyama", Sampler("EulerMaruyamaScheduler"))
 
 
 def check_sampler_name(name: str) -> None:
-    """Raises InputError unless there is such a sampler."""
+    """Raises InputError if there is no sampler of this name."""
     if name != OWN_SAMPLER and name not in SAMPLERS:
         raise InputError(f"`sampler` must be one of {', '.join([*SAMPLERS, OWN_SAMPLER])}, got {name!r}")
 
@@ -160,14 +159,14 @@ def build_scheduler(
     """A sampler by name for the noise process and prediction type of a pipeline's scheduler.
 
     Args:
-        name: of SAMPLERS, or `own` for a copy of the pipeline's scheduler.
+        name: in SAMPLERS, or `own` for a copy of the pipeline's scheduler.
         scheduler: the pipeline's.
-        latent: whether it samples latents, which have no range to be clipped to.
-        convert: whether the caller converts predictions that the sampler doesn't take, by `noise.prediction_converter`.
+        latent: whether it samples latents, which have no range to clip to.
+        convert: whether the caller converts unsupported prediction types, with `schedulers.prediction_converter`.
 
     Raises:
-        InputError: an unknown name, a scheduler whose process the sampler can't follow, or without `convert` a
-            prediction type that it doesn't take.
+        InputError: an unknown name, a process that the sampler can't run, or, without `convert`, an unsupported
+            prediction type.
     """
     check_sampler_name(name)
     if name == OWN_SAMPLER:
@@ -177,14 +176,14 @@ def build_scheduler(
         accepted = ", ".join(samplers_of(scheduler))
         raise InputError(f"`sampler` must be one of {accepted} for the process of a {theirs}, got {name!r}")
     kind = sampler.scheduler_class()
-    if sampler is SAMPLERS[name].flow:  # takes velocities, which UViTPipeline's loop converts others to
+    if sampler is SAMPLERS[name].flow:  # takes velocities; UViTPipeline's loop converts other predictions
         key = "flow_shift" if "flow_shift" in inspect.signature(kind.__init__).parameters else "shift"
         shift = {key: config.get("flow_shift", config.get("shift", 1.0))}
         return kind(num_train_timesteps=config.num_train_timesteps, **shift, **sampler.settings_for(latent))
     prediction_type = config.get("prediction_type")
     process = {key: config[key] for key in sampler.process_settings if key in config}
     if prediction_type is not None and prediction_type not in sampler.prediction_types:
-        if not convert:  # the scheduler would take the prediction for another
+        if not convert:  # the scheduler would misread the prediction
             accepted = ", ".join(sampler.prediction_types)
             raise InputError(f"`prediction_type` must be one of {accepted} for {name}, got {prediction_type!r}")
         process["prediction_type"] = sampler.prediction_types[0]
@@ -194,21 +193,21 @@ def build_scheduler(
         raise InputError(f"`sampler` must be one for zero SNR, such as {OWN_SAMPLER}, for this {theirs}, got {name!r}")
     try:
         return kind.from_config(process, **sampler.settings_for(latent))
-    except NotImplementedError:  # not every scheduler knows every beta_schedule
+    except NotImplementedError:  # not every scheduler supports every beta_schedule
         betas = f"beta_schedule {config.get('beta_schedule')!r}"
         raise InputError(f"`sampler` must be {OWN_SAMPLER} for the {betas} of this {theirs}, got {name!r}") from None
 
 
 def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = False) -> dict[str, Any]:
-    """The settings behind a sampler, as plain values: those of the table, or all of the pipeline's own scheduler.
+    """A sampler's settings as plain values: those in the table, or all of the pipeline's own scheduler.
 
-    Arguments are those of `build_scheduler`. A list of betas is given by its hash.
+    For the arguments see `build_scheduler`. A list of betas is replaced by its hash.
     """
     if name != OWN_SAMPLER and (sampler := SAMPLERS[name].for_process(scheduler)) is not None:
         process = {"process": "flow"} if sampler is SAMPLERS[name].flow else {}
         return {**sampler.settings_for(latent), **process}
     settings = {
-        key: str(value) if value in (math.inf, -math.inf) else value  # which JSON has no numbers for
+        key: str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinities
         for key, value in dict(scheduler.config).items()
         if not key.startswith("_")
     }
@@ -219,7 +218,7 @@ def scheduler_settings(name: str, scheduler: "SchedulerMixin", latent: bool = Fa
 
 
 def check_steps(scheduler: "SchedulerMixin", num_inference_steps: int) -> None:
-    """Raises InputError unless the scheduler can take that many steps. Sets its timesteps."""
+    """Raises InputError if the scheduler doesn't support this number of steps. Sets its timesteps."""
     name = type(scheduler).__name__
     lowest = HEUN_MIN_STEPS if name == "HeunDiscreteScheduler" else 1
     highest = None if name == "EulerMaruyamaScheduler" else scheduler.config.get("num_train_timesteps")
@@ -230,12 +229,12 @@ def check_steps(scheduler: "SchedulerMixin", num_inference_steps: int) -> None:
         raise InputError(f"`steps` must be {accepted} for {name}, got {num_inference_steps}")
     try:
         scheduler.set_timesteps(num_inference_steps)
-    except Exception as error:  # schedulers check numbers of steps in their own ways, or not at all
+    except Exception as error:  # schedulers check the number of steps in various ways, or not at all
         reason = first_line(error)
         raise InputError(
             f"`steps` must be a number that {name} accepts ({reason}), got {num_inference_steps}"
         ) from None
-    # diffusers' "trailing" timesteps come from a floating-point arange, which now and then holds one too many.
+    # diffusers computes "trailing" timesteps with a floating-point arange, which sometimes has one too many.
     if scheduler.config.get("timestep_spacing") == "trailing" and scheduler.timesteps.min() < 0:
         raise InputError(
             f"`steps` must be a few more or fewer, since {name} can't space them evenly, got {num_inference_steps}"
@@ -243,21 +242,21 @@ def check_steps(scheduler: "SchedulerMixin", num_inference_steps: int) -> None:
 
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-"""Of the network while sampling, by torch's names."""
+"""dtypes of the network while sampling, as torch names."""
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sampler, steps and classes; the seeds come on top."""
+    """All sampling settings except the seeds."""
 
     sampler: str = DEFAULT_SAMPLER
     """A name in SAMPLERS, or OWN_SAMPLER."""
     steps: int = 50
     """Steps of the sampler."""
     classes: tuple[int, ...] | None = None
-    """Of class-conditional models: the image of seed s has class classes[s mod their number]; None is all in turn."""
+    """For class-conditional models: seed s gets class classes[s % len(classes)]; None cycles through all classes."""
     guidance_scale: float = 1.0
-    """Of classifier-free guidance, or of a guide's; 1 is none."""
+    """Scale of classifier-free guidance or autoguidance; 1 is none."""
     guidance_interval: Sequence[float] | None = None
     """Guidance applies where low < sigma / alpha <= high; None is everywhere."""
 
@@ -266,9 +265,9 @@ class SamplingSettings:
         return None if self.classes is None else [self.classes[seed % len(self.classes)] for seed in seeds]
 
     def grid_columns(self, seeds: Sequence[int]) -> int | None:
-        """The number of columns with which each column of a grid of these seeds shows one class, if there is one.
+        """The number of columns that gives each column of a grid of these seeds one class; None if there is none.
 
-        One column per class, or several where the grid would else be much higher than wide.
+        One column per class, or several if the grid would otherwise be much taller than wide.
         """
         num_classes = len(self.classes or ())
         if not 0 < num_classes <= len(seeds):
@@ -282,21 +281,21 @@ class SamplingSettings:
         return None if self.classes is None else ",".join(map(str, self.classes))
 
     def to_dict(self, scheduler: Mapping[str, Any]) -> dict[str, Any]:
-        """Plain values for JSON, with the settings of the scheduler."""
+        """The settings, with those of the scheduler, as plain values for JSON."""
         values = {**asdict(self), "classes": self.class_text(), "scheduler": dict(scheduler)}
-        interval = values.pop("guidance_interval")  # folders of images from before there was one are completed
+        interval = values.pop("guidance_interval")  # so that older image folders can be completed
         return values if interval is None else {**values, "guidance_interval": list(interval)}
 
 
 MAX_SEEDS = 10_000_000
-MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits: 7 and 7 + 2**32 would draw the same image
+MAX_SEED = 2**32 - 1  # torch's CPU generator ignores higher bits: 7 and 7 + 2**32 would give the same image
 
 
 def parse_seeds(text: str) -> list[int]:
     """Seeds from text such as "0-63,100,7", in that order.
 
     Raises:
-        InputError: no such list, a seed of 2**32 or more, a seed twice, or more than ten million seeds.
+        InputError: not such a list, a seed of 2**32 or more, a duplicate, or more than ten million seeds.
     """
     seeds: list[int] = []
     shown = one_line(text)

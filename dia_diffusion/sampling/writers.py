@@ -16,22 +16,22 @@ from dia_diffusion.io import atomic_file, write_json
 from dia_diffusion.reading import Unreadable, read_json
 
 MANIFEST = "samples.json"
-SEPARATOR = 96  # grey between a grid's images, which neither white nor black ones run into
+SEPARATOR = 96  # gray between a grid's images, visible next to both white and black
 
 
 def png_path(folder: str | Path, seed: int) -> Path:
-    """Where the image of a seed lies: eight digits or more, so that names sort as seeds do."""
+    """The path of a seed's image; the seed has at least eight digits, so that names sort in order of seed."""
     return Path(folder) / f"{seed:08d}.png"
 
 
 def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
-    """Makes a folder for the images of one protocol (model, sampler, steps, labels, ...), or resumes it.
+    """Creates a folder for the images of one protocol (model, sampler, steps, labels, ...), or resumes it.
 
-    The protocol, any JSON, is kept in the folder as samples.json. Images that are there (see `png_path`) are then known
-    to be those that would be generated again. Several processes may call this at the same time.
+    The protocol, any JSON, is stored in the folder as samples.json. This guarantees that existing images (see
+    `png_path`) are identical to those that would be generated. Several processes may call this at the same time.
 
     Raises:
-        InputError: a folder with other things in it, or with images of another protocol.
+        InputError: the folder contains other files, or images of another protocol.
     """
     folder = Path(folder)
     manifest = folder / MANIFEST
@@ -54,13 +54,13 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
 
 
 def missing_seeds(folder: str | Path, seeds: Sequence[int]) -> list[int]:
-    """The seeds whose images the folder doesn't hold, in their order."""
+    """The seeds without an image in the folder, in the given order."""
     present = {path.name for path in Path(folder).iterdir()}
     return [seed for seed in seeds if png_path(folder, seed).name not in present]
 
 
 def save_png(folder: str | Path, seed: int, image: Tensor) -> None:
-    """Writes the image of a seed, uint8 (C, H, W) with 1 or 3 channels, as a whole PNG file."""
+    """Writes the image of a seed, uint8 (C, H, W) with 1 or 3 channels, atomically as a PNG file."""
     with atomic_file(png_path(folder, seed)) as temporary:
         _to_pil(image).save(temporary, format="PNG")
 
@@ -87,8 +87,8 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, min_
     Args:
         images: uint8 (N, C, H, W) with 1 or 3 channels.
         path: of the PNG file.
-        columns: images a row; None makes the grid about square.
-        min_size: small images are repeated pixel by pixel until the grid is about this wide.
+        columns: images per row; None makes the grid about square.
+        min_size: small images are enlarged by repeating pixels until the grid is about this wide.
     """
     if len(images) == 0:
         raise InputError("a grid needs at least one image")
@@ -96,7 +96,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int | None = None, min_
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     scale = max(1, round(min_size / (columns * width)))
-    gap = max(2, scale)  # as wide as one of the images' own pixels
+    gap = max(2, scale)  # as wide as one enlarged pixel
     large = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
     height, width = scale * height, scale * width
     grid = torch.full(

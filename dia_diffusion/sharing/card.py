@@ -1,4 +1,4 @@
-"""The model card of a pipeline folder: recipe, data, unit, samples and evaluations, for a person who finds it."""
+"""The model card of a pipeline folder: recipe, data, unit, samples and evaluations."""
 
 import html
 import re
@@ -18,13 +18,13 @@ CONVERTED = {"source": str, "sha256": str}
 
 
 def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = None) -> None:
-    """Writes README.md into a pipeline folder: what is known of its training, how it loads, its evaluations.
+    """Writes README.md into a pipeline folder: what is known about its training, how to load it, and its evaluations.
 
     Args:
-        folder: the pipeline folder. Without training.json, as of converted weights, the card tells of the model alone.
-        evaluations: rows for the table of distances, of `evaluation_rows`.
+        folder: the pipeline folder. Without training.json, as for converted weights, the card describes only the model.
+        evaluations: rows for the table of distances, from `evaluation_rows`.
     """
-    from dia_diffusion.models.factory import BACKBONES  # here: commands read their options without torch
+    from dia_diffusion.models.factory import BACKBONES  # not at the top: commands read their options without torch
 
     folder = Path(folder)
     training = read_training(folder)
@@ -66,9 +66,9 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         lines += ["![Samples of seeds 0, 1, 2, ..., not picked](samples.png)", ""]
     if training and model["num_classes"] is not None and training["data"].get("class_names"):
         names = ", ".join(f"{number} {_text(name)}" for number, name in enumerate(training["data"]["class_names"]))
-        in_grid = training["recipe"]["samples"]["count"] >= model["num_classes"]  # else it doesn't show each
+        in_grid = training["recipe"]["samples"]["count"] >= model["num_classes"]  # else some classes are missing
         lines += [f"Its classes{', and the columns of the grid in their order' if in_grid else ''}: {names}.", ""]
-    # Guidance needs the null label, which only a run with dropped labels has trained.
+    # Guidance needs the null label, which is only trained with label dropout.
     guided = training is not None and bool(training["recipe"]["data"].get("label_dropout"))
     lines += ["## Use", *_use(folder, model["num_classes"], guided), "", "## Evaluations"]
     if evaluations:
@@ -82,22 +82,22 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         lines.append("None yet; `dia-diffusion fid` makes them.")
     if training:
         recipe = yaml.safe_dump(training["recipe"], sort_keys=False).strip()
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))  # which nothing in it can end
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))  # longer than any in the recipe
         lines += ["", "## Recipe", f"{fence}yaml", recipe, fence]
     lines.append("")
     write_text(folder / "README.md", "\n".join(lines))
 
 
 def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for a card: the newest of each protocol, from records as lines of an evaluations file have them.
+    """Rows for a card: the newest record of each protocol, from records as in an evaluations file.
 
     Raises:
-        KeyError, TypeError or ValueError: a record that isn't whole.
+        KeyError, TypeError or ValueError: a record is incomplete.
     """
     rows: dict[str, dict[str, Any]] = {}
     for record in records:
         protocol, earlier = record["protocol"], rows.get(record["protocol_hash"], {})
-        name, split = protocol["reference"], protocol["reference_split"]  # None: no parts, or none is known
+        name, split = protocol["reference"], protocol["reference_split"]  # None: no splits, or unknown
         rows[record["protocol_hash"]] = {
             "metric": record["metric"],
             "distance": float(record["distance"]),
@@ -105,18 +105,18 @@ def evaluation_rows(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "reference": name if split is None else f"{name} ({split})",
             "sampler": protocol["sampler"],
             "steps": protocol["num_inference_steps"],
-            "protocol": record.get("protocol_name") or earlier.get("protocol", ""),  # older records have none
+            "protocol": record.get("protocol_name") or earlier.get("protocol", ""),  # older records lack the name
         }
     return list(rows.values())
 
 
 def _text(value: object) -> str:
-    """A name or value from a file, within Markdown: shown as it is, neither HTML, nor a link, nor another cell."""
+    """Escapes a name or value from a file for Markdown, so that it can't become HTML, a link, or another table cell."""
     return re.sub(r"[\\`\[\]|]", r"\\\g<0>", html.escape(one_line(str(value)), quote=False))
 
 
 def _code(value: object) -> str:
-    """The same in a fixed width."""
+    """The same as inline code."""
     return "`" + one_line(str(value)).replace("`", "'") + "`"
 
 
@@ -140,7 +140,7 @@ def _average(training: dict[str, Any]) -> str:
 
 
 def _use(folder: Path, num_classes: int | None, guided: bool) -> list[str]:
-    """How the folder is loaded, which depends on whether it carries code, and called."""
+    """How to load the folder, which depends on whether it contains code, and how to call the pipeline."""
     count = 4 if num_classes is None else min(4, num_classes)
     labels = "" if num_classes is None else f"class_labels={list(range(count))}, "
     labels += "guidance_scale=1.5, " if labels and guided else ""

@@ -18,9 +18,9 @@ from dia_diffusion.pipelines.pipeline_uvit import UViTPipeline
 from dia_diffusion.reading import NotTensors, load_pickled_tensors
 from dia_diffusion.sharing.card import write_card
 
-# The published sizes; a width doesn't tell its heads otherwise.
+# The published sizes; the number of heads can't be inferred from the weights.
 HEADS_OF_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
-# Official models for guidance have 1,001 rows, the last being the null label; other counts are classes alone.
+# Official models for guidance have 1,001 rows, the last for the null label; with other counts all rows are classes.
 ROWS_WITH_NULL_LABEL = 1001
 # Prefixes of our names, and the official ones; all other names are the same.
 OFFICIAL_PREFIXES = {
@@ -32,17 +32,17 @@ OFFICIAL_PREFIXES = {
 
 
 def convert_official(path: str | Path, heads: int | None = None) -> UViT:
-    """Reads official U-ViT weights (.pth) into a UViT without attention unit, in float32.
+    """Reads official U-ViT weights (.pth) into a UViT without an attention unit, in float32.
 
-    Nothing in the file is executed. Sizes follow from the shapes of the tensors. Class-conditional weights without a
-    null label (ImageNet 64) get the mean of the class embeddings in its place.
+    Nothing in the file is executed. Sizes are inferred from tensor shapes. If class-conditional weights have no null
+    label (ImageNet 64), it becomes the mean of the class embeddings.
 
     Args:
-        path: a state dict as the official code saves it.
-        heads: attention heads; None takes the published number for the width.
+        path: a state dict saved by the official code.
+        heads: attention heads; None is the published number for the width.
 
     Raises:
-        InputError: a file that isn't such weights, or a tensor missing, left over or of another shape.
+        InputError: the file isn't such weights, or a tensor is missing, unexpected or of the wrong shape.
     """
     official = _read(Path(path))
     with torch.device("meta"):
@@ -70,7 +70,7 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
     """Writes official U-ViT weights as a pipeline folder with a card, and DPM-Solver++ over the continuous VP process.
 
     Raises:
-        InputError: as `convert_official`; the folder exists; or weights of a model of latents, not of images.
+        InputError: see `convert_official`; or the folder exists; or the model is a latent one.
     """
     refuse_existing(Path(folder))
     model = convert_official(path, heads)
@@ -78,7 +78,7 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
         raise InputError(
             f"{path} must be a model of images with 1 or 3 channels, got one of latents with {model.in_channels}"
         )
-    # Steps even in log-SNR, as the sampler dpmsolver++ has them; even in time, diffusers gives NaN at 1,000 steps.
+    # Even steps in log-SNR, as in the sampler dpmsolver++; with even steps in time, diffusers gives NaN at 1,000 steps.
     scheduler = DPMSolverMultistepScheduler(**NoiseProcess().scheduler_config(), use_lu_lambdas=True)
     with atomic_dir(folder, replace=False) as temporary:
         UViTPipeline(unet=model, scheduler=scheduler).save_pretrained(temporary)
@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = load_pickled_tensors(path)
     except NotTensors as error:
         raise InputError(f"{path} must be a state dict of official U-ViT weights, but it {error}") from None
-    except Exception as error:  # unpickling what anybody may have written raises almost anything
+    except Exception as error:  # unpickling an untrusted file can raise almost anything
         raise InputError(f"{path} can't be read as weights alone, or is truncated: {first_line(error)}") from None
     for name, tensor in state.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():

@@ -1,4 +1,4 @@
-"""A pipeline folder for others: complete, without paths of this machine, and on demand with the code that loads it."""
+"""Exports a pipeline folder for others: complete, without local paths, and optionally with the code that loads it."""
 
 import json
 import os
@@ -40,30 +40,30 @@ from dia_diffusion.sharing.card import evaluation_rows, write_card
 from dia_diffusion.sharing.code import HEADER, PIPELINE, with_classes
 
 COMPONENTS = ("unet", "scheduler")
-# What is for others, at the top of the folder and in its components; generated code besides.
+# Files that are shared, at the top of the folder and in its components, in addition to generated code.
 SHARED = (INDEX, TRAINING_FILE, CONVERTED_FILE, EVALUATIONS, "*.md", "*.png")
 SHARED_OF_COMPONENTS = ("config.json", "scheduler_config.json", WEIGHTS)
 NEEDED = (Path(INDEX), Path("unet", "config.json"), Path("unet", WEIGHTS), Path("scheduler", "scheduler_config.json"))
-NOT_COPIED = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))  # but written anew
+NOT_COPIED = (Path("README.md"), Path(INDEX), Path(EVALUATIONS))  # but regenerated
 UNREAD = (*PICKLES, ".pkl", ".pickle", ".npy", ".npz")
-PATH_OF_ORIGIN = "_name_or_path"  # where diffusers notes the folder that a component was loaded from
-# In a card's YAML.
+PATH_OF_ORIGIN = "_name_or_path"  # diffusers' key for the folder that a component was loaded from
+# A local path in a card's YAML.
 KEY_WITH_PATH = re.compile(r"""^\s*[\w.]+:\s+['"]?((?:hf:)?(?:/|~|[A-Za-z]:\\)[^\s'"]+)""", re.MULTILINE)
 
 
 def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True) -> dict[Path, str]:
-    """Copies a UViTPipeline's folder, its evaluations included, and writes its card anew.
+    """Copies a UViTPipeline's folder with its evaluations, and regenerates its card.
 
-    With code, `DiffusionPipeline.from_pretrained(out, trust_remote_code=True)` loads it where this package isn't
-    installed. Code that lies in the source is never copied. Absolute paths in its JSON are reduced to their last part.
+    With code, `DiffusionPipeline.from_pretrained(out, trust_remote_code=True)` loads it without this package installed.
+    Code in the source folder is never copied. Absolute paths in JSON files are reduced to their last part.
 
     Args:
-        source: the pipeline folder; of a run's, the run's evaluations of these weights come along.
-        out: a path where there is nothing yet.
-        with_code: whether the copy carries generated code.
+        source: the pipeline folder; if it is in a run, the run's evaluations of these weights are included.
+        out: a path that doesn't exist yet.
+        with_code: whether the copy contains generated code.
 
     Returns:
-        What lies in the source and is not copied -> why, with paths relative to it.
+        Paths in the source, relative to it, that are not copied -> why.
 
     Raises:
         InputError: out exists; the source is not a complete UViTPipeline (`check_pipeline`) or has classes that can't
@@ -74,7 +74,7 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
     index, code = with_classes(source, without_local_paths(check_pipeline(source)), with_code)
     shared, left_out = shared_files(source)
     records = _evaluations(source)
-    read_training(source)  # whose error should name the source
+    read_training(source)  # so that an error names the source
     with atomic_dir(out, replace=False) as temporary:
         for relative in shared:
             if relative not in NOT_COPIED and relative.suffix != ".py":
@@ -90,13 +90,13 @@ def export_pipeline(source: str | Path, out: str | Path, with_code: bool = True)
 
 
 def check_pipeline(folder: str | Path) -> dict[str, Any]:
-    """The model_index.json of a folder that holds a complete UViTPipeline, with code of its own or without.
+    """The model_index.json of a folder with a complete UViTPipeline, with or without its own code.
 
-    Reads no more than the headers of weights, and runs nothing.
+    Reads only the headers of weights, and executes nothing.
 
     Raises:
-        InputError: no pipeline folder, a pipeline of another class, a file that is missing or reached through a link,
-            or weights that are truncated or of another model.
+        InputError: not a pipeline folder, a pipeline of another class, a file that is missing or a symbolic link, or
+            weights that are truncated or from another model.
     """
     folder = Path(folder)
     index = _read_object(folder / INDEX)
@@ -105,7 +105,7 @@ def check_pipeline(folder: str | Path) -> dict[str, Any]:
     unet = folder / "unet"
     config = _read_object(unet / "config.json")
     weights = unet / WEIGHTS
-    if weights.is_symlink() or not weights.is_file() or (unet / SHARDS).exists():  # diffusers would prefer the shards
+    if weights.is_symlink() or not weights.is_file() or (unet / SHARDS).exists():  # diffusers prefers shards
         raise InputError(f"weights must be safetensors in one file: {weights} is missing, a link or in shards")
     stored = stored_shapes(weights)
     kind = AttachedModel if config.get("_class_name") == AttachedModel.__name__ else UViT
@@ -135,10 +135,10 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
-    """The files of a pipeline folder that are for others, and what else lies there with the reason why it isn't.
+    """The files of a pipeline folder that are shared, and those that are not, with the reason.
 
     Returns:
-        (paths relative to the folder, sorted; other files and whole folders -> reason).
+        (sorted paths relative to the folder; other files and whole folders -> reason).
     """
     shared, left_out = [], {}
     for place, folders, files in os.walk(folder):
@@ -149,7 +149,7 @@ def shared_files(folder: str | Path) -> tuple[list[Path], dict[Path, str]]:
             if reason is not None:
                 left_out[relative] = reason
                 if is_folder:
-                    folders.remove(name)  # not looked into
+                    folders.remove(name)  # don't descend
             elif not is_folder:
                 shared.append(relative)
     return sorted(shared), dict(sorted(left_out.items()))
@@ -174,7 +174,7 @@ def _reason_against(path: Path, relative: Path, is_folder: bool) -> str | None:
 
 
 def without_local_paths(value: Any) -> Any:
-    """JSON with absolute paths reduced to their last part, and without diffusers' notes where it was loaded from."""
+    """JSON with absolute paths reduced to their last part, and without diffusers' record of the source folder."""
     if isinstance(value, dict):
         return {key: without_local_paths(item) for key, item in value.items() if key != PATH_OF_ORIGIN}
     if isinstance(value, list):
@@ -183,10 +183,10 @@ def without_local_paths(value: Any) -> Any:
 
 
 def find_local_path(path: Path) -> str | None:
-    """A path of this machine that a JSON, JSON-lines or Markdown file names; None if it names none.
+    """A local path in a JSON, JSON-lines or Markdown file; None if there is none.
 
     Raises:
-        InputError: text that isn't what the file's name says.
+        InputError: the content doesn't match the file's suffix.
     """
     if path.suffix not in (".json", ".jsonl", ".md"):
         return None
@@ -202,7 +202,7 @@ def find_local_path(path: Path) -> str | None:
 
 
 def _is_local_path(text: str) -> bool:
-    text = text.removeprefix("hf:")  # of data.source, which may be a folder
+    text = text.removeprefix("hf:")  # data.source may name a folder after it
     return text.startswith(("/", "~", "file:")) or PureWindowsPath(text).drive != ""
 
 
@@ -219,7 +219,7 @@ def _corrupted(path: Path) -> InputError:
 
 
 def _copy(file: Path, place: Path) -> None:
-    """Copies a file, JSON without paths of this machine."""
+    """Copies a file; removes local paths from JSON."""
     if file.suffix == ".json":
         try:
             value = parse_json(read_text(file))
@@ -232,7 +232,7 @@ def _copy(file: Path, place: Path) -> None:
 
 
 def _evaluations(source: Path) -> list[dict[str, Any]]:
-    """The records of the source's weights, which lie in its run or in the folder itself."""
+    """The records of the source's weights, from its run or from the folder itself."""
     file, own = records_file(source), weights_hash(source)
     try:
         lines = read_lines(file) if file.is_file() else []
@@ -243,7 +243,7 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
         try:
             record = verify_checksum(parse_json(line))
             cleaned = without_local_paths(record)
-            # A protocol is bound to its hash: one that names a path can't be shortened, and stays here.
+            # A protocol must match its hash, so paths in it can't be shortened; such records are left out.
             if record["weights_hash"] == own and cleaned["protocol"] == record["protocol"]:
                 evaluation_rows([cleaned])
                 records.append(cleaned)

@@ -1,4 +1,4 @@
-"""Sends a pipeline folder to the Hugging Face Hub: a list of what would go, then exactly that in one commit."""
+"""Uploads a pipeline folder to the Hugging Face Hub: first a list of the files, then exactly these in one commit."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from dia_diffusion.sharing.export import check_pipeline, find_local_path, shared
 
 @dataclass(frozen=True)
 class Shipment:
-    """What would be sent where."""
+    """What would be uploaded, and where to."""
 
     folder: Path
     repo_id: str
@@ -24,21 +24,21 @@ class Shipment:
     sizes: dict[Path, int]
     """Path relative to the folder -> bytes."""
     left_out: dict[Path, str]
-    """What stays here -> why."""
+    """Files that aren't uploaded -> why."""
     carries_code: bool
 
 
 def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Shipment:
-    """What of a pipeline folder would be sent; makes no connection.
+    """What would be uploaded from a pipeline folder; makes no connection.
 
     Args:
         folder: of a UViTPipeline.
         repo_id: such as "name/model".
-        endpoint: the Hub's address; None is huggingface_hub's own, or $HF_ENDPOINT.
+        endpoint: the Hub's address; None is huggingface_hub's default, or $HF_ENDPOINT.
 
     Raises:
-        InputError: not a complete UViTPipeline (`check_pipeline`), a repo_id of another form, a file that names a path
-            of this machine, or code that `export` wouldn't write.
+        InputError: not a complete UViTPipeline (`check_pipeline`), a malformed repo_id, a file that contains a local
+            path, or code that `export` wouldn't write.
     """
     folder = Path(folder)
     index = check_pipeline(folder)
@@ -69,7 +69,7 @@ def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Sh
 
 
 def find_token() -> str:
-    """The token that huggingface_hub finds in its usual places. Raises InputError if there is none."""
+    """The token from huggingface_hub's usual places. Raises InputError if there is none."""
     token = get_token()
     if not token:
         raise InputError("no token of the Hub is set; `hf auth login` stores one, or set HF_TOKEN")
@@ -77,27 +77,27 @@ def find_token() -> str:
 
 
 def send(shipment: Shipment, token: str, private: bool = False, revision: str | None = None) -> str:
-    """Sends the files in one commit, into a repository that is made where there is none.
+    """Uploads the files in one commit; creates the repository if it doesn't exist.
 
     Args:
-        shipment: of `prepare`.
-        token: of an account that may write there.
-        private: makes a new repository private, and refuses one that exists and is public.
-        revision: a branch, which is made where there is none; None is the main one.
+        shipment: from `prepare`.
+        token: of an account with write access.
+        private: creates a new repository as private, and refuses an existing public one.
+        revision: a branch, created if missing; None is the main branch.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        InputError: a refused token, a repository that it can't write or that is public where a private one is asked
-            for, or anything else that the Hub refuses.
-        RunError: the Hub can't be reached, or sending fails.
+        InputError: the token is refused, it can't write to the repository, the repository is public although `private`
+            was requested, or the Hub refuses anything else.
+        RunError: the Hub can't be reached, or the upload fails.
     """
     api = HfApi(endpoint=shipment.endpoint, token=token, library_name="dia-diffusion", library_version=__version__)
     repo_id = shipment.repo_id
     try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
-        # The Hub ignores what is asked of a repository that exists.
+        # The Hub ignores `private` for an existing repository.
         if private and not api.model_info(repo_id).private:
             raise InputError(f"{repo_id} exists and is public; make it private there first, or choose another name")
         if revision is not None:
@@ -117,7 +117,7 @@ def send(shipment: Shipment, token: str, private: bool = False, revision: str | 
         raise RunError(f"{shipment.endpoint} answers with an error ({status}): {reason}") from None
     except (HTTPError, ConnectionError) as error:
         raise RunError(f"{shipment.endpoint} can't be reached: {_one_line(error, token)}") from None
-    except Exception as error:  # huggingface_hub wraps, and hf_xet raises what it likes
+    except Exception as error:  # huggingface_hub wraps errors, and hf_xet can raise anything
         raise RunError(f"sending to {repo_id} failed: {_one_line(error.__cause__ or error, token)}") from None
     return str(commit.commit_url)
 

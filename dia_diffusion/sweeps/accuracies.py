@@ -18,7 +18,7 @@ from dia_diffusion.training.recipe import flatten
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
 INDIVIDUAL = "individual"
-# Runs with one setting may differ in the unit and in what doesn't affect the comparison.
+# Runs of the same setting may differ in the unit and in keys that don't affect the comparison.
 UNIT_KEYS = {"model.attention", "model.attention_kwargs", "model.attention_stages", "model.attention_blocks"}
 FREE_KEYS = {
     "output",
@@ -41,13 +41,13 @@ class ClassifierResult:
 
     path: Path
     recipe: dict[str, Any]
-    """Flat: "model.attention" -> "se"."""
+    """Flattened: "model.attention" -> "se"."""
     accuracy: float | None
-    """Of the test images, 0..1; None where the training diverged."""
+    """On the test images, 0..1; None if the training diverged."""
     diverged_at: int | None
     parameters: int
     train_fingerprint: str | None
-    """None where an older version didn't write it."""
+    """None if an older version didn't write it."""
     test_fingerprint: str
     curve: list[tuple[int, float]]
     """Images seen and test accuracy at each test."""
@@ -57,7 +57,7 @@ class ClassifierResult:
         return int(self.recipe["seed"])
 
     def setting(self) -> dict[str, Any]:
-        """The recipe without its unit and what doesn't affect the comparison."""
+        """The recipe without the unit and the keys that don't affect the comparison."""
         return {key: value for key, value in self.recipe.items() if key not in UNIT_KEYS | FREE_KEYS}
 
     def unit(self) -> str:
@@ -83,17 +83,17 @@ class Row:
     unit: str
     parameters: int
     results: list[ClassifierResult]
-    """In order of their seeds."""
+    """In order of seed."""
     difference: float | None = None
-    """Of the mean accuracies, from the baseline's."""
+    """Mean accuracy minus the baseline's."""
     p: float | None = None
-    """Student's two-sample test with the baseline's seeds."""
+    """p value of Student's two-sample test against the baseline's seeds."""
     p_holm: float | None = None
-    """The same after Holm's correction for the tests of all rows."""
+    """The same with Holm's correction for the tests of all rows."""
 
     @property
     def accuracies(self) -> list[float]:
-        """Of the runs that did not diverge."""
+        """Accuracies of the runs that did not diverge."""
         return [result.accuracy for result in self.results if result.accuracy is not None]
 
     @property
@@ -102,7 +102,7 @@ class Row:
 
     @property
     def deviation(self) -> float | None:
-        """Between seeds, of a sample."""
+        """Sample standard deviation over seeds."""
         return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else None
 
     @property
@@ -110,7 +110,7 @@ class Row:
         return [result.diverged_at for result in self.results if result.diverged_at is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as plain values for JSON."""
         numbers = ("setting", "unit", "parameters", "mean", "deviation", "difference", "p", "p_holm")
         return {
             **{name: getattr(self, name) for name in numbers},
@@ -125,7 +125,7 @@ def read_result(path: str | Path) -> ClassifierResult:
     """A run's result.
 
     Raises:
-        InputError: it is no run of classify, has not ended yet, or its files are altered.
+        InputError: it isn't a classify run, has not ended yet, or its files were altered.
     """
     folder = RunFolder(path)
     file = folder.path / RESULT_FILE
@@ -134,12 +134,12 @@ def read_result(path: str | Path) -> ClassifierResult:
     try:
         record = verify_checksum(read_json_object(file))
         lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-        # A diverged run has the first step that was skipped; lines may follow it.
+        # A diverged run records the first skipped step; metrics lines may follow it.
         if record["diverged_at"] is None and lines and lines[-1]["step"] > record["step"]:
             raise InputError(f"{path} is being trained again since its {RESULT_FILE}; let it end first")
         return ClassifierResult(
             folder.path,
-            flatten(ClassifyExperiment().to_dict()) | flatten(record["recipe"]),  # an older one lacks newer keys
+            flatten(ClassifyExperiment().to_dict()) | flatten(record["recipe"]),  # an older recipe lacks newer keys
             record.get("test_accuracy"),
             record["diverged_at"],
             int(record["parameters"]),
@@ -156,10 +156,11 @@ def read_result(path: str | Path) -> ClassifierResult:
 def compare(results: Sequence[ClassifierResult], baseline: str = "none") -> list[Row]:
     """A row for each unit in each setting, in the order of the runs, compared with the setting's baseline.
 
-    baseline: the unit's name as in the rows, its options left out or not.
+    baseline: the unit's name as in the rows, with or without its options.
 
     Raises:
-        InputError: two runs of one unit, setting and seed, runs trained or tested on different images, or no baseline.
+        InputError: two runs of the same unit, setting and seed; runs trained or tested on different images; or no
+            baseline.
     """
     settings: list[dict[str, Any]] = []
     for result in results:
@@ -193,7 +194,7 @@ def _rows(setting: str, results: Sequence[ClassifierResult], baseline: str) -> l
 
 
 def _compared(row: Row, base: Row) -> Row:
-    """With difference and p, where both have accuracies."""
+    """The row with difference and p, if both have accuracies."""
     if row.mean is None or base.mean is None:
         return row
     return replace(row, difference=row.mean - base.mean, p=student_test(row.accuracies, base.accuracies))

@@ -1,4 +1,4 @@
-"""What a study is refused for before hours are spent: recipes, runs, records, images, features and references."""
+"""Checks of a study before hours are spent: recipes, runs, records, images, features and references."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -23,7 +23,7 @@ from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.run_folder import RunFolder, check_new_run, refuse_changes, refuse_other_randomness
 
 OpenImages = Callable[[str, int, int, str], ImageSet]
-"""Images of a source, size, channels and split."""
+"""(source, size, channels, split) -> images."""
 
 
 def check_recipes(runs: Iterable[Run], protocols: Sequence[EvalProtocol] = ()) -> None:
@@ -56,8 +56,8 @@ def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
 
 
 def check_runs(states: Sequence[RunState]) -> None:
-    """Raises InputError for an existing run of another recipe, of other images than the others, or without a needed
-    pipeline."""
+    """Raises InputError if an existing run has another recipe, was trained on other images than the others, or lacks a
+    needed pipeline."""
     for state in states:
         _check_run(state)
     trained = [(state.run, state.origin["data"]["fingerprint"]) for state in states if state.origin]
@@ -91,27 +91,27 @@ def _check_run(state: RunState) -> None:
 def check_randomness(inventory: Inventory) -> None:
     """Raises InputError if runs are still to be trained and one was trained with another version's randomness.
 
-    All runs are compared by their seeds, so none is trained beside it either; measuring and drawing remain.
+    Runs are compared by seed, so no run may be trained in addition to such a run. Measuring and drawing stay possible.
     """
     if all(state.trained for state in inventory.states):
         return
     for state in inventory.states:
         origin = state.origin
-        if origin is None and (records := records_of(state.run)):  # measured, and its weights removed
+        if origin is None and (records := records_of(state.run)):  # measured, but its weights were removed
             origin = {"randomness": records[-1].randomness or 1}
         if origin is not None:
             refuse_other_randomness(origin, state.run.folder)
 
 
 def check_images(inventory: Inventory, progress: Callable[[int, int], None] | None = None) -> None:
-    """Opens what the incomplete runs need: images to train on, features and reference to measure with.
+    """Opens what the incomplete runs need: training images, features and reference.
 
     Raises:
-        InputError: they can't be used, or aren't those of the existing runs and records.
+        InputError: they can't be used, or differ from those of the existing runs and records.
         RunError: a download fails.
     """
 
-    @cache  # what runs are trained on is mostly what they are measured against
+    @cache  # training images are mostly also the reference
     def opened(source: str, size: int, channels: int, split: str) -> ImageSet:
         return open_images(source, size=size, channels=channels, split=split, progress=progress)
 
@@ -126,10 +126,10 @@ def check_images(inventory: Inventory, progress: Callable[[int, int], None] | No
 
 
 def check_measuring(inventory: Inventory, unmeasured: Sequence[Run], open_images: OpenImages) -> None:
-    """Opens features and reference of the runs to be measured, and a reference that the study names in any case.
+    """Opens features and reference of the runs to be measured; a reference that the study names is always opened.
 
     Raises:
-        InputError: they can't be used, or aren't those that are on record under a protocol's name.
+        InputError: they can't be used, or differ from those in the records under a protocol's name.
         RunError: a download fails.
     """
     study = inventory.study
@@ -154,7 +154,7 @@ def check_measuring(inventory: Inventory, unmeasured: Sequence[Run], open_images
 
 
 def _source(study: Study, run: Run) -> str:
-    """What `fid` will measure a run against: a trained one records what it was trained on."""
+    """The source of the reference that `fid` will use for a run; a trained run has recorded its training data."""
     if study.config.reference is not None:
         return study.config.reference
     newest = step_folders(RunFolder(run.folder).pipelines).get(run.max_steps)
@@ -163,7 +163,7 @@ def _source(study: Study, run: Run) -> str:
 
 
 def _reference(source: str, run: Run, protocol: EvalProtocol, open_images: OpenImages) -> dict[str, object]:
-    """What its records will say of it."""
+    """The reference's entries in the future records."""
     try:
         if is_statistics_file(source):
             file = read_statistics(source)

@@ -1,4 +1,4 @@
-"""What is on record of a sweep's runs, and what is missing: known from their files alone."""
+"""Which of a sweep's results exist and which are missing, judging from the runs' files alone."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,22 +23,22 @@ class Point:
     """One distance of one run."""
 
     unit: str
-    """The study's name for it, of a variant too."""
+    """The study's name for the unit or variant."""
     batch_size: int
     seed: int
     step: int
     images_seen: int
     distance: float
     low: float | None
-    """The ends of the interval over images, where one was asked for; it says nothing about seeds."""
+    """Ends of the interval over images, if one was requested; it says nothing about seeds."""
     high: float | None
     run: str
-    """The run's folder within the study's."""
+    """The run's folder, relative to the study's."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A run's record that counts."""
+    """A run and a valid record of it."""
 
     run: Run
     record: EvaluationRecord
@@ -49,7 +49,7 @@ class Measured:
 
     @property
     def is_last(self) -> bool:
-        """Whether it is of the end of the run's training."""
+        """Whether it was measured at the end of the run's training."""
         return self.step == self.run.max_steps
 
     @property
@@ -62,11 +62,11 @@ class Measured:
 
 
 def measured(runs: Sequence[Run], protocol: EvalProtocol) -> list[Measured]:
-    """The records under this protocol's name, in order of run and step; of two of one step the later counts.
+    """The records under this protocol's name, in order of run and step; the later one counts if a step has two.
 
     Raises:
-        InputError: a record that is truncated, of another run, or made when the protocol had other settings; or records
-            that differ in what the protocol leaves open, such as the reference.
+        InputError: a record is truncated, of another run, or from a time when the protocol had other settings; or
+            records differ in something that the protocol leaves open, such as the reference.
     """
     by_run: dict[str, list[EvaluationRecord]] = {}
     for run in runs:
@@ -98,15 +98,15 @@ def _refuse_another_run(record: EvaluationRecord, run: Run) -> None:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is."""
+    """The progress of a run."""
 
     run: Run
     step: int
-    """Where its training would resume; the last step if it is trained."""
+    """The step from which training would resume; the last step if it is trained."""
     unmeasured: list[int]
     """Steps of its curve without a record."""
     final_unmeasured: bool
-    """Whether there is a final protocol without a record of its last step."""
+    """Whether there is a final protocol, but no record by it at the last step."""
     to_measure: set[int]
     """Steps whose pipelines are still needed."""
     trained: bool
@@ -122,20 +122,20 @@ class RunState:
 
     @cached_property
     def origin(self) -> dict[str, Any] | None:
-        """Recipe, step and data that its newest checkpoint, or else pipeline, was trained with."""
+        """Recipe, step and data of its newest checkpoint, or else of its newest pipeline."""
         return origin_of(self.run)
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """A study as it is on disk."""
+    """The state of a study on disk."""
 
     study: Study
     states: list[RunState]
     curve: list[Measured]
-    """By the study's protocol."""
+    """Records by the study's protocol."""
     final: list[Measured]
-    """By its final protocol, of the last steps."""
+    """Records by its final protocol at the last steps."""
 
     def on_record(self) -> list[tuple[EvalProtocol, list[Measured]]]:
         """Each protocol with its records."""
@@ -143,10 +143,10 @@ class Inventory:
 
 
 def scan(study: Study) -> Inventory:
-    """Reads what there is of a study's runs.
+    """Reads the existing output of a study's runs.
 
     Raises:
-        InputError: records that can't be used, see `measured`.
+        InputError: records can't be used; see `measured`.
     """
     curve, final_protocol = measured(study.runs, study.protocol), study.final_protocol
     final = [] if final_protocol is None else [one for one in measured(study.runs, final_protocol) if one.is_last]
@@ -164,7 +164,7 @@ def scan(study: Study) -> Inventory:
 
 
 def origin_of(run: Run) -> dict[str, Any] | None:
-    """What the newest readable checkpoint of a run says of its training, else its newest pipeline; None for neither."""
+    """The training record of a run's newest readable checkpoint, else of its newest pipeline; None if there is none."""
     folder = RunFolder(run.folder)
     if (state := newest_state(folder.checkpoints)) is not None:
         return state
@@ -173,23 +173,23 @@ def origin_of(run: Run) -> dict[str, Any] | None:
 
 
 def in_one_precision(study: Study) -> tuple[Study, Precision | None]:
-    """The study with `mixed_precision: auto` resolved: to what its runs began in, else to what suits the device."""
+    """The study with `mixed_precision: auto` resolved to its runs' precision or, if none exist, the device's best."""
     runs, precision = resolve_precision(study.runs, map(origin_of, study.runs))
     return replace(study, runs=runs), precision
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one whole training."""
+    """The cost of one complete training."""
 
     seconds: float
-    """Of the logged steps, without grids, checkpoints and pauses."""
+    """Time of the logged steps, without grids, checkpoints and pauses."""
     peak_memory_mib: int | None
     """The GPU's on a GPU, else the process's; None if the run didn't log it."""
 
 
 def training_cost(run: Run) -> Cost | None:
-    """The cost of a run's training by its metrics.jsonl; None while it isn't finished."""
+    """The cost of a run's training according to its metrics.jsonl; None until it is finished."""
     file = RunFolder(run.folder).metrics
     lines = read_metrics(file) if file.is_file() else []
     if not lines or lines[-1]["step"] < last_logged_step(run.experiment):
@@ -204,10 +204,10 @@ def last_logged_step(experiment: Experiment) -> int:
 
 
 def training_seconds(lines: Iterable[dict[str, Any]]) -> float:
-    """What logged steps took, images over rate: a line's rate is that of the images since the one before."""
+    """The time of logged steps, images over rate; a line's rate is for the images since the previous such line."""
     seconds, before = 0.0, 0
     for line in lines:
-        if rate := line.get("images_per_second"):  # a line of a distance or a test has none
+        if rate := line.get("images_per_second"):  # lines with a distance or a test have none
             seconds += (line["images"] - before) / rate
             before = line["images"]
     return seconds

@@ -34,11 +34,11 @@ from dia_diffusion.training.run_folder import RunFolder
 R = TypeVar("R", bound=Run)
 
 INTERVAL_FROM = 3
-"""The seeds from which an interval is drawn: that of two is 13 standard errors wide and hides all else."""
+"""Fewest seeds for which an interval is drawn: with two it is 13 standard errors wide and hides everything else."""
 DODGE = 0.025
-"""How far apart units are at one batch size, as a part of the axis."""
+"""Distance between units at the same batch size, as a fraction of the axis."""
 DODGE_DECADES = 0.07
-"""The same at one learning rate."""
+"""Distance between units at the same learning rate, in decades."""
 FAILED = {NOT_FINITE: "×", NO_BETTER: "–"}  # noqa: RUF001
 
 
@@ -46,14 +46,14 @@ FAILED = {NOT_FINITE: "×", NO_BETTER: "–"}  # noqa: RUF001
 
 
 def curve_panels(points: Sequence[Point], units: Sequence[str], metric: str, floor: float | None = None) -> list[Panel]:
-    """Distance over images seen, a panel per batch size: a unit's mean over seeds with its band, and each seed thin.
+    """Distance over images seen, a panel per batch size: each unit's mean over seeds with a band, and thin seed curves.
 
-    The distance's axis is the same in all panels and has room for every point; a wide band may leave it.
+    All panels share the distance axis. It shows every point; a wide band may exceed it.
 
     Args:
         points: of all batch sizes.
-        units: the study's, in the order of their colors.
-        metric: what the distances are.
+        units: the study's units, in the order of their colors.
+        metric: the name of the distance.
         floor: the distance of real images.
     """
     y = value_axis(metric, [point.distance for point in points], [floor])
@@ -76,11 +76,11 @@ def curve_panels(points: Sequence[Point], units: Sequence[str], metric: str, flo
 
 
 def final_panel(points: Sequence[Point], units: Sequence[str], metric: str, floor: float | None = None) -> Panel:
-    """Final distance against batch size: the mean over seeds with its interval, each seed a pale mark.
+    """Final distance against batch size: the mean over seeds with its interval, and a pale marker per seed.
 
-    If there is one batch size only, units are side by side instead.
+    If there is only one batch size, units are on the x axis instead.
 
-    points: one per run, of the end of its training; the rest as above.
+    points: one per run, at the end of its training; for the others see `curve_panels`.
     """
     sizes = sorted({point.batch_size for point in points})
     shown = [unit for unit in units if any(point.unit == unit for point in points)]
@@ -122,7 +122,7 @@ def draw_curves_of_study(points: Sequence[Point], units: Sequence[str], path: Pa
 
 def draw_final_distances(points: Sequence[Point], units: Sequence[str], path: Path, **how: Any) -> None:
     """Draws `final_panel`."""
-    several = len({point.batch_size for point in points}) > 1  # else the axis names the units
+    several = len({point.batch_size for point in points}) > 1  # otherwise the axis names the units
     figure = Figure([[final_panel(points, units, **how)]], (6.4, 4.4), legend="below" if several else "none")
     save_figure(figure, path)
 
@@ -133,12 +133,12 @@ def _means(x: Sequence[float], means: Sequence[Estimate], unit: str, style: int,
 
 
 def _end(value: Estimate, sign: int) -> float | None:
-    """The lower (-1) or upper (1) end of an interval, if it is drawn."""
+    """The lower (sign -1) or upper (sign 1) end of an interval, if it is drawn."""
     return None if value.count < INTERVAL_FROM or value.half_width is None else value.mean + sign * value.half_width
 
 
 def _seeds(counts: Mapping[str, int]) -> str:
-    """As "5 seeds", or a line per unit if they differ."""
+    """Text such as "5 seeds", or a line per unit if they differ."""
     lines = {unit: f"{count} seed{'' if count == 1 else 's'}" for unit, count in counts.items()}
     if len(set(lines.values())) == 1:
         return next(iter(lines.values()))
@@ -155,7 +155,7 @@ def draw_grids(grids: Mapping[str, Path], path: Path) -> None:
 
 
 def twins(runs: Sequence[R], batch_size: int, has_grids: Callable[[R], bool]) -> list[R]:
-    """One run per unit, with grids and of one seed of training: the first seed that the most units have."""
+    """One run with grids per unit, all with the same training seed: the first seed that the most units have."""
     by_seed: dict[int, list[R]] = {}
     for run in runs:
         if run.batch_size == batch_size and has_grids(run):
@@ -164,9 +164,9 @@ def twins(runs: Sequence[R], batch_size: int, has_grids: Callable[[R], bool]) ->
 
 
 def draw_grids_of_study(study: Study) -> list[Path]:
-    """For each batch size the last grids of its units, of one seed of training.
+    """Draws, for each batch size, the last grids of its units from the same training seed.
 
-    Returns the files, `grids-bN.png` in the study's folder; batch sizes without grids have none.
+    Returns the files, `grids-bN.png` in the study's folder; batch sizes without grids get none.
     """
     drawn = []
     for batch_size in study.batch_sizes:
@@ -184,9 +184,9 @@ def _last_grid(run: Run) -> Path:
 
 
 def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
-    """Test accuracy over training, a panel per setting: a unit's mean over seeds, each seed thin behind it.
+    """Test accuracy over training, a panel per setting: each unit's mean over seeds, with thin seed curves behind it.
 
-    Where all runs diverged there is no line, and no panel.
+    A unit or setting of which all runs diverged has no line or panel.
     """
     settings = list(dict.fromkeys(row.setting for row in rows if row.accuracies)) or [rows[0].setting]
     units = list(dict.fromkeys(row.unit for row in rows))
@@ -212,9 +212,9 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_stability(record: dict[str, Any], path: str | Path) -> None:
-    """A panel per variant: held-out loss against learning rate, a line per unit; above, a sign per seed that diverged.
+    """A panel per variant: held-out loss against learning rate, a line per unit; above it, a sign per diverged seed.
 
-    A mark is a seed, the line their mean. A unit's line ends where all of its seeds have diverged.
+    Each marker is a seed, the line is their mean. A unit's line ends where all its seeds diverged.
     """
     rows, results = record["summary"], record["trials"]
     variants, units = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "unit"))
@@ -254,9 +254,9 @@ def draw_stability(record: dict[str, Any], path: str | Path) -> None:
 
 
 def draw_placement(record: dict[str, Any], path: str | Path) -> None:
-    """Held-out loss, and the distance if measured, against the number of first blocks, and without each part.
+    """Held-out loss, and the distance if measured, for units in the first k blocks and in all but one part.
 
-    A mark is a seed; lines and bars are their mean with its 95 % interval.
+    Each marker is a seed; lines and error bars are the mean with its 95 % interval.
     """
     rows = record["summary"]
     measures = {"held_out_loss": "held-out loss"}
@@ -281,7 +281,7 @@ def draw_placement(record: dict[str, Any], path: str | Path) -> None:
 
 
 def _placements(rows: Mapping[int, dict[str, Any]], key: str, **how: Any) -> list[Series]:
-    """Rows by where they are on the x axis: their means with intervals, and each seed."""
+    """Series of rows, given by x position: the means with intervals, and each seed."""
     means = [row[f"{key}_mean"] for row in rows.values()]
     halves = [row[f"{key}_half_width"] or 0.0 for row in rows.values()]
     low, high = ([mean + sign * half for mean, half in zip(means, halves, strict=True)] for sign in (-1, 1))

@@ -1,4 +1,4 @@
-"""Trains and measures what is missing, by commands of this program as child processes, each with its own log."""
+"""Trains and measures missing runs by running this program's commands as child processes, each with its own log."""
 
 import os
 import shlex
@@ -22,22 +22,22 @@ from dia_diffusion.training.run_folder import RunFolder, logged_step
 POLL_SECONDS = 0.5
 DOING = {"train": "training", "trials": "training", "fid": "measuring"}
 PASSES_OF_STEP = 3
-"""What a training step costs an image, in passes through the network: forward, and twice that backward."""
+"""Cost of a training step per image, in forward passes: the backward pass counts as two."""
 
 Progress = Callable[[int, int, str], None]
-"""Called with what is done, of how much, and what is being done."""
+"""Called with the amount done, the total, and a description of the current work."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that work in one folder, one after the other; a command that fails ends it."""
+    """Commands that run one after the other in one folder; the job ends if one fails."""
 
     folder: Path
-    """Has their logs: COMMAND.log, which each call adds to."""
+    """Contains the logs COMMAND.log, to which each call appends."""
     commands: list[list[str]]
-    """As ["train", "--config", ...]."""
+    """Each such as ["train", "--config", ...]."""
     log_suffix: str = ""
-    """Tells the logs of jobs in one folder apart: COMMAND-1.log."""
+    """Distinguishes the logs of jobs in the same folder: COMMAND-1.log."""
 
 
 class _Child:
@@ -65,7 +65,7 @@ class _Child:
         return self.job.folder / f"{self.command[0]}{self.job.log_suffix}.log"
 
     def ended(self, stopping: bool) -> bool:
-        """Whether the job has; after a command that succeeded the next one is started, unless all are to stop."""
+        """Whether the job has ended. Starts the next command after one that succeeded, unless `stopping`."""
         code = self.process.poll()
         if code == 0 and not stopping and self.index + 1 < len(self.job.commands):
             self._next()
@@ -92,14 +92,14 @@ def run_jobs(
     progress: Callable[[list[Job]], None] = lambda running: None,
     check: Callable[[Job], None] = lambda job: None,
 ) -> None:
-    """Runs jobs in their order, `max_parallel` at a time, which share the cores or have a GPU each.
+    """Runs jobs in order, `max_parallel` at a time; these share the cores or have a GPU each.
 
     progress: called every half second with the running jobs.
-    check: called with each job that has succeeded; if it raises InputError, the job counts as failed.
+    check: called with each job that succeeded; if it raises InputError, the job counts as failed.
 
     Raises:
-        Stopped: after SIGINT or SIGTERM, once all have ended; training writes a checkpoint first.
-        InputError, RunError: one has failed, with its last line; the others are stopped in the same way.
+        Stopped: after SIGINT or SIGTERM, once all jobs have ended; trainings write a checkpoint first.
+        InputError, RunError: a job failed; the message is its last line. The others are stopped in the same way.
     """
     waiting, running = list(jobs), dict[int, _Child]()
     failed: Exception | None = None
@@ -132,7 +132,7 @@ def run_jobs(
 
 
 def environment_of(slot: int, max_parallel: int) -> dict[str, str]:
-    """A child's environment: its share of the cores, and its GPU where there are any."""
+    """A child's environment: its share of the cores, and its GPU if there are GPUs."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(max_parallel))}
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -142,20 +142,20 @@ def environment_of(slot: int, max_parallel: int) -> dict[str, str]:
 
 
 def threads_per_job(max_parallel: int) -> int:
-    """Of the cores that this process may use."""
+    """A job's share of the cores that this process may use."""
     return max(1, usable_cores() // max_parallel)
 
 
 def run_study(inventory: Inventory, max_parallel: int, progress: Progress, fid_options: Sequence[str] = ()) -> None:
-    """Trains and measures what is missing; a run's training and its measurements are one job.
+    """Trains and measures the missing runs; a run's training and its measurements are one job.
 
-    progress: in passes of an image through a network.
-    fid_options: of all measurements.
+    progress: in passes of one image through the network.
+    fid_options: for all measurements.
 
     Raises:
-        InputError, RunError, Stopped: see `run_jobs`; what is finished stays, and the same call resumes.
-        InputError: a run is in use by another process, such as one that outlived an earlier study; or what a run was
-            measured by can't share a curve with the others, which are then stopped.
+        InputError, RunError, Stopped: see `run_jobs`; finished work stays, and the same call resumes.
+        InputError: a run is in use by another process, such as one that outlived an earlier study; or a run was
+            measured in a way that can't share a curve with the others, which are then stopped.
     """
     study = inventory.study
     jobs = [_job(study, state, fid_options) for state in inventory.states if not state.complete]
@@ -165,13 +165,13 @@ def run_study(inventory: Inventory, max_parallel: int, progress: Progress, fid_o
     def check(job: Job) -> None:
         complete.append(next(run for run in study.runs if run.folder == job.folder))
         for protocol in study.protocols:
-            measured(complete, protocol)  # not of runs that are being written
+            measured(complete, protocol)  # not runs that are being written
 
     run_jobs(jobs, max_parallel, lambda running: progress(*passes(running)), check)
 
 
 def commands(study: Study, state: RunState, fid_options: Sequence[str] = ()) -> list[list[str]]:
-    """What completes a run, as it would be typed after `dia-diffusion`."""
+    """The commands that complete a run, as typed after `dia-diffusion`."""
     folder, config = RunFolder(state.run.folder), study.config
     options = [*([] if config.reference is None else ["--reference", config.reference]), *fid_options]
     missing = []
@@ -191,7 +191,7 @@ def _job(study: Study, state: RunState, fid_options: Sequence[str]) -> Job:
 
 
 def write_config(run: Run) -> None:
-    """Writes the recipe of a run that is to be trained. Raises InputError if another process works in its folder."""
+    """Writes the recipe of a run to be trained. Raises InputError if another process is working in its folder."""
     folder = RunFolder(run.folder)
     folder.lock()
     try:
@@ -201,7 +201,7 @@ def write_config(run: Run) -> None:
 
 
 class _Passes:
-    """How far a study is, in passes of an image through a network, by the files of its runs."""
+    """A study's progress in passes of one image through the network, according to its runs' files."""
 
     def __init__(self, inventory: Inventory):
         self.states, (self.point, self.final) = inventory.states, inventory.study.sampler_steps
@@ -231,7 +231,7 @@ class _Passes:
         return done, total, ", ".join([f"{complete} of {len(self.states)} runs", *notes])
 
     def _of(self, state: RunState, step: int, missing: int, final: bool) -> int:
-        """Of a run after `step` steps, with `missing` points of its curve not measured."""
+        """Passes of a run after `step` steps, with `missing` points of its curve not measured."""
         points = len(state.run.steps) - missing
         return PASSES_OF_STEP * step * state.run.batch_size + points * self.point + final * self.final
 

@@ -1,10 +1,10 @@
-"""One trial: its training, its loss on held-out images, and the outcome that its folder keeps.
+"""One trial: its training, its loss on held-out images, and the outcome, which is stored in its folder.
 
 The outcome of a trial:
 
-    trained       the held-out loss of its averaged weights is below that of the best constant
-    no better     it is not: predicting one image, the same for all samples of a time, would do as well
-    not finite    its loss or gradient was not, and it ended at that step
+    trained       the held-out loss of its averaged weights is below that of the best constant prediction
+    no better     it is not: predicting a single image for all samples at a time would do as well
+    not finite    its loss or gradient was not finite, and it ended at that step
 
 The last two count as diverged.
 """
@@ -35,29 +35,29 @@ from dia_diffusion.training.trainer import Trainer
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
 RESULT_FILE = "trial.json"
 LAST_PART = 0.1
-"""Of the steps; their mean loss is a trial's training loss."""
+"""Fraction of the steps, at the end, whose mean loss is a trial's training loss."""
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out images, each with one noise at the same times, alike for all trials."""
+    """Held-out images, each with one noise at the same times; identical for all trials."""
 
     source: str | None
-    """Where they are from; None is the test split of the training data."""
+    """Source of the images; None is the test split of the training data."""
     images: ImageSet
     count: int
-    """Images; the first that seed 0 draws, flipped as in training."""
+    """Number of images: the first ones that seed 0 draws, flipped as in training."""
     num_times: int
-    """The middles of this many equally likely parts of time."""
+    """Number of times: the midpoints of this many equally likely intervals."""
 
     def described(self) -> dict[str, Any]:
-        """For records: which images, and how many times."""
+        """The images and the number of times, for records."""
         return {"images_fingerprint": self.images.fingerprint, "images": self.count, "times": self.num_times}
 
     def losses(self, experiment: Experiment) -> tuple[float, float]:
-        """The mean loss of the averaged weights of a finished training, and that of the best constant."""
+        """The mean loss of a finished training's averaged weights, and that of the best constant prediction."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         draws = draw_step(0, 0, self.count, len(self.images), self.images.shape)
         images, labels = training_batch(self.images, experiment, draws, device, torch.float32)
@@ -72,10 +72,10 @@ class HeldOut:
 
 
 def open_held_out(experiment: Experiment, source: str | None, count: int, num_times: int) -> HeldOut:
-    """The held-out images: those of `source`, or the test split of the training data; at most `count` of them.
+    """At most `count` held-out images, from `source` or from the test split of the training data.
 
     Raises:
-        InputError: no such images, or the classes of a class-conditional model are missing.
+        InputError: no such images, or a class-conditional model's classes are missing.
     """
     model = experiment.model
     data, split = source or experiment.data.source, "train" if source else "test"
@@ -112,11 +112,11 @@ def constant_loss(process: NoiseProcess, images: Tensor, draws: StepDraws) -> Te
 
 
 def train_trials(experiments: Sequence[Experiment], held_out: HeldOut, progress: Progress) -> None:
-    """Trains recipes one after the other in this process, and writes the result of each into its folder.
+    """Trains recipes one after the other in this process, and writes each result into the recipe's folder.
 
     Raises:
-        InputError: a recipe is refused, or its folder holds another run.
-        RunError: a training fails otherwise than by diverging.
+        InputError: a recipe is refused, or its folder contains another run.
+        RunError: a training fails for a reason other than divergence.
         Stopped: after SIGINT or SIGTERM; the same call resumes from there.
     """
     for experiment in experiments:
@@ -128,18 +128,18 @@ def train_trials(experiments: Sequence[Experiment], held_out: HeldOut, progress:
             result |= {"outcome": NOT_FINITE, "not_finite_at": error.step, "held_out_loss": None, "constant_loss": None}
         else:
             loss, constant = held_out.losses(experiment)
-            outcome = TRAINED if loss < constant else NO_BETTER  # a loss that is not finite isn't below either
+            outcome = TRAINED if loss < constant else NO_BETTER  # false for a non-finite loss, too
             finite = loss if math.isfinite(loss) else None
             result |= {"outcome": outcome, "not_finite_at": None, "held_out_loss": finite, "constant_loss": constant}
         result["training_loss"] = _last_loss(trainer.folder, experiment.train.max_steps)
         write_json(trainer.folder.path / RESULT_FILE, with_checksum(result))
         progress.message(f"{trainer.folder.path}: {result['outcome']}")
-        if trainer.stop.received:  # during the last step, which was finished
+        if trainer.stop.received:  # during the last step, which still completed
             raise Stopped(trainer.stop.received, "stopped after a trial; the same command resumes from there")
 
 
 def _last_loss(folder: RunFolder, max_steps: int) -> float | None:
-    """The mean training loss over the last tenth of the steps; None if the training ended before them."""
+    """The mean training loss over the last tenth of the steps; None if the training ended earlier."""
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     lines = [line for line in lines if line["step"] > max_steps * (1 - LAST_PART)]
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -147,10 +147,10 @@ def _last_loss(folder: RunFolder, max_steps: int) -> float | None:
 
 
 def finished(trial: Run, held_out: HeldOut | None = None) -> Result | None:
-    """A trial's result with its label as `trial`; None if it has none yet.
+    """A trial's result with its label under `trial`; None if it has none yet.
 
     Raises:
-        InputError: it is another recipe's or of other held-out images, or can't be read.
+        InputError: the result has another recipe or other held-out images, or can't be read.
     """
     file = trial.folder / RESULT_FILE
     if not file.is_file():

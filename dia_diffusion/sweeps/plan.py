@@ -1,4 +1,4 @@
-"""What a study would take: time and disk, estimated from a few steps and samples of each unit and batch size."""
+"""The cost of a study in time and disk, estimated from a few steps and samples of each unit and batch size."""
 
 import tempfile
 import time
@@ -17,21 +17,21 @@ from dia_diffusion.training.diffusion import build_model, build_pipeline
 from dia_diffusion.training.recipe import override
 from dia_diffusion.training.trainer import Trainer
 
-STEPS, ENOUGH_SECONDS = 10, 10.0  # steps to time, and the time after which fewer will do
-TENSORS_OF_CHECKPOINT = 4  # per parameter: itself, its average, and AdamW's two
+STEPS, ENOUGH_SECONDS = 10, 10.0  # steps to time, and the seconds after which fewer are enough
+TENSORS_OF_CHECKPOINT = 4  # per parameter: the weight, its average, and AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of a unit at a batch size, and what they take on one job."""
+    """The runs of a unit at a batch size, and their cost as a single job."""
 
     states: list[RunState]
     seconds_of_step: float
-    """With its share of the sample grids."""
+    """Includes the step's share of the sample grids."""
     seconds_left: list[tuple[float, float]]
-    """Of each run: to train and to measure what is missing."""
+    """For each run: seconds to finish training, and to measure what is missing."""
     bytes: int
-    """On disk, once all its runs are complete."""
+    """Disk space once all its runs are complete."""
 
 
 def make_plan(inventory: Inventory, threads: int) -> list[Group]:
@@ -56,7 +56,7 @@ def make_plan(inventory: Inventory, threads: int) -> list[Group]:
 
 
 def seconds_of_step(experiment: Experiment) -> float:
-    """Of an optimizer step of the trainer on random images."""
+    """Seconds of one of the trainer's optimizer steps, on random images."""
     AcceleratorState._reset_state()  # a study's variants can differ in precision
     torch.compiler.reset()
     model, count = experiment.model, max(256, 2 * experiment.train.batch_size)
@@ -74,12 +74,12 @@ def seconds_of_step(experiment: Experiment) -> float:
             float(losses[-1])  # waits for the device
             return (time.perf_counter() - started) / steps
 
-        seconds(2)  # the first compiles
+        seconds(2)  # the first step compiles
         return seconds(min(STEPS, int(ENOUGH_SECONDS / seconds(1)) + 1))
 
 
 def seconds_of_sampler_step(experiment: Experiment, protocol: EvalProtocol) -> float:
-    """Of one of the sampler's steps for an image, many images at once."""
+    """Seconds per image of one sampler step, with many images at once."""
     device, count = ("cuda", 64) if torch.cuda.is_available() else ("cpu", 16)
     pipeline = build_pipeline(experiment, build_model(experiment.model).state_dict(), torch.device(device))
     dtype = getattr(torch, protocol.precision)
@@ -87,7 +87,7 @@ def seconds_of_sampler_step(experiment: Experiment, protocol: EvalProtocol) -> f
     few = replace(protocol.sampling, steps=min(protocol.steps, 8))
     guide = None if protocol.guide is None else load_guide(protocol.guide, device, dtype)
     adapted = adapt_pipeline(pipeline, few, guide)
-    for _ in range(2):  # the first warms up
+    for _ in range(2):  # the first is a warm-up
         started = time.perf_counter()
         list(generate(adapted, range(count), batch_size=count))
     return (time.perf_counter() - started) / (count * few.steps)

@@ -1,4 +1,4 @@
-"""The results of a study so far: points, tables, floor and figures, and the files that hold them."""
+"""The results of a study so far: points, tables, floor and figures, and the files they are written to."""
 
 import json
 from collections.abc import Sequence
@@ -28,42 +28,42 @@ from dia_diffusion.tables import Table
 RESULTS_FILE = "results.json"
 TABLE_FILE = "results.md"
 FLOOR_FILE = "floor.jsonl"
-"""In the study's folder, for real images that were recorded by `fid --record`."""
+"""In the study's folder: records of real images, made by `fid --record`."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What a perfect model would reach."""
+    """The distance that a perfect model would reach."""
 
     distance: float
     images: str
-    """Which real images stand for the samples."""
+    """Which real images take the place of samples."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Points by one protocol."""
+    """Points measured by one protocol."""
 
     protocol: str
-    """Its name."""
+    """The protocol's name."""
     record: EvaluationRecord
-    """One of them, for the protocol that all of them share."""
+    """One of the points' records, for the settings that they all share."""
     points: list[Point]
     seconds: float
-    """Of measuring, all together."""
+    """Total time of measuring."""
     versions: list[dict[str, str]]
-    """That they were measured with; one if they agree."""
+    """Versions that the points were measured with; a single one if they agree."""
     floor: Floor | str
-    """Or why there is none."""
+    """The floor, or why there is none."""
 
     @property
     def metric(self) -> str:
-        """As "FID, 10,000 samples"."""
+        """Such as "FID, 10,000 samples"."""
         return distance_label(self.record)
 
     @property
     def title(self) -> str:
-        """As "FID, 10,000 samples (fid10k-dpm50)"."""
+        """Such as "FID, 10,000 samples (fid10k-dpm50)"."""
         return f"{self.metric} ({self.protocol})"
 
     @property
@@ -86,12 +86,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Results:
-    """Of a study, complete or not."""
+    """The results of a complete or incomplete study."""
 
     inventory: Inventory
     curve: Measurement
     final: Measurement | None
-    """Of the ends of training: by the final protocol if there are records of it, else by the curves'."""
+    """Points at the end of training: by the final protocol if it has records, else by the curves' protocol."""
     rows: list[Row]
 
     @property
@@ -100,12 +100,12 @@ class Results:
 
     @property
     def tables(self) -> list[Table]:
-        """The rows as text."""
+        """The rows as tables of text."""
         return tables(self.rows, self.curve.title, (self.final or self.curve).title)
 
     @property
     def notes(self) -> list[str]:
-        """What the tables don't say, a sentence or two each: how much of the study is done, tests, and floors."""
+        """Notes of a sentence or two each on what the tables don't show: progress, tests, and floors."""
         study = self.inventory.study
         missing = self.trained != len(study.runs)
         notes = [f"{self.trained} of {len(study.runs)} runs are trained."] if missing else []
@@ -121,10 +121,10 @@ class Results:
 
 
 def results_of(inventory: Inventory) -> Results:
-    """What is on record of a study, and its floors.
+    """The recorded results of a study, and its floors.
 
     Raises:
-        InputError: nothing is.
+        InputError: there are none.
     """
     study, curve = inventory.study, inventory.curve
     if not curve:
@@ -173,7 +173,7 @@ def _to_dict(results: Results) -> dict[str, Any]:
         "runs_planned": len(study.runs),
         "runs_trained": results.trained,
         "level": LEVEL,
-        "seconds": {"training": round(training, 1), "measuring": round(measuring, 1)},  # of all runs together
+        "seconds": {"training": round(training, 1), "measuring": round(measuring, 1)},  # total of all runs
         "protocol": curve.to_dict(),
         "final_protocol": final.to_dict() if final else None,
         "summary": [asdict(row) for row in results.rows],
@@ -190,14 +190,14 @@ def _measurement(
     floor: Floor | str
     try:
         floor = known.get(record.protocol_hash()) or floor_of(study, record)
-    except (InputError, RunError) as error:  # RunError: of a download
+    except (InputError, RunError) as error:  # RunError: a download failed
         floor = str(error)
     points, seconds = [one.point for one in measured], sum(one.record.seconds for one in measured)
     return Measurement(protocol.name, record, points, seconds, list(versions.values()), floor)
 
 
 def _known_floors(study: Study) -> dict[str, Floor]:
-    """Hash of a protocol -> its floor, of the results that are there, so that drawing again measures nothing."""
+    """Hash of a protocol -> its floor in the existing results file, so that drawing again measures nothing."""
     if (study.folder / FLOOR_FILE).is_file():
         return {}
     try:
@@ -209,14 +209,14 @@ def _known_floors(study: Study) -> dict[str, Floor]:
 
 
 def floor_of(study: Study, record: EvaluationRecord) -> Floor:
-    """The floor of a study's records, of which this is one: the distance that as many real images have.
+    """The floor for a study's records, given one of them: the distance of the same number of real images.
 
-    It is that of FLOOR_FILE if there is one. Else images of the reference's other split stand for the samples; of a
-    source without splits, as many as there are samples, against the reference's others. Both are chosen by seed 0.
+    It comes from FLOOR_FILE if that exists. Otherwise images of the reference's other split take the place of samples;
+    if the source has no splits, some of the reference's images are compared with its others. Seed 0 chooses them.
 
     Raises:
-        InputError: why there is none: other features than the package's, which take long or a download; too few real
-            images; or a reference that isn't there any more.
+        InputError: the reason why there is no floor: features other than the package's, which are slow or need a
+            download; too few real images; or the reference is gone.
     """
     file = study.folder / FLOOR_FILE
     if file.is_file():
@@ -244,7 +244,7 @@ def floor_of(study: Study, record: EvaluationRecord) -> Floor:
 
 
 def _within(images: ImageSet, extractor: FeatureExtractor, count: int) -> float:
-    """The distance of `count` of these images, chosen by seed 0, to the others, which are at least as many."""
+    """The distance of `count` of these images, chosen by seed 0, to the others, of which there are at least `count`."""
     if 2 * count > len(images):
         raise InputError(f"{images.name} must have twice the {count:,} samples or more, got {len(images):,} images")
     every = reference_statistics(images, extractor).statistics

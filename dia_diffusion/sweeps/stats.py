@@ -1,4 +1,4 @@
-"""Means and intervals over seeds, tests between units, and a study in numbers: one row per batch size and unit."""
+"""Means and intervals over seeds, tests between units, and a study's summary: one row per batch size and unit."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,20 +15,20 @@ from dia_diffusion.sweeps.sweep import BASELINE, Study
 Key = TypeVar("Key")
 
 LEVEL = 0.95
-"""Of every confidence interval."""
+"""Level of all confidence intervals."""
 ROUNDING = 1e-12
-"""Of float64 values, relative."""
+"""Relative rounding error of float64 values."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with the confidence interval that Student's t distribution gives; None for one seed."""
+    """A mean over seeds with the confidence interval from Student's t distribution, which is None for one seed."""
 
     mean: float
     half_width: float | None
-    """Half of the interval, which is about the mean."""
+    """Half the width of the interval, which is centered at the mean."""
     count: int
-    """Seeds."""
+    """Number of seeds."""
 
     @property
     def low(self) -> float | None:
@@ -40,7 +40,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of at least one value, one a seed."""
+    """The mean of one or more values, one per seed."""
     count, mean = len(values), float(np.mean(values))
     if count < 2:
         return Estimate(mean, None, count)
@@ -49,25 +49,25 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def student_test(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of the two-sample test with equal variances, which is the paper's.
+    """The two-sided p value of the two-sample t-test with equal variances, which the paper uses.
 
-    None where it says nothing: fewer than two values on a side, or values that don't vary on either.
+    None if undefined: fewer than two values on a side, or no variation on either side.
     """
     return _unpaired_test(stats.ttest_ind, first, second)
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of the test on the differences of values that belong together, pair by pair; None as above."""
+    """The two-sided p value of the paired t-test; None if undefined, as above."""
     if len(first) < 2 or not _vary(np.subtract(first, second), [*first, *second]):
         return None
     return _known(stats.ttest_rel, first, second)
 
 
 def pitman_morgan(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The two-sided p of Pitman and Morgan's (1939) test that values that belong together have one variance.
+    """The two-sided p value of Pitman and Morgan's (1939) test of equal variances for paired values.
 
-    Their sums and differences are uncorrelated exactly where the variances are equal. None for fewer than three pairs,
-    or where sums or differences don't vary.
+    Sums and differences are uncorrelated exactly if the variances are equal. None for fewer than three pairs, or if
+    sums or differences don't vary.
     """
     sums, differences = np.add(first, second), np.subtract(first, second)
     if len(first) < 3 or not all(_vary(values, [*first, *second]) for values in (sums, differences)):
@@ -76,9 +76,9 @@ def pitman_morgan(first: Sequence[float], second: Sequence[float]) -> float | No
 
 
 def brown_forsythe(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The p of Brown and Forsythe's (1974) test of equal variances: Levene's, about the medians, of unpaired values.
+    """The p value of Brown and Forsythe's (1974) test of equal variances of unpaired values: Levene's with medians.
 
-    None where it says nothing: fewer than two values on a side, or values that don't vary on either.
+    None if undefined: fewer than two values on a side, or no variation on either side.
     """
     return _unpaired_test(partial(stats.levene, center="median"), first, second)
 
@@ -90,21 +90,21 @@ def _unpaired_test(test: object, first: Sequence[float], second: Sequence[float]
 
 
 def detectable_difference(count: int, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The true mean difference that the two-sided paired t-test of `count` pairs sees with this power.
+    """The true mean difference that a two-sided paired t-test with `count` pairs detects with this power.
 
     In standard deviations of the differences. alpha: the level of the test.
     """
     critical = stats.t.ppf(1 - alpha / 2, count - 1)
 
     def missing(difference: float) -> float:
-        # The other tail adds nothing once the power is above a half.
+        # The other tail is negligible once the power is above one half.
         return float(stats.nct.cdf(critical, count - 1, difference * count**0.5)) - (1 - power)
 
     return float(optimize.brentq(missing, 0.0, 2 * critical / count**0.5 + 4))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's (1979) p values for as many tests as are not None: with them, the chance of any false finding is p."""
+    """Holm-adjusted p values (1979) over the tests that are not None; they bound the chance of any false positive."""
     known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
     largest = 0.0
@@ -115,7 +115,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def mean_along(images_seen: Sequence[float], distances: Sequence[float]) -> float | None:
-    """The area under a curve (trapezoids) over the range of images that it spans; None for fewer than two points."""
+    """The area under a curve (trapezoidal) divided by the range of images it spans; None for fewer than two points."""
     if len(images_seen) < 2:
         return None
     area = integrate.trapezoid(distances, images_seen)
@@ -123,7 +123,7 @@ def mean_along(images_seen: Sequence[float], distances: Sequence[float]) -> floa
 
 
 def _vary(values: Sequence[float] | np.ndarray, computed_from: Sequence[float]) -> bool:
-    """Whether they differ by more than rounding: from values that don't, scipy makes a p of 0."""
+    """Whether values differ by more than rounding; if they don't, scipy returns a p value of 0."""
     return bool(np.ptp(values) > ROUNDING * np.abs(computed_from).max())
 
 
@@ -136,7 +136,7 @@ def _known(test: object, first: Sequence[float] | np.ndarray, second: Sequence[f
 
 @dataclass(frozen=True)
 class Curve:
-    """A unit's distances over training at one batch size, of several seeds at the same steps."""
+    """A unit's distances over training at one batch size, for several seeds at the same steps."""
 
     images_seen: list[int]
     by_seed: dict[int, list[float]]
@@ -144,59 +144,59 @@ class Curve:
 
     @property
     def mean(self) -> list[Estimate]:
-        """Over seeds, one per number of images seen."""
+        """Means over seeds, one per number of images seen."""
         return [estimate(distances) for distances in zip(*self.by_seed.values(), strict=True)]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A unit's final distances against those of its twin without a unit; None if there are too few seeds."""
+    """A unit's final distances compared with its twin without a unit; None means too few seeds."""
 
     seeds: list[int]
-    """That both have."""
+    """Seeds that both have."""
     difference: Estimate
-    """Unit minus twin, over these seeds: below zero if the unit is better."""
+    """Unit minus twin over these seeds; negative if the unit is better."""
     p_student: float | None
-    """Two-sample test with equal variances, of all seeds that either has."""
+    """Two-sample test with equal variances over all seeds of either."""
     p_paired: float | None
-    """Of the differences seed by seed."""
+    """Paired test over the common seeds."""
     p_student_holm: float | None = None
-    """Adjusted for all the study's tests of this kind."""
+    """Holm-adjusted over all the study's tests of this kind."""
     p_paired_holm: float | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A unit at a batch size; None: nothing yet, or it doesn't apply."""
+    """A unit at a batch size; None means no value yet, or not applicable."""
 
     batch_size: int
     unit: str
     images_seen: int
-    """By the end of training."""
+    """Images seen by the end of training."""
     planned_seeds: list[int]
     seeds: list[int]
-    """With a final distance."""
+    """Seeds with a final distance."""
     curve_seeds: list[int]
-    """With a curve that counts, see `curve_of`."""
+    """Seeds in the curve; see `curve_of`."""
     final: Estimate | None
     best: Estimate | None
-    """Of each seed's smallest distance along the curve."""
+    """Estimate of each seed's smallest distance along the curve."""
     mean_along: Estimate | None
-    """Of the area under each seed's curve over the images that it spans."""
+    """Estimate of each seed's mean distance along the curve; see `mean_along`."""
     comparison: Comparison | None
     seconds: Estimate | None
-    """Of training, of the trained runs."""
+    """Training time of the finished runs."""
     time_ratio: float | None
-    """To the twin without a unit, over the seeds that both have."""
+    """Time relative to the twin without a unit, over the common seeds."""
     peak_memory_mib: int | None
-    """The largest of the trained runs."""
+    """The largest among the finished runs."""
 
 
 def curve_of(points: Sequence[Point], unit: str, batch_size: int) -> Curve | None:
-    """A unit's curve at a batch size; None if nothing of it is measured.
+    """A unit's curve at a batch size; None if nothing is measured.
 
-    It is of the seeds that are furthest, at the steps that all of these have, so that all means of a curve are of the
-    same seeds.
+    It contains the seeds that are furthest along, at the steps that all of these have, so that all means along a curve
+    are over the same seeds.
     """
     by_seed: dict[int, dict[int, float]] = {}
     for point in points:
@@ -210,9 +210,10 @@ def curve_of(points: Sequence[Point], unit: str, batch_size: int) -> Curve | Non
 
 
 def comparable(curves: Mapping[Key, Mapping[int, float]]) -> dict[Key, dict[int, float]]:
-    """Of curves (x -> y) those that are furthest, at the x that all of these have, so that all means are of the same.
+    """The curves (x -> y) that are furthest along, at the x that all of these have, so that means are over the same
+    curves at each x.
 
-    No curves, if none has a point.
+    Empty if no curve has a point.
     """
     furthest = max((max(curve) for curve in curves.values() if curve), default=0)
     curves = {key: curve for key, curve in curves.items() if furthest in curve}
@@ -284,7 +285,7 @@ def _time_ratio(unit: Mapping[int, Cost], twin: Mapping[int, Cost]) -> float | N
 
 
 def estimate_if_any(values: Iterable[float]) -> Estimate | None:
-    """`estimate`, or None of no values."""
+    """`estimate`, or None if there are no values."""
     values = list(values)
     return estimate(values) if values else None
 

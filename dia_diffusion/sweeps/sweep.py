@@ -1,4 +1,4 @@
-"""A sweep is labelled experiments that are trained, measured and collected; a study is one from a YAML file."""
+"""Sweeps: labeled experiments that are trained, measured and collected. A study is a sweep from a YAML file."""
 
 import math
 import re
@@ -20,9 +20,9 @@ from dia_diffusion.training.recipe import AUTO, flatten, override, read_experime
 from dia_diffusion.validation import NonNegative, Positive, Strict, validate
 
 BASELINE = "none"
-"""The unit that the others are compared with: none."""
+"""The unit that the others are compared with: no unit."""
 STUDY_FILE = "study.yaml"
-"""In a study's folder: the study as last run, with what its command changed."""
+"""In a study's folder: the study as last run, with the changes from the command line."""
 DECIDED = {
     "output",
     "seed",
@@ -32,7 +32,7 @@ DECIDED = {
     "train.sample_every",
     "train.keep_last",
 }
-"""Recipe keys that the study sets."""
+"""Recipe keys that only the study sets."""
 
 
 class Grid(Strict):
@@ -41,49 +41,49 @@ class Grid(Strict):
     units: list[str] = Field(min_length=1)
     """Attention units, or names of the study's variants."""
     batch_sizes: list[Positive] = Field(min_length=1)
-    """Images an optimizer step."""
+    """Images per optimizer step."""
     seeds: list[NonNegative] = Field(min_length=1)
-    """Of first weights, order of images, flips, times and noise: runs that share a seed differ in the unit alone."""
+    """Seeds of initial weights, image order, flips, times and noise: runs that share a seed differ only in the unit."""
 
 
 class StudyConfig(Strict):
     """A study's keys."""
 
     output: str
-    """The folder that holds the runs and what is drawn from them."""
+    """The folder for the runs and their results."""
     recipe: str
-    """A shipped recipe or a YAML file; its unit, batch size, seed, steps and cadences are the study's to choose."""
+    """A shipped recipe or a YAML file; the study sets its unit, batch size, seed, steps and intervals."""
     runs: list[Grid] = Field(min_length=1)
     """What to train, in this order."""
     protocol: str
     """The evaluation protocol of the curves: a shipped one or a YAML file."""
     final_protocol: str | None = None
-    """Another one for the last checkpoint, such as the paper's; null is none."""
+    """Another protocol for the last checkpoint, such as the paper's; null is none."""
     reference: str | None = None
-    """The images that distances are to; null is those that were trained on."""
+    """The images that distances are measured to; null is the training images."""
     images: Positive | None = None
-    """Images each run sees."""
+    """Images seen by each run."""
     steps: dict[Positive, Positive] | Positive | None = None
-    """Or optimizer steps: one number, or one a batch size."""
+    """Instead of images, optimizer steps: one number, or one per batch size."""
     points: Positive = 6
-    """Points of a curve, evenly spaced and ending with the last step."""
+    """Points of a curve, evenly spaced, ending at the last step."""
     variants: dict[str, dict[str, Any]] = Field(default={})
-    """Names for other settings: name -> recipe keys, as {slow: {model.attention: dia-lstm, ...}}; one without
-    model.attention has the recipe's unit."""
+    """Names for other settings: name -> recipe keys, such as {slow: {model.attention: dia-lstm, ...}}; a variant
+    without model.attention has the recipe's unit."""
     overrides: dict[str, Any] = Field(default={})
-    """Recipe keys that differ from the recipe in every run."""
+    """Recipe keys to change in every run."""
     name: str | None = None
-    """What it is called; null is the name of the file."""
+    """The study's name; null is the name of the file."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A labelled experiment of a sweep."""
+    """A labeled experiment of a sweep."""
 
     name: str
-    """Its folder within the sweep's."""
+    """Its folder, relative to the sweep's."""
     label: dict[str, Any]
-    """What distinguishes it from the other runs; `unit` is an attention unit or a variant of the study."""
+    """Values that distinguish it from other runs; `unit` is an attention unit or a variant of the study."""
     experiment: Experiment
     """Its resolved recipe; `output` is the run's folder."""
 
@@ -109,26 +109,26 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """The points of its curve, where training leaves a pipeline."""
+        """The steps of its curve's points, at which training saves a pipeline."""
         every = self.experiment.train.checkpoint_every
         return [*range(every, self.max_steps, every), self.max_steps]
 
 
 @dataclass(frozen=True)
 class Study:
-    """Runs and the protocols that they are measured by, each read once."""
+    """Runs and their evaluation protocols, each read once."""
 
     name: str
     config: StudyConfig
     protocol: EvalProtocol
-    """Of the curves."""
+    """Protocol of the curves."""
     final_protocol: EvalProtocol | None
-    """Of the last checkpoints."""
+    """Protocol of the last checkpoints."""
     runs: list[Run]
 
     @property
     def folder(self) -> Path:
-        """Holds the runs and what is drawn from them."""
+        """The folder for the runs and their results."""
         return Path(self.config.output)
 
     @property
@@ -137,7 +137,7 @@ class Study:
 
     @property
     def sampler_steps(self) -> tuple[int, int]:
-        """Of all images of a measurement by each protocol; 0 for no final one."""
+        """Sampler steps of a measurement, over all its images, by each protocol; 0 without a final protocol."""
         counts = [protocol.num_samples * protocol.steps for protocol in self.protocols]
         return counts[0], sum(counts[1:])
 
@@ -155,9 +155,9 @@ class Study:
 def resolve_precision(
     runs: Sequence[Run], origins: Iterable[dict[str, Any] | None]
 ) -> tuple[list[Run], Precision | None]:
-    """The runs with `mixed_precision: auto` resolved, to the same for all, and to which; None if no recipe says auto.
+    """The runs with `mixed_precision: auto` resolved to one precision, and that precision (None if none says auto).
 
-    origins: what is known of how each run was trained, with its `recipe`. The first of these decides, else the device.
+    origins: the training record of each run, if any, with its `recipe`. The first one decides, else the device.
     """
     auto = [run.experiment.train.mixed_precision == AUTO for run in runs]
     if not any(auto):
@@ -172,7 +172,7 @@ def resolve_precision(
 
 
 def study_path(name: str) -> Path:
-    """A study's file: by path, by the folder of a study, or by the name of a shipped one, with or without .yaml."""
+    """A study's file, given its path, the study's folder, or the name of a shipped one, with or without .yaml."""
     path = Path(name)
     if path.is_file():
         return path
@@ -193,7 +193,7 @@ def read_study(
 ) -> Study:
     """A study from its file, or from its folder, which may have been moved.
 
-    output: another folder than the file's.
+    output: replaces the file's folder.
     overrides: recipe keys for every run, over the file's own, such as {"data.source": "images.zip"}.
     changes: other keys of the study, such as {"final_protocol": None}.
 
@@ -203,7 +203,7 @@ def read_study(
     path = study_path(name)
     values = {**read_yaml(path, "study", "output, recipe, runs, protocol"), **(changes or {})}
     if path.name == STUDY_FILE:
-        if values.get("name") is None:  # which `write_study` never leaves out
+        if values.get("name") is None:  # `write_study` always writes it
             raise InputError(f"{path}: {STUDY_FILE} is the file that a study's folder keeps; give yours another name")
         values["output"] = str(path.parent)
     if output is not None:
@@ -223,7 +223,7 @@ def read_study(
 
 
 def write_study(study: Study) -> None:
-    """Writes the study into its folder, from where `read_study` reads it; files are named by their whole paths."""
+    """Writes the study into its folder, where `read_study` finds it; files are named by absolute paths."""
     config = study.config.model_dump() | {"name": study.name}
     for key in ("recipe", "protocol", "final_protocol", "reference"):
         if config[key] is not None and Path(config[key]).is_file():
@@ -251,7 +251,7 @@ def _check(config: StudyConfig) -> None:
 
 
 def _runs(config: StudyConfig) -> list[Run]:
-    """In the order of the grids, by seed, batch size and unit; a run in several grids counts once."""
+    """The runs in the order of the grids, by seed, batch size and unit; a run in several grids counts once."""
     recipes: dict[str, Experiment] = {}
     runs: dict[str, Run] = {}
     for grid in config.runs:

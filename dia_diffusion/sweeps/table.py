@@ -10,7 +10,7 @@ _LEVEL = f"{LEVEL * 100:g} %"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What the tables' p values are, and for how many tests they are adjusted; nothing if there are none."""
+    """Explains the tables' p values and the number of tests they are adjusted for; empty if there are none."""
     compared = [row.comparison for row in rows if row.comparison]
     student = sum(comparison.p_student is not None for comparison in compared)
     paired = sum(comparison.p_paired is not None for comparison in compared)
@@ -23,9 +23,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def tables(rows: Sequence[Row], curve: str, final: str) -> list[Table]:
-    """What was reached and at what cost; and, if there are twins to compare, the differences.
+    """A table of distances and costs and, if there are twins to compare, one of differences.
 
-    curve, final: what the distances along the curve and at its end are, as "FID, 10,000 samples (fid10k-dpm50)".
+    curve, final: titles of the distances along the curve and at its end, such as "FID, 10,000 samples (fid10k-dpm50)".
     """
     compared = any(row.comparison for row in rows)
     return [_reached(rows, curve, final), *([_differences(rows, final)] if compared else [])]
@@ -73,7 +73,7 @@ def _differences(rows: Sequence[Row], final: str) -> Table:
 
 
 def _seeds(row: Row) -> str:
-    """The seeds with a final distance, and how many are still to come or have a curve only."""
+    """The seeds with a final distance, and how many are still missing or have only a curve."""
     text = f"{len(row.seeds)}"
     if len(row.curve_seeds) != len(row.seeds):
         text += f" (curve {len(row.curve_seeds)})"
@@ -100,7 +100,7 @@ def _probability(p: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """As "1.6 h", "24.0 min" or "40 s"."""
+    """Text such as "1.6 h", "24.0 min" or "40 s"."""
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"

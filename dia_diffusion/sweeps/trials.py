@@ -1,12 +1,12 @@
 """Sweeps of many short trainings, compared by their loss on held-out images: stability and placement.
 
-Stability asks which unit still trains in a network with a part taken out, at which learning rate (arXiv 2210.16101,
-VI-A2 and Fig. 14). The paper takes BatchNorm, augmentation and skip connections from classifiers; a UViT has no
-BatchNorm, so it loses its long skips, its residual additions or its LayerNorms.
+Stability asks which unit still trains, and at which learning rate, when a part of the network is removed (arXiv
+2210.16101, VI-A2 and Fig. 14). The paper removes BatchNorm, augmentation and skip connections from classifiers; a UViT
+has no BatchNorm, so its long skips, residual additions or LayerNorms are removed instead.
 
 Placement asks which blocks need the unit: the first k, or all but the in, middle or out blocks. The paper's Fig. 10
-puts the unit into more and more blocks of a classifier, its Table XV removes it from one stage; a UViT has one stage
-with three parts.
+puts the unit into more and more blocks of a classifier, and its Table XV removes it from one stage; a UViT has one
+stage with three parts.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ from dia_diffusion.training.recipe import override, read_experiment
 from dia_diffusion.training.run_folder import RunFolder, logged_step, refuse_other_randomness
 
 LINES = 100
-"""Of a trial's metrics.jsonl."""
+"""Most lines of a trial's metrics.jsonl."""
 INDIVIDUAL = "-individual"
 VARIANTS: dict[str, dict[str, Any]] = {
     "as-is": {},
@@ -36,12 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-residuals": {"model.residual_skips": False},
     "no-layer-norm": {"model.layer_norm": False},
 }
-# The whole rate from the first step to the last: a warm-up or a falling rate would hide the divergence.
+# The full rate from the first step to the last: warm-up or decay would hide divergence.
 SCHEDULE = {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
 
 
 def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
-    """The recipe of trials that differ in folder, seed and rate alone; raises InputError with the name."""
+    """The recipe of trials that differ only in folder, seed and rate; `name` is for the message of InputError."""
     try:
         experiment = read_experiment(config, keys=keys)
     except InputError as error:
@@ -52,7 +52,7 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
         "checkpoint_every": steps,
         "sample_every": 0,
         "keep_last": 1,
-        "max_skipped_steps": 1,  # the first one is the outcome
+        "max_skipped_steps": 1,  # the first skipped step decides the outcome
     }
     return override(experiment, {f"train.{key}": value for key, value in loop.items()})
 
@@ -60,7 +60,7 @@ def base_recipe(name: str, config: str, keys: dict[str, Any]) -> Experiment:
 def make_trial(
     name: str, label: dict[str, Any], folder: Path, base: Experiment, seed: int, rate: float | None = None
 ) -> Run:
-    """A trial of this recipe, seed and learning rate (None: the recipe's), in a folder `name`."""
+    """A trial with this recipe, seed and learning rate (None: the recipe's), in folder / name."""
     keys = {"output": str(folder / name), "seed": seed}
     if rate is not None:
         keys["optimizer.learning_rate"] = rate
@@ -68,7 +68,7 @@ def make_trial(
 
 
 def unit_keys(unit: str) -> dict[str, Any]:
-    """The recipe keys of a unit by name; se-individual is the unit se with its own parameters in each block."""
+    """The recipe keys of a unit by name; se-individual is the unit se with separate parameters in each block."""
     if unit.endswith(INDIVIDUAL):
         kwargs = {"sharing": "individual"}
         return {"model.attention": unit.removesuffix(INDIVIDUAL), "model.attention_kwargs": kwargs}
@@ -87,7 +87,7 @@ def stability_trials(
     steps: int,
     keys: dict[str, Any],
 ) -> list[Run]:
-    """Every unit in every variant at every rate, seed by seed, so that an interrupted sweep has whole comparisons.
+    """Every unit in every variant at every rate, seed by seed, so that an interrupted sweep has complete comparisons.
 
     keys: further recipe keys, of all trials.
 
@@ -123,7 +123,7 @@ def placements(num_layers: int) -> dict[str, list[int]]:
 def placement_trials(
     folder: Path, config: str, *, unit: str, seeds: Sequence[int], steps: int, keys: dict[str, Any]
 ) -> list[Run]:
-    """Every distinct placement, seed by seed, so that an interrupted sweep has whole comparisons.
+    """Every distinct placement, seed by seed, so that an interrupted sweep has complete comparisons.
 
     keys: further recipe keys, of all trials.
 
@@ -136,7 +136,7 @@ def placement_trials(
     if "num_layers" not in model:
         raise InputError(f"`model.backbone` must be uvit for placements, got {model['backbone']!r}")
     for name, blocks in placements(model["num_layers"]).items():
-        if blocks not in [others for others, _ in bases.values()]:  # all but the out blocks are the first ones
+        if blocks not in [others for others, _ in bases.values()]:  # "without-out" equals one of the first-k placements
             with_unit = {**unit_keys(unit), "model.attention_blocks": blocks} if blocks else unit_keys("none")
             bases[name] = blocks, base_recipe(name, config, {**common, **with_unit})
     trials = [
@@ -149,16 +149,16 @@ def placement_trials(
 
 
 def run_trials(trials: Sequence[Run], held_out: HeldOut, jobs: int, progress: Progress) -> list[Result]:
-    """The results of all trials, in their order; those without one are trained.
+    """The results of all trials, in order; trials without a result are trained.
 
-    Each of `jobs` child processes trains a share of them, one after the other: starting one takes as long as training
-    one of these small networks.
+    Each of `jobs` child processes trains a share of them, one after the other, since starting a process takes as long
+    as training one of these small networks.
 
     progress: in steps.
 
     Raises:
-        InputError: a trial is refused, or its folder holds another; or some are to be trained beside others of another
-            version's randomness.
+        InputError: a trial is refused, or its folder contains another; or some still have to be trained while others
+            were trained with another version's randomness.
         InputError, RunError, Stopped: see `run_jobs`; the same call resumes.
     """
     results = [finished(trial, held_out) for trial in trials]
@@ -181,7 +181,7 @@ def run_trials(trials: Sequence[Run], held_out: HeldOut, jobs: int, progress: Pr
 
 
 def _steps_done(trials: Sequence[Run]) -> tuple[int, int, str]:
-    """The steps that trials have done, of how many, and which are being trained; a trial with a result has done all."""
+    """Steps done, total steps, and the trials being trained; a trial with a result counts as all its steps."""
     done, training = 0, []
     for trial in trials:
         if (trial.folder / RESULT_FILE).is_file():
@@ -200,13 +200,13 @@ def measure_trials(
     jobs: int,
     progress: Callable[[int, int], None],
 ) -> str:
-    """Adds its `distance` to the result of each trial that trained; those on record are not measured again.
+    """Adds a `distance` to the result of each trial that trained; recorded distances are not measured again.
 
     name: of the protocol or its file, as `fid --protocol` takes it.
-    progress: called with trials measured, of how many.
+    progress: called with the number of measured trials and the total.
 
     Returns:
-        What the distance is, as "FD(digits), 596 samples".
+        The name of the distance, such as "FD(digits), 596 samples".
 
     Raises:
         InputError, RunError, Stopped: see `run_jobs`.
@@ -226,7 +226,7 @@ def measure_trials(
 
 
 def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each variant, unit and rate: the seeds' outcomes, and the mean held-out loss of those that trained."""
+    """A row per variant, unit and rate: the seeds' outcomes, and the mean held-out loss of those that trained."""
     groups: dict[tuple[str, str, float], list[Result]] = defaultdict(list)
     for result in results:
         label = result["trial"]
@@ -250,7 +250,7 @@ def summarize_stability(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def summarize_placement(results: Sequence[Result], num_layers: int) -> list[dict[str, Any]]:
-    """A row for each placement: mean and interval over seeds of the held-out loss, and of the distance if measured.
+    """A row per placement: mean and interval over seeds of the held-out loss, and of the distance if measured.
 
     A placement with two names has two rows. Diverged trials are counted and left out of the means.
     """

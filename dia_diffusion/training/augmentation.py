@@ -1,4 +1,4 @@
-"""Classification's augmentations as functions of uniform numbers, one row an image."""
+"""Augmentations for classification as functions of uniform random numbers, one row per image."""
 
 import math
 from dataclasses import dataclass
@@ -13,33 +13,33 @@ from dia_diffusion.distributed import sent
 from dia_diffusion.training.randomness import AUGMENT, image_order, uniforms
 
 BORDER = 4
-"""Pixels that "pad-crop" puts around an image."""
+"""Width in pixels of the border that "pad-crop" adds."""
 GREY = 127
-"""What a cutout shows."""
+"""Pixel value of a cutout."""
 AREAS = 0.08, 1.0
-"""Of an image's area, that "resized-crop" takes."""
+"""Range of the fraction of an image's area that "resized-crop" takes."""
 ASPECTS = 3 / 4, 4 / 3
-"""Width over height of what it takes."""
+"""Range of its width over height."""
 TRIES = 10
-"""At a rectangle that fits into the image, as torchvision's RandomResizedCrop has."""
+"""Tries to find a rectangle that fits into the image, as in torchvision's RandomResizedCrop."""
 
 MIRROR, DOWN, RIGHT, FIRST_TRY = range(4)
 HIDE_DOWN, HIDE_RIGHT = FIRST_TRY + 2 * TRIES, FIRST_TRY + 2 * TRIES + 1
 NUM_UNIFORM = HIDE_RIGHT + 1
-"""Columns of the uniform numbers: a mirror image below one half, a place, area and aspect of each try, and what is
-hidden."""
+"""Columns of the uniform numbers: mirroring (if below one half), position, area and aspect of each try, and the
+position of the cutout."""
 
 
 @dataclass(frozen=True)
 class ImageDraws:
-    """What is random in one step, for the images of the global batch or a slice of it."""
+    """The random numbers of one step, for the images of the global batch or a slice of it."""
 
     indices: np.ndarray  # (B,) int64, which images
     uniform: Tensor  # (B, 25) float32 in [0, 1)
-    pixels: np.ndarray | None = None  # (B, 3, size, size) uint8, what "resized-crop" reads of files
+    pixels: np.ndarray | None = None  # (B, 3, size, size) uint8, crops that "resized-crop" reads from files
 
     def slice(self, start: int, stop: int) -> "ImageDraws":
-        """The draws of images start..stop of these."""
+        """The draws of images start..stop."""
         part = slice(start, stop)
         pixels = None if self.pixels is None else self.pixels[part]
         return ImageDraws(self.indices[part], self.uniform[part], pixels)
@@ -55,24 +55,24 @@ def draw_images(
 
 
 def mirrored(images: Tensor, uniform: Tensor) -> Tensor:
-    """Images (B, C, H, W), mirrored where the draws say so."""
+    """Images (B, C, H, W), some mirrored according to the draws."""
     return torch.where(sent(uniform[:, MIRROR] < 0.5, images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def pad_cropped(images: Tensor, uniform: Tensor, reflected: bool = False) -> Tensor:
-    """Images (B, C, H, W), each shifted by up to BORDER pixels either way; what comes in is black, or reflects them."""
+    """Images (B, C, H, W), each shifted by up to BORDER pixels either way; the border is black or reflected."""
     height, width = images.shape[2:]
     padded = F.pad(images.float(), [BORDER] * 4, mode="reflect" if reflected else "constant").to(images.dtype)
     shifts = sent((uniform[:, [DOWN, RIGHT]] * (2 * BORDER + 1)).long(), images.device)  # (B, 2)
     rows = shifts[:, :1] + torch.arange(height, device=images.device)  # (B, H)
     columns = shifts[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
     batch = torch.arange(len(images), device=images.device)
-    # Indices around a slice move the channels last: (B, H, W, C).
+    # Advanced indices around a slice move the channels last: (B, H, W, C).
     return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W), uint8, each with a grey square of this size around some pixel (DeVries and Taylor 2017)."""
+    """Images (B, C, H, W), uint8, each with a gray square of this size at a random pixel (DeVries and Taylor 2017)."""
     hidden = []  # (B, H), (B, W)
     for column, extent in zip((HIDE_DOWN, HIDE_RIGHT), images.shape[2:], strict=True):
         first = (uniform[:, column, None] * extent).long() - size // 2
@@ -83,10 +83,10 @@ def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
 
 
 def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:
-    """The rectangle (left, top, right, bottom) that "resized-crop" takes, by an image's row of draws.
+    """The rectangle (left, top, right, bottom) that "resized-crop" takes, given an image's row of draws.
 
-    Of TRIES rectangles of uniform area and log-uniform aspect, the first that fits; else the largest in the middle
-    whose aspect is in bounds.
+    The first that fits of TRIES rectangles with uniform area and log-uniform aspect, else the largest centered one with
+    an aspect in range.
     """
     shortest, longest = map(math.log, ASPECTS)
     for area, aspect in uniform[FIRST_TRY:HIDE_DOWN].reshape(TRIES, 2).tolist():
@@ -102,6 +102,6 @@ def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, fl
 
 
 def resized_crop(image: Image.Image, size: int, uniform: Tensor) -> np.ndarray:
-    """That rectangle of an image, resized to uint8 (3, size, size)."""
+    """The `crop_box` of an image, resized to uint8 (3, size, size)."""
     box = crop_box(image.width, image.height, uniform)
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)).transpose(2, 0, 1)

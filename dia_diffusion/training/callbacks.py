@@ -1,6 +1,6 @@
-"""What happens after a step: metrics, progress and checkpoints here; grids, tests and saved models in each task.
+"""Callbacks after a step: metrics, progress and checkpoints here; grids, tests and saved models in each task.
 
-Pass your own to the trainer: `Trainer(experiment, callbacks=[MyCallback()])`. A metric of your own is a row of METRICS.
+Pass your own to the trainer: `Trainer(experiment, callbacks=[MyCallback()])`. To add a metric, register it in METRICS.
 """
 
 import time
@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called after steps, on all ranks alike, in order; before the step's checkpoint, if it has one.
+    """Called after steps, on all ranks, in order; before the step's checkpoint, if it has one.
 
-    A step that was not followed by a checkpoint is trained again by a resumed run, and its callbacks are called again.
+    A resumed run repeats the steps since the last checkpoint, and calls their callbacks again.
     """
 
     after_checkpoint = False
-    """Whether to be called after the checkpoint of the step: for what takes long. If the run is killed meanwhile, the
-    call is not repeated; `start` has to make up for it."""
+    """Whether to call this after the step's checkpoint, for slow work. If the run is killed meanwhile, the call is not
+    repeated; `start` has to compensate."""
 
     def start(self, trainer: "Trainer") -> None:
-        """Before the first step of this process; trainer.step steps are done."""
+        """Called before the first step of this process; trainer.step steps are done."""
 
     def due(self, step: int) -> bool:
-        """Whether to be called after this many steps."""
+        """Whether to call this after this many steps."""
         return True
 
     def __call__(self, trainer: "Trainer", result: "StepResult") -> None:
-        """After a step that it is due at."""
+        """Called after each step at which it is due."""
 
     def end(self, trainer: "Trainer", error: Exception | None) -> None:
-        """At the end; error: Stopped by a signal, DivergedError, or None for a finished run."""
+        """Called at the end. error: Stopped (by a signal), DivergedError, or None for a finished run."""
 
 
 METRICS: Registry[Callable[["Trainer", "StepResult"], float]] = Registry("training metric")
-"""Numbers of a step for metrics.jsonl and the trackers, every train.log_every steps; one that is not finite is null."""
+"""A step's values for metrics.jsonl and the trackers, every train.log_every steps; a non-finite value becomes null."""
 
 METRICS.register("loss", lambda trainer, result: float(result.loss))
 METRICS.register("grad_norm", lambda trainer, result: float(result.grad_norm))
@@ -51,7 +51,7 @@ METRICS.register("peak_memory_mib", lambda trainer, result: round(peak_memory(tr
 
 
 class LogMetrics(Callback):
-    """Logs METRICS of this step, and the images per second of the steps since the last line."""
+    """Logs METRICS of the step, and images per second since the last line."""
 
     def __init__(self, every: int):
         self.every = every
@@ -77,7 +77,7 @@ class LogMetrics(Callback):
 
 
 def log_image(trainer: "Trainer", name: str, image: np.ndarray) -> None:
-    """Sends an image (H, W, 3), uint8, to the trackers that take images; on rank 0."""
+    """Sends an image (H, W, 3), uint8, to the trackers that support images; on rank 0."""
 
     def send(tracker: Any) -> None:
         if hasattr(tracker, "log_images"):
@@ -115,5 +115,5 @@ class SaveCheckpoint(Callback):
 
 
 def checkpoint_due(config: Any, step: int) -> bool:
-    """Whether train.checkpoint_every or train.max_steps asks for a checkpoint after this many steps."""
+    """Whether train.checkpoint_every or train.max_steps requires a checkpoint after this many steps."""
     return bool(step == config.max_steps or step % config.checkpoint_every == 0)

@@ -1,15 +1,15 @@
-"""Checkpoints: all that resuming needs, as safetensors and JSON, whole or not there at all.
+"""Checkpoints: everything needed to resume, as safetensors and JSON, written atomically.
 
     checkpoints/step-00010000/model.safetensors       weights
-                              ema.safetensors         their moving average, of trainings that keep one
+                              ema.safetensors         their moving average, if the training keeps one
                               averages.safetensors    further averages, if the recipe has any: NAME/PARAMETER
                               optimizer.safetensors   the optimizer's state, a tensor per parameter and quantity
                               state.json              step, recipe, data, sha256 of the other files, own checksum
 
-If the newest is damaged and an older one is whole, training resumes from that one, and renames the damaged one to
+If the newest is damaged and an older one is intact, training resumes from that one, and renames the damaged one to
 step-00010000.damaged.
 
-Nothing random is in it: a step's randomness is a function of the seed and the step.
+They contain no random state: a step's randomness is a function of the seed and the step.
 """
 
 import shutil
@@ -38,14 +38,14 @@ from dia_diffusion.reading import read_json_object
 
 @dataclass
 class Checkpoint:
-    """A checkpoint's content."""
+    """The content of a checkpoint."""
 
     tensors: dict[str, dict[str, Tensor]]  # "model", "optimizer", and "ema", "averages" if kept -> name -> tensor
     state: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: int) -> Path:
-    """Writes folder/step-N, then removes those before it but for the keep_last newest, itself among them."""
+    """Writes folder/step-N, then removes earlier ones, so that the keep_last newest remain, including this one."""
     place = folder / step_name(step)
     write_checkpoint(place, step, checkpoint)
     for old in [other for number, other in step_folders(folder).items() if number <= step][:-keep_last]:
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep_last: 
 
 
 def write_checkpoint(place: Path, step: int, checkpoint: Checkpoint) -> None:
-    """Writes a folder of safetensors and state.json, in place of an earlier one."""
+    """Writes a folder of safetensors and state.json, replacing an earlier one."""
     size = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
     with atomic_dir(place, needed=size) as temporary:
         hashes = {}
@@ -66,9 +66,9 @@ def write_checkpoint(place: Path, step: int, checkpoint: Checkpoint) -> None:
 
 
 def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint in `folder` that is whole, and the newer ones that are not, each with what is wrong.
+    """The newest intact checkpoint in `folder`, and the newer, damaged ones, each with the reason.
 
-    None where there is no checkpoint at all.
+    None instead of a checkpoint if there are none.
 
     Raises:
         InputError: all are damaged.
@@ -88,7 +88,7 @@ def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def set_aside(damaged: Path) -> Path:
-    """Renames a damaged checkpoint to NAME.damaged, so that it neither counts as one to keep nor is in the way."""
+    """Renames a damaged checkpoint to NAME.damaged, so that it isn't counted by keep_last and its name is free."""
     names = (f"{damaged.name}.damaged", *(f"{damaged.name}.damaged-{number}" for number in range(2, 1000)))
     place = next(place for name in names if not (place := damaged.with_name(name)).exists())
     return damaged.rename(place)
@@ -106,7 +106,7 @@ def check_checkpoint(place: Path) -> dict[str, Any]:
 
 
 def check_files(place: Path, state: dict[str, Any], what: str) -> None:
-    """Raises InputError if a file is not as the state says; `what` the folder is."""
+    """Raises InputError if a file doesn't match the state. `what` is the kind of folder, for the message."""
     for name, sha256 in state["sha256"].items():
         file = place / name
         if not file.is_file():
@@ -128,7 +128,7 @@ def load_checkpoint(place: Path, checked: bool = False) -> Checkpoint:
 
 
 def read_tensors(file: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a file. Raises InputError where it is no safetensors."""
+    """The tensors of a file. Raises InputError if it isn't a safetensors file."""
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -147,7 +147,7 @@ def read_state(place: Path) -> dict[str, Any]:
 
 
 def read_folder_state(place: Path, what: str, has_files: Callable[[Set[str]], bool]) -> dict[str, Any]:
-    """The state.json that `write_checkpoint` wrote; has_files: whether its names of files are those of such a folder.
+    """The state.json that `write_checkpoint` wrote. has_files: whether its file names are valid for such a folder.
 
     Raises:
         InputError: it is missing, truncated or corrupted.
@@ -157,17 +157,17 @@ def read_folder_state(place: Path, what: str, has_files: Callable[[Set[str]], bo
         described = isinstance(state["recipe"], dict) and isinstance(state["data"], dict)
         if has_files(dict(state["sha256"]).keys()) and described and step_name(state["step"]) == place.name:
             return state
-    # Other errors of the disk may pass, and then it is as good as before.
+    # Other disk errors may be temporary, and the checkpoint intact.
     except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{what} file {place / 'state.json'} is missing, truncated or corrupted")
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint in `folder` of which it can be read; None where there is no checkpoint.
+    """The newest readable checkpoint state in `folder`; None if there is no checkpoint.
 
     Raises:
-        InputError: there are some, and none's can.
+        InputError: there are checkpoints, but no state can be read.
     """
     failure = None
     for place in reversed(step_folders(folder).values()):
@@ -181,19 +181,19 @@ def newest_state(folder: Path) -> dict[str, Any] | None:
 
 
 def began_in(folder: Path) -> Any:
-    """The precision that the run with these checkpoints trains in; None where there is none that says so."""
+    """The precision of the run with these checkpoints; None if no checkpoint says it."""
     try:
         state = newest_state(folder)
-    except InputError:  # which whoever loads a checkpoint reports
+    except InputError:  # reported when a checkpoint is loaded
         return None
     return None if state is None else state["recipe"].get("train", {}).get("mixed_precision")
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> None:
-    """Puts tensors into a module in place.
+    """Loads tensors into a module in place.
 
     Raises:
-        InputError: names or shapes differ: the checkpoint is another model's.
+        InputError: names or shapes differ, so the checkpoint is of another model.
     """
     own = module.state_dict()
     differing = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
@@ -203,17 +203,17 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], place: Path) -> 
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The state of the optimizer of a model's parameters as "PARAMETER/QUANTITY" -> tensor."""
+    """The optimizer state of a model's parameters as "PARAMETER/QUANTITY" -> tensor."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
-        if value is not None  # as the momentum of an SGD without momentum
+        if value is not None  # such as the momentum buffer of SGD without momentum
     }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], model: nn.Module) -> None:
-    """Puts back what optimizer_tensors gave."""
+    """Restores the state that optimizer_tensors returned."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = dict(model.named_parameters())
     in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -221,7 +221,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor],
     for key, tensor in tensors.items():
         name, quantity = key.rsplit("/", 1)
         parameter = parameters[name]
-        if tensor.shape == parameter.shape:  # in its memory format, which fused kernels count on
+        if tensor.shape == parameter.shape:  # keep the parameter's memory format, which fused kernels expect
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         state.setdefault(index[parameter], {})[quantity] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

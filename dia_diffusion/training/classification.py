@@ -1,4 +1,4 @@
-"""Training of a classifier: its images, loss, optimizer settings and accuracies."""
+"""Training a classifier: its images, loss, optimizer settings and accuracies."""
 
 import math
 import shutil
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
 
 TEST_CROP = 0.875
-"""The share of a test image's centre square that "resized-crop" is tested on, in height and width."""
+"""Fraction, in height and width, of a test image's center square that is used with "resized-crop"."""
 
 
 def open_labelled(experiment: ClassifyExperiment, test: bool, accelerator: Accelerator, progress: Progress) -> ImageSet:
     """The recipe's training or test images, on each process.
 
     Raises:
-        InputError: no such images, or other classes than the model's; on all processes if on one.
+        InputError: no such images, or classes that differ from the model's; raised on all processes if on one.
     """
     data, model = experiment.data, experiment.model
     source, split = (data.source, data.split) if not test else _test_place(data)
-    decode = data.augmentation != "resized-crop"  # which crops each image anew at each step
+    decode = data.augmentation != "resized-crop"  # it crops each image differently at each step
     options = {"size": model.sample_size, "channels": 3, "split": split, "decode": decode}
     images = open_images_on_ranks(source, accelerator, progress, **options)
     if images.labels is None:
@@ -68,7 +68,7 @@ def _test_place(data: LabelledDataConfig) -> tuple[str, str]:
 
 
 def check_apart(train: ImageSet, test: ImageSet) -> None:
-    """Raises InputError where the test images are the training images, or their classes have other names."""
+    """Raises InputError if the test images are the training images, or their classes have different names."""
     if train.fingerprint == test.fingerprint:
         raise InputError(f"the test images are the training images ({train.name}); name others as data.test_source")
     if train.class_names and test.class_names and train.class_names != test.class_names:
@@ -77,7 +77,7 @@ def check_apart(train: ImageSet, test: ImageSet) -> None:
 
 
 def with_files(images: ImageSet, experiment: ClassifyExperiment, draws: ImageDraws) -> ImageDraws:
-    """The draws, with the pixels that "resized-crop" reads of files; those of other augmentations unchanged."""
+    """The draws with the pixels that "resized-crop" reads from files; unchanged for other augmentations."""
     if experiment.data.augmentation != "resized-crop":
         return draws
 
@@ -116,7 +116,7 @@ def test_pixels(images: ImageSet, indices: np.ndarray, size: int) -> Tensor:
 
 
 RESULT_FILE = "result.json"
-"""In a run's folder: how it ended, and its last test."""
+"""File in a run's folder: how the run ended, and its last test."""
 FEW_CLASSES = 20
 """With more classes, accuracies per class are not logged."""
 TEST_BATCH = 250
@@ -142,7 +142,7 @@ class ClassificationTask(Task):
         model = build_classifier(self.experiment.model, self.experiment.train.sync_batchnorm)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if self.experiment.ssia.weight:
-            seed = derive(self.experiment.seed, WEIGHTS, 1)  # WEIGHTS, 0 is the model's
+            seed = derive(self.experiment.seed, WEIGHTS, 1)  # number 0 is for the model
             self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model.to(memory_format=torch.channels_last) if self.experiment.train.channels_last else model
 
@@ -191,7 +191,7 @@ class ClassificationTask(Task):
 class TestClassifier(Callback):
     """Tests the classifier, saves it as a folder with each checkpoint, and writes result.json at the end."""
 
-    __test__ = False  # no test class of pytest
+    __test__ = False  # not a pytest class
 
     def __init__(self, task: ClassificationTask):
         self.task, self.experiment, self.config = task, task.experiment, task.experiment.train
@@ -216,9 +216,9 @@ class TestClassifier(Callback):
             on_rank_zero(trainer.accelerator, lambda: self._write_result(trainer, step, step, {}))
 
     def _test(self, trainer: "Trainer") -> dict[str, float]:
-        """Accuracy and loss on the test images, sharded over the ranks, of the classifier that rank 0 saves."""
+        """Accuracy and loss of the classifier that rank 0 saves, on the test images, sharded over the ranks."""
         accelerator, model = trainer.accelerator, trainer.model
-        # BatchNorm's statistics are each rank's own. DDP would replace them by rank 0's at the next step's forward.
+        # Each rank has its own BatchNorm statistics; DDP would replace them by rank 0's only in the next forward pass.
         broadcast(list(model.buffers()))
         model.eval()
         with torch.no_grad():
@@ -229,7 +229,7 @@ class TestClassifier(Callback):
         return self._summary(counts, float(loss))
 
     def _count(self, model: nn.Module, accelerator: Accelerator) -> tuple[Tensor, Tensor]:
-        """Of this rank's shard: correct and all images per class (2, num_classes), and the summed loss ()."""
+        """For this rank's shard: counts of correct and of all images per class (2, num_classes), and summed loss ()."""
         images, classes, device = self.task.test_images, self.experiment.model.num_classes, accelerator.device
         mine = np.arange(accelerator.process_index, len(images), accelerator.num_processes)
         assert images.labels is not None
@@ -244,7 +244,7 @@ class TestClassifier(Callback):
                 logits = model(self.task.prepare(pixels, dtype))
             losses.append(F.cross_entropy(logits.to(dtype), labels, reduction="sum"))
             hits.append(logits.argmax(1) == labels)
-        # Summed on the CPU, since not every device has float64.
+        # Sum on the CPU, since not every device has float64.
         shown, right = images.labels[mine], torch.cat(hits).cpu().numpy()
         counts = torch.from_numpy(np.stack([np.bincount(of, minlength=classes) for of in (shown[right], shown)]))
         return counts, torch.stack(losses).cpu().double().sum()
@@ -252,7 +252,7 @@ class TestClassifier(Callback):
     def _summary(self, counts: Tensor, loss: float) -> dict[str, float]:
         right, every = counts.tolist()
         values = {"test_accuracy": sum(right) / sum(every)}
-        if math.isfinite(loss):  # JSON has no other numbers
+        if math.isfinite(loss):  # JSON has no inf or nan
             values["test_loss"] = loss / sum(every)
         names = self.task.test_images.class_names or tuple(str(number) for number in range(len(every)))
         if len(names) <= FEW_CLASSES:
@@ -275,7 +275,7 @@ class TestClassifier(Callback):
             self._write_result(trainer, step, None, values)
 
     def _write_result(self, trainer: "Trainer", step: int, diverged_at: int | None, values: dict[str, float]) -> None:
-        """Writes how the run ended."""
+        """Writes how the run ended to result.json."""
         train, test = self.task.train_images, self.task.test_images
         record = {
             "step": step,

@@ -1,5 +1,4 @@
-"""Recipes of `train` and `classify` as typed models: everything that decides what is trained.
-
+"""Recipes of `train` and `classify` as typed models: everything that determines a training.
 `dia_diffusion.training.recipe` reads, changes and compares recipes. A field's docstring is its help."""
 
 import math
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
     from dia_diffusion.noise import NoiseProcess
 
 
-MAX_POWER_WIDTH = 0.288  # 1/sqrt(12) is the average that counts all steps alike
+MAX_POWER_WIDTH = 0.288  # 1/sqrt(12) is the average that weights all steps equally
 MAX_REFERENCE = 1_000_000  # so that a beta below 1 stays below 1 at batch size 1
 
 
 def _refuse_address(value: str) -> str:
-    if "://" in value:  # it may carry a password, and would be kept in the run's records
+    if "://" in value:  # it may contain a password, and would be stored in the run's records
         raise ValueError("a path or a name")
     return value
 
@@ -45,27 +44,27 @@ Place = Annotated[str, Field(min_length=1), AfterValidator(_refuse_address)]
 
 
 class SsiaConfig(Strict):
-    """Experimental: a loss in training only, by which higher blocks teach lower ones (arXiv 2206.07434)."""
+    """Experimental: a training-only loss with which higher blocks teach lower ones (arXiv 2206.07434)."""
 
     weight: NonNegativeFloat = 0.0
-    """Of this loss beside the recipe's own; 0 leaves it out."""
+    """Weight of this loss, which is added to the recipe's own; 0 turns it off."""
     reduction: int = 4
     """Reduction ratio of its heads; must divide the widths of the blocks."""
 
 
 class LoopConfig(Strict):
-    """The training loop, as far as `train` and `classify` share it."""
+    """The settings of the training loop that `train` and `classify` share."""
 
     batch_size: Positive = 128
     """Images per optimizer step, over all processes and accumulations together."""
     accumulation: Positive = 1
-    """Micro-batches that a process adds up for one optimizer step; a BatchNorm sees each alone."""
+    """Micro-batches that a process accumulates per optimizer step; BatchNorm sees each separately."""
     mixed_precision: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """Autocast precision; "auto" is bf16 where the device multiplies it natively, else none, which is float32.
     Weights, norms, attention state and loss stay float32."""
     compile: Literal["auto", "cuda-graphs"] | bool = "auto"
     """torch.compile; "auto" is on with a CUDA GPU, and on a CPU for UViTs trained for 5,000 steps or more;
-    "cuda-graphs" also launches few graphs in place of many kernels, which is for small batches."""
+    "cuda-graphs" also launches few graphs instead of many kernels, for small batches."""
     clip_grad_norm: PositiveFloat | None = None
     """Largest gradient norm; null doesn't clip."""
     max_skipped_steps: Positive = 10
@@ -75,7 +74,7 @@ class LoopConfig(Strict):
 
 
 class Recipe(Strict):
-    """What the recipes of `train` and `classify` share."""
+    """The keys that recipes of `train` and `classify` share."""
 
     COMMAND: ClassVar[str]
     """The command that trains it."""
@@ -88,15 +87,15 @@ class Recipe(Strict):
             "train.max_skipped_steps",
         }
     )
-    """Keys that may change when a run resumes: where it lies, what it reports and how it is computed, but not what is
-    trained. Training images and initial weights are compared by their content, so their place may change too."""
+    """Keys that may change when a run resumes: where it is, what it reports and how it is computed, but not what is
+    trained. Training images and initial weights are compared by content, so their location may change too."""
 
     output: Place = "runs/unnamed"
     """The run folder."""
     seed: NonNegative = 0
-    """Decides first weights, order of images, augmentation, times and noise."""
+    """Determines initial weights, order of images, augmentation, times and noise."""
     trackers: list[str] = Field(default=[])
-    """Accelerate trackers to log to besides metrics.jsonl: tensorboard, wandb, ..."""
+    """Accelerate trackers to log to in addition to metrics.jsonl: tensorboard, wandb, ..."""
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for YAML or JSON."""
@@ -114,7 +113,7 @@ class DataConfig(Strict):
     random_flip: bool = False
     """Mirror each image with probability one half."""
     label_dropout: Fraction = 0.0
-    """For class-conditional models: the share of labels replaced by the null label."""
+    """For class-conditional models: the fraction of labels replaced by the null label."""
 
 
 class ModelConfig(Strict):
@@ -125,11 +124,11 @@ class ModelConfig(Strict):
     backbone: str = "uvit"
     """uvit (U-ViT), or unet2d or dit (diffusers' UNet2DModel and DiTTransformer2DModel)."""
     sample_size: int = 32
-    """Height and width the images are cropped and resized to."""
+    """Height and width to which images are cropped and resized."""
     in_channels: int = 3
     """3 for RGB, 1 for gray."""
     num_classes: int | None = None
-    """Classes of a class-conditional model, the null label not counted."""
+    """Classes of a class-conditional model, not counting the null label."""
     attention: Attention = "dia-lstm"
     """The unit before the MLPs: dia-lstm, dia-lstm-light, either with -identity (starts as the identity), lstm, se,
     eca, cbam, srm, spa, sem, spem, sge, none, or a control that sees no features: fixed-scale, block-scale,
@@ -145,26 +144,25 @@ class NoiseConfig(Strict):
     """vp-continuous (the VP-SDE in continuous time), ddpm-linear or cosine (1,000 discrete steps), or flow (rectified
     flow)."""
     prediction_type: str = "epsilon"
-    """What the network predicts: epsilon, sample or v_prediction; of the flow, velocity or sample."""
+    """What the network predicts: epsilon, sample or v_prediction; for the flow, velocity or sample."""
     loss_weighting: str = "uniform"
-    """Weight of the squared error over time: uniform or min-snr. On the flow, the error
-    is that of the velocity."""
+    """Weight of the squared error over time: uniform or min-snr. For the flow, this is the velocity's error."""
     times: str = "uniform"
-    """Distribution of the times that are trained on: uniform, logit-normal, or log-normal (EDM's, of sigma / alpha)."""
+    """Distribution of the training times: uniform, logit-normal, or log-normal (EDM's, of sigma / alpha)."""
     times_kwargs: Arguments | None = None
     """Mean and deviation of the normal distribution: logit-normal's defaults are {mean: 0, deviation: 1}, log-normal's
     {mean: -1.2, deviation: 1.2}; uniform has none."""
     shift: PositiveFloat = 1.0
-    """Multiplies sigma / alpha at the times that are drawn: above 1 for larger images. Samplers of the flow step by
-    it too."""
+    """Multiplies sigma / alpha at the times that are drawn; use more than 1 for larger images. Samplers of the flow
+    apply it too."""
 
 
 class TrainConfig(LoopConfig):
     """The loop."""
 
     reference_batch_size: Annotated[int, Field(ge=1, le=MAX_REFERENCE)] | None = None
-    """The batch size that beta2, ema.decay, ema.warmup and warmup_steps are given for: at another one they keep their
-    half-lives and length in images, and the learning rate stays. null counts them in steps."""
+    """The batch size for which beta2, ema.decay, ema.warmup and warmup_steps are given: at another one they keep their
+    half-lives and lengths in images, and the learning rate stays the same. null counts them in steps."""
     max_steps: Positive = 500_000
     """Optimizer steps."""
     gradient_checkpointing: bool = False
@@ -174,51 +172,50 @@ class TrainConfig(LoopConfig):
     sample_every: NonNegative = 10_000
     """Steps between sample grids; 0 draws none."""
     keep_last: Positive = 3
-    """Checkpoints kept; pipeline folders all stay."""
+    """Checkpoints kept; all pipeline folders are kept."""
 
 
 class OptimizerConfig(Strict):
     """AdamW on every parameter, or Muon on the hidden matrices."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """The optimizer; "muon" is Muon for the linear maps in the blocks, AdamW for all other parameters."""
+    """The optimizer; "muon" is Muon for the linear layers in the blocks and AdamW for all other parameters."""
     learning_rate: PositiveFloat = 2.0e-4
     """Rate after the warm-up."""
     muon_learning_rate: PositiveFloat | None = None
-    """Muon's own rate after the warm-up, on the same schedule; null is learning_rate."""
+    """Muon's rate after the warm-up, on the same schedule; null is learning_rate."""
     unit_learning_rate: PositiveFloat | None = None
-    """The attention unit's own rate after the warm-up, on the same schedule; null is that of all parameters."""
+    """The attention unit's rate after the warm-up, on the same schedule; null is the rate of the other parameters."""
     betas: Betas = Field(default=[0.99, 0.999])
     """AdamW's decay rates."""
     muon_momentum: Fraction = 0.95
     """Muon's decay rate."""
     beta1_in_images: bool = False
-    """Keep the half-life of the first beta and of Muon's momentum in images too, where train.reference_batch_size is
-    set."""
+    """With train.reference_batch_size, also keep the half-lives of the first beta and of Muon's momentum in images."""
     weight_decay: NonNegativeFloat = 0.03
     """AdamW's and Muon's weight decay."""
     warmup_steps: NonNegative = 2500
     """Steps over which the rate rises linearly from zero."""
     schedule: Literal["constant", "cosine", "warmup-stable-decay"] = "constant"
-    """After the warm-up; "cosine" falls to zero at max_steps, "warmup-stable-decay" is constant before it does."""
+    """After the warm-up; "cosine" decays to zero at max_steps, "warmup-stable-decay" is constant before its decay."""
     decay_fraction: Annotated[Fraction, Field(gt=0)] = 0.2
-    """The last part of max_steps, in which "warmup-stable-decay" falls linearly to zero."""
+    """The last fraction of max_steps, in which "warmup-stable-decay" decays linearly to zero."""
 
 
 class EmaConfig(Strict):
     """The exponential moving average of the weights, which samples and pipelines use, and further averages."""
 
     decay: Fraction = 0.9999
-    """Share of the old average kept at a step."""
+    """Fraction of the old average kept at each step."""
     warmup: bool = False
-    """Use min(decay, (1 + n) / (10 + n)) at step n: short runs forget their first weights sooner."""
+    """Use min(decay, (1 + n) / (10 + n)) at step n, so that short runs forget their initial weights sooner."""
     further_decays: list[Fraction] = Field(default=[])
-    """Decays of further such averages, kept in checkpoints; `dia-diffusion ema --decay` makes pipelines of them."""
+    """Decays of further averages, kept in checkpoints; `dia-diffusion ema --decay` makes pipelines of them."""
     power_widths: list[Annotated[Float, Field(gt=0, le=MAX_POWER_WIDTH)]] = Field(default=[])
     """Relative widths of power-function averages (EDM2), such as [0.05, 0.1]; from their snapshots `dia-diffusion ema
     --width` makes an average of any other width."""
     snapshot_every: NonNegative = 0
-    """Steps between snapshots of the power-function averages, which all stay."""
+    """Steps between snapshots of the power-function averages; all are kept."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "EmaConfig":
@@ -234,7 +231,7 @@ class EmaConfig(Strict):
 
 
 class SamplesConfig(Strict):
-    """The sample grids drawn along the way."""
+    """The sample grids drawn during training."""
 
     count: Positive = 64
     """Images per grid, from the seeds 0..count - 1."""
@@ -243,7 +240,7 @@ class SamplesConfig(Strict):
     steps: Positive = 50
     """Sampler steps."""
     guidance_scale: Annotated[Float, Field(ge=1)] = 1.0
-    """Of classifier-free guidance, for class-conditional models; 1 is none."""
+    """Scale of classifier-free guidance, for class-conditional models; 1 is none."""
     guidance_interval: list[Float] | None = None
     """Two noise levels: guidance applies where low < sigma / alpha <= high; null is everywhere."""
 
@@ -287,7 +284,7 @@ class Experiment(Recipe):
         if optimizer.schedule == "warmup-stable-decay":
             in_reference_steps = self.train.batch_size / (self.train.reference_batch_size or self.train.batch_size)
             stable = (1 - optimizer.decay_fraction) * self.train.max_steps
-            most = math.floor(stable * in_reference_steps + 1e-6)  # 0.1 * 1000 is a little less than 100
+            most = math.floor(stable * in_reference_steps + 1e-6)  # 0.1 * 1000 can be slightly below 100
             if optimizer.warmup_steps > most:
                 raise InputError(
                     f"`optimizer.warmup_steps` must be at most {most:,}, where `optimizer.decay_fraction` begins, "
@@ -319,27 +316,27 @@ class Experiment(Recipe):
 
 
 class LabelledDataConfig(Strict):
-    """Where the images come from, and how they are shown to the network."""
+    """Where the images come from, and how they are augmented and normalized."""
 
     source: Place = "cifar10"
-    """Images in classes; see `dia-diffusion train --help` for what it may be."""
+    """Images in classes; see `dia-diffusion train --help` for the possible sources."""
     split: str = "train"
     """The part of the source that is trained on, where it has parts."""
     test_source: Place | None = None
     """Other images to test on; null is the source."""
     test_split: str | None = None
-    """The part that is tested on; null is "test" of the source, or "train" (all) of test_source."""
+    """The split that is tested on; null is "test" of the source, or "train" (all) of test_source."""
     augmentation: Literal["pad-crop", "resized-crop", "none"] = "pad-crop"
-    """"pad-crop": mirrored, and cropped from the image with a border of 4 pixels. "resized-crop": mirrored, and a
-    random 8 to 100 % of the image resized; images are decoded as they are needed. "none": as they are."""
+    """"pad-crop": random mirroring, and a random crop after adding a border of 4 pixels. "resized-crop": random
+    mirroring, and a random 8 to 100 % of the image, resized; images are decoded as needed. "none": unchanged."""
     border: Literal["black", "reflected"] = "black"
-    """That of "pad-crop": black, or what is inside it mirrored."""
+    """The border of "pad-crop": black, or a reflection of the image."""
     cutout: NonNegative = 0
     """Height and width of a gray square that hides a part of each image (DeVries and Taylor 2017); 0 hides nothing."""
     mean: list[Float] = Field(default=[0.4914, 0.4822, 0.4465], min_length=3, max_length=3)
-    """Subtracted from the channels, of 0..1."""
+    """Subtracted from the channels, which range from 0 to 1."""
     std: list[PositiveFloat] = Field(default=[0.2023, 0.1994, 0.2010], min_length=3, max_length=3)
-    """The channels are divided by it."""
+    """The channels are then divided by it."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "LabelledDataConfig":
@@ -354,13 +351,13 @@ class ClassifyTrainConfig(LoopConfig):
     max_steps: Positive = 70_300
     """Optimizer steps."""
     channels_last: bool = True
-    """Maps in memory as (B, H, W, C), which convolutions are fastest in."""
+    """Keep feature maps as (B, H, W, C) in memory, which is fastest for convolutions."""
     sync_batchnorm: bool = False
-    """With several GPUs: BatchNorm over the images of all, not of each process alone."""
+    """With several GPUs: compute BatchNorm over the images of all processes, not of each separately."""
     label_smoothing: Fraction = 0.0
-    """The share of the target that is spread over all classes."""
+    """The fraction of the target that is spread over all classes."""
     evaluate_every: NonNegative = 1000
-    """Steps between tests; 0 tests at the end alone."""
+    """Steps between tests; 0 tests only at the end."""
     checkpoint_every: Positive = 5000
     """Steps between checkpoints, each with a classifier folder."""
     keep_last: Positive = 3
@@ -377,20 +374,20 @@ class ClassifyOptimizerConfig(Strict):
     momentum: Fraction = 0.9
     """SGD's momentum."""
     nesterov: bool = False
-    """SGD's momentum is Nesterov's."""
+    """Use Nesterov momentum in SGD."""
     betas: Betas = Field(default=[0.9, 0.999])
     """AdamW's decay rates."""
     weight_decay: NonNegativeFloat = 1.0e-4
-    """SGD's is part of the gradient, AdamW's apart from it."""
+    """Weight decay: added to the gradient in SGD, decoupled in AdamW."""
     warmup_steps: NonNegative = 0
     """Steps over which the rate rises linearly from zero."""
     schedule: Literal["steps", "cosine", "linear", "constant"] = "steps"
-    """After the warm-up: times gamma at each milestone, half a cosine or a line down to zero at max_steps, or
-    constant."""
+    """After the warm-up: "steps" multiplies the rate by gamma at each milestone; "cosine" (half a period) and "linear"
+    decay to zero at max_steps."""
     milestones: list[Positive] = Field(default=[])
     """Steps at which the schedule "steps" lowers the rate."""
     gamma: PositiveFloat = 0.1
-    """By how much."""
+    """The factor at each milestone."""
 
     @model_validator(mode="after")
     def _check_together(self) -> "ClassifyOptimizerConfig":

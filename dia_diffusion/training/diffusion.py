@@ -1,4 +1,4 @@
-"""Training of a diffusion model: its images, first weights, loss, sample grids and pipeline folders."""
+"""Training a diffusion model: its images, initial weights, loss, sample grids and pipeline folders."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,14 +49,14 @@ MOST_LAYERS = 10_000
 def diffusion_loss(
     model: nn.Module, process: NoiseProcess, images: Tensor, draws: StepDraws, labels: Tensor | None
 ) -> Tensor:
-    """Weighted mean squared error over images (B, C, H, W) in [-1, 1]; float32 whatever the model computes in."""
+    """Weighted mean squared error over images (B, C, H, W) in [-1, 1], in float32 whatever the model's precision."""
     return image_losses(model, process, images, draws, labels).mean()
 
 
 def image_losses(
     model: nn.Module, process: NoiseProcess, images: Tensor, draws: StepDraws, labels: Tensor | None
 ) -> Tensor:
-    """Each image's part (B,) of the diffusion loss."""
+    """The diffusion loss of each image (B,)."""
     timestep = process.timestep(draws.uniform)  # (B,)
     noisy, target = process.mix(images, sent(draws.noise.to(images.dtype), images.device), timestep)
     depth = {} if draws.depth is None else {"depth_draws": sent(draws.depth, images.device)}
@@ -66,7 +66,7 @@ def image_losses(
 
 
 def dropping_blocks(config: ModelConfig) -> int:
-    """The blocks of a network with stochastic depth, which each need draws; 0 without it."""
+    """The number of blocks that need draws for stochastic depth; 0 without it."""
     model = config.model_dump()
     return int(model["num_layers"]) if model["backbone"] == "uvit" and model.get("drop_path") else 0
 
@@ -75,7 +75,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, progr
     """The recipe's images at its model's size, on each process.
 
     Raises:
-        InputError: no such images, or without the classes that the model needs; on all processes if on one.
+        InputError: no such images, or they lack the classes that the model needs; raised on all processes if on one.
     """
     data, model = experiment.data, experiment.model
     options = {"size": model.sample_size, "channels": model.in_channels, "split": data.split}
@@ -99,7 +99,7 @@ def open_training_images(experiment: Experiment, accelerator: Accelerator, progr
 def training_batch(
     images: ImageSet, experiment: Experiment, draws: StepDraws, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) where the model has classes."""
+    """The images (B, C, H, W) in [-1, 1] that a step draws, and their labels (B,) if the model has classes."""
     pixels = sent(torch.from_numpy(images.read(draws.indices)), device)  # (B, C, H, W) uint8
     batch = pixels.to(dtype) / 127.5 - 1
     if experiment.data.random_flip:
@@ -112,7 +112,7 @@ def training_batch(
     return batch, sent(labels, device)
 
 
-# Of U-ViTs from 44 to 2 million parameters, compiling pays for itself after 80 to 4,000 steps (docs/results/speed.md).
+# For U-ViTs of 44 to 2 million parameters, compiling pays off after 80 to 4,000 steps (docs/results/speed.md).
 UVIT_PAYS_AFTER = 5000
 
 
@@ -137,7 +137,7 @@ class DiffusionTask(Task):
         if self.experiment.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if self.experiment.ssia.weight:
-            seed = derive(self.experiment.seed, WEIGHTS, 1)  # WEIGHTS, 0 is the model's
+            seed = derive(self.experiment.seed, WEIGHTS, 1)  # number 0 is for the model
             self.guidance = Guidance(model, self.experiment.ssia.reduction, seed)
         return model
 
@@ -200,7 +200,7 @@ class SaveSamples(Callback):
         if self._grid_due(step):
             try:
                 save_samples(pipeline, self.experiment, grid)
-            except (InputError, RunError) as error:  # such as too little memory; training needs no grid
+            except (InputError, RunError) as error:  # such as out of memory; training doesn't need the grid
                 trainer.message(f"step {step:,}: no grid, {error}")
             else:
                 log_image(trainer, "samples", np.asarray(Image.open(grid).convert("RGB")))
@@ -209,7 +209,7 @@ class SaveSamples(Callback):
 
 
 def build_model(config: ModelConfig) -> Any:
-    """The recipe's backbone and unit, with first weights from torch's default generator."""
+    """The recipe's backbone and unit, with initial weights from torch's default generator."""
     return factory.build_model(config.model_dump())
 
 
@@ -229,9 +229,9 @@ def _pipeline(model: nn.Module, process: NoiseProcess) -> UViTPipeline:
 
 
 def check_samples(experiment: Experiment, settings: SamplingSettings | None = None, guide: Guide | None = None) -> None:
-    """Raises InputError if no images could be drawn of the recipe's model, by default its grids, or if it is too large.
+    """Raises InputError if the recipe's model can't be sampled, by default for its grids, or is too large.
 
-    settings, guide: other ones than those of the grids, which have no guide.
+    settings, guide: replace those of the grids, which have no guide.
     """
     check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
@@ -241,7 +241,7 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:
-    """A grid of the images of the seeds 0..count - 1; of class-conditional models each column shows a class."""
+    """Writes a grid of the images of seeds 0..count - 1; for class-conditional models, each column shows one class."""
     adapted, seeds = adapt_pipeline(pipeline, sampling_settings(experiment)), range(experiment.samples.count)
     images = torch.cat([images for _, images in generate(adapted, seeds)])
     save_grid(images, path, adapted.settings.grid_columns(seeds))
@@ -267,26 +267,26 @@ def save_pipeline(pipeline: UViTPipeline, place: Path, training: dict[str, Any],
         write_card(temporary)
 
 
-# What decides a unit, and what decides a network without showing in its tensors.
+# The keys that determine a unit, and those that determine a network without affecting its tensors' names and shapes.
 UNIT_KEYS = ("attention", "attention_kwargs", "attention_blocks", "pool_tokens", "attention_at")
 HIDDEN_KEYS = ("num_attention_heads", "residual_skips", "skip_scaling", "skip_kappa")
-UNITS = ("unit.", f"network.{UNITS_NAME}.")  # how its tensors' names begin in the models
+UNITS = ("unit.", f"network.{UNITS_NAME}.")  # prefixes of the unit's tensors in the models
 
 Model = UViT | AttachedModel
 
 
 def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, Any]:
-    """Puts the weights of a pipeline or of a run's newest pipeline into the model, and says which they are.
+    """Loads the weights of a pipeline, or of a run's newest pipeline, into the model, and returns their origin.
 
-    A model with a unit may start from weights without one; the unit then keeps its own first weights.
+    A model with a unit may start from weights without one; the unit then keeps its own initial weights.
 
     Raises:
-        InputError: no such pipeline, one of another network or unit, or one trained on another noise process.
+        InputError: no such pipeline, or it has another network, unit or noise process.
     """
     folder = find_pipeline(source)
     pipeline = load_pipeline(folder)
     theirs = getattr(pipeline, "unet", None)
-    if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as of diffusers' DDPMPipeline
+    if isinstance(theirs, tuple(row.network for row in wrapped_networks().values())):  # as in diffusers' DDPMPipeline
         theirs = AttachedModel.from_backbone(theirs, "none")
     if not isinstance(theirs, Model):
         kinds = "UViT, AttachedModel or UNet2DModel"
@@ -300,12 +300,12 @@ def start_from(source: str, model: Model, experiment: Experiment) -> dict[str, A
 
 
 def same_start(kept: dict[str, Any] | None, source: str | None) -> dict[str, Any] | None:
-    """What `start_from` returned when a resumed run was new.
+    """What `start_from` returned when the resumed run was new.
 
-    The same path means the same weights, which may be gone by now; those of another path are compared.
+    The same path is assumed to have the same weights, which may no longer exist; those at another path are compared.
 
     Raises:
-        InputError: `source` holds other weights than the run started from.
+        InputError: `source` has other weights than those the run started from.
     """
     path = None if kept is None else kept["path"]
     if source == path:
@@ -356,10 +356,10 @@ def _check_backbone(source: str, theirs: Model, model: Model) -> None:
 
 
 def _hidden(model: Model) -> dict[str, Any]:
-    """What decides the network and no tensor shows."""
+    """The settings that determine the network but don't affect its tensors' names and shapes."""
     if isinstance(model, UViT):
         return {key: model.config[key] for key in HIDDEN_KEYS}
     config = {key: value for key, value in model.network.config.items() if not key.startswith("_")}
-    for key in ("sample_size", "dropout"):  # which may differ
+    for key in ("sample_size", "dropout"):  # these may differ
         config.pop(key, None)
     return {f"backbone_kwargs.{key}": list(v) if isinstance(v, tuple) else v for key, v in config.items()}

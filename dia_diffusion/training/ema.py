@@ -21,7 +21,7 @@ def width_of(gamma: float) -> float:
 
 
 def gamma_of(width: float) -> float:
-    """The exponent gamma >= 0 of the average of relative width 0 < width < 1/sqrt(12), which is gamma 0.
+    """The exponent gamma >= 0 of the average with relative width 0 < width < 1/sqrt(12), where gamma is 0.
 
     The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
     """
@@ -29,9 +29,9 @@ def gamma_of(width: float) -> float:
 
 
 def inner_products(steps: Array, gammas: Array, other_steps: Array, other_gammas: Array) -> Array:
-    """Integrals of the products of two profiles over training, broadcast; all steps above 0.
+    """Integrals over training of the products of two profiles, broadcast; all steps must be above 0.
 
-    Of p(tau) = (gamma+1) tau^gamma / t^(gamma+1) on 0..t and of the later q, ending at u, the integral over 0..t is
+    For p(tau) = (gamma+1) tau^gamma / t^(gamma+1) on 0..t and a later q that ends at u, the integral over 0..t is
     (gamma+1) (gamma'+1) / (gamma+gamma'+1) (t/u)^gamma' / u.
     """
     later_gammas = np.where(steps <= other_steps, other_gammas, gammas)
@@ -41,18 +41,19 @@ def inner_products(steps: Array, gammas: Array, other_steps: Array, other_gammas
 
 
 def reconstruction(steps: Array, gammas: Array, step: float, wanted: Array) -> tuple[Array, Array]:
-    """Weights by which a sum of averages is nearest to other averages: least squares over the profiles (EDM2, C.1).
+    """Coefficients with which a sum of averages is closest to other averages: least squares of profiles (EDM2, C.1).
 
-    The weights sum to 1, which EDM2 doesn't ask for: weights that don't move come out as they are.
+    The coefficients sum to 1, which EDM2 doesn't require, so that model weights that never changed are reproduced.
 
     Args:
-        steps: (N,), after which step each average was kept.
+        steps: (N,), the step after which each average was stored.
         gammas: (N,), their exponents.
-        step: of the averages wanted.
+        step: the step of the wanted averages.
         wanted: (M,), their exponents.
 
     Returns:
-        The weights (N, M), and the residuals (M,): the norm of the difference of profiles, as a part of the wanted one.
+        The coefficients (N, M), and the residuals (M,): the norm of the difference of profiles, relative to the wanted
+        profile's.
     """
     steps, ones = steps / step, np.ones(len(steps))
     gram = inner_products(steps[:, None], gammas[:, None], steps, gammas)  # (N, N)
@@ -67,12 +68,12 @@ def reconstruction(steps: Array, gammas: Array, step: float, wanted: Array) -> t
 class Average(ABC):
     """An average of a model's parameters over the steps.
 
-    parameters: the model's, from which it starts.
+    parameters: the model's, which are the initial average.
     """
 
     def __init__(self, parameters: list[Tensor]):
         self.parameters = [parameter.detach().clone() for parameter in parameters]
-        """In the order of the model's."""
+        """The averages, in the order of the model's parameters."""
         self.steps = 0
 
     def load(self, averaged: list[Tensor], steps: int) -> None:
@@ -83,15 +84,15 @@ class Average(ABC):
 
     @abstractmethod
     def update(self, parameters: list[Tensor], skip: Tensor) -> None:
-        """Moves toward the model's parameters after a step; `skip`, a bool () on their device: they didn't change."""
+        """Updates the average after a step; `skip`, a bool () on the parameters' device: they didn't change."""
 
 
 class EMA(Average):
-    """The exponential moving average; a skipped step leaves it as it was.
+    """The exponential moving average; a skipped step doesn't change it.
 
     Args:
         parameters: the model's.
-        config: its decay, and the decay's warm-up.
+        config: the decay and its warm-up.
         reference_steps: how many steps of the average one step counts as.
     """
 
@@ -102,7 +103,7 @@ class EMA(Average):
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor], skip: Tensor) -> None:
-        """Moves toward the model's parameters, unless `skip`, a bool () on their device, is true."""
+        """Updates the average, unless `skip`, a bool () on the parameters' device, is true."""
         self.steps += 1
         decay = self.config.decay
         if self.config.warmup:
@@ -112,7 +113,7 @@ class EMA(Average):
         if skip.device.type == "cpu":
             for own, parameter in zip(self.parameters, parameters, strict=True):
                 own.lerp_(parameter, weight)
-        else:  # the same in few launches; lists of tensors have no lerp by a number on the device
+        else:  # the same with few kernel launches; there is no foreach lerp with a weight on the device
             difference = torch._foreach_sub(parameters, self.parameters)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(self.parameters, difference)
@@ -121,12 +122,12 @@ class EMA(Average):
 class PowerEMA(Average):
     """The power-function average: theta'_t = beta_t theta'_(t-1) + (1 - beta_t) theta_t, beta_t = (1 - 1/t)^(gamma+1).
 
-    The weights after step k count with (k^(gamma+1) - (k-1)^(gamma+1)) / t^(gamma+1): exactly the average, by the
-    profile (gamma+1) tau^gamma / t^(gamma+1) on 0..t, of weights that are constant within each step. A skipped step
-    counts as one in which the weights stayed, so the profile holds whatever was skipped.
+    The weights after step k have the coefficient (k^(gamma+1) - (k-1)^(gamma+1)) / t^(gamma+1): exactly the average,
+    with the profile (gamma+1) tau^gamma / t^(gamma+1) on 0..t, of weights that are constant within each step. A skipped
+    step counts as one in which the weights didn't change, so skipping doesn't affect the profile.
 
     Args:
-        parameters: the model's. They don't count: beta_1 is 0.
+        parameters: the model's. Their initial values don't count: beta_1 is 0.
         width: sigma_rel.
     """
 
@@ -136,19 +137,19 @@ class PowerEMA(Average):
 
     @torch.no_grad()
     def update(self, parameters: list[Tensor], skip: Tensor) -> None:
-        """Moves toward the model's parameters, whether they changed or not."""
+        """Updates the average, whether the parameters changed or not."""
         self.steps += 1
         beta = (1 - 1 / self.steps) ** (self.gamma + 1)
         torch._foreach_lerp_(self.parameters, parameters, 1 - beta)
 
 
 def average_name(*, decay: float | None = None, width: float | None = None) -> str:
-    """As "decay-0.999" or "width-0.05", in checkpoints, snapshots and folders."""
+    """The name of an average in checkpoints, snapshots and folders, such as "decay-0.999" or "width-0.05"."""
     return f"width-{width}" if decay is None else f"decay-{decay}"
 
 
 def further_averages(parameters: list[Tensor], config: EmaConfig, reference_steps: float) -> dict[str, Average]:
-    """Those that a run keeps beside the EMA, by name."""
+    """The averages that a run keeps in addition to the EMA, by name."""
     averages: dict[str, Average] = {}
     for decay in config.further_decays:
         of_decay = config.model_copy(update={"decay": decay})

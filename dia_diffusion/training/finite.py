@@ -1,6 +1,6 @@
-"""Steps whose loss or gradient is not finite: they are skipped and counted, and too many in a row end a training.
+"""Steps with a non-finite loss or gradient: they are skipped and counted, and too many in a row end the training.
 
-This is decided on the device, without waiting for it at each step. All ranks pass in the same numbers.
+The decision is made on the device, without waiting for it at each step. All ranks pass in the same numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from dia_diffusion.errors import DivergedError
 
 @dataclass(frozen=True)
 class Streak:
-    """The skipped steps in a row that end a training; the numbers are those of the first."""
+    """The consecutive skipped steps that end a training; step, loss and gradient norm are those of the first."""
 
     length: int
     step: int
@@ -30,15 +30,15 @@ class FiniteWatch:
 
     Args:
         device: of losses and gradients.
-        most_in_a_row: skipped steps that end the training.
+        most_in_a_row: the number of consecutive skipped steps that ends the training.
         skipped: steps skipped before this process started.
-        scaled: fp16's scaler is in use, which expects infinite gradients now and then: they don't end the training.
+        scaled: whether fp16's scaler is in use. It causes occasional infinite gradients, which don't end the training.
     """
 
     def __init__(self, device: torch.device, most_in_a_row: int, skipped: int, scaled: bool):
         self.most_in_a_row, self.scaled = most_in_a_row, scaled
         self.skipped = torch.full((), skipped, device=device)
-        """Steps so far, on the device."""
+        """Number of skipped steps so far, on the device."""
         self._in_a_row = torch.zeros_like(self.skipped)
         self._first_step = torch.zeros_like(self.skipped)
         self._first_values = torch.zeros(2, device=device)  # loss, gradient norm
@@ -50,7 +50,7 @@ class FiniteWatch:
         first = bad & (self._in_a_row == 0)
         self._first_step = torch.where(first, step, self._first_step)
         self._first_values = torch.where(first, torch.stack([loss.float(), gradient_norm.float()]), self._first_values)
-        over = self._in_a_row >= self.most_in_a_row  # and stays so until `streak` is read
+        over = self._in_a_row >= self.most_in_a_row  # stays true until `streak` is read
         self._in_a_row = torch.where(over, self._in_a_row, (self._in_a_row + 1) * bad)
         self.skipped = self.skipped + skip
         return skip | (self._in_a_row >= self.most_in_a_row)
@@ -64,7 +64,7 @@ class FiniteWatch:
 
 
 class KeptBuffers:
-    """A copy of a model's buffers, such as BatchNorm's statistics, to undo a step; few launches for many buffers."""
+    """A copy of a model's buffers, such as BatchNorm's statistics, to undo a step; uses few kernel launches."""
 
     def __init__(self, model: nn.Module):
         buffers = list(model.buffers())
@@ -90,17 +90,17 @@ def _flat(group: list[Tensor]) -> Tensor:
 def divergence(
     streak: Streak, rate: float, model: nn.Module, forward: Callable[[], object], accelerator: Accelerator
 ) -> DivergedError:
-    """The error that ends a training, on all ranks; it names the first module whose output was not finite.
+    """The error that ends a training, on all ranks; it names the first module with a non-finite output.
 
     Args:
         rate: the learning rate of the streak's first step.
-        model: as it was before that step.
+        model: in its state before that step.
         forward: runs that step's forward pass.
     """
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             own = first_not_finite(model, forward)
-    except Exception:  # such as too little memory without compilation; the divergence is still reported
+    except Exception:  # such as out of memory without compilation; the divergence is still reported
         own = None
     modules = [name for name, _ in model.named_modules()]
     index = torch.tensor([-1 if own is None else modules.index(own)], device=accelerator.device)
@@ -119,7 +119,7 @@ def divergence(
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
-    """The name of the first module whose output is not finite when `forward` runs the model; None: there is none."""
+    """The name of the first module with a non-finite output when `forward` runs the model; None if there is none."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:

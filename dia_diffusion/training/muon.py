@@ -11,16 +11,16 @@ from torch.optim.adamw import adamw
 from dia_diffusion.errors import InputError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of x, x^3 and x^5 in an iteration."""
+"""Coefficients of x, x^3 and x^5 in each iteration."""
 ITERATIONS = 5
 ADAMW_RMS = 0.2
-"""Root mean square of AdamW's updates at learning rate 1 (arXiv 2502.16982), which Muon's are scaled to."""
+"""RMS of AdamW's updates at learning rate 1 (arXiv 2502.16982), to which Muon's updates are scaled."""
 CONDITIONING = re.compile("norm|emb")
-"""In the names of diffusers' linear maps that act on embedded times and classes."""
+"""Matches names of diffusers' linear layers that act on embedded times and classes."""
 
 
 def hidden_matrices(model: Any) -> dict[str, Tensor]:
-    """Name -> weight of the linear maps in a model's blocks, except the unit's and those of embedded times and classes.
+    """Name -> weight of the linear layers in a model's blocks, except the unit's and those on time or class embeddings.
 
     In a UViT: qkv, proj, fc1, fc2 and skip_linear.
     """
@@ -33,7 +33,7 @@ def hidden_matrices(model: Any) -> dict[str, Tensor]:
 
 
 def muon_groups(model: Any, groups: list[dict[str, Any]], rate: float) -> list[dict[str, Any]]:
-    """AdamW's groups without the hidden matrices, which follow in groups of their own with "peak_rate" `rate`.
+    """AdamW's groups without the hidden matrices, followed by separate groups for these with "peak_rate" `rate`.
 
     Raises:
         InputError: the model has no hidden matrices.
@@ -54,23 +54,23 @@ class Muon(torch.optim.Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) for groups with "stacked", AdamW for the others.
 
     Muon replaces all singular values of a matrix's Nesterov momentum by about 1. The update of an (m, n) matrix is
-    scaled by 0.2 sqrt(max(m, n)): its root mean square is then that of AdamW's updates, so that learning rates and
-    weight decay can be shared. Weight decay is decoupled in both. Every process computes the same update.
+    scaled by 0.2 sqrt(max(m, n)) to have the RMS of AdamW's updates, so that learning rates and weight decay can be
+    shared. Weight decay is decoupled in both. Every process computes the same update.
 
-    As in fused AdamW, a step with the attribute `found_inf` above 0 changes neither weights nor state, and the device
-    isn't waited for. Gradients must be unscaled.
+    As in fused AdamW, a step with the attribute `found_inf` above 0 changes neither weights nor state, and doesn't wait
+    for the device. Gradients must be unscaled.
 
     Args:
-        groups: of parameters; "stacked" is how many matrices each weight consists of, one below the other, such as 3
-            for queries, keys and values, which are orthogonalized separately.
+        groups: of parameters; "stacked" is the number of matrices that are stacked vertically in each weight, such as
+            3 for queries, keys and values; they are orthogonalized separately.
         lr: learning rate.
         betas: AdamW's decay rates.
-        weight_decay: times the learning rate, the share of a weight that is subtracted in a step.
+        weight_decay: times the learning rate, the fraction of a weight that is subtracted in a step.
         momentum: Muon's decay rate.
-        dtype: that Muon orthogonalizes in; None is the weights'.
+        dtype: the dtype in which Muon orthogonalizes; None is the weights'.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then sets found_inf, instead of waiting for it
+    _step_supports_amp_scaling = True  # makes GradScaler set found_inf instead of waiting for it
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class Muon(torch.optim.Optimizer):
     ):
         self.dtype = dtype
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "momentum": momentum}
-        # By "fused", torch knows that load_state_dict must put AdamW's step counts on the device.
+        # "fused" makes load_state_dict put AdamW's step counts on the device.
         super().__init__(groups, {**defaults, "eps": 1e-8, "stacked": 0, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step with the parameters' gradients; parameters without one are left alone."""
+        """Runs one step; parameters without a gradient are unchanged."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["stacked"]:
@@ -101,7 +101,7 @@ class Muon(torch.optim.Optimizer):
                 self._adamw(group, parameters)
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """A step of weights of one shape, as one batch so that it takes few launches."""
+        """A step for weights of the same shape, as one batch so that there are few kernel launches."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -124,7 +124,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_(buffers, momentum.unbind())
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """torch's fused step, with the state that torch.optim.AdamW has."""
+        """torch's fused step, with the same state as torch.optim.AdamW."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {
@@ -157,18 +157,18 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Roughly U V^T (B, m, n) of matrices U S V^T: singular values become 0.68 to 1.21 instead of 1.
+    """Approximately U V^T (B, m, n) of matrices U S V^T: singular values become 0.68 to 1.21 instead of 1.
 
-    Those below 1/500 of a matrix's Frobenius norm become smaller than that.
+    Singular values below 1/500 of a matrix's Frobenius norm end up smaller.
 
     Args:
         matrices: (B, m, n).
-        dtype: that Newton-Schulz iterations are computed in; None is the matrices'.
+        dtype: the dtype of the Newton-Schulz iterations; None is the matrices'.
     """
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = (matrices / norms.clamp(min=1e-7)).to(dtype or matrices.dtype)
     tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x  # the smaller Gram matrix
+    x = x.mT if tall else x  # to get the smaller Gram matrix
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         gram = x @ x.mT

@@ -1,4 +1,4 @@
-"""Parameter groups, learning rates, and settings at another batch size."""
+"""Parameter groups, learning rates, and conversion of settings to another batch size."""
 
 import math
 from typing import Any
@@ -10,9 +10,9 @@ from dia_diffusion.training.config import ClassifyOptimizerConfig, OptimizerConf
 
 
 def parameter_groups(model: Any, rate: float, unit_rate: float | None = None) -> list[dict[str, Any]]:
-    """All parameters in one group with its "peak_rate", or the unit's in a second one with theirs.
+    """One group of all parameters with its "peak_rate", or a second group for the unit's parameters with their own.
 
-    The unit is what a model registers last, so the groups together are in the order of model.parameters().
+    Models register the unit last, so the concatenated groups are in the order of model.parameters().
 
     Raises:
         InputError: a rate for a unit without parameters.
@@ -35,7 +35,7 @@ def parameter_groups(model: Any, rate: float, unit_rate: float | None = None) ->
 def learning_rate(
     config: OptimizerConfig | ClassifyOptimizerConfig, step: int, max_steps: int, peak: float | None = None
 ) -> float:
-    """The rate of a step, counted from 0: linear warm-up to `peak`, then by the schedule.
+    """The rate of a step, counted from 0: linear warm-up to `peak`, then the schedule.
 
     peak: None is config.learning_rate.
     """
@@ -55,15 +55,15 @@ def learning_rate(
 
 
 def reference_steps(config: TrainConfig) -> float:
-    """How many steps at the reference batch size see as many images as one step; 1 without a reference."""
+    """The number of steps at the reference batch size with as many images as one step; 1 without a reference."""
     return 1.0 if config.reference_batch_size is None else config.batch_size / config.reference_batch_size
 
 
 def optimizer_at_batch_size(config: OptimizerConfig, train: TrainConfig) -> OptimizerConfig:
-    """The settings for steps of train.batch_size: half-lives and warm-up as long in images as at the reference.
+    """The settings at train.batch_size: half-lives and warm-up have the same length in images as at the reference.
 
-    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101); beta1 and Muon's momentum likewise where the
-    recipe says so.
+    beta2' = beta2^(B'/B), at the same learning rate (arXiv 2507.07101). beta1 and Muon's momentum are converted in the
+    same way if the recipe says so.
     """
     steps = reference_steps(train)
     beta1, beta2 = config.betas

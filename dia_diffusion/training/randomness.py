@@ -1,10 +1,10 @@
-"""Random numbers of training as a function of (seed, stream, position): nothing random is saved.
+"""Random numbers of training as a function of (seed, stream, position): no random state is saved.
 
 They come from Philox4x64-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3"), as numpy's `Philox.random_raw` gives its words, which numpy keeps the same. The key is (seed, stream). The counter
-is a position: image i of step s of batch size B is at s * B + i, and every position has its own words. So the numbers
-of any slice of a batch are one contiguous piece of the stream, no two images of a training share numbers, and nothing
-depends on the number of processes or micro-batches, or on what ran before.
+3"), through numpy's `Philox.random_raw`, whose output numpy keeps stable. The key is (seed, stream). The counter is a
+position: image i of step s with batch size B is at s * B + i, and every position has its own words. So the numbers of
+any slice of a batch are contiguous in the stream, no two images of a training share numbers, and nothing depends on the
+number of processes or micro-batches, or on what ran before.
 """
 
 import math
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 RANDOMNESS = 2
-"""Version of the streams below, first weights aside. 1 (checkpoints that don't say) was torch's CPU generator, seeded
-with 32 bits for each step."""
+"""Version of the streams below, except for initial weights. Version 1 (checkpoints without a version) was torch's CPU
+generator, seeded with 32 bits for each step."""
 
-# Independent streams of one seed. A stream's number is part of what a seed means: never renumber.
+# Independent streams of one seed. Never renumber: the numbers decide what a seed gives.
 WEIGHTS, ORDER, STEP, MODEL, AUGMENT, NOISE, DEPTH = range(7)
 
 WORDS_AT_ONCE = 1 << 14  # Box-Muller's float64 intermediates then stay in the L2 cache
@@ -34,24 +34,24 @@ def derive(seed: int, stream: int, number: int = 0) -> int:
 
 
 def raw_words(seed: int, stream: int, first: int, count: int, each: int) -> Words:
-    """Words (count, each) of the positions first..first + count - 1, where every position has `each` of them."""
-    blocks = math.ceil(each / 4)  # a counter gives four words
+    """Words (count, each) of the positions first..first + count - 1, with `each` words per position."""
+    blocks = math.ceil(each / 4)  # each counter value gives four words
     words = _philox(seed, stream, first * blocks).random_raw(count * blocks * 4)
     return words.reshape(count, blocks * 4)[:, :each]
 
 
 def uniforms(seed: int, stream: int, first: int, count: int, each: int) -> Tensor:
-    """Numbers (count, each), float32 in [0, 1): the upper 24 bits of each word's upper and lower half."""
+    """Uniform numbers (count, each), float32 in [0, 1): the upper 24 bits of each word's upper and lower half."""
     words = raw_words(seed, stream, first, count, math.ceil(each / 2))
     halves = np.stack([words >> 32, words & 0xFFFFFFFF], axis=-1).reshape(count, 2 * words.shape[1])[:, :each]
     return torch.from_numpy((halves >> 8).astype(np.float32) * np.float32(2**-24))
 
 
 def normals(seed: int, stream: int, first: int, count: int, each: int) -> Tensor:
-    """Standard normal numbers (count, each), float32: a pair from each word's halves by Box and Muller.
+    """Standard normal numbers (count, each), float32: a Box-Muller pair from each word's halves.
 
-    They are computed in float64, whose logarithms and tangents may differ in the last bits between CPUs and
-    versions of numpy; rounding to float32 hides that but for about one number in 10^8, which then differs by one ulp.
+    They are computed in float64, where logarithms and tangents may differ in the last bits between CPUs and versions of
+    numpy. Rounding to float32 hides that except for about one number in 10^8, which then differs by one ulp.
     """
     blocks = math.ceil(each / 8)
     philox = _philox(seed, stream, first * blocks)
@@ -60,7 +60,7 @@ def normals(seed: int, stream: int, first: int, count: int, each: int) -> Tensor
         pairs = numbers[start : start + WORDS_AT_ONCE]
         words = philox.random_raw(len(pairs))
         radius = np.sqrt(-2 * np.log(((words >> 32) + 0.5) * 2**-32))
-        # cos and sin of an angle by the tangent of its half, since numpy computes tan several times as fast as those.
+        # cos and sin of an angle from the tangent of half of it, since numpy's tan is several times as fast.
         tangent = np.tan((words & 0xFFFFFFFF) * (math.pi * 2**-32))
         square = tangent * tangent
         radius /= 1 + square
@@ -69,13 +69,13 @@ def normals(seed: int, stream: int, first: int, count: int, each: int) -> Tensor
 
 
 def _philox(seed: int, stream: int, block: int) -> np.random.Philox:
-    """Its next words are those of this counter plus one, since numpy counts before it generates."""
+    """A generator whose next words are those of counter `block` + 1, since numpy increments before it generates."""
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=block)
 
 
 @dataclass(frozen=True)
 class StepDraws:
-    """What is random in one step, for the images of the global batch or a slice of it."""
+    """The random numbers of one step, for the images of the global batch or a slice of it."""
 
     indices: np.ndarray  # (B,) int64, which images
     flips: Tensor  # (B,) bool
@@ -85,7 +85,7 @@ class StepDraws:
     depth: Tensor | None = None  # (B, blocks, 2) float32 in [0, 1), for stochastic depth; see UViT.forward
 
     def slice(self, start: int, stop: int) -> "StepDraws":
-        """The draws of images start..stop of these."""
+        """The draws of images start..stop."""
         part = slice(start, stop)
         return StepDraws(
             self.indices[part],
@@ -109,7 +109,8 @@ def draw_step(
 ) -> StepDraws:
     """The draws of images start..stop (None: to the end) of the global batch of a step, counted from 0.
 
-    batch_size: of the global batch, images of this shape (C, H, W).
+    batch_size: of the global batch.
+    shape: (C, H, W) of an image.
     num_blocks: blocks of a network with stochastic depth; 0 draws nothing for it.
     """
     first, count = step * batch_size + start, (batch_size if stop is None else stop) - start
@@ -120,16 +121,16 @@ def draw_step(
 
 
 def dropout_seed(seed: int, step: int, process: int) -> int:
-    """A seed for torch's generators, of the dropout masks of a process in a step.
+    """A seed for torch's generators, for the dropout masks of a process in a step.
 
-    Below 2^32, of which alone a CPU generator takes notice. Those of one process differ at any two steps; two processes
-    or trainings may meet by chance.
+    Below 2^32, since a CPU generator ignores higher bits. A process has different seeds at any two steps; the seeds of
+    two processes or trainings may coincide by chance.
     """
     return (int(raw_words(seed, MODEL, process, 1, 1)[0, 0]) + step) % 2**32
 
 
 def image_order(seed: int, first: int, count: int, num_images: int) -> np.ndarray:
-    """Indices of the first..first + count - 1st images seen in training: each epoch a new permutation of all."""
+    """Indices of the images seen at positions first..first + count - 1; each epoch is a new permutation of all."""
     seen = np.arange(first, first + count)
     epochs, places = np.divmod(seen, num_images)
     order = np.empty(count, dtype=np.int64)

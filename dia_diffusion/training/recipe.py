@@ -17,24 +17,24 @@ from dia_diffusion.training.config import Experiment, ModelConfig, Recipe
 from dia_diffusion.validation import Float, describe_error, model_in, shown, validate
 
 AUTO = "auto"
-"""A precision that each new run chooses for its device; it agrees with the one that a run began in."""
+"""The precision is chosen for the device of each new run; on resuming, "auto" matches any precision."""
 
 R = TypeVar("R", bound=Recipe, default=Experiment)
 
 
 def recipes_folder(kind: type[Recipe] = Experiment) -> Path:
-    """The shipped recipes of a command."""
+    """The folder of a command's shipped recipes."""
     folder = shipped_folder("recipes")
     return folder if kind is Experiment else folder / kind.COMMAND
 
 
 def recipe_names(kind: type[Recipe] = Experiment) -> str:
-    """The shipped recipes, for people."""
+    """The names of the shipped recipes, for messages."""
     return ", ".join(sorted(path.stem for path in recipes_folder(kind).glob("*.yaml")))
 
 
 def recipe_path(name: str, kind: type[Recipe] = Experiment) -> Path:
-    """A recipe's file, by path or by the name of a shipped one."""
+    """A recipe's file, given its path or the name of a shipped one."""
     if Path(name).is_file():
         return Path(name)
     shipped = recipes_folder(kind) / f"{name}.yaml"
@@ -50,17 +50,17 @@ def read_experiment(
     *,
     kind: type[R] = Experiment,  # type: ignore[assignment]
 ) -> R:
-    """A recipe with what overrides it, completely checked.
+    """A recipe with overrides, fully checked.
 
     Args:
         config: a YAML file, or the name of a shipped recipe.
         overrides: in command-line form ("--train.batch_size", "32", ...).
-        keys: the same as values ({"train.batch_size": 32}).
+        keys: overrides as values ({"train.batch_size": 32}).
         kind: Experiment, or ClassifyExperiment.
 
     Raises:
-        InputError: no such recipe, not YAML, an unknown key (the nearest valid one is named), or a value that isn't
-            accepted.
+        InputError: no such recipe, not YAML, an unknown key (the message names the nearest valid one), or an invalid
+            value.
     """
     return resolve(parse_recipe(config, overrides, keys, kind=kind))
 
@@ -72,23 +72,23 @@ def parse_recipe(
     *,
     kind: type[R],
 ) -> R:
-    """The same without torch: what only registered classes know isn't checked yet, see `resolve`."""
+    """The same without importing torch: what depends on registered classes isn't checked yet; see `resolve`."""
     recipe = {} if config is None else read_yaml(recipe_path(config, kind), "recipe", "data, model, train")
     return validate(kind, nest({**(keys or {}), **_parse_overrides(overrides, kind)}, recipe))
 
 
 def override(recipe: R, keys: Mapping[str, Any]) -> R:
-    """A copy of a recipe with other values, such as {"train.max_steps": 5}. Raises InputError for refused ones."""
+    """A copy of a recipe with other values, such as {"train.max_steps": 5}. Raises InputError for invalid ones."""
     return resolve(validate(type(recipe), nest(keys, recipe.model_dump())))
 
 
 def resolve(recipe: R) -> R:
-    """Checks what only registered classes know, and imports torch for it: the names of `noise:`, and `model:`.
+    """Checks what depends on registered classes, which requires torch: the names in `noise:`, and `model:`.
 
     The keys of `model:` are the arguments of the class that `model.backbone` names; its defaults are filled in.
 
     Raises:
-        InputError: an unknown name or key, or a value of another type than the signature says.
+        InputError: an unknown name or key, or a value of a type that doesn't match the signature.
     """
     if not isinstance(recipe, Experiment):
         return recipe
@@ -98,7 +98,7 @@ def resolve(recipe: R) -> R:
     backbone = recipe.model.backbone
     section = migrate({"model": recipe.model.model_dump()}, backbone)["model"]
     own, others = recipe_arguments(backbone), _arguments_of_others(backbone)
-    for key in section.keys() - own.keys() - {"sample_size", "in_channels"}:  # which images are read by
+    for key in section.keys() - own.keys() - {"sample_size", "in_channels"}:  # these are for reading images
         if key in others:
             raise InputError(f"`model.{key}` must be left out for backbone {backbone}, got {shown(section[key])}")
     if "attention" not in own:
@@ -112,10 +112,10 @@ def resolve(recipe: R) -> R:
 
 
 def migrate(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
-    """A recipe that may be of an older version, from a config.yaml or a checkpoint, in this version's keys.
+    """Converts a recipe of any version, from a config.yaml or a checkpoint, to this version's keys.
 
-    Older recipes hold the keys of all backbones in `model:`; other backbones' are left out where they have their
-    defaults. Keys that an older version didn't know have their defaults, which is how that version trained.
+    Older recipes have the keys of all backbones in `model:`; those of other backbones are removed if they have their
+    defaults. Keys that an older version didn't have get their defaults, which is how that version trained.
     """
     from dia_diffusion.models.factory import recipe_arguments
 
@@ -129,7 +129,7 @@ def migrate(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
 
 
 def _arguments_of_others(backbone: str) -> dict[str, list[Any]]:
-    """The keys of the other backbones, each with its defaults."""
+    """The keys of the other backbones, each with its default values."""
     from dia_diffusion.models.factory import BACKBONES, recipe_arguments
 
     defaults: dict[str, list[Any]] = {}
@@ -140,12 +140,12 @@ def _arguments_of_others(backbone: str) -> dict[str, list[Any]]:
 
 
 class _ClosedModelConfig(ModelConfig, extra="forbid"):
-    """A `model:` section of which all keys are known."""
+    """A `model:` section without unknown keys."""
 
 
 @cache
 def _section_kind(backbone: str) -> type[ModelConfig]:
-    """The typed keys of `model:` for a backbone, of its class's signature."""
+    """The typed keys of `model:` for a backbone, from its class's signature."""
     from dia_diffusion.models.factory import recipe_arguments
 
     fields: dict[str, Any] = {}
@@ -158,23 +158,23 @@ def _section_kind(backbone: str) -> type[ModelConfig]:
 
 
 def command_of(recipe: Mapping[str, Any]) -> str:
-    """The command that a recipe of any version is of: those of `train` alone have a noise process."""
+    """The command for a recipe of any version: only recipes of `train` have a noise process."""
     return "train" if "noise" in recipe else "classify"
 
 
 def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] | None = None) -> list[str]:
-    """Keys that differ from a run's recipe and may not: "train.batch_size: 32 -> 64".
+    """Keys that differ from a run's recipe but must not, such as "train.batch_size: 32 -> 64".
 
     Args:
-        old: the run's recipe, as to_dict gives it, or as an older version did.
-        may_change: keys that may differ; None is those that may when a run resumes.
+        old: the run's recipe, from to_dict of this version or an older one.
+        may_change: keys that may differ; None is those that may change when a run resumes.
 
-    A new precision of "auto" differs from none.
+    A new precision of "auto" never counts as a change.
     """
     if may_change is None:
         may_change = recipe.MAY_CHANGE
         if flatten(old).get("optimizer.schedule") in ("cosine", "linear", "warmup-stable-decay"):
-            may_change -= {"train.max_steps"}  # every step's rate depends on it
+            may_change -= {"train.max_steps"}  # each step's rate depends on it
     recipe = resolve(recipe)
     defaults = type(recipe)().to_dict()
     if isinstance(recipe, Experiment):
@@ -191,12 +191,12 @@ def changed_keys(old: Mapping[str, Any], recipe: R, may_change: frozenset[str] |
 
 
 def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, a key for each line of a recipe."""
+    """{"train": {"max_steps": 5}} -> {"train.max_steps": 5}, with a key per line of a recipe."""
     flat: dict[str, Any] = {}
     for key, value in recipe.items():
         if not isinstance(key, str):
             raise InputError(f"recipe key {prefix}{key!r} must be text")
-        if isinstance(value, dict) and not prefix:  # a section; deeper, it is a value such as attention_kwargs
+        if isinstance(value, dict) and not prefix:  # a section; deeper dicts are values such as attention_kwargs
             flat.update(flatten(value, prefix=f"{key}."))
         else:
             flat[prefix + key] = value
@@ -204,7 +204,7 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What `flatten` flattened, over a recipe if one is given."""
+    """The inverse of `flatten`, merged into a recipe if one is given."""
     nested = copy.deepcopy(dict(recipe or {}))
     for key, value in flat.items():
         section = nested
@@ -221,7 +221,7 @@ def nest(flat: Mapping[str, Any], recipe: Mapping[str, Any] | None = None) -> di
 
 
 def _parse_overrides(arguments: Sequence[str], kind: type[Recipe]) -> dict[str, Any]:
-    """The keys of --KEY VALUE and --KEY=VALUE; a value is YAML unless its key is of text."""
+    """The keys of --KEY VALUE and --KEY=VALUE; values are parsed as YAML, except for text keys."""
     keys: dict[str, Any] = {}
     remaining = iter(arguments)
     for argument in remaining:

@@ -1,4 +1,4 @@
-"""A run's folder: its paths, lock, recipe and metrics, and what keeps a run from starting or resuming in it."""
+"""A run's folder: its paths, lock, recipe and metrics, and checks before a run starts or resumes in it."""
 
 import math
 import shutil
@@ -21,7 +21,7 @@ from dia_diffusion.training.recipe import changed_keys, command_of
 
 
 class RunFolder:
-    """The paths of what a run writes."""
+    """The paths of a run's files."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -38,7 +38,7 @@ class RunFolder:
         self._lock = FolderLock(self.path)
 
     def newest_checkpoint(self) -> Path | None:
-        """The checkpoint of the highest step."""
+        """The checkpoint with the highest step."""
         return next(reversed(step_folders(self.checkpoints).values()), None)
 
     def lock(self) -> None:
@@ -49,7 +49,7 @@ class RunFolder:
         """
         self._lock.acquire()
         for folder in (self.path, self.checkpoints, self.pipelines, self.classifiers, self.samples, self.snapshots):
-            remove_partial(folder)  # left by a run that was killed while it wrote
+            remove_partial(folder)  # left by a run that was killed while writing
 
     def lock_text(self) -> str:
         """The lock file's text, new each time the lock is acquired; ranks that share the folder read the same."""
@@ -60,7 +60,7 @@ class RunFolder:
         self._lock.release()
 
     def write_config(self, experiment: Any) -> None:
-        """Writes the recipe as resolved."""
+        """Writes the resolved recipe."""
         write_text(self.config, yaml.safe_dump(experiment.to_dict(), sort_keys=False))
 
     def truncate_metrics(self, step: int) -> None:
@@ -81,10 +81,10 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a crash truncated is left out.
+    """The lines of a metrics.jsonl, without a last line that a crash truncated.
 
     Raises:
-        InputError: the file can't be read, or another line is corrupted or holds no numbers of a step.
+        InputError: the file can't be read, or another line is corrupted or doesn't hold a step's numbers.
     """
     return [line for _, line in _metric_lines(path)]
 
@@ -118,7 +118,7 @@ def _is_number(value: Any) -> bool:
 
 
 def logged_step(path: Path) -> int:
-    """The step of a metrics.jsonl's last whole line, read from its end; 0 if there is none."""
+    """The step of a metrics.jsonl's last complete line, read from the end of the file; 0 if there is none."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -133,15 +133,15 @@ def logged_step(path: Path) -> int:
 
 
 SECONDS_TO_SEE_A_FILE = 90.0
-"""Until one machine sees what another wrote to a shared disk. NFS caches for 30 to 60 s (acdirmax) that a file doesn't
-exist."""
+"""How long it may take until one machine sees what another wrote to a shared disk. NFS caches for 30 to 60 s (acdirmax)
+that a file doesn't exist."""
 SECONDS_UNTIL_MESSAGE = 10.0
 
 
 def check_shared(folder: RunFolder, accelerator: Accelerator, message: Callable[[str], None]) -> None:
-    """Raises InputError, on all ranks, if one sees another folder than rank 0, which holds its lock.
+    """Raises InputError on all ranks if one of them sees a different folder than rank 0, which holds the lock.
 
-    message: shows a line of a rank that has to wait for a slow shared disk.
+    message: shows a line if a rank has to wait for a slow shared disk.
     """
     lock = broadcast_from_rank_zero(accelerator, folder.lock_text)
 
@@ -170,7 +170,7 @@ def check_resumed_run(path: Path, experiment: Any, fingerprint: str, state: dict
 
 
 def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
-    """Raises InputError if a run's recipe has changed in more than may change on resuming."""
+    """Raises InputError if keys of a run's recipe changed that may not change on resuming."""
     if (command := command_of(old)) != experiment.COMMAND:
         raise InputError(f"{path} holds a run of dia-diffusion {command}; choose another output")
     changed = changed_keys(old, experiment)
@@ -182,9 +182,9 @@ def refuse_changes(old: dict[str, Any], experiment: Any, path: Path) -> None:
 
 
 def refuse_other_randomness(origin: dict[str, Any], path: Path) -> None:
-    """Raises InputError if a run began with other random streams than this version's.
+    """Raises InputError if a run began with another version's random streams.
 
-    origin: a checkpoint's state, a pipeline's training.json or a trial's result; version 1 is not named in them.
+    origin: a checkpoint's state, a pipeline's training.json or a trial's result; without an entry it is version 1.
     """
     version = origin.get("randomness", 1)
     if version != RANDOMNESS:
@@ -196,9 +196,9 @@ def refuse_other_randomness(origin: dict[str, Any], path: Path) -> None:
 
 
 def check_new_run(folder: RunFolder, experiment: Any) -> None:
-    """Raises InputError if a new run would overwrite pipelines or classifiers of another, whose checkpoints are gone.
+    """Raises InputError if a new run would overwrite pipelines or classifiers of a run whose checkpoints are gone.
 
-    A run that was killed between its first pipeline and its first checkpoint starts again and makes the same one.
+    A run that was killed between its first pipeline and its first checkpoint starts again and writes the same one.
     """
     first = min(experiment.train.checkpoint_every, experiment.train.max_steps)
     for made in (folder.pipelines, folder.classifiers):
@@ -211,7 +211,7 @@ def check_new_run(folder: RunFolder, experiment: Any) -> None:
 
 
 def _is_recipe_of(experiment: Any, place: Path) -> bool:
-    """Whether a new run of this recipe makes this pipeline or classifier again; an older one lacks newer keys."""
+    """Whether a new run of this recipe would write the same pipeline or classifier; old recipes lack newer keys."""
     try:
         training = read_json_object(place / TRAINING_FILE)
         same_recipe = not changed_keys(training["recipe"], experiment, may_change=frozenset())

@@ -1,6 +1,6 @@
 """Snapshots of a run's power-function averages, and pipelines of averages made after training (EDM2, arXiv 2312.02696).
 
-snapshots/step-00001000/width-0.05.safetensors   the average of that relative width, after that step
+snapshots/step-00001000/width-0.05.safetensors   the average with that relative width after that step
                         width-0.1.safetensors
                         state.json               step, recipe, data, sha256 of the other files, own checksum
 """
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
 
 MAX_RESIDUAL = 0.05
-"""Of a reconstructed profile: the norm of its difference from the profile asked for, as a part of that one's norm."""
+"""Largest norm of the difference between a reconstructed profile and the requested one, relative to the latter's."""
 MAX_AMPLIFICATION = 1000
-"""Of the rounding errors of float32 averages: the sum of the absolute weights that they are added up with."""
+"""Largest amplification of the float32 averages' rounding errors: the sum of their absolute coefficients."""
 MIN_WIDTH = 0.001
 NOT_OF_PIPELINES = ("sha256", "skipped_steps", "grad_scaler")
-"""What a state.json has besides what a pipeline's training.json has."""
+"""Keys of a state.json that a pipeline's training.json doesn't have."""
 
 
 class SaveSnapshots(Callback):
-    """Writes snapshots, before the checkpoint of the step."""
+    """Writes snapshots, before the step's checkpoint."""
 
     def __init__(self, config: EmaConfig):
         self.config = config
@@ -75,10 +75,10 @@ class Snapshots:
 
     Args:
         run: its folder.
-        step: that of a snapshot; None is the newest.
+        step: the step of a snapshot; None is the newest.
 
     Raises:
-        InputError: no snapshots, none of that step, or a damaged one.
+        InputError: no snapshots, none at that step, or a damaged one.
     """
 
     def __init__(self, run: str | Path, step: int | None = None):
@@ -90,27 +90,27 @@ class Snapshots:
             self.states[place] = state = read_folder_state(place, "snapshot", lambda names: all(map(_width, names)))
             check_files(place, state, "snapshot")
         self.files = [place / name for place, state in self.states.items() for name in state["sha256"]]
-        """One per average."""
+        """One file per average."""
         self.steps = np.array([state["step"] for state in self.states.values() for _ in state["sha256"]], float)
-        """After which step each average is."""
+        """The step after which each average was taken."""
         self.widths = np.array([_width(file.name) for file in self.files])
         """The relative width of each average."""
         self._solved: dict[float, tuple[Array, float]] = {}
 
     def solve(self, widths: Sequence[float] | Array) -> tuple[Array, Array]:
-        """How much each average counts in that of each width: (averages, widths), and the residuals (widths,)."""
+        """The coefficient of each average for each width (averages, widths), and the residuals (widths,)."""
         gammas, wanted = (np.array([gamma_of(width) for width in each]) for each in (self.widths, widths))
         return reconstruction(self.steps, gammas, self.step, wanted)
 
     def weights(self, width: float) -> tuple[Array, float]:
-        """How much each average counts in that of a width, (averages,), and the residual; solved once per width."""
+        """The coefficient of each average for a width (averages,), and the residual; solved once per width."""
         if width not in self._solved:
             weights, residuals = self.solve([width])
             self._solved[width] = weights[:, 0], float(residuals[0])
         return self._solved[width]
 
     def check_width(self, width: float) -> None:
-        """Raises InputError for a width that can't be made of the snapshots; the message says which can."""
+        """Raises InputError for a width that can't be reconstructed from the snapshots; the message says which can."""
         why = ""
         if MIN_WIDTH <= width <= MAX_POWER_WIDTH:
             weights, residual = self.weights(width)
@@ -132,9 +132,9 @@ class Snapshots:
         )
 
     def average(self, width: float, parameters: Collection[str]) -> dict[str, Tensor]:
-        """The model's state with the parameters' average of a relative width, summed in float64.
+        """The model's state with the parameters' average for a relative width, summed in float64.
 
-        What is no parameter, such as a BatchNorm's statistics, is that of the newest snapshot.
+        Tensors that aren't parameters, such as BatchNorm's statistics, come from the newest snapshot.
         """
         weights, _ = self.weights(width)
         total: dict[str, Tensor] = {}
@@ -149,7 +149,7 @@ class Snapshots:
         return state | {name: tensor.to(state[name].dtype) for name, tensor in total.items()}
 
     def describe(self, width: float) -> dict[str, Any]:
-        """For training.json: the width, how far the profile is from that, and what it is made of."""
+        """An entry for training.json: the width, the residual of the profile, and the snapshots and coefficients."""
         weights, residual = self.weights(width)
         by_average: dict[str, dict[str, float]] = {}
         for file, step, weight in zip(self.files, self.steps, weights, strict=True):
@@ -163,7 +163,7 @@ class Snapshots:
         }
 
     def save(self, width: float, place: Path) -> float:
-        """Writes the pipeline of a relative width, unless it is there, and returns the residual of its profile.
+        """Writes the pipeline for a relative width, unless it exists, and returns the residual of its profile.
 
         Raises InputError if something else is there.
         """
@@ -173,7 +173,7 @@ class Snapshots:
 
 
 def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
-    """Writes the pipeline of one of a run's further EMAs, from the checkpoint of a step, unless it is there.
+    """Writes the pipeline of one of a run's further EMAs, from the checkpoint of a step, unless it exists.
 
     Raises:
         InputError: a damaged checkpoint, one without this EMA, or something else is there.
@@ -191,7 +191,7 @@ def save_decay(run: str | Path, decay: float, step: int, place: Path) -> None:
 
 
 def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: int | None) -> int:
-    """The step asked for, or the newest. Raises InputError: no run, or no snapshot or checkpoint of that step."""
+    """The given step, or the newest. Raises InputError: no run, or no snapshot or checkpoint at that step."""
     folder = RunFolder(run)
     if not folder.config.is_file():
         got = "a folder without one" if folder.path.is_dir() else "no such folder"
@@ -209,7 +209,7 @@ def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: 
 
 
 def _width(name: str) -> float:
-    """The relative width of the average in a file of this name. Raises ValueError for another file."""
+    """The relative width of the average in a file of this name. Raises ValueError for other files."""
     width = float(name.removeprefix("width-").removesuffix(".safetensors"))
     if name != f"width-{width}.safetensors" or not 0 < width <= MAX_POWER_WIDTH:
         raise ValueError(name)
@@ -223,7 +223,7 @@ def _save(
     weights: Callable[[Collection[str]], dict[str, Tensor]],
     place: Path,
 ) -> None:
-    """Writes a pipeline of the weights that `weights` gives for the names of the model's parameters."""
+    """Writes a pipeline with the weights that `weights` returns for the names of the model's parameters."""
     training = {key: value for key, value in state.items() if key not in NOT_OF_PIPELINES} | {"average": average}
     if (place / TRAINING_FILE).is_file() and read_json_object(place / TRAINING_FILE) == training:
         return

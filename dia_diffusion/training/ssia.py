@@ -1,19 +1,19 @@
-"""Self-Supervised Implicit Attention (arXiv 2206.07434) as a loss in training only. Experimental.
+"""Self-Supervised Implicit Attention (arXiv 2206.07434) as a training-only loss. Experimental.
 
-The abstract, all that we could read, fixes no formula. Our reading of "supervisory signals from higher network layers
-to guide lower network layers": the attention weights of a higher block are what a lower one has to foresee. Blocks are
-read at attach()'s places. In each stage, a run of places with one channel count N, the last place teaches those before
-it; where units are attached, places and stages are theirs, and the features are what a unit returns. In a U-ViT the
-middle block teaches the in blocks, by the tokens after each. With x maps (B, N, H, W) or tokens (B, L, N), and
-GAP the mean over H and W or over all tokens:
+We could read only the abstract, which gives no formula. Our reading of "supervisory signals from higher network layers
+to guide lower network layers": lower blocks have to predict the attention weights of a higher block. Blocks are read at
+attach()'s insertion points. In each stage, a run of points with the same channel count N, the last point teaches those
+before it. With attached units, points and stages are the units', and the features are the units' outputs. In a U-ViT
+the middle block teaches the in blocks, and the features are each block's output tokens. With x maps (B, N, H, W) or
+tokens (B, L, N), and GAP the mean over H and W or over all tokens:
 
     target      a = sigmoid((y - mean(y)) / sd(y)),  y = GAP(x_last),  over the N channels, without gradient
-    foreseen    a_l = sigmoid(W2 relu(W1 GAP(x_l))),  a head of its own for each place l before, W1 N/r x N, W2 N x N/r
+    prediction  a_l = sigmoid(W2 relu(W1 GAP(x_l))),  a separate head for each earlier point l, W1 N/r x N, W2 N x N/r
     loss        mean over all l of all stages of the mean over images and channels of (a_l - a)^2
 
-The gradient goes through the heads into the lower blocks. The heads are registered on the network that is trained, so
-optimizer, average, checkpoints and DDP know them; a pipeline or saved classifier never has them, and in evaluation
-nothing is computed for them.
+The gradient flows through the heads into the lower blocks. The heads are registered on the trained network, so the
+optimizer, average, checkpoints and DDP include them; a pipeline or saved classifier never has them, and evaluation
+computes nothing for them.
 """
 
 from typing import Any
@@ -27,20 +27,20 @@ from dia_diffusion.models.attach import attachment_in
 from dia_diffusion.models.uvit import UViT
 
 HEADS = "ssia_heads"
-"""What the heads are registered as, and so how their names begin in checkpoints."""
+"""The heads' name in the network, and therefore their prefix in checkpoints."""
 
 
 class Guidance:
     """The auxiliary loss of a network's forward passes in training.
 
     Args:
-        model: a UViT, one with attached units, or one whose places attach() finds by itself. It gets the heads, as
-            `ssia_heads`, after all it has.
+        model: a UViT, a model with attached units, or one for which attach() knows insertion points. The heads are
+            registered last in it, as `ssia_heads`.
         reduction: r; must divide the widths of the stages.
-        seed: of the heads' first weights; the generator of what comes after is left alone.
+        seed: of the heads' initial weights; torch's generator is unchanged afterwards.
 
     Raises:
-        InputError: no known places, no stage of two or more, or r not dividing a width.
+        InputError: no known insertion points, no stage of two or more, or a width that r doesn't divide.
     """
 
     def __init__(self, model: nn.Module, reduction: int, seed: int):
@@ -54,17 +54,17 @@ class Guidance:
             heads = [_head(width, reduction) for width, stage in zip(widths, stages, strict=True) for _ in stage[1:]]
         self.heads, self.stages = nn.ModuleList(heads), stages
         model.add_module(HEADS, self.heads)
-        self.kept: dict[str, Tensor] | None = None  # a dict while a forward pass in training runs
+        self.kept: dict[str, Tensor] | None = None  # a dict during a forward pass in training
         self.loss: Tensor | None = None
         model.register_forward_pre_hook(self._start)
         for stage in stages:
             for position in stage:
                 _Place(position, self).hook(network)
-        # Inside the network's own forward, where the heads' gradients are averaged over processes with the others'.
+        # Within the network's forward pass, so that DDP averages the heads' gradients with the others.
         model.register_forward_hook(self._measure)
 
     def take(self) -> Tensor:
-        """The loss () of the last forward pass, once."""
+        """The loss () of the last forward pass; can be called once per pass."""
         assert self.loss is not None, "no forward pass of the network in training"
         loss, self.loss = self.loss, None
         return loss
@@ -73,7 +73,7 @@ class Guidance:
         self.kept = {} if model.training else None
 
     def _measure(self, *_: Any) -> None:
-        kept, self.kept = self.kept, None  # what the backward pass runs again isn't kept again
+        kept, self.kept = self.kept, None  # recomputation in the backward pass must not store features
         if kept is None:
             return
         heads, errors = iter(self.heads), []
@@ -94,7 +94,7 @@ class _Place(InsertionHook):
 
     def take(self, features: Any) -> Any:
         if self.guidance.kept is not None:
-            x = features[0] if isinstance(features, tuple) else features  # a UViT's block hands on a state, too
+            x = features[0] if isinstance(features, tuple) else features  # a UViT block also returns a state
             axes = (2, 3) if x.dim() == 4 else 1
             dtype = torch.promote_types(x.dtype, torch.float32)
             self.guidance.kept[self.position.module] = x.mean(dim=axes, dtype=dtype)
@@ -102,13 +102,13 @@ class _Place(InsertionHook):
 
 
 def attention_target(pooled: Tensor) -> Tensor:
-    """Attention weights (B, N) from a higher block's pooled features (B, N): where its channels stand out, detached."""
+    """Attention weights (B, N) from a higher block's pooled features (B, N): their standardized sigmoid, detached."""
     pooled = pooled.detach()
     return ((pooled - pooled.mean(dim=1, keepdim=True)) / (pooled.std(dim=1, keepdim=True) + 1e-6)).sigmoid()
 
 
 def _stages(model: nn.Module) -> tuple[nn.Module, list[tuple[Position, ...]]]:
-    """The stages with something to learn, and the module that their names are names in."""
+    """The stages with two or more positions, and the module that contains the named modules."""
     network, attachment = model, attachment_in(model)
     if isinstance(model, UViT):
         names = [*(f"in_blocks.{index}" for index in range(len(model.in_blocks))), "mid_block"]
@@ -136,5 +136,5 @@ def _head(width: int, reduction: int) -> nn.Module:
 
 
 def without_heads(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A training network's tensors as its pipeline or saved classifier has them."""
+    """A network's tensors without the heads, as in its pipeline or saved classifier."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{HEADS}.")}

@@ -1,6 +1,6 @@
 """The training loop, for any `Task`: set-up, one optimizer step, and the callbacks that are due after it.
 
-A step depends on the recipe, the step's number and the weights before it alone: not on ranks, micro-batches or history.
+A step depends only on the recipe, the step's number and the weights before it, not on ranks, micro-batches or history.
 """
 
 import math
@@ -56,11 +56,11 @@ from dia_diffusion.training.task import DrawAhead, Draws, Task, describe_images
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed; the tensors are on the device, and reading one waits for it."""
+    """The results of a step; the tensors are on the device, and reading one waits for it."""
 
     loss: Tensor  # () float, mean over the global batch
     grad_norm: Tensor  # () float, before clipping
-    skipped: Tensor  # () bool, whether loss or gradient was not finite and nothing was applied
+    skipped: Tensor  # () bool, whether loss or gradient was not finite and the update was skipped
 
 
 class Trainer:
@@ -68,17 +68,17 @@ class Trainer:
 
     Args:
         trained: a recipe, or the task of another kind of training.
-        progress: shows how the run is going.
-        callbacks: called after the task's own, before the checkpoint of a step or after it, as each says.
+        progress: shows the run's progress.
+        callbacks: called after the task's own, before or after a step's checkpoint depending on `after_checkpoint`.
 
     Raises:
-        InputError: the recipe, the dataset, the checkpoint or the launch doesn't fit.
+        InputError: the recipe, the dataset, the checkpoint or the launch is unsuitable.
     """
 
     def __init__(
         self, trained: Experiment | Task, progress: Progress | None = None, callbacks: Sequence[Callback] = ()
     ):
-        # Recipe: its precision is resolved, so that configs, checkpoints and cards say what was chosen.
+        # Recipe: resolve the precision, so that configs, checkpoints and cards state the chosen one.
         self.task = DiffusionTask(trained) if isinstance(trained, Experiment) else trained
         self.progress = Progress() if progress is None else progress
         self.folder = RunFolder(self.task.experiment.output)
@@ -98,7 +98,7 @@ class Trainer:
         first = self.accelerator.process_index * share
         self.ahead = DrawAhead(self.task.draw, first, first + share)
 
-        # Model: first weights from the seed, or from init_from if the run is new.
+        # Model: initial weights from the seed, or from init_from if the run is new.
         torch.manual_seed(derive(self.experiment.seed, WEIGHTS))
         self.model = self.task.build_model()
         self.names, self.parameters = map(list, zip(*self.model.named_parameters(), strict=True))
@@ -119,12 +119,12 @@ class Trainer:
         own.append(SaveCheckpoint(config))
         self.callbacks: list[Callback] = sorted(own, key=lambda callback: callback.after_checkpoint)
         self.seconds_in_callbacks = 0.0
-        """Since the last logged metrics, but for the time that logging took."""
+        """Seconds spent in callbacks since the last logged metrics, without logging itself."""
         self.logged: dict[str, float] = {}
         """The last logged metrics."""
         self.failed_trackers: set[str] = set()
 
-        # Run folder: locked, then the newest whole checkpoint, the same on all ranks.
+        # Run folder: lock it, then find the newest intact checkpoint, the same on all ranks.
         on_rank_zero(self.accelerator, self.folder.lock)
         try:
             check_shared(self.folder, self.accelerator, self.progress.message)
@@ -140,19 +140,19 @@ class Trainer:
         return None if place is None else place.name
 
     def _load_weights(self, name: str | None) -> Checkpoint | None:
-        """The checkpoint of this name, its weights in the model; None if the run is new."""
+        """Loads the weights of the checkpoint of this name into the model; returns None if the run is new."""
         if name is None:
             check_new_run(self.folder, self.experiment)
             return None
         place = self.folder.checkpoints / name
-        checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # by whole_checkpoint
+        checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # whole_checkpoint checked it
         check_resumed_run(self.folder.path, self.experiment, self.images.fingerprint, checkpoint.state)
         self.started_from = self.task.check_start(checkpoint.state.get("init_from"))
         load_weights(self.model, checkpoint.tensors["model"], place)
         return checkpoint
 
     def _prepare(self, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint | None) -> None:
-        """Network, optimizer and average on the device, as the checkpoint left them."""
+        """Puts network, optimizer and averages on the device, with the checkpoint's state."""
         config, device, state = self.config, self.accelerator.device, {} if checkpoint is None else checkpoint.state
         self.step: int = state.get("step", 0)
         """Optimizer steps done."""
@@ -167,7 +167,7 @@ class Trainer:
         self.finite: FiniteWatch = FiniteWatch(device, config.max_skipped_steps, state.get("skipped_steps", 0), scaled)
         self.ema = None
         self.averages: dict[str, Average] = {}
-        """Those beside the EMA, by name."""
+        """Averages other than the EMA, by name."""
         if self.task.ema is not None:
             self.ema = EMA(self.parameters, self.task.ema, self.task.reference_steps)
             self.averages = further_averages(self.parameters, self.task.ema, self.task.reference_steps)
@@ -185,8 +185,8 @@ class Trainer:
         """Trains from the last checkpoint to max_steps.
 
         Raises:
-            Stopped: after SIGINT or SIGTERM, with a checkpoint of the last finished step written.
-            DivergedError: too many steps in a row without a finite loss and gradient; the last checkpoint stays.
+            Stopped: after SIGINT or SIGTERM, once a checkpoint of the last finished step is written.
+            DivergedError: too many consecutive steps without a finite loss and gradient; the last checkpoint is kept.
         """
         try:
             self._start()
@@ -213,13 +213,13 @@ class Trainer:
             self.seconds_in_callbacks += time.perf_counter() - started
 
     def train_step(self) -> StepResult:
-        """One optimizer step on the global batch; if its loss or gradient is not finite, only its number counts up."""
+        """One optimizer step on the global batch; with a non-finite loss or gradient, only the step count changes."""
         # Draw this rank's images and noise, a function of the step's number.
         micro_batches = self._draw(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step, group["peak_rate"])
 
-        # Forward and backward, accumulated; ranks average their gradients during the last backward.
+        # Forward and backward, accumulated; ranks average their gradients during the last backward pass.
         self.buffers.keep()
         total = torch.zeros((), device=self.accelerator.device)
         for index, draws in enumerate(micro_batches, start=1):
@@ -234,12 +234,12 @@ class Trainer:
             grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
         loss = self.accelerator.reduce(total, "mean")
 
-        # Skip the update on all ranks if any saw inf or nan; decided on the device, without waiting for it.
+        # Skip the update on all ranks if any has inf or nan; decided on the device, without waiting for it.
         skip = self.finite.note(self.step, loss, grad_norm)
 
         # Optimizer.
-        if self.accelerator.scaler is None:  # fp16's scaler sets it by itself
-            self.optimizer.optimizer.found_inf = skip.float()  # a fused optimizer then leaves weights and state alone
+        if self.accelerator.scaler is None:  # fp16's scaler sets it itself
+            self.optimizer.optimizer.found_inf = skip.float()  # a fused optimizer then keeps weights and state
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.buffers.put_back(skip)
@@ -249,16 +249,16 @@ class Trainer:
             self.ema.update(self.parameters, skip)
         for average in self.averages.values():
             average.update(self.parameters, skip)
-        if skip.device.type == "cpu":  # a GPU is waited for only when something is logged or saved
+        if skip.device.type == "cpu":  # wait for a GPU only when logging or saving
             self.check_finite()
         self.step += 1
         return StepResult(loss, grad_norm, skip)
 
     def _draw(self, step: int) -> list[Draws]:
-        """What is random in this rank's micro-batches of a step, counted from 0, and in its network."""
+        """Draws the random numbers of this rank's micro-batches of a step, counted from 0, and seeds its dropout."""
         ahead = self.accelerator.device.type != "cpu" or self.task.reads_files
         draws = self.ahead.draw(step, then_next=ahead and step + 1 < self.config.max_steps)
-        if self.has_dropout:  # its masks belong to the step and the rank; no slice of a global batch can give them
+        if self.has_dropout:  # masks depend on the step and the rank; they can't be slices of a global batch
             torch.manual_seed(dropout_seed(self.experiment.seed, step, self.accelerator.process_index))
         starts = range(0, self.micro_batch * self.config.accumulation, self.micro_batch)
         return [draws.slice(start, start + self.micro_batch) for start in starts]
@@ -272,7 +272,7 @@ class Trainer:
         if streak is None:
             return
 
-        def forward() -> None:  # the weights are still those that the streak began with
+        def forward() -> None:  # the weights are unchanged since the streak began
             with self.accelerator.autocast():
                 for draws in self._draw(streak.step):
                     self.task.loss(self.model, draws, self.accelerator.device, self.dtype)
@@ -281,7 +281,7 @@ class Trainer:
         raise divergence(streak, rate, self.model, forward, self.accelerator)
 
     def _start(self) -> None:
-        """Opens folder and trackers, and says what is trained."""
+        """Opens folder and trackers, and shows what is trained."""
         on_rank_zero(self.accelerator, self._open_folder)
         config = self.config
         self.message(
@@ -299,16 +299,16 @@ class Trainer:
             self.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")
-        for callback in reversed(self.callbacks):  # so that LogMetrics' clock starts last
+        for callback in reversed(self.callbacks):  # reversed, so that LogMetrics' clock starts last
             callback.start(self)
 
     def _open_folder(self) -> None:
-        self.folder.truncate_metrics(self.step)  # first, since it raises for a damaged file
+        self.folder.truncate_metrics(self.step)  # first, since it raises if the file is damaged
         self.folder.drop_snapshots(self.step)
         for place, why in self.damaged.items():
             self.message(f"warning: {why}; renamed to {set_aside(place).name}, and the checkpoint before it is used")
         self.folder.write_config(self.experiment)
-        if self.step < self.config.max_steps:  # else what trained it stays on record
+        if self.step < self.config.max_steps:  # otherwise keep the record of what trained it
             write_json(self.folder.environment, environment(self.accelerator.num_processes))
 
     def _end(self, error: Exception | None) -> None:
@@ -324,7 +324,7 @@ class Trainer:
             self.progress.message(line)
 
     def log(self, values: Mapping[str, float | None]) -> None:
-        """Adds numbers of this step to metrics.jsonl and the trackers, on all ranks; one that is not finite is null."""
+        """Adds a step's values to metrics.jsonl and the trackers, on all ranks; a non-finite value becomes null."""
         images = self.step * self.config.batch_size
         finite = {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
         line = {"images": images, **finite}
@@ -336,15 +336,15 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             try:
                 send(tracker)
-            except Exception as error:  # of any kind, such as a network that is down
+            except Exception as error:  # any kind, such as no network connection
                 if tracker.name not in self.failed_trackers:
                     self.failed_trackers.add(tracker.name)
                     self.message(f"warning: tracker {tracker.name} failed ({first_line(error)}); training continues")
 
     def save_checkpoint(self) -> None:
-        """Writes a checkpoint of this step, on all ranks, unless there is one.
+        """Writes a checkpoint of this step, called on all ranks, unless there is one.
 
-        A step that was interrupted before it is repeated when the run resumes.
+        A step that was interrupted before its checkpoint is repeated when the run resumes.
         """
         self.check_finite()
         if self.saved_step == self.step:
@@ -381,11 +381,11 @@ class Trainer:
 
     def state_with(self, average: Average) -> dict[str, Tensor]:
         """The model's state with the parameters of an average."""
-        # Buffers, such as a BatchNorm's running statistics, are averages already.
+        # Buffers, such as BatchNorm's running statistics, are already averages.
         return {**self.model.state_dict(), **dict(zip(self.names, average.parameters, strict=True))}
 
     def origin(self) -> dict[str, Any]:
-        """Where the weights of this step come from, as checkpoints and saved models record it."""
+        """The origin of this step's weights, as recorded in checkpoints and saved models."""
         return {
             "run": self.folder.path.name,
             "step": self.step,
