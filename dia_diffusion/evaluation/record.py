@@ -236,7 +236,7 @@ def _parse(line: str, place: str) -> EvaluationRecord:
         record = EvaluationRecord.from_dict(fields) if version in (1, RECORD_VERSION) else None
         written_hash = str(fields["protocol_hash"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{place}: not a whole evaluation record, remove that line ({error})") from error
+        raise InputError(f"{place}: not a complete evaluation record; remove that line ({error})") from error
     if record is None:
         raise InputError(
             f"{place}: `record_version` must be {RECORD_VERSION} or less, got {version}; a newer dia-diffusion wrote it"

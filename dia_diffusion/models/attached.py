@@ -160,8 +160,8 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """As in diffusers. Raises InputError: units were attached or detached after the model was created."""
         if self.attachment is not self._attachment_of_config:
             raise InputError(
-                f"the units must be those of attention {self.config.attention!r}, with which the model was made, to be "
-                "saved, got others; save AttachedModel.from_backbone(model.network) instead"
+                f"the units must be those that the model was created with, attention {self.config.attention!r}, got "
+                "others; save AttachedModel.from_backbone(model.network) instead"
             )
         super().save_pretrained(*args, **kwargs)
 
@@ -228,7 +228,7 @@ def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[st
     try:
         return kind(**{**given, **kwargs})
     except Exception as error:  # diffusers checks its arguments late, or not at all
-        raise InputError(f"{kind.__name__} can't be built of backbone_kwargs: {first_line(error)}") from None
+        raise InputError(f"{kind.__name__} can't be built from backbone_kwargs: {first_line(error)}") from None
 
 
 def _without_label_dropout(network: Any) -> None:

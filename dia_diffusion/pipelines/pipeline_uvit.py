@@ -220,7 +220,7 @@ def network_prediction_type(pipeline: DiffusionPipeline) -> str | None:
 def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) -> None:
     """Raises InputError for guidance settings that are out of range or have no effect."""
     if not isinstance(scale, int | float) or not 1 <= scale < float("inf"):
-        raise InputError(f"`guidance_scale` must be 1, which is none, or more, got {scale}")
+        raise InputError(f"`guidance_scale` must be 1 (no guidance) or more, got {scale}")
     if has_guide and scale == 1:
         raise InputError(f"`guidance_scale` must be above 1 with a guide, got {scale}")
     if interval is None:
@@ -230,7 +230,7 @@ def check_guidance(scale: Any, interval: Any = None, has_guide: bool = False) ->
     if not (is_pair and 0 <= interval[0] < interval[1] < float("inf")):
         raise InputError(f"`guidance_interval` must be two noise levels low < high, 0 or more, got {interval}")
     if scale == 1:
-        raise InputError(f"`guidance_interval` must be left out for guidance_scale 1, which is none, got {interval}")
+        raise InputError(f"`guidance_interval` must be left out for guidance_scale 1 (no guidance), got {interval}")
 
 
 def check_null_label(scale: float, num_classes: int | None, has_null_label: bool) -> None:

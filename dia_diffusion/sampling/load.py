@@ -107,7 +107,7 @@ def _pipeline_class(folder: Path, index: dict[str, Any]) -> type[DiffusionPipeli
         return UViTPipeline
     kind = None if carries_code else _of_diffusers(name)
     if kind is None:
-        reason = "code of its own, which is never run" if carries_code else "which is not a class of diffusers"
+        reason = "custom code, which is never run" if carries_code else "which is not a class of diffusers"
         raise InputError(f"{wanted}, got a {name}, {reason}")
     if needed := _needs(kind, index):
         raise InputError(f"{wanted}, got a {name}, which needs {needed}")
@@ -190,7 +190,7 @@ def _check_before_loading(folder: Path, kind: Any) -> None:
         check_layers(config, len(stored))  # each layer has at least one tensor
         own = check_size(lambda: kind.from_config(config), stored).state_dict()
     except InputError as error:
-        raise InputError(f"{folder / 'config.json'} is of another model than the weights beside it: {error}") from None
+        raise InputError(f"{folder / 'config.json'} doesn't match the weights in its folder: {error}") from None
     for name, (_, dtype) in header.items():
         if name in own and own[name].is_floating_point() and not dtype.startswith(FLOATS):
             raise InputError(

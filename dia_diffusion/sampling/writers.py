@@ -50,7 +50,9 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
     if not isinstance(kept, dict) or kept != wanted:
         kept = kept if isinstance(kept, dict) else {}
         different = sorted(key for key in kept.keys() | wanted.keys() if kept.get(key) != wanted.get(key))
-        raise InputError(f"{folder} holds images of another {', '.join(different)} ({MANIFEST}); choose another folder")
+        raise InputError(
+            f"{folder} holds images with a different {', '.join(different)} ({MANIFEST}); choose another folder"
+        )
 
 
 def missing_seeds(folder: str | Path, seeds: Sequence[int]) -> list[int]:

@@ -248,5 +248,5 @@ def _evaluations(source: Path) -> list[dict[str, Any]]:
                 evaluation_rows([cleaned])
                 records.append(cleaned)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise InputError(f"{file}, line {number}: not a whole evaluation record, remove that line") from None
+            raise InputError(f"{file}, line {number}: not a complete evaluation record; remove that line") from None
     return records

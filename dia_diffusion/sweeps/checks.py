@@ -83,8 +83,8 @@ def _check_run(state: RunState) -> None:
     for step in sorted(state.to_measure - step_folders(folder.pipelines).keys()):
         if step <= origin["step"]:
             raise InputError(
-                f"{run.folder} has passed step {step:,} without leaving a pipeline there, which is to be measured; use "
-                "the points that it was started with, or choose another output"
+                f"{run.folder} is past step {step:,} and has no pipeline to measure there; use the points that it was "
+                "started with, or choose another output"
             )
 
 
@@ -189,6 +189,6 @@ def _refuse_others(
     for key, value in values.items():
         if record is not None and (on_record := getattr(record.protocol, key)) != value:
             raise InputError(
-                f"{what}: its records by protocol {protocol.name} would differ from those that are there, "
-                f"{key} {value} against {on_record}; use what these were measured with, or choose another output"
+                f"{what}: new records by protocol {protocol.name} would have {key} {value}, the existing ones have "
+                f"{on_record}; use the same, or choose another output"
             )

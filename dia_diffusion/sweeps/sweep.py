@@ -204,7 +204,7 @@ def read_study(
     values = {**read_yaml(path, "study", "output, recipe, runs, protocol"), **(changes or {})}
     if path.name == STUDY_FILE:
         if values.get("name") is None:  # `write_study` always writes it
-            raise InputError(f"{path}: {STUDY_FILE} is the file that a study's folder keeps; give yours another name")
+            raise InputError(f"{path}: {STUDY_FILE} is reserved for the folders of studies; rename your file")
         values["output"] = str(path.parent)
     if output is not None:
         values["output"] = output

@@ -33,7 +33,7 @@ def tables(rows: Sequence[Row], curve: str, final: str) -> list[Table]:
 
 def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
     columns = ["batch size", "unit", "seeds", "images seen", "final", "best", "along the curve"]
-    columns += ["training", "to twin's", "memory"]
+    columns += ["training", "time / twin's", "memory"]
     text = [
         [
             f"{row.batch_size}",

@@ -14,7 +14,7 @@ from dia_diffusion.training.randomness import AUGMENT, image_order, uniforms
 
 BORDER = 4
 """Width in pixels of the border that "pad-crop" adds."""
-GREY = 127
+GRAY = 127
 """Pixel value of a cutout."""
 AREAS = 0.08, 1.0
 """Range of the fraction of an image's area that "resized-crop" takes."""
@@ -79,7 +79,7 @@ def cut_out(images: Tensor, uniform: Tensor, size: int) -> Tensor:
         place = torch.arange(extent)
         hidden.append((first <= place) & (place < first + size))
     square = hidden[0][:, None, :, None] & hidden[1][:, None, None, :]  # (B, 1, H, W)
-    return images.masked_fill(sent(square, images.device), GREY)
+    return images.masked_fill(sent(square, images.device), GRAY)
 
 
 def crop_box(width: int, height: int, uniform: Tensor) -> tuple[float, float, float, float]:

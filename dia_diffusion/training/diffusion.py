@@ -321,11 +321,11 @@ def _check_noise(source: str, pipeline: DiffusionPipeline, process: NoiseProcess
     if not process.process.is_run_by(pipeline.scheduler):
         names = (name for name, kind in PROCESSES.items() if kind.is_run_by(pipeline.scheduler))
         schedule = next(names, "of no known name")
-        raise InputError(f"`noise.schedule` must be {schedule!r}, as of init_from {source}, got {process.schedule!r}")
+        raise InputError(f"`noise.schedule` must be {schedule!r} to match init_from {source}, got {process.schedule!r}")
     prediction_type = network_prediction_type(pipeline) or process.prediction_type
     if prediction_type != process.prediction_type:
         raise InputError(
-            f"`noise.prediction_type` must be {prediction_type!r}, as of init_from {source}, got "
+            f"`noise.prediction_type` must be {prediction_type!r} to match init_from {source}, got "
             f"{process.prediction_type!r}"
         )
 
@@ -337,7 +337,9 @@ def _check_unit(source: str, theirs: Model, experiment: Experiment) -> None:
     for key in UNIT_KEYS:
         there, here = theirs.config.get(key) or None, own.get(key) or None
         if key in theirs.config and there != here:
-            raise InputError(f"`model.{key}` must be {there}, as of the shared unit of init_from {source}, got {here}")
+            raise InputError(
+                f"`model.{key}` must be {there} to match the shared unit of init_from {source}, got {here}"
+            )
 
 
 def _check_backbone(source: str, theirs: Model, model: Model) -> None:
@@ -352,7 +354,7 @@ def _check_backbone(source: str, theirs: Model, model: Model) -> None:
             )
     for key, here in _hidden(model).items():
         if (there := _hidden(theirs).get(key, here)) != here:
-            raise InputError(f"`model.{key}` must be {there}, as of init_from {source}, got {here}")
+            raise InputError(f"`model.{key}` must be {there} to match init_from {source}, got {here}")
 
 
 def _hidden(model: Model) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def choose_step(run: str | Path, what: Literal["snapshot", "checkpoint"], step: 
         raise InputError(f"`RUN` must be a run with checkpoints, got {run}, which has none")
     if step is not None and step not in places:
         steps = f"the {len(places)} from {min(places)} to {max(places)}"
-        raise InputError(f"`--step` must be that of a {what} of {run}, one of {steps}, got {step}")
+        raise InputError(f"`--step` must be a step with a {what} in {run}, one of {steps}, got {step}")
     return max(places) if step is None else step
 
 

@@ -125,8 +125,7 @@ def _stages(model: nn.Module) -> tuple[nn.Module, list[tuple[Position, ...]]]:
     stages = [stage for stage in stages if len(stage) > 1]
     if not stages:
         raise InputError(
-            f"`ssia.weight` must be 0 for a {type(model).__name__} without two blocks of one width in a row, the "
-            "later of which could teach the earlier"
+            f"`ssia.weight` must be 0 for a {type(model).__name__} without two consecutive blocks of the same width"
         )
     return network, stages
 

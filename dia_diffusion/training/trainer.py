@@ -295,7 +295,9 @@ class Trainer:
         if self.step:
             self.message(f"resuming from step {self.step:,}")
         elif self.started_from is not None:
-            gained = "; the unit that they lack keeps its own first weights" if self.started_from["gained_unit"] else ""
+            gained = (
+                "; they have no unit, so the unit keeps its initial weights" if self.started_from["gained_unit"] else ""
+            )
             self.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
             self.accelerator.init_trackers("dia-diffusion")

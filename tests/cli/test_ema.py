@@ -111,7 +111,7 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         ([averages, "--decay", "0.5", *measured, "--sampler", "none"], "sampler"),
         ([averages, "--decay", "0.5", *measured, "--guide", "/no", "--guidance-scale", "2"], "/no"),
         ([plain, "--decay", "0.5"], "`RUN` must be a run with checkpoints"),
-        ([averages, "--width", "0.1", "--step", "21"], "`--step` must be that of a snapshot of"),
+        ([averages, "--width", "0.1", "--step", "21"], "`--step` must be a step with a snapshot in"),
         ([averages, "--decay", "0.9"], "`--decay` must be among ema.further_decays"),
         ([averages, "--width", "0.005"], "`--width` must be from 0.0"),
         ([averages, "--width", "0.1,0.5"], "`--width` must be from 0.0"),

@@ -74,8 +74,8 @@ def test_a_changed_protocol_and_a_record_cut_short(
     assert f"mine with other settings (hash {before}, now" in error_of([*named, "--every-step"], capsys)
     mine.write_text(SETTINGS)
     records.write_text(content[:-30])
-    assert "line 1: not a whole evaluation record" in error_of(named, capsys)
-    assert "line 1: not a whole evaluation record" in error_of(["curves", run], capsys)
+    assert "line 1: not a complete evaluation record" in error_of(named, capsys)
+    assert "line 1: not a complete evaluation record" in error_of(["curves", run], capsys)
     assert records.read_text() == content[:-30] and len(sampled) == 80
 
 

@@ -21,7 +21,7 @@ def test_pixels_of_a_lossless_file_are_unchanged(pixels, tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "x.png", "x"), pixels[0])
 
 
-def test_grey_and_rgb_become_each_other():
+def test_gray_and_rgb_become_each_other():
     assert one_pixel(Image.new("L", (2, 2), 77)) == [77, 77, 77]
     weights = 0.299 * 200 + 0.587 * 100 + 0.114 * 50  # ITU-R 601-2
     assert one_pixel(Image.new("RGB", (2, 2), (200, 100, 50)), channels=1) == [round(weights)]
@@ -36,7 +36,7 @@ def test_transparency_is_composited_on_white(format):
     np.testing.assert_allclose(one_pixel(image, format, **options), expected, atol=1)
 
 
-def test_grey_alpha_palettes_and_transparent_colours():
+def test_gray_alpha_palettes_and_transparent_colors():
     assert one_pixel(Image.new("LA", (2, 2), (10, 0))) == [255, 255, 255]
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
@@ -47,10 +47,10 @@ def test_grey_alpha_palettes_and_transparent_colours():
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
-def test_16_bit_greys_are_scaled(format):
+def test_16_bit_grays_are_scaled(format):
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
-    grey = read_image(encoded(Image.fromarray(values), format), "x", channels=1)
-    assert grey[0, :, 0].tolist() == [0, 1, 128, 255]
+    gray = read_image(encoded(Image.fromarray(values), format), "x", channels=1)
+    assert gray[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
 def test_32_bit_and_floating_point_are_refused():
@@ -72,7 +72,7 @@ def test_exif_orientation_is_applied(pixels):
 
 
 def test_the_first_of_several_frames_is_taken():
-    frames = [Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (2, 2), color) for color in ("red", "blue")]
     assert one_pixel(frames[0], "GIF", save_all=True, append_images=frames[1:]) == [255, 0, 0]
 
 

@@ -99,7 +99,7 @@ def test_images_of_one_size_need_not_be_square(write, pixels):
     assert open_images(write({"1.png": png(pixels[0, :6])})).images.shape == (1, 3, 6, 8)
 
 
-def test_grey(write, pixels):
+def test_gray(write, pixels):
     source = write({"1.png": png(pixels[0, :, :, 0])})
     np.testing.assert_array_equal(open_images(source, channels=1).images[0, 0], pixels[0, :, :, 0])
     assert open_images(source).images.shape == (1, 3, 8, 8)

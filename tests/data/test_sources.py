@@ -28,7 +28,7 @@ def test_digits_are_split_by_class_and_scaled():
     assert sorted(known) == sorted(found)
 
 
-def test_digits_in_colour_and_larger():
+def test_digits_in_color_and_larger():
     found = open_images("digits", size=16)
     assert found.images.shape == (1201, 3, 16, 16)
     assert np.array_equal(found.images[:, 0], found.images[:, 2])

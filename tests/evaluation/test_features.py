@@ -66,10 +66,10 @@ def test_features_do_not_depend_on_an_autocast_or_a_coarser_float32_around_them(
         torch.backends.fp32_precision = "none"
 
 
-def test_grey_is_the_mean_of_the_channels(extractor):
-    grey = torch.randint(40, 200, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    coloured = torch.cat([grey - 40, grey, grey + 40], dim=1)
-    torch.testing.assert_close(extractor(coloured), extractor(grey))
+def test_gray_is_the_mean_of_the_channels(extractor):
+    gray = torch.randint(40, 200, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    colored = torch.cat([gray - 40, gray, gray + 40], dim=1)
+    torch.testing.assert_close(extractor(colored), extractor(gray))
 
 
 def test_larger_images_are_reduced_as_pillow_reduces_them(extractor, digits):

@@ -122,7 +122,7 @@ def test_a_protocol_changed_afterwards_is_named(tmp_path, record):
         read_records(path)
     append_record(path, record())
     path.write_text(path.read_text().replace('"num_samples": 500', '"num_samples": 5000'))
-    with pytest.raises(InputError, match=r"line 1: not a whole evaluation record, .*its checksum differs"):
+    with pytest.raises(InputError, match=r"line 1: not a complete evaluation record; .*its checksum differs"):
         read_records(path)
     altered = json.loads(path.read_text())
     del altered["crc32"]  # as in records from before checksums

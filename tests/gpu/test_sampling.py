@@ -14,7 +14,7 @@ from dia_diffusion.sampling.samplers import OWN_SAMPLER, SAMPLERS, SamplingSetti
 from tests.gpu.conftest import DEVICE, ON_CPU
 from tests.pipelines.conftest import SMALL
 
-GREY_LEVEL = 1 / 255
+GRAY_LEVEL = 1 / 255
 
 
 def pipeline(sampler: str = "dpmsolver++", device: torch.device = DEVICE, **changes: Any) -> UViTPipeline:
@@ -42,7 +42,7 @@ def test_an_image_belongs_to_its_seed(sampler: str) -> None:
         assert (images(drawn, seeds, batch_size) - whole).abs().max() <= 1
     assert (images(drawn, seeds[::-1], 16).flip(0) - whole).abs().max() <= 1
     on_cpu = images(pipeline(sampler, torch.device("cpu")), seeds, 16)
-    assert (on_cpu - whole).float().abs().mean() < 1, "grey levels, from the same noise; others differ by dozens"
+    assert (on_cpu - whole).float().abs().mean() < 1, "gray levels, from the same noise; others differ by dozens"
 
 
 @pytest.mark.parametrize("way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
@@ -58,8 +58,8 @@ def test_an_offloaded_pipeline_draws_the_same(way: str, attention: str) -> None:
     expected = call(pipeline(attention=attention))
     offloaded = pipeline(device=torch.device("cpu"), attention=attention)
     getattr(offloaded, way)(device=DEVICE)
-    assert (call(offloaded) - expected).abs().max() < GREY_LEVEL
-    assert (call(offloaded) - expected).abs().max() < GREY_LEVEL, "and once more, after what the first call left"
+    assert (call(offloaded) - expected).abs().max() < GRAY_LEVEL
+    assert (call(offloaded) - expected).abs().max() < GRAY_LEVEL, "and once more, after what the first call left"
 
 
 @pytest.mark.parametrize("new", [False, True], ids=["allow_tf32", "fp32_precision"])

@@ -49,8 +49,8 @@ def test_output_types() -> None:
     assert np.allclose(images["pt"].permute(0, 2, 3, 1).numpy(), images["np"])
     assert images["pil"][0].size == (8, 8)
     assert np.abs(np.asarray(images["pil"][1]) / 255 - images["np"][1]).max() <= 0.5 / 255 + 1e-6
-    grey = pipeline(in_channels=1)(num_inference_steps=2).images[0]
-    assert grey.mode == "L"
+    gray = pipeline(in_channels=1)(num_inference_steps=2).images[0]
+    assert gray.mode == "L"
     assert isinstance(pipe(num_inference_steps=2, return_dict=False), tuple)
     latents = pipe(generator=generators(0, 1), num_inference_steps=3, output_type="latent").images
     assert torch.equal((latents / 2 + 0.5).clamp(0, 1), images["pt"])
@@ -142,7 +142,7 @@ def test_callback_changes_guidance_along_the_way(monkeypatch: pytest.MonkeyPatch
         pipe._guidance_scale = 0.5
         return {}
 
-    with pytest.raises(InputError, match=r"must be 1, which is none, or more, got 0\.5"):
+    with pytest.raises(InputError, match=r"must be 1 \(no guidance\) or more, got 0\.5"):
         pipe(callback_on_step_end=too_low, **arguments)
 
 
@@ -218,11 +218,11 @@ def test_noise_is_what_the_scheduler_draws_by_itself(
         (3, {"class_labels": [0, None]}, r"got \[0, None\]"),
         (3, {"class_labels": [[0, 1], [2]]}, r"got \[\[0, 1\], \[2\]\]"),
         (3, {"class_labels": 2**70}, "must be integers, 0 to 2"),
-        (3, {"class_labels": 1, "guidance_scale": "2"}, "must be 1, which is none, or more, got 2"),
+        (3, {"class_labels": 1, "guidance_scale": "2"}, r"must be 1 \(no guidance\) or more, got 2"),
         (None, {"num_inference_steps": 0}, "`num_inference_steps` must be 1 or more, got 0"),
         (None, {"num_inference_steps": -1}, "`num_inference_steps` must be 1 or more, got -1"),
-        (3, {"class_labels": 1, "guidance_scale": float("nan")}, "must be 1, which is none, or more, got nan"),
-        (3, {"class_labels": 1, "guidance_scale": -2.0}, "must be 1, which is none, or more, got -2"),
+        (3, {"class_labels": 1, "guidance_scale": float("nan")}, r"must be 1 \(no guidance\) or more, got nan"),
+        (3, {"class_labels": 1, "guidance_scale": -2.0}, r"must be 1 \(no guidance\) or more, got -2"),
         (None, {"generator": generators(0)}, "2 from batch_size, 1 from generator"),
         (None, {"callback_on_step_end_tensor_inputs": ["prompt"]}, "latents"),
         (None, {"latents": torch.zeros(3, 3, 8, 8)}, "2 from batch_size, 3 from latents"),

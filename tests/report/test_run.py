@@ -122,7 +122,7 @@ def test_a_record_cut_short_is_refused(tmp_path: Path, write_run, record) -> Non
     folder = write_run(tmp_path / "run", records=[record(9, 3, 8)])
     with (folder / "evaluations.jsonl").open("a") as file:
         file.write('{"source": "run", "dist')
-    with pytest.raises(InputError, match=r"evaluations\.jsonl, line 2: not a whole evaluation record"):
+    with pytest.raises(InputError, match=r"evaluations\.jsonl, line 2: not a complete evaluation record"):
         run_page(folder)
 
 

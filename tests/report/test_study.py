@@ -134,7 +134,7 @@ def test_a_record_cut_short_is_refused(study: Study, measure) -> None:
     measure(study)
     file = study.runs[3].folder / "evaluations.jsonl"
     file.write_text(file.read_text()[:-20])
-    with pytest.raises(InputError, match=r"evaluations\.jsonl, line 2: not a whole evaluation record"):
+    with pytest.raises(InputError, match=r"evaluations\.jsonl, line 2: not a complete evaluation record"):
         page_of(str(study.folder))
 
 

@@ -49,7 +49,7 @@ MAKE = {
     "ddpm, other schedule": lambda: DDPMPipeline(
         unet=small_unet(), scheduler=DDPMScheduler(beta_schedule="sigmoid", clip_sample=False)
     ),
-    "ddpm, grey": lambda: DDPMPipeline(unet=small_unet(in_channels=1, out_channels=1), scheduler=DDPMScheduler()),
+    "ddpm, gray": lambda: DDPMPipeline(unet=small_unet(in_channels=1, out_channels=1), scheduler=DDPMScheduler()),
     "ddpm, wide": lambda: DDPMPipeline(unet=small_unet(sample_size=(8, 16)), scheduler=DDPMScheduler()),
     "ddim": lambda: DDIMPipeline(unet=small_unet(), scheduler=DDIMScheduler(set_alpha_to_one=False, steps_offset=1)),
     "pndm": lambda: PNDMPipeline(unet=small_unet(), scheduler=PNDMScheduler()),
@@ -59,7 +59,7 @@ MAKE = {
         unet=small_unet(time_embedding_type="fourier"), scheduler=ScoreSdeVeScheduler(sigma_max=1.0)
     ),
 }
-SHAPES = {"ddpm, grey": (1, 8, 8), "ddpm, wide": (3, 8, 16)}
+SHAPES = {"ddpm, gray": (1, 8, 8), "ddpm, wide": (3, 8, 16)}
 
 
 def adapt(pipeline, sampler=OWN_SAMPLER, steps=5, **settings):
@@ -224,8 +224,8 @@ def no_timesteps():
         ("dit", {"classes": (0, 3)}, r"`classes` must be one or more of 0 to 2, got \[0, 3\]"),
         ("dit", {"classes": (-1,)}, r"got \[-1\]"),
         ("dit", {"classes": ()}, r"got \[\]"),
-        ("dit", {"guidance_scale": 0.5}, "`guidance_scale` must be 1, which is none, or more, got 0.5"),
-        ("dit", {"guidance_scale": float("nan")}, "must be 1, which is none, or more, got nan"),
+        ("dit", {"guidance_scale": 0.5}, r"`guidance_scale` must be 1 \(no guidance\) or more, got 0.5"),
+        ("dit", {"guidance_scale": float("nan")}, r"must be 1 \(no guidance\) or more, got nan"),
         ("dit", {"sampler": "euler-maruyama"}, "vp-continuous"),
         ("unet by class", {"guidance_scale": 2.0}, "without a null label"),
         ("unet by class", {"classes": (4,)}, "`classes` must be one or more of 0 to 3"),

@@ -244,7 +244,7 @@ DIFFUSERS = ["diffusers", "UNet2DModel"]
         ({"_class_name": "UNet2DModel"}, "which draws no images"),
         ({"_class_name": "GANPipeline"}, "a GANPipeline, which is not a class of diffusers"),
         ({"_class_name": 3}, "a 3, which is not a class of diffusers"),
-        ({"_class_name": ["my_pipeline", "MyPipeline"]}, "a MyPipeline, code of its own, which is never run"),
+        ({"_class_name": ["my_pipeline", "MyPipeline"]}, "a MyPipeline, custom code, which is never run"),
         ({"_class_name": "DDPMPipeline", "unet": ["os", "system"]}, "the unet of"),
         ({"_class_name": "DDPMPipeline", "unet": ["diffusers", "DDPMPipeline"]}, "got a diffusers.DDPMPipeline"),
         ({"_class_name": "DDPMPipeline", "unet": ["my_unet", "MyUNet"]}, "must be a model or scheduler of diffusers"),

@@ -38,7 +38,7 @@ def test_npz_is_in_order_of_seed_and_never_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
 
 
-def test_grid_shows_each_image_enlarged_between_grey_lines(tmp_path):
+def test_grid_shows_each_image_enlarged_between_gray_lines(tmp_path):
     images = random_images(5, size=8)
     save_grid(images, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png")).transpose(2, 0, 1)  # 3 columns, 2 rows

@@ -25,10 +25,10 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_of(
-    width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"\0" * 100, extra: bytes = b""
+    width: int, height: int, depth: int = 8, color: int = 0, data: bytes = b"\0" * 100, extra: bytes = b""
 ) -> bytes:
     """A PNG that declares this size, whatever its data."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -70,8 +70,8 @@ def images() -> dict[str, bytes]:
         "negative": png_of((1 << 32) - 1, 8),
         "pixels from nothing": png_of(8000, 8000, data=b""),
         "wrong depth": png_of(8, 8, depth=3),
-        "wrong colour": png_of(8, 8, colour=9),
-        "palette without one": png_of(8, 8, colour=3, data=b""),
+        "wrong color": png_of(8, 8, color=9),
+        "palette without one": png_of(8, 8, color=3, data=b""),
         "text bomb": png_of(8, 8, extra=chunk(b"zTXt", text)),
         "profile bomb": png_of(8, 8, extra=chunk(b"iCCP", b"icc\0\0" + bomb), data=b""),
         "chunk past the end": good[:8] + struct.pack(">I", 0x7FFFFFFF) + b"IDAT" + b"x",

@@ -111,7 +111,7 @@ def test_a_run_without_checkpoints_is_complete_while_its_pipelines_are(study: Re
     ("changes", "said"),
     [
         (("steps: 4", "steps: 2"), "trained for 4 steps; now its training ends after 2"),
-        (("points: 2", "points: 4"), "passed step 1 without leaving a pipeline"),
+        (("points: 2", "points: 4"), "is past step 1 and has no pipeline to measure"),
         (("protocol: fd-digits", "protocol: fd-digits\noverrides: {ema.decay: 0.9}"), "ema.decay: 0.9999 -> 0.9"),
     ],
 )
@@ -162,7 +162,7 @@ def test_another_reference_is_refused_before_anything_is_trained(study: Read, tm
         for index in range(4):
             Image.new("L", (8, 8), index).save(tmp_path / "mine" / part / f"{index}.png")
     for other, said in (
-        ("mine", "differ from those that are there, reference mine against digits"),
+        ("mine", "would have reference mine, the existing ones have digits"),
         ("none.zip", "is no file"),
     ):
         again = study(changes={**NO_FINAL, "reference": str(tmp_path / other)})
@@ -241,7 +241,7 @@ def test_protocols_that_can_not_be_used(settings: str, said: str, study: Read, t
 
 def test_records_that_can_not_be_read(study: Read) -> None:
     RunFolder(study().runs[0].folder).evaluations.write_text('{"distance": 1.0')
-    with pytest.raises(InputError, match=r"evaluations.jsonl, line 1: not a whole evaluation record"):
+    with pytest.raises(InputError, match=r"evaluations.jsonl, line 1: not a complete evaluation record"):
         scan(study())
 
 

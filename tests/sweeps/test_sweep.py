@@ -95,7 +95,7 @@ def test_a_study_is_read_from_its_folder_wherever_that_is_moved(tmp_path: Path) 
 
 def test_a_study_file_must_not_have_the_name_of_the_file_in_study_folders(tmp_path: Path) -> None:
     Path(written(tmp_path)).rename(tmp_path / "study.yaml")
-    with pytest.raises(InputError, match=r"study\.yaml is the file that a study's folder keeps"):
+    with pytest.raises(InputError, match=r"study\.yaml is reserved for the folders of studies"):
         read_study(str(tmp_path / "study.yaml"))
 
 

@@ -55,11 +55,11 @@ def test_blur_is_a_gaussian_of_its_deviation(smooth):
 
 
 def test_noise_has_its_deviation_and_belongs_to_its_seed():
-    grey = torch.full((50, 3, 16, 16), 128, dtype=torch.uint8)
-    noisy = noise(grey, 16, torch.Generator().manual_seed(1))
+    gray = torch.full((50, 3, 16, 16), 128, dtype=torch.uint8)
+    noisy = noise(gray, 16, torch.Generator().manual_seed(1))
     assert noisy.double().std() == pytest.approx(16, rel=0.02)
-    assert torch.equal(noisy, noise(grey, 16, torch.Generator().manual_seed(1)))
-    assert not torch.equal(noisy, noise(grey, 16, torch.Generator().manual_seed(2)))
+    assert torch.equal(noisy, noise(gray, 16, torch.Generator().manual_seed(1)))
+    assert not torch.equal(noisy, noise(gray, 16, torch.Generator().manual_seed(2)))
 
 
 def test_cases_are_what_they_say(train):

@@ -60,7 +60,7 @@ def test_first_weights_without_a_unit_gain_one(backbone: str, finished: Callable
     trainer.run()
     assert trainer.optimizer.param_groups[1]["lr"] == pytest.approx(1e-2)
     start = ("--init_from", str(trainer.folder.path), "--model.attention", "srm")
-    with pytest.raises(InputError, match=r"model.attention` must be dia-lstm, as of the shared unit of init_from"):
+    with pytest.raises(InputError, match=r"model.attention` must be dia-lstm to match the shared unit of init_from"):
         Trainer(tiny("other", *BACKBONES[backbone], *start))
 
 

@@ -50,7 +50,7 @@ def test_a_unit_is_gained_with_its_own_first_weights(source: Path, tiny) -> None
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, from_nothing[name] if name.startswith("unit.") else expected[name]), name
     trainer.run()
-    assert trainer.progress.messages[1].endswith("; the unit that they lack keeps its own first weights")
+    assert trainer.progress.messages[1].endswith("; they have no unit, so the unit keeps its initial weights")
 
 
 def test_resuming_uses_the_checkpoint_and_not_init_from(source: Path, tiny, train, finished, tmp_path: Path) -> None:
