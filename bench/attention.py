@@ -25,7 +25,7 @@ SHAPES = (
     (4, 8, 513, 64),
     (4, 8, 1025, 64),
 )
-OPERATIONS_A_ROUND = 1e9
+OPERATIONS_PER_ROUND = 1e9
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def measure(rounds: int, precision: str, device: torch.device) -> list[Found]:
     """A table of milliseconds, with both ways interleaved: forward without gradients, then forward and backward."""
     rows, dtype = [], DTYPES[precision]
     for images, heads, tokens, width in SHAPES:
-        repeats = max(1, round(OPERATIONS_A_ROUND / (4 * images * heads * tokens**2 * width)))
+        repeats = max(1, round(OPERATIONS_PER_ROUND / (4 * images * heads * tokens**2 * width)))
         # Views of one tensor, as a network has them.
         qkv = torch.randn(images, tokens, 3 * heads * width, device=device, dtype=getattr(torch, dtype))
         q, k, v = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=heads)

@@ -44,7 +44,7 @@ class Task:
 
     name: str
     command: list[str]
-    goes_on: bool = False
+    resumable: bool = False
 
 
 @dataclass
@@ -85,7 +85,7 @@ def _work(options: argparse.Namespace, state: State, deadline: float) -> str:
             continue
         task = _task(name, options, state)
         seconds, code = _run(task, options.out, deadline)
-        if code is None and (task.goes_on or not fresh):
+        if code is None and (task.resumable or not fresh):
             break
         state.done[name] = {"seconds": round(seconds, 1), "code": code}
         write_json(options.out / "state.json", asdict(state))
@@ -118,7 +118,7 @@ def _task(name: str, options: argparse.Namespace, state: State) -> Task:
         return Task(name, [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs", str(file)])
     if name == "study":
         place = _write_study(options, state)
-        return Task(name, [sys.executable, "-m", "dia_diffusion", "curves", str(place)], goes_on=True)
+        return Task(name, [sys.executable, "-m", "dia_diffusion", "curves", str(place)], resumable=True)
     suite, _, size = name.partition("-")[2].partition("-b")
     command = [sys.executable, str(ROOT / "bench" / "run.py"), "--suite", suite, "--device", options.device]
     command += ["--batch-size", size or options.batch_sizes.split(",")[0], "--name", name, "--out", str(options.out)]

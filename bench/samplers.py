@@ -32,7 +32,7 @@ from dia_diffusion.sampling.samplers import SAMPLERS, SamplingSettings
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-CALLS_A_STEP = {"heun": 2}
+CALLS_PER_STEP = {"heun": 2}
 """Network calls per step; 1 for samplers that aren't listed. Heun's last step takes one."""
 PRECISIONS = ("float32", "bfloat16")
 
@@ -107,7 +107,7 @@ def _row(
     extractor: Any,
     reference: Reference,
 ) -> dict[str, Any]:
-    steps = -(-calls // CALLS_A_STEP.get(name, 1))
+    steps = -(-calls // CALLS_PER_STEP.get(name, 1))
     adapted = adapt_pipeline(pipeline, SamplingSettings(name, steps))
     seeds = range(options.first_seed, options.first_seed + options.num)
     seconds: list[float] = []

@@ -68,10 +68,6 @@ class Timing:
         ratios = sorted(mine / theirs for mine, theirs in zip(self.seconds, other.seconds, strict=True))
         return median(ratios), ratios[0], ratios[-1]
 
-    def utilisation(self, peak: float) -> float | None:
-        """Its rate of floating-point operations divided by `peak` (operations per second)."""
-        return None if self.flops is None else self.flops / self.median / peak
-
 
 def interleave(
     contenders: Sequence[Contender],

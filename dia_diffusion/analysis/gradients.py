@@ -21,8 +21,8 @@ from dia_diffusion.analysis.run import GradientBatches, TrainedRun
 from dia_diffusion.analysis.stages import stages_of
 from dia_diffusion.figures import Area, Axis, Figure, Item, Panel, Series
 
-LOWEST, HIGHEST, BINS_A_DECADE = -20, 10, 100  # of log10 |g|
-RECORDED_BINS_A_DECADE = 20  # enough for a figure
+LOWEST, HIGHEST, BINS_PER_DECADE = -20, 10, 100  # of log10 |g|
+RECORDED_BINS_PER_DECADE = 20  # enough for a figure
 
 
 class Magnitudes:
@@ -31,7 +31,7 @@ class Magnitudes:
     def __init__(self) -> None:
         self.count = self.zeros = self.not_finite = 0
         self.sum = self.squares = 0.0
-        self.histogram = np.zeros((HIGHEST - LOWEST) * BINS_A_DECADE, dtype=np.int64)
+        self.histogram = np.zeros((HIGHEST - LOWEST) * BINS_PER_DECADE, dtype=np.int64)
 
     def add(self, gradient: Tensor) -> None:
         """Adds elements of any shape. Those that aren't finite are counted and left out."""
@@ -49,7 +49,7 @@ class Magnitudes:
         """For a record: mean and deviation of |g|; quantiles and the nonempty part of the histogram of nonzero |g|."""
         mean = self.sum / self.count if self.count else None
         logs = quantiles(self.histogram, LOWEST, HIGHEST)
-        recorded = self.histogram.reshape(-1, BINS_A_DECADE // RECORDED_BINS_A_DECADE).sum(axis=1)
+        recorded = self.histogram.reshape(-1, BINS_PER_DECADE // RECORDED_BINS_PER_DECADE).sum(axis=1)
         filled = np.flatnonzero(recorded)
         first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
         return {
@@ -60,8 +60,8 @@ class Magnitudes:
             "deviation": None if mean is None else max(0.0, self.squares / self.count - mean**2) ** 0.5,
             "quantiles": None if logs is None else {q: 10**value for q, value in logs.items()},
             "histogram": {
-                "lowest": LOWEST + first / RECORDED_BINS_A_DECADE,
-                "bins_a_decade": RECORDED_BINS_A_DECADE,
+                "lowest": LOWEST + first / RECORDED_BINS_PER_DECADE,
+                "bins_a_decade": RECORDED_BINS_PER_DECADE,
                 "counts": recorded[first:last].tolist(),
             },
         }

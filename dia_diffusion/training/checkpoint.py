@@ -65,7 +65,7 @@ def write_checkpoint(place: Path, step: int, checkpoint: Checkpoint) -> None:
         write_json(temporary / "state.json", with_checksum({**checkpoint.state, "step": step, "sha256": hashes}))
 
 
-def whole_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest intact checkpoint in `folder`, and the newer, damaged ones, each with the reason.
 
     None instead of a checkpoint if there are none.

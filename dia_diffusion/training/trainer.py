@@ -37,10 +37,10 @@ from dia_diffusion.training.checkpoint import (
     load_checkpoint,
     load_optimizer,
     load_weights,
+    newest_intact_checkpoint,
     optimizer_tensors,
     save_checkpoint,
     set_aside,
-    whole_checkpoint,
 )
 from dia_diffusion.training.compilation import check_compile, compiled
 from dia_diffusion.training.config import Experiment
@@ -136,7 +136,7 @@ class Trainer:
             raise
 
     def _find_checkpoint(self) -> str | None:
-        place, self.damaged = whole_checkpoint(self.folder.checkpoints)
+        place, self.damaged = newest_intact_checkpoint(self.folder.checkpoints)
         return None if place is None else place.name
 
     def _load_weights(self, name: str | None) -> Checkpoint | None:
@@ -145,7 +145,9 @@ class Trainer:
             check_new_run(self.folder, self.experiment)
             return None
         place = self.folder.checkpoints / name
-        checkpoint = load_checkpoint(place, checked=self.accelerator.is_main_process)  # whole_checkpoint checked it
+        checkpoint = load_checkpoint(
+            place, checked=self.accelerator.is_main_process
+        )  # newest_intact_checkpoint checked it
         check_resumed_run(self.folder.path, self.experiment, self.images.fingerprint, checkpoint.state)
         self.started_from = self.task.check_start(checkpoint.state.get("init_from"))
         load_weights(self.model, checkpoint.tensors["model"], place)

@@ -48,7 +48,7 @@ def test_tasks_resume_in_order_and_only_a_study_takes_more_than_one_piece(
         left = codes.get(task.name.removeprefix("before-"), [])
         return 1.0, left.pop(0) if left else 0
 
-    monkeypatch.setattr(gpu, "_task", lambda name, *_: gpu.Task(name, [], goes_on=name == "study"))
+    monkeypatch.setattr(gpu, "_task", lambda name, *_: gpu.Task(name, [], resumable=name == "study"))
     monkeypatch.setattr(gpu, "_run", run)
     given, state = options(tmp_path, suites="train,sample,fid"), gpu.State()
     for next_task in ("before-sample", "before-fid", "study", "study", ""):
@@ -73,7 +73,7 @@ time.sleep(300)
 
 
 def test_a_task_is_stopped_by_a_signal_when_its_time_is_over(tmp_path: Path) -> None:
-    task = gpu.Task("study", [sys.executable, "-c", STOPS_WELL], goes_on=True)
+    task = gpu.Task("study", [sys.executable, "-c", STOPS_WELL], resumable=True)
     seconds, code = gpu._run(task, tmp_path, time.monotonic() + 3)
     assert code is None and seconds < 10
     begun, *written, child = (tmp_path / "study.log").read_text().split()

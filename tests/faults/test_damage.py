@@ -25,10 +25,10 @@ from dia_diffusion.sweeps.trials import base_recipe, make_trial
 from dia_diffusion.training.checkpoint import (
     check_checkpoint,
     load_checkpoint,
+    newest_intact_checkpoint,
     newest_state,
     read_state,
     save_checkpoint,
-    whole_checkpoint,
 )
 from dia_diffusion.training.recipe import read_experiment
 from dia_diffusion.training.run_folder import read_metrics
@@ -200,7 +200,7 @@ def test_keep_last_never_removes_the_one_that_works(run: Path, monkeypatch: pyte
     assert list(step_folders(folder)) == [8, 99]
     broken = folder / "step-00000099"
     why = f"checkpoint file {broken}/state.json is missing, truncated or corrupted"
-    assert whole_checkpoint(folder) == (folder / "step-00000008", {broken: why})
+    assert newest_intact_checkpoint(folder) == (folder / "step-00000008", {broken: why})
 
 
 FLIPS = 100

@@ -163,7 +163,7 @@ def test_another_reference_is_refused_before_anything_is_trained(study: Read, tm
             Image.new("L", (8, 8), index).save(tmp_path / "mine" / part / f"{index}.png")
     for other, said in (
         ("mine", "would have reference mine, the existing ones have digits"),
-        ("none.zip", "is no file"),
+        ("none.zip", "is not a file"),
     ):
         again = study(changes={**NO_FINAL, "reference": str(tmp_path / other)})
         for runs in (again.runs, again.runs[:1]):  # the first run is complete

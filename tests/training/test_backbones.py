@@ -77,7 +77,7 @@ def test_first_weights_of_a_pipeline_of_diffusers(tiny: Tiny, tmp_path: Path) ->
     own = model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
     changed = {**arguments, "norm_num_groups": 2}
-    with pytest.raises(InputError, match=r"`model.backbone_kwargs.norm_num_groups` must be 4, .* got 2"):
+    with pytest.raises(InputError, match=r"`model.backbone_kwargs.norm_num_groups` must be 4 to match .*, got 2"):
         Trainer(tiny("two", *start, "--model.backbone_kwargs", str(changed)), Recorder())
 
 

@@ -81,12 +81,18 @@ def test_resuming_uses_the_checkpoint_and_not_init_from(source: Path, tiny, trai
         (("--model.num_layers", "5"), r"tensor in_blocks\.1\.norm1\.weight is missing there, \(16,\) here"),
         (("--model.time_embed_mlp", "true"), r"tensor time_embed\.0\.weight is missing there, \(64, 16\) here"),
         (("--model.final_conv", "false"), r"tensor output_conv\.weight is \(1, 1, 3, 3\) there, missing here"),
-        (("--model.num_attention_heads", "4"), r"num_attention_heads` must be 2, .* got 4"),
-        (("--model.skip_scaling", "constant"), r"`model\.skip_scaling` must be none, .* got constant"),
+        (("--model.num_attention_heads", "4"), r"num_attention_heads` must be 2 to match .*, got 4"),
+        (("--model.skip_scaling", "constant"), r"`model\.skip_scaling` must be none to match .*, got constant"),
         (("--model.qk_norm", "true"), r"tensor in_blocks\.0\.attn\.q_norm\.weight is missing there, \(8,\) here"),
-        (("--noise.prediction_type", "sample"), r"`noise\.prediction_type` must be 'epsilon', .* got 'sample'"),
-        (("--noise.schedule", "cosine"), r"`noise\.schedule` must be 'vp-continuous', .* got 'cosine'"),
-        (("--noise.schedule", "ddpm-linear"), r"`noise\.schedule` must be 'vp-continuous', .* got 'ddpm-linear'"),
+        (
+            ("--noise.prediction_type", "sample"),
+            r"`noise\.prediction_type` must be 'epsilon' to match .*, got 'sample'",
+        ),
+        (("--noise.schedule", "cosine"), r"`noise\.schedule` must be 'vp-continuous' to match .*, got 'cosine'"),
+        (
+            ("--noise.schedule", "ddpm-linear"),
+            r"`noise\.schedule` must be 'vp-continuous' to match .*, got 'ddpm-linear'",
+        ),
     ],
 )
 def test_other_networks_and_processes_are_refused(changed, message: str, source: Path, tiny, tmp_path: Path) -> None:
@@ -103,9 +109,9 @@ def test_a_unit_is_neither_dropped_nor_replaced(tiny, finished) -> None:
         ("attention", "dia-lstm", "dia-lstm-light"),
         ("pool_tokens", "all", "patch"),
     ):
-        with pytest.raises(InputError, match=rf"`model\.{key}` must be {there}, .* got {here}$"):
+        with pytest.raises(InputError, match=rf"`model\.{key}` must be {there} to match .*, got {here}$"):
             Trainer(tiny("run", *start, f"--model.{key}", here))
-    with pytest.raises(InputError, match=r"`model\.attention_kwargs` must be None, .* got \{'reduction': 8\}"):
+    with pytest.raises(InputError, match=r"`model\.attention_kwargs` must be None to match .*, got \{'reduction': 8\}"):
         Trainer(tiny("run", *start, "--model.attention_kwargs.reduction", "8"))
     Trainer(tiny("run", *start, "--model.drop_path", "0.5"))
 

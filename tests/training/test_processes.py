@@ -118,7 +118,7 @@ def test_refusals_are_printed_once_and_end_every_process(
     launch(tmp_path, "apart", 2, "--output", "apart", prepare=elsewhere, refused="must share it")
     np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
     source = ["--data.source", "images.npy"]
-    launch(tmp_path, "one", 2, *source, prepare=elsewhere, refused="is no file or folder")
+    launch(tmp_path, "one", 2, *source, prepare=elsewhere, refused="is not a file or folder")
 
 
 def second_process_in(folder: Path) -> None:

@@ -272,7 +272,7 @@ def test_older_runs_count_as_trained_without(tiny: Callable[..., Experiment]) ->
     ("network", "reduction", "message"),
     [
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), 4, "must be 0 for a Sequential, whose"),
-        (lambda: ResNet(Bottleneck, [1, 1, 1, 1]), 4, "a ResNet without two blocks of one width in a row"),
+        (lambda: ResNet(Bottleneck, [1, 1, 1, 1]), 4, "a ResNet without two consecutive blocks of the same width"),
         (lambda: wrapped(tiny_unet)(), 5, "must divide the blocks' widths, 8, 16, got 5"),
         (tiny_vit, 0, "got 0"),
     ],
@@ -289,10 +289,10 @@ def test_networks_that_are_refused(network: Callable[[], nn.Module], reduction: 
     [
         ("train", "--ssia.weight -1", "`ssia.weight` must be 0 or more, got -1"),
         ("train", "--ssia.weight 1 --ssia.reduction 3", "`ssia.reduction` must divide .* got 3"),
-        ("train", "--ssia.weight 1 --model.num_layers 1", "a UViT without two blocks of one width in a row"),
+        ("train", "--ssia.weight 1 --model.num_layers 1", "a UViT without two consecutive blocks of the same width"),
         ("train", "--ssia.weight 1 --optimizer.unit_learning_rate 0.1", "unit_learning_rate"),
         ("classify", "--ssia.weight .inf", "`ssia.weight` must be a finite number, got inf"),
-        ("classify", "--ssia.weight 1", "a CifarResNet without two blocks of one width in a row"),
+        ("classify", "--ssia.weight 1", "a CifarResNet without two consecutive blocks of the same width"),
     ],
 )
 def test_recipes_that_are_refused(
