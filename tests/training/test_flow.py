@@ -72,5 +72,5 @@ def test_a_start_from_another_process_is_refused(finished, tiny: Callable) -> No
     Trainer(tiny("same", *FLOW, *start))
     times = ("--noise.times", "uniform", "--noise.shift", "1", "--noise.times_kwargs", "null")
     for key, there, here in (("prediction_type", "sample", "velocity"), ("schedule", "flow", "cosine")):
-        with pytest.raises(InputError, match=rf"`noise\.{key}` must be '{there}', .* got '{here}'"):
+        with pytest.raises(InputError, match=rf"`noise\.{key}` must be '{there}' to match .*, got '{here}'"):
             Trainer(tiny("other", *FLOW, *times, *start, f"--noise.{key}", here))
