@@ -117,11 +117,6 @@ def gloo_group() -> Any:
     return _gloo_groups[world]
 
 
-def all_agree(accelerator: Accelerator, value: bool) -> bool:
-    """Whether the value is true on all ranks."""
-    return all(_gather(accelerator, value))
-
-
 def _gather(accelerator: Accelerator, number: int) -> list[int]:
     """The number of each rank, in order."""
     if accelerator.num_processes == 1:

@@ -12,18 +12,11 @@ from dia_diffusion.training.config import EmaConfig
 Array = npt.NDArray[np.float64]
 
 
-def width_of(gamma: float) -> float:
-    """The width sigma_rel of a power-function average: the standard deviation of its profile tau^gamma on 0..1.
-
-    Equation 126 of EDM2 with t = 1.
-    """
-    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
-
-
 def gamma_of(width: float) -> float:
     """The exponent gamma >= 0 of the average with relative width 0 < width < 1/sqrt(12), where gamma is 0.
 
-    The largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
+    The width sigma_rel is the standard deviation of the profile tau^gamma on 0..1 (EDM2's equation 126 with t = 1), so
+    gamma is the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / width^2.
     """
     return float(np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max())
 

@@ -12,7 +12,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.io import step_folders
 from dia_diffusion.training.checkpoint import check_checkpoint
 from dia_diffusion.training.config import MAX_POWER_WIDTH
-from dia_diffusion.training.ema import PowerEMA, gamma_of, inner_products, reconstruction, width_of
+from dia_diffusion.training.ema import PowerEMA, gamma_of, inner_products, reconstruction
 from dia_diffusion.training.snapshots import Snapshots
 from dia_diffusion.training.trainer import Trainer
 from tests.training.conftest import Recorder
@@ -24,6 +24,11 @@ AVERAGES = ("--ema.power_widths", "[0.05, 0.1]", "--ema.snapshot_every", "2", "-
 
 
 # ---- Widths and profiles
+
+
+def width_of(gamma: float) -> float:
+    """The standard deviation of a profile tau^gamma on 0..1."""
+    return float(np.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))))
 
 
 def test_widths_and_exponents() -> None:
