@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands import launch as accelerate_launch
+from accelerate.utils import compare_versions
 
 from dia_diffusion.training import run_folder
 from dia_diffusion.training.run_folder import read_metrics
@@ -166,7 +167,13 @@ def check_stopped(tmp_path: Path, errors: str) -> None:
     "options",
     [
         "--cpu --num_processes 2",
-        "--multi_gpu --num_processes 2",
+        pytest.param(
+            "--multi_gpu --num_processes 2",
+            marks=pytest.mark.skipif(
+                compare_versions("accelerate", "<", "1.13"),
+                reason="Accelerate before 1.13 connects these processes by gloo",
+            ),
+        ),
         "--cpu --num_processes 2 --num_machines 2 --main_process_ip localhost --main_process_port 29511",
     ],
 )
