@@ -84,7 +84,7 @@ def run(options: Options) -> None:
     pipeline = max(RunFolder(runs[-1].folder).pipelines.iterdir())
     console.print(
         f"\nDone in {time.monotonic() - started:.0f} s. Look at\n"
-        f"  {grids}   what both draw from the seeds 0 to 63, not picked\n"
+        f"  {grids}   samples of both networks from seeds 0 to 63, not picked\n"
         f"  {curve}   distance to held-out digits over training; the dashed line is real digits\n"
         f"  {pipeline}   a diffusers pipeline folder\n"
         "Run next\n"
