@@ -45,7 +45,7 @@ class Process(ABC):
     """How images turn into noise; PROCESSES holds one object of each subclass.
 
     prediction_types: what its networks may predict, as names in PREDICTION_TYPES.
-    loss_type: the prediction type whose errors are weighted, whatever the network predicts; None: the network's own.
+    loss_type: the prediction type in which errors are weighted, whatever the network predicts; None: the network's own.
     scheduler_class: the scheduler that its pipelines are saved with, diffusers' or another SchedulerMixin.
     scheduler_settings: settings of that scheduler that say how it steps.
     """

@@ -137,7 +137,7 @@ def training_precision(recipe: Literal["auto"] | Name, device: torch.device, beg
 
 
 def in_precision(experiment: Any, precision: Precision) -> Any:
-    """A recipe of train or classify whose train.mixed_precision is set to a resolved precision."""
+    """A train or classify recipe with train.mixed_precision set to a resolved precision."""
     train = experiment.train.model_copy(update={"mixed_precision": precision.name})
     return experiment.model_copy(update={"train": train})
 

@@ -224,7 +224,7 @@ def hold(owner: str, name: str, calls: int, gate: Path | None = None, rank: int 
 
     Args:
         owner: the module or class that has the function, as "package.module" or "package.module:Class".
-        gate: a file that is created when the function waits, and whose removal ends the wait; None waits forever.
+        gate: a file that is created when the function waits; removing it ends the wait. None waits forever.
         rank: of several connected processes, the only one that waits.
     """
     if rank is not None and os.environ["RANK"] != str(rank):

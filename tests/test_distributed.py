@@ -153,7 +153,7 @@ ONE = {"lo": "127.0.0.1", "eth0": "10.0.0.1"}
     ("name_is", "interfaces", "route", "variables", "expected"),
     [
         ("127.0.1.1", MANY, "192.168.0.1", {}, "ib0"),  # the route to the main machine
-        ("127.0.1.1", ONE, "127.0.1.1", {}, "eth0"),  # on the main machine, whose name resolves to loopback
+        ("127.0.1.1", ONE, "127.0.1.1", {}, "eth0"),  # on the main machine; its name resolves to loopback
         (None, ONE, None, {}, "eth0"),
         ("10.0.0.1", MANY, "10.0.0.1", {}, None),  # gloo finds eth0
         ("127.0.1.1", MANY, "10.0.0.1", {"LOCAL_WORLD_SIZE": "4"}, None),  # one machine

@@ -44,7 +44,7 @@ DATA = {
 
 
 class Options(Strict):
-    """Trains a classifier whose features are used to compute distances."""
+    """Trains a classifier that provides features for distances."""
 
     name: Annotated[Literal["digits", "cifar10"], Positional("NAME")]
     """The features: digits or cifar10."""

@@ -323,7 +323,7 @@ class SpatialGroupEnhance(OneMapModule):
 
     def process(self, extracted: Tensor, norm: Norm | None) -> Tensor:
         variance, mean = torch.var_mean(extracted, dim=(2, 3), correction=0, keepdim=True)
-        # The floor is also inside the root, whose gradient is infinite if all positions are equal.
+        # The floor is also inside the root: its gradient is infinite if all positions are equal.
         normalized = (extracted - mean) / ((variance + DEVIATION_FLOOR**2).sqrt() + DEVIATION_FLOOR)
         gamma, beta = (p.to(extracted.dtype)[:, None, None] for p in (self.gamma, self.beta))
         return (gamma * normalized + beta).sigmoid()  # (B, G, H, W)

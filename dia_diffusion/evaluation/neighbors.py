@@ -11,7 +11,7 @@ from dia_diffusion.evaluation.reference import choose
 NEIGHBORS = 5
 """A sample's distance to its fifth nearest reference image is large where real images are sparse."""
 QUERIES = 1000
-"""Real images whose nearest distances are compared with those of samples."""
+"""Real images in the comparison of nearest distances."""
 ROWS = 100  # rows of distances held at once
 
 

@@ -23,7 +23,7 @@ from dia_diffusion.reading import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 
 RECORD_VERSION = 2
-"""Version of written lines. Version 1, whose lines don't give it, had no added fields: its hash is over all fields."""
+"""Version of written lines. Lines of version 1 lack it and have no added fields: their hash is over all fields."""
 
 
 def added_field(default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Type-checked dataclasses from JSON, whose values may be of any type."""
+"""Type-checked dataclasses from JSON with values of any type."""
 
 import dataclasses
 import types

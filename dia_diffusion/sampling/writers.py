@@ -51,7 +51,7 @@ def open_folder(folder: str | Path, protocol: dict[str, Any]) -> None:
         kept = kept if isinstance(kept, dict) else {}
         different = sorted(key for key in kept.keys() | wanted.keys() if kept.get(key) != wanted.get(key))
         raise InputError(
-            f"{folder} holds images with a different {', '.join(different)} ({MANIFEST}); choose another folder"
+            f"{folder} holds images with other settings ({', '.join(different)} in {MANIFEST}); choose another folder"
         )
 
 

@@ -35,7 +35,7 @@ from dia_diffusion.training.trainer import Trainer
 TRAINED, NO_BETTER, NOT_FINITE = "trained", "no better", "not finite"
 RESULT_FILE = "trial.json"
 LAST_PART = 0.1
-"""Fraction of the steps, at the end, whose mean loss is a trial's training loss."""
+"""A trial's training loss is the mean loss over this last fraction of its steps."""
 
 Result = dict[str, Any]
 

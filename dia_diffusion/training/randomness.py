@@ -1,7 +1,7 @@
 """Random numbers of training as a function of (seed, stream, position): no random state is saved.
 
 They come from Philox4x64-10, a counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3"), through numpy's `Philox.random_raw`, whose output numpy keeps stable. The key is (seed, stream). The counter is a
+3"), through numpy's `Philox.random_raw`, which numpy keeps stable. The key is (seed, stream). The counter is a
 position: image i of step s with batch size B is at s * B + i, and every position has its own words. So the numbers of
 any slice of a batch are contiguous in the stream, no two images of a training share numbers, and nothing depends on the
 number of processes or micro-batches, or on what ran before.
@@ -69,7 +69,7 @@ def normals(seed: int, stream: int, first: int, count: int, each: int) -> Tensor
 
 
 def _philox(seed: int, stream: int, block: int) -> np.random.Philox:
-    """A generator whose next words are those of counter `block` + 1, since numpy increments before it generates."""
+    """A generator that continues with the words of counter `block` + 1: numpy increments before it generates."""
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=block)
 
 

@@ -196,7 +196,7 @@ def refuse_other_randomness(origin: dict[str, Any], path: Path) -> None:
 
 
 def check_new_run(folder: RunFolder, experiment: Any) -> None:
-    """Raises InputError if a new run would overwrite pipelines or classifiers of a run whose checkpoints are gone.
+    """Raises InputError if a new run would overwrite pipelines or classifiers of a run without checkpoints.
 
     A run that was killed between its first pipeline and its first checkpoint starts again and writes the same one.
     """

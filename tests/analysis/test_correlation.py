@@ -1,4 +1,4 @@
-"""Correlations of maps against numpy.corrcoef, and runs whose maps are known to be equal or constant."""
+"""Correlations of maps against numpy.corrcoef, and runs with maps that are known to be equal or constant."""
 
 import numpy as np
 import pytest

@@ -9,6 +9,9 @@ import pytest
 from dia_diffusion.cli.main import main
 from tests.cli.one_line import error_of
 
+IMAGES_ONLY = "digits is neither a pipeline nor a run; leave it out"
+TORN = "not a complete evaluation record; remove that line"
+
 
 def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]]:
     """name -> (arguments, a part of the error line)"""
@@ -111,9 +114,9 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "beside a protocol": (["fid", run, "--protocol", "fd-digits", "--steps", "25"], "fd-digits says 25; leave it"),
         "images by a protocol": (["fid", "digits", "--protocol", "fd-digits"], "`--reference` is missing"),
         "few images": (["fid", "digits", *reference, "--num", "5000"], "`--num` must be 1201 or less"),
-        "sampler of images": (["fid", "digits", *reference, "--sampler", "ddpm"], "digits is neither"),
-        "steps for images": (["fid", "digits", *reference, "--steps", "9"], "--steps 9: digits is neither"),
-        "classes of images": (["fid", "digits", *reference, "--classes", "1"], "--classes 1: digits is neither"),
+        "sampler of images": (["fid", "digits", *reference, "--sampler", "ddpm"], f"--sampler ddpm: {IMAGES_ONLY}"),
+        "steps for images": (["fid", "digits", *reference, "--steps", "9"], f"--steps 9: {IMAGES_ONLY}"),
+        "classes of images": (["fid", "digits", *reference, "--classes", "1"], f"--classes 1: {IMAGES_ONLY}"),
         "size of a run": (["fid", run, *reference, "--size", "16"], "generates its own images; leave it out"),
         "channels of a run": (["fid", run, *reference, "--channels", "1"], "generates its own images; leave it out"),
         "split of a run": (["fid", run, *reference, "--split", "train"], "generates its own images; leave it out"),
@@ -128,7 +131,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "few for IS": (["fid", run, *reference, "--num", "9", "--metrics", "isc"], "must be 10 or more, got 9"),
         "few in a folder": (["fid", "digits", *reference, "--num", "3", "--metrics", "prc"], "4 or more, got 3"),
         "KID's subset": (["fid", run, *reference, "--kid-subset-size", "0"], "`--kid-subset-size` must be 2"),
-        "steps of images": (["fid", "digits", *reference, "--every-step"], "--every-step: digits is neither"),
+        "steps of images": (["fid", "digits", *reference, "--every-step"], f"--every-step: {IMAGES_ONLY}"),
         "no evaluations": (["curves", folder], "no evaluations.jsonl"),
         "no study": (["curves", folder / "none"], "a study must be a YAML file, the folder of a study, or one of"),
         "recipe as study": (["curves", run / "config.yaml"], "config.yaml: "),
@@ -154,7 +157,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "report of nothing": (["report", folder / "none"], "must be a run's folder, which has a config.yaml"),
         "report of a folder": (["report", empty], "a study's folder, which has a study.yaml"),
         "report of no study": (["report", run / "config.yaml"], "config.yaml"),
-        "report of a torn record": (["report", torn_run], "evaluations.jsonl, line 1: not a complete"),
+        "report of a torn record": (["report", torn_run], f"evaluations.jsonl, line 1: {TORN}"),
         "page's name": (["report", run, "--out", folder / "page.txt"], "`--out` must be a file ending in .html, got"),
         "convert": (["convert", folder / "none.pth", folder / "out"], "none.pth"),
         "export's target": (["export", run, empty, "--with-code"], "empty exists"),

@@ -106,7 +106,7 @@ def test_sampling_resumes_in_its_folder_and_refuses_others(
     first = (out / "00000001.png").stat().st_mtime_ns
     assert main(["sample", str(run), "--seeds", "1-4", "--steps", "2", "--out", str(out)]) == 0
     assert len(list(out.glob("*.png"))) == 5 and (out / "00000001.png").stat().st_mtime_ns == first
-    assert "images with a different steps" in error_of(["sample", run, "--steps", "3", "--out", out], capsys)
+    assert "images with other settings (steps in " in error_of(["sample", run, "--steps", "3", "--out", out], capsys)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "must be new, empty, or have a samples.json" in error_of(

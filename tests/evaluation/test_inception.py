@@ -92,7 +92,7 @@ def released(tmp_path, monkeypatch):
 
 
 def images(count, seed):
-    """Noise images (count, 3, 32, 32) whose mean color differs from image to image."""
+    """Noise images (count, 3, 32, 32) with mean colors that differ from image to image."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.rand(count, 3, 1, 1, generator=generator) * 255
     noise = torch.randn(count, 3, 32, 32, generator=generator) * 60

@@ -254,7 +254,7 @@ def write_bomb(path: Path, name: str, size: int = GIGABYTES, start: bytes = b"",
 
 
 def write_overlapping(path: Path, name: str, data: bytes, count: int) -> Path:
-    """A zip whose directory lists one stored entry many times."""
+    """A zip with a directory that lists one stored entry many times."""
     write_zip(path, {name.format(0): data})
     raw = path.read_bytes()
     start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")

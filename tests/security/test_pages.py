@@ -53,7 +53,7 @@ class Tags(HTMLParser):
 
 
 def outside_of_code(card: str) -> str:
-    """A card without its fences and code spans, whose text Markdown shows literally."""
+    """A card without its fences and code spans, which Markdown shows literally."""
     kept, fence = [], ""
     for line in card.split("\n"):
         match = re.match(r" {0,3}(`{3,})", line)

@@ -70,7 +70,7 @@ def test_an_image_too_long_for_any_try_is_cropped_in_the_middle() -> None:
 
 
 def test_resized_crop_reads_the_rectangle() -> None:
-    """For an image whose pixels are their own x coordinates, the mean is the rectangle's middle."""
+    """If each pixel holds its x coordinate, the mean is the rectangle's middle."""
     across = np.broadcast_to(np.arange(200, dtype=np.uint8), (100, 200))
     image = Image.fromarray(np.stack([across] * 3, axis=2))
     for row in torch.rand(20, 23):

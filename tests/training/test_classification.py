@@ -140,7 +140,7 @@ def of_files(folder: Path, photos: Path, name: str, *overrides: str) -> Classify
 
 
 def test_files_are_decoded_for_their_step(tmp_path: Path, photos: Path) -> None:
-    """A resumed run, whose first batch was not decoded ahead, equals an uninterrupted one."""
+    """A resumed run, with a first batch that was not decoded ahead, equals an uninterrupted one."""
     train(of_files(tmp_path, photos, "whole"))
     with pytest.raises(Stopped):
         train(
