@@ -82,12 +82,8 @@ def convert_prediction(prediction: Tensor, sample: Tensor, alpha: Any, sigma: An
 
 
 LOSS_WEIGHTINGS: Registry[Callable[[Tensor, PredictionType], Tensor]] = Registry("loss weighting")
-
-
 """(signal-to-noise ratios (B,), prediction type) -> weights (B,) of the squared errors of the prediction."""
 
 LOSS_WEIGHTINGS.register("uniform", lambda snr, prediction: torch.ones_like(snr))
-
-
 # min(snr, gamma) weights the errors of x_0. At t = 0 the ratio is infinite, which makes an epsilon's weight 0.
 LOSS_WEIGHTINGS.register("min-snr", lambda snr, prediction: snr.clamp(max=MIN_SNR_GAMMA) / prediction.error_scale(snr))

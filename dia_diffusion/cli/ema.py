@@ -1,9 +1,11 @@
 """`dia-diffusion ema`: pipelines of other averages of a run's weights, and their distances."""
 
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,7 +62,7 @@ class Options(MeasureOptions, AverageOptions):  # --help lists the last base fir
 def run(options: Options) -> None:
     """Writes the missing pipelines and measures all of them; draws a figure if there are several widths."""
     if options.measures:
-        _check_measuring(options)
+        check_measuring(options, options.source, "snapshot" if options.width else "checkpoint", options.step)
     places = make_averages(options.source, options.step, options.width, options.decay, options.out)
     if not options.measures:
         return
@@ -74,8 +76,19 @@ def run(options: Options) -> None:
         console.print(f"{len(points)} widths: {figure}, numbers in {figure.with_suffix('.json')}")
 
 
-def _check_measuring(options: Options) -> None:
-    """Raises InputError, before pipelines are written, if pipelines of the run's recipe can't be measured this way."""
+def check_measuring(
+    options: MeasureOptions,
+    run: str,
+    kind: Literal["snapshot", "checkpoint"],
+    step: int | None,
+    settings: Sequence[Mapping[str, Any]] = ({},),
+) -> None:
+    """Raises InputError, before averages are written, if pipelines of the run's recipe can't be measured this way.
+
+    Args:
+        kind: what the averages are made from.
+        settings: fields of EvalProtocol to measure with, which replace those of the options or the named protocol.
+    """
     from dia_diffusion.data.sources import find_format
     from dia_diffusion.evaluation.record import check_record_file
     from dia_diffusion.sampling.load import load_guide
@@ -84,21 +97,21 @@ def _check_measuring(options: Options) -> None:
     from dia_diffusion.training.run_folder import RunFolder
     from dia_diffusion.training.snapshots import choose_step
 
-    choose_step(options.source, "snapshot" if options.width else "checkpoint", options.step)
-    experiment = read_experiment(str(RunFolder(options.source).config))
+    choose_step(run, kind, step)
+    experiment = read_experiment(str(RunFolder(run).config))
     reference = options.reference or str(experiment.data.source)
     if find_format(reference) is None and not Path(reference).exists():
         raise InputError(f"`--reference` must be images or a file of statistics, got {reference}, which isn't here")
     if options.record is not None:
         check_record_file(options.record)
-    for one in per_features(options):
-        protocol = resolve_protocol(one, True, reference)
+    for one, changed in product(per_features(options), settings):
+        protocol = resolve_protocol(one, True, reference, changed)
         protocol.check_count(protocol.num_samples)
         guide = None if protocol.guide is None else load_guide(protocol.guide)
         check_samples(experiment, protocol.sampling, guide)
         if guide is None and protocol.guidance_scale != 1 and not experiment.data.label_dropout:
             raise InputError(
-                f"`--guidance-scale` must be 1 for {options.source}, which was trained with data.label_dropout 0, got "
+                f"`--guidance-scale` must be 1 for {run}, which was trained with data.label_dropout 0, got "
                 f"{protocol.guidance_scale}"
             )
 

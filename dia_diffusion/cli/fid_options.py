@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 
 DEFAULT_COUNT = 1000
-
-
-"""Images from a pipeline."""
+"""Images measured from a pipeline."""
+OPTION_OF = {"num_samples": "num"}
+"""Field of EvalProtocol -> the option, if the names differ."""
+DECIDED = (
+    *("features", "num_samples", "sampler", "steps", "precision", "classes"),
+    *("guidance_scale", "guidance_interval", "guide", "reference_split"),
+)
+"""Fields that a named protocol decides."""
+EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
+"""Fields that options may change in a named protocol."""
 
 
 class MeasureOptions(SamplingOptions, FeatureOptions):
@@ -91,22 +98,6 @@ def per_features(options: MeasureOptions) -> list[MeasureOptions]:
     if len(names) > 1 and options.weights_file is not None:
         raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
     return [options.model_copy(update={"features": name}) if name else options for name in names]
-
-
-OPTION_OF = {"num_samples": "num"}
-
-
-"""Field of EvalProtocol -> the option, if the names differ."""
-
-DECIDED = (
-    *("features", "num_samples", "sampler", "steps", "precision", "classes"),
-    *("guidance_scale", "guidance_interval", "guide", "reference_split"),
-)
-
-
-"""Fields that a named protocol decides."""
-
-EXTRA = ("metrics", "kid_subset_size", "bootstrap", "held_out")
 
 
 def resolve_protocol(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dia_diffusion.cli import fid
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.fid_options import Options, per_features, resolve_protocol
+from dia_diffusion.cli.ema import check_measuring, make_averages
+from dia_diffusion.cli.fid_options import Options
 from dia_diffusion.cli.options import parse_text, spell
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import write_json
@@ -40,7 +41,9 @@ def run_sweep(options: Options) -> None:
     for each in settings:
         if each.get("guidance_scale") == 1:  # no guidance, so neither applies
             each |= {"guidance_interval": None, "guide": None}
-        resolve_protocol(per_features(options)[0], True, options.reference or "", each)
+    if "width" in grid or "decay" in grid:
+        for step in grid.get("step", [options.step]):
+            check_measuring(options, options.source, "snapshot" if "width" in grid else "checkpoint", step, settings)
     pipelines = _pipelines(options, grid)
     by_features = fid.measure_points(options, list(pipelines.values()), settings, lambda *_: None)
     if os.environ.get("RANK", "0") != "0":
@@ -99,7 +102,6 @@ def _value(name: str, text: str) -> Any:
 
 def _pipelines(options: Options, grid: Grid) -> dict[tuple[Any, Any, Any], Path]:
     """Values of the PIPELINES settings (None if not swept) -> folder; missing averages are made."""
-    from dia_diffusion.cli.ema import make_averages
     from dia_diffusion.pipelines.folder import find_pipeline
 
     widths, decays = grid.get("width"), grid.get("decay")

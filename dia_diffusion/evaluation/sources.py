@@ -8,21 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from dia_diffusion.data import ImageSet
-from dia_diffusion.evaluation.feature_store import (
-    BATCH,
-    Advance,
-    ImagesOf,
-    batches_of,
-)
-from dia_diffusion.evaluation.record import (
-    Origin,
-)
-from dia_diffusion.pipelines.folder import (
-    average_of,
-    model_hash,
-    read_training,
-    weights_hash,
-)
+from dia_diffusion.evaluation.feature_store import BATCH, Advance, ImagesOf, batches_of
+from dia_diffusion.evaluation.record import Origin
+from dia_diffusion.pipelines.folder import average_of, model_hash, read_training, weights_hash
 from dia_diffusion.sampling.generate import ImagePipeline, generate
 
 

@@ -128,8 +128,16 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["ema", str(averages), "--width", "0.1", "--step", "19"]) == 0, "those after the step don't count"
 
 
-def test_fid_sweeps_widths_and_steps(averages: Path) -> None:
+def test_fid_sweeps_widths_and_steps(averages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fid = ["fid", str(averages), "--reference", "digits", "--num", "20"]
+    for options, message in (
+        (["--reference", "/no"], "`--reference` must be images or a file of statistics"),
+        (["--sampler", "none"], "sampler"),
+        (["--sweep", "step=20,21"], "`--step` must be a step with a snapshot in"),
+        (["--sweep", "guidance_scale=1,2"], "guidance"),
+    ):
+        assert message in error_of([*fid, *options, "--sweep", "width=0.05,0.1"], capsys)
+    assert not (averages / "averages").exists()
     assert main([*fid, "--sweep", "width=0.05,0.1", "steps=2,3"]) == 0
     made = averages / "averages" / "step-00000020"
     written = json.loads((made / "sweep-width-steps.json").read_text())
