@@ -50,6 +50,7 @@ def _checksum(value: dict[str, Any]) -> str:
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 PARTIAL = ".partial"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 REPLACED = re.compile(r"\.(.+)\.replaced\.")  # the name of a folder that `atomic_dir` replaces
 
 
@@ -108,6 +109,13 @@ def atomic_dir(path: str | Path, replace: bool = True, needed: int = 0) -> Itera
         if replaced.exists() and not path.exists():  # an error between the two renames
             os.rename(replaced, path)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_writable(file: Path, name: str) -> None:
+    """Raises InputError, naming the option or the file's purpose, if the file can't be written or extended."""
+    place = next(path for path in (file, *file.absolute().parents) if path.exists())
+    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
+        raise InputError(f"{name} must be a file that can be written, got {file}")
 
 
 def refuse_existing(path: Path) -> None:
@@ -216,12 +224,16 @@ def naming(path: Path, needed: int = 0) -> Iterator[None]:
     """
     try:
         yield
-    except SafetensorError as error:  # also raised for a full disk
-        if f"os error {errno.ENOSPC}" not in str(error):
+    except SafetensorError as error:  # what safetensors raises in place of an OSError
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
             raise
-        raise _full(errno.ENOSPC, path, needed) from None
+        number = int(found[1])
+        if number in NO_SPACE:
+            raise _full(number, path, needed) from None
+        raise OSError(number, os.strerror(number), str(path)) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             if str(error.filename).endswith(PARTIAL):
                 error.filename = str(path)
             raise
@@ -249,6 +261,11 @@ def sha256_of_file(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """The sha256 of a value as JSON with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+Advance = Callable[[float], None]
+"""Called with the number of images made since the last call, which may be fractional."""
+
 
 class Progress:
     """Shows nothing; `cli.console.ConsoleProgress` shows it on a terminal. Called on rank 0."""

@@ -1,15 +1,17 @@
 """Files and folders are written completely or not at all."""
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import append_json_line, atomic_dir, atomic_file, verify_checksum
+from dia_diffusion.io import append_json_line, atomic_dir, atomic_file, naming, verify_checksum
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -61,3 +63,14 @@ def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert len(lines) == 3
     assert verify_checksum(json.loads(lines[0])) == {"a": 1} and verify_checksum(json.loads(lines[-1])) == {"a": 3}
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EDQUOT])
+def test_a_safetensors_error_of_the_system_is_an_os_error(number: int, tmp_path: Path) -> None:
+    """Which commands report in one line, and the caches ignore."""
+    path = tmp_path / "file.safetensors"
+    with pytest.raises(OSError, match=os.strerror(number)) as caught, naming(path):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
+    assert caught.value.filename == str(path)
+    with pytest.raises(SafetensorError), naming(path):
+        raise SafetensorError("Error while serializing: invalid header")

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from dia_diffusion.cli import fid
 from dia_diffusion.cli.console import console
-from dia_diffusion.cli.fid_options import MeasureOptions, per_features, resolve_protocol
+from dia_diffusion.cli.fid_options import MeasureOptions, per_features, resolve_protocol, with_precision
 from dia_diffusion.cli.options import Positional, flag, refuse_both
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import step_name, write_json
+from dia_diffusion.io import check_writable, step_name, write_json
 from dia_diffusion.validation import Strict
 
 
@@ -62,6 +62,7 @@ class Options(MeasureOptions, AverageOptions):  # --help lists the last base fir
 def run(options: Options) -> None:
     """Writes the missing pipelines and measures all of them; draws a figure if there are several widths."""
     if options.measures:
+        options = with_precision(options)
         check_measuring(options, options.source, "snapshot" if options.width else "checkpoint", options.step)
     places = make_averages(options.source, options.step, options.width, options.decay, options.out)
     if not options.measures:
@@ -90,7 +91,6 @@ def check_measuring(
         settings: fields of EvalProtocol to measure with, which replace those of the options or the named protocol.
     """
     from dia_diffusion.data.sources import find_format
-    from dia_diffusion.evaluation.record import check_record_file
     from dia_diffusion.sampling.load import load_guide
     from dia_diffusion.training.diffusion import check_samples
     from dia_diffusion.training.recipe import read_experiment
@@ -103,17 +103,11 @@ def check_measuring(
     if find_format(reference) is None and not Path(reference).exists():
         raise InputError(f"`--reference` must be images or a file of statistics, got {reference}, which isn't here")
     if options.record is not None:
-        check_record_file(options.record)
+        check_writable(options.record, "`--record`")
     for one, changed in product(per_features(options), settings):
         protocol = resolve_protocol(one, True, reference, changed)
         protocol.check_count(protocol.num_samples)
-        guide = None if protocol.guide is None else load_guide(protocol.guide)
-        check_samples(experiment, protocol.sampling, guide)
-        if guide is None and protocol.guidance_scale != 1 and not experiment.data.label_dropout:
-            raise InputError(
-                f"`--guidance-scale` must be 1 for {run}, which was trained with data.label_dropout 0, got "
-                f"{protocol.guidance_scale}"
-            )
+        check_samples(experiment, protocol.sampling, load_guide(protocol.guide))
 
 
 def make_averages(

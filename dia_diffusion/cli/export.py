@@ -14,7 +14,7 @@ class Options(Strict):
     source: Annotated[str, Positional("PIPELINE_OR_RUN")]
     """A pipeline folder, or a run folder."""
     out: Annotated[Path, Positional("OUT")]
-    """The folder to make; it must be new or empty."""
+    """The folder to make; it must not exist."""
     step: int | None = None
     """Step of a run's pipeline; the newest if not given."""
     with_code: bool = False

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from dia_diffusion.cli.fid_options import (
     per_features,
     refuse_ignored,
     resolve_protocol,
+    with_precision,
 )
 from dia_diffusion.cli.shared_options import load_features, load_for_sampling, warn_unreleased
 from dia_diffusion.errors import InputError, Stopped, number_of
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.evaluation.record import EvaluationRecord
-    from dia_diffusion.evaluation.sources import ImageSource
+    from dia_diffusion.evaluation.sources import MeasuredImages
 
 
 def run(options: Options) -> None:
@@ -41,6 +43,7 @@ def run(options: Options) -> None:
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
     refuse_ignored(options, is_model)
+    options = with_precision(options)
     if options.sweep:
         from dia_diffusion.cli.fid_sweep import run_sweep
 
@@ -113,7 +116,7 @@ def _measure(
     show: "Callable[[list[EvaluationRecord], EvalProtocol], None]",
 ) -> "list[list[EvaluationRecord]]":
     """The records of each extractor; images are generated once for all extractors."""
-    from dia_diffusion.evaluation.evaluate import few_images, record_together
+    from dia_diffusion.evaluation.evaluate import few_images_warnings, record_together
 
     extractors = [_load_features(plan, accelerator) for plan in plans]
     records: list[list[EvaluationRecord]] = [[] for _ in plans]
@@ -122,13 +125,13 @@ def _measure(
         evaluators: list[Evaluator] = []
         for source, shape, index in sources_of(plans[0].options, plans[0].protocols, pipelines, accelerator, progress):
             evaluators = evaluators or [
-                _evaluator(plan, shape, extractor, accelerator, progress)
+                _evaluator(plan, source.count, shape, extractor, accelerator, progress)
                 for plan, extractor in zip(plans, extractors, strict=True)
             ]
-            judges = [replace(each, protocol=p.protocols[index]) for each, p in zip(evaluators, plans, strict=True)]
+            current = [replace(each, protocol=p.protocols[index]) for each, p in zip(evaluators, plans, strict=True)]
             file = plans[0].files[source.folder]
-            pages = _show(plans[0], judges, source, shape, progress) if plans[0].options.show else []
-            measured = record_together(judges, source, file, _measuring(progress))
+            pages = _show(plans[0], current, source, shape, progress) if plans[0].options.show else []
+            measured = record_together(current, source, file, partial(_measuring, progress))
             for own, (record, _) in zip(records, measured, strict=True):
                 own.append(record)
             if any(added for _, added in measured) and source.folder is None and accelerator.is_main_process:
@@ -139,7 +142,7 @@ def _measure(
         for plan, extractor, own in zip(plans, extractors, records, strict=True):
             show(own, plan.protocols[0])
             warn_unreleased(plan.options, extractor)
-            for text in few_images(own[0].protocol, extractor.num_features):
+            for text in few_images_warnings(own[0].protocol, extractor.num_features):
                 console.print(f"warning: {text}")
     return records
 
@@ -160,7 +163,7 @@ def _load_features(plan: _Plan, accelerator: "Accelerator") -> "FeatureExtractor
 def _show(
     plan: _Plan,
     evaluators: "Sequence[Evaluator]",
-    source: "ImageSource",
+    source: "MeasuredImages",
     shape: tuple[int, int, int],
     progress: Progress,
 ) -> list[Path]:
@@ -170,22 +173,24 @@ def _show(
     accelerator, file = evaluators[0].accelerator, plan.files[source.folder]
     images = reference_images(plan.options, plan.protocols[0], plan.reference_data, shape, accelerator, progress)
     works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in evaluators]
-    with _measuring(progress)(works[0]):
+    with _measuring(progress, works[0]):
         return show_samples(evaluators, source, works, plan.options.show, images, progress, file.parent)
 
 
 def _evaluator(
     plan: _Plan,
+    count: int,
     shape: tuple[int, int, int],
     extractor: "FeatureExtractor",
     accelerator: "Accelerator",
     progress: Progress,
 ) -> "Evaluator":
-    """The evaluator of a plan for images of this shape, with the reference loaded."""
+    """The evaluator of a plan for `count` images of this shape, with the reference loaded."""
     from dia_diffusion.evaluation.evaluate import Evaluator
     from dia_diffusion.evaluation.reference import measure_held_out
 
     protocol, data = plan.protocols[0], plan.reference_data
+    protocol.check_count(count, num_features=extractor.num_features)
     reference = load_reference(plan.options, protocol, data, shape, extractor, accelerator, progress)
     held_out = measure_held_out(reference, data, shape, extractor, protocol, accelerator, progress)
     return Evaluator(protocol, extractor, reference, accelerator, held_out)
@@ -194,7 +199,7 @@ def _evaluator(
 # Records.
 
 
-def _records_file(options: MeasureOptions, pipeline: Path | None = None) -> Path:
+def _records_file(options: MeasureOptions, pipeline: Path | None) -> Path:
     """Where the records of a pipeline, or of images, are kept."""
     from dia_diffusion.pipelines.folder import EVALUATIONS, records_file
 
@@ -203,11 +208,12 @@ def _records_file(options: MeasureOptions, pipeline: Path | None = None) -> Path
 
 def _check_records(options: MeasureOptions, protocol: "EvalProtocol", files: "dict[Path | None, Path]") -> None:
     """Raises InputError for pipelines of other weights, unusable record files, and records of a changed protocol."""
-    from dia_diffusion.evaluation.record import check_record_file, read_records
+    from dia_diffusion.evaluation.record import read_records
+    from dia_diffusion.io import check_writable
     from dia_diffusion.pipelines.folder import read_training
 
     if options.record is not None:
-        check_record_file(options.record)
+        check_writable(options.record, "`--record`")
     for pipeline in filter(None, files) if protocol.name else ():
         weights = (read_training(pipeline) or {}).get("weights", protocol.weights)  # other programs don't say
         if weights != protocol.weights:
@@ -218,23 +224,19 @@ def _check_records(options: MeasureOptions, protocol: "EvalProtocol", files: "di
             protocol.refuse_changed(read_records(file), file)
 
 
-def _measuring(progress: Progress) -> Any:
+@contextmanager
+def _measuring(progress: Progress, work: Path) -> Iterator[Progress]:
     """A context around the measurement, in which the message for a signal says what the work folder keeps."""
+    from dia_diffusion.evaluation.feature_store import CHUNK_FILES
 
-    @contextmanager
-    def measuring(work: Path) -> Iterator[Progress]:
-        from dia_diffusion.evaluation.feature_store import CHUNK_FILES
-
-        try:
-            yield progress
-        except KeyboardInterrupt as interrupt:
-            text = "stopped before the first chunk of images was finished; nothing is kept"
-            if any(work.glob(CHUNK_FILES)):
-                text = "stopped; the same command resumes after the last finished chunk of images, kept in "
-                text += str(work.parent)
-            raise Stopped(number_of(interrupt), text) from None
-
-    return measuring
+    try:
+        yield progress
+    except KeyboardInterrupt as interrupt:
+        text = "stopped before the first chunk of images was finished; nothing is kept"
+        if any(work.glob(CHUNK_FILES)):
+            text = "stopped; the same command resumes after the last finished chunk of images, kept in "
+            text += str(work.parent)
+        raise Stopped(number_of(interrupt), text) from None
 
 
 # Tables.
@@ -252,12 +254,17 @@ def print_records(records: "list[EvaluationRecord]", asked: "EvalProtocol") -> N
         count = None if protocol.reference_count is None else f"{protocol.reference_count:,}"
         reference = ", ".join(filter(None, (protocol.reference, protocol.reference_split, count)))
         interval = "" if record.low is None else f" [{record.low:.3f}, {record.high:.3f}]"
-        cells = [*_place(record), record.metric, f"{record.distance:.3f}{interval}", f"{protocol.num_samples:,}"]
+        cells = [
+            *_source_and_step(record),
+            record.metric,
+            f"{record.distance:.3f}{interval}",
+            f"{protocol.num_samples:,}",
+        ]
         named = " ".join(filter(None, (record.protocol_name, record.protocol_hash()[:8])))
         rows.append([*cells, reference, sampler, f"{record.seconds:.1f}", named])
     console.print(Table(columns, rows, left=("source", "metric", "reference", "sampler", "protocol")).to_rich())
     if names := asked.metric_labels(records[0].protocol.features):
-        rows = [[*_place(record), *(describe_number(record, name) for name in names)] for record in records]
+        rows = [[*_source_and_step(record), *(describe_number(record, name) for name in names)] for record in records]
         console.print(Table(("source", "step", *names), rows, left=("source",)).to_rich())
 
 
@@ -274,11 +281,11 @@ def print_mean_fdr(records: "Sequence[Sequence[EvaluationRecord]]") -> None:
             sum(record.metrics[name + part] for record, name in zip(group, names, strict=True)) / len(group)
             for part in parts
         )
-        rows.append([*_place(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
+        rows.append([*_source_and_step(group[0]), ", ".join(names), f"{mean:.4f} [{low:.4f}, {high:.4f}]"])
     columns = ("source", "step", "mean of", f"FDr^{len(records[0])}")
     console.print(Table(columns, rows, left=("source", "mean of")).to_rich())
 
 
-def _place(record: "EvaluationRecord") -> tuple[str, str]:
+def _source_and_step(record: "EvaluationRecord") -> tuple[str, str]:
     source = record.source if record.split is None else f"{record.source}, {record.split}"
     return source, "" if record.step is None else f"{record.step:,}"

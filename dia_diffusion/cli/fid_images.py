@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
     from dia_diffusion.evaluation.reference import Reference
-    from dia_diffusion.evaluation.sources import ImageSource
+    from dia_diffusion.evaluation.sources import MeasuredImages
 
 
 def pipelines_of(options: Options) -> list[Path]:
@@ -52,14 +52,14 @@ def sources_of(
     pipelines: list[Path],
     accelerator: "Accelerator",
     progress: Progress,
-) -> "Iterator[tuple[ImageSource, tuple[int, int, int], int]]":
+) -> "Iterator[tuple[MeasuredImages, tuple[int, int, int], int]]":
     """Yields each source to measure, with the shape (C, H, W) of its square images and the index of its protocol."""
     from dia_diffusion.evaluation.sources import images_source, pipeline_source
 
     if not pipelines:
         assert isinstance(options, Options)
         images = _open_source(options, protocols[0], accelerator, progress)
-        yield images_source(images), _square(options.source, (options.channels, *images.shape[1:])), 0
+        yield images_source(images), _square(options.source, images.shape), 0
         return
     protocols[0].check_count(protocols[0].num_samples)
     for folder, (index, protocol) in product(pipelines, enumerate(protocols)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dia_diffusion.evaluation.protocol import EvalProtocol
 
 
+Asked = TypeVar("Asked", bound="MeasureOptions")
 DEFAULT_COUNT = 1000
 """Images measured from a pipeline."""
 OPTION_OF = {"num_samples": "num"}
@@ -43,9 +44,8 @@ class MeasureOptions(SamplingOptions, FeatureOptions):
     statistics; if not given, with --protocol, the run's training images."""
     protocol: Annotated[str | None, Metavar("NAME")] = Field(
         None,
-        description=f"A YAML file, or one of {', '.join(shipped_names('protocols'))}: decides features, number of "
-        "images, part of the reference, and how a pipeline is sampled; of images that are there already, the first "
-        "three.",
+        description=f"A YAML file, or one of {', '.join(shipped_names('protocols'))}: sets the features, the number "
+        "of images, the reference split and, for a pipeline, how it is sampled.",
     )
     reference_split: Split | None = None
     """Split of the reference images; train if not given."""
@@ -60,7 +60,7 @@ class MeasureOptions(SamplingOptions, FeatureOptions):
     bootstrap: int = 0
     """Resamples for the distance's 95 % interval; 0 for none."""
     show: int = Field(0, ge=0)
-    """Samples to show on a page next to the records, with their nearest reference images, the best and the worst."""
+    """Write an HTML page with this many samples beside their nearest reference images, and the best and worst."""
     record: Path | None = None
     """The file to add records to; if not given, evaluations.jsonl of the run, or in the current folder."""
 
@@ -92,11 +92,20 @@ class Options(MeasureOptions):
         return self
 
 
+def with_precision(options: Asked) -> Asked:
+    """The options with precision `auto` resolved for the device, unless a protocol decides."""
+    if options.protocol is not None or options.precision != "auto":
+        return options
+    return options.model_copy(update={"precision": chosen_precision(options.precision)})
+
+
 def per_features(options: MeasureOptions) -> list[MeasureOptions]:
     """One copy of the options for each name in `features`."""
-    names = (options.features or "").split(",")
+    names = list(dict.fromkeys((options.features or "").split(",")))
     if len(names) > 1 and options.weights_file is not None:
-        raise InputError(f"`--weights` must be given with features of one name, got --features {options.features}")
+        raise InputError(
+            f"`--features` must be one name with `--weights` or `--inception-weights`, got {options.features}"
+        )
     return [options.model_copy(update={"features": name}) if name else options for name in names]
 
 
@@ -122,11 +131,14 @@ def resolve_protocol(
         values = {field: getattr(options, OPTION_OF.get(field, field)) for field in (*DECIDED, *EXTRA)}
         values["features"] = options.features or features_for(reference)
         values["num_samples"] = options.num or (DEFAULT_COUNT if is_model else 0)
-        values["precision"] = chosen_precision(options.precision)
     try:
-        return EvalProtocol.model_validate(values | settings)
+        protocol = EvalProtocol.model_validate(values | settings)
     except ValidationError as error:
         raise InputError(describe_error(error, EvalProtocol, _flag)) from None
+    for option, metric in (("kid_subset_size", "kid"), ("held_out", "fdr")):
+        if option in options.model_fields_set and metric not in protocol.metrics:
+            raise InputError(f"`{flag([option])}` must be left out without metric {metric}")
+    return protocol
 
 
 def _flag(field: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -17,7 +18,7 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.evaluate import Evaluator, filled_by_all
 from dia_diffusion.evaluation.neighbors import NEIGHBORS, Neighbors, find_neighbors
 from dia_diffusion.evaluation.reference import reference_features
-from dia_diffusion.evaluation.sources import ImageSource
+from dia_diffusion.evaluation.sources import MeasuredImages
 from dia_diffusion.io import write_text
 from dia_diffusion.progress import Progress
 
@@ -35,7 +36,7 @@ img { width: 96px; margin-right: 2px; image-rendering: pixelated }
 
 def show_samples(
     evaluators: Sequence[Evaluator],
-    source: ImageSource,
+    source: MeasuredImages,
     works: Sequence[Path],
     count: int,
     reference: "ImageSet",
@@ -51,34 +52,24 @@ def show_samples(
     if len(reference) < NEIGHBORS:
         raise InputError(f"{reference.name} must have {NEIGHBORS} images or more for --show, got {len(reference)}")
     accelerator, pages = evaluators[0].accelerator, []
-    with filled_by_all(evaluators, source, works, progress) as stores:
-        for evaluator, store in zip(evaluators, stores, strict=True):
-            name = evaluator.extractor.name
-            page = folder / f"show-{source.name}-{name.replace(':', '-')}.html"
-            real_features = reference_features(reference, evaluator.extractor, accelerator, progress)
 
-            write = partial(_write, page, source, name, store, real_features, accelerator.device, count, reference)
-            on_rank_zero(accelerator, write)
+    def write(page: Path, features: str, store: "FeatureStore | None", real_features: torch.Tensor | None) -> None:
+        assert store is not None and real_features is not None  # on rank 0
+        found = find_neighbors(store.read("features"), real_features, accelerator.device)
+        write_text(page, _page(source, features, found, count, reference))
+
+    with filled_by_all(evaluators, source, works, progress) as stores:
+        for evaluator, store, work in zip(evaluators, stores, works, strict=True):
+            features = evaluator.extractor.name
+            name = re.sub("[/:]", "-", f"{source.name}-{features}")
+            page = folder / f"show-{name}-{work.name[:8]}.html"  # one per measurement
+            real_features = reference_features(reference, evaluator.extractor, accelerator, progress)
+            on_rank_zero(accelerator, partial(write, page, features, store, real_features))
             pages.append(page)
     return pages
 
 
-def _write(
-    page: Path,
-    source: ImageSource,
-    features: str,
-    store: "FeatureStore | None",
-    real_features: torch.Tensor | None,
-    device: torch.device,
-    count: int,
-    reference: "ImageSet",
-) -> None:
-    assert store is not None and real_features is not None  # on rank 0
-    found = find_neighbors(store.read("features"), real_features, device)
-    write_text(page, _page(source, features, found, count, reference))
-
-
-def _page(source: ImageSource, features: str, found: Neighbors, count: int, reference: "ImageSet") -> str:
+def _page(source: MeasuredImages, features: str, found: Neighbors, count: int, reference: "ImageSet") -> str:
     """A page of HTML that loads no other files."""
     samples, kind = len(found.distances), "image" if source.folder is None else "seed"
     densest_first = np.argsort(found.sparsity)

@@ -4,7 +4,7 @@ Each point is a record, so a stopped sweep continues with the same command.
 """
 
 import os
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from dia_diffusion.cli.ema import check_measuring, make_averages
 from dia_diffusion.cli.fid_options import Options
 from dia_diffusion.cli.options import parse_text, spell
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import write_json
+from dia_diffusion.io import sha256_of_json, write_json
 from dia_diffusion.tables import Table
 
 if TYPE_CHECKING:
@@ -37,10 +37,9 @@ def run_sweep(options: Options) -> None:
     """
     grid = read_grid(options)
     sampling = [name for name in grid if name in SAMPLING]
-    settings = [dict(zip(sampling, values, strict=True)) for values in product(*(grid[name] for name in sampling))]
-    for each in settings:
-        if each.get("guidance_scale") == 1:  # no guidance, so neither applies
-            each |= {"guidance_interval": None, "guide": None}
+    swept = [dict(zip(sampling, values, strict=True)) for values in product(*(grid[name] for name in sampling))]
+    no_guidance = {"guidance_interval": None, "guide": None}  # at scale 1 neither applies
+    settings = [each | no_guidance if each.get("guidance_scale") == 1 else each for each in swept]
     if "width" in grid or "decay" in grid:
         for step in grid.get("step", [options.step]):
             check_measuring(options, options.source, "snapshot" if "width" in grid else "checkpoint", step, settings)
@@ -49,17 +48,14 @@ def run_sweep(options: Options) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     chosen = [dict(zip(PIPELINES, place, strict=True)) for place in pipelines]
-    points = [
-        {name: (place | each)[name] for name in grid}
-        for place, values in product(chosen, product(*(grid[name] for name in sampling)))
-        for each in [dict(zip(sampling, values, strict=True))]
-    ]
+    points = [{name: (place | each)[name] for name in grid} for place, each in product(chosen, swept)]
     best = [min(zip(points, records, strict=True), key=lambda pair: pair[1].distance) for records in by_features]
     for records, (point, record) in zip(by_features, best, strict=True):
         console.print(sweep_table(points, records).to_rich())
         console.print(_best(point, record, records))
-    folder = _folder(options, list(pipelines.values()))
-    _write(options.source, grid, points, by_features, best, folder / f"sweep-{'-'.join(grid)}.png")
+    measured = sha256_of_json([[record.weights_hash, record.protocol_hash()] for record in chain(*by_features)])
+    figure = _folder(options, list(pipelines.values())) / f"sweep-{'-'.join(grid)}-{measured[:8]}.png"
+    _write(options.source, grid, points, by_features, best, figure)
 
 
 # The grid.
@@ -92,7 +88,8 @@ def _value(name: str, text: str) -> Any:
         try:
             return PIPELINES[name](text)
         except ValueError:
-            raise InputError(f"`--sweep {name}` must have numbers, got {text!r}") from None
+            numbers = "whole numbers" if PIPELINES[name] is int else "numbers"
+            raise InputError(f"`--sweep {name}` must have {numbers}, got {text!r}") from None
     if name in ("guidance_interval", "guide") and text == "none":
         return None
     if name == "guidance_interval":

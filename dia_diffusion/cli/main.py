@@ -139,7 +139,7 @@ def _parse(name: str, arguments: Sequence[str]) -> Callable[[], None]:
         raise InputError(f"`{name}` is now a script: run `python {SCRIPTS[name]}` in a clone of the repository")
     if name not in COMMANDS and name not in INTERNAL:
         raise InputError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {name!r}")
-    module = importlib.import_module(f"dia_diffusion.cli.{name.replace('-', '_')}")
+    module = importlib.import_module(f"dia_diffusion.cli.{name}")
     if hasattr(module, "parse"):
         return partial(module.run, module.parse(arguments))
     if not hasattr(module, "PARTS"):

@@ -11,6 +11,7 @@ from dia_diffusion.cli.console import Counter, SharedProgress, console
 from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.shared_options import SamplingOptions, load_for_sampling
 from dia_diffusion.errors import InputError, Stopped, number_of
+from dia_diffusion.io import check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -104,11 +105,12 @@ def run(options: Options) -> None:
 
 def _prepare(folder: Path, options: Options, device: "torch.device") -> tuple["ImagePipeline", str]:
     """Returns the same as `load_for_sampling`; raises now, not after sampling, if the files can't be written."""
-    if options.out is not None and options.out.suffix == ".npz" and options.out.exists():
-        raise InputError(f"`--out` must be a new file, got {options.out}, which exists")
-    for path in (options.grid, options.out):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.grid is not None:
+        check_writable(options.grid, "`--grid`")
+    if options.out is not None and options.out.suffix == ".npz":
+        if options.out.exists():
+            raise InputError(f"`--out` must be a new file, got {options.out}, which exists")
+        check_writable(options.out, "`--out`")
     return load_for_sampling(folder, options, device)
 
 

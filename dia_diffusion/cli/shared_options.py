@@ -72,10 +72,15 @@ def load_for_sampling(
     settings = SamplingSettings(
         options.sampler, options.steps, classes, options.guidance_scale, options.guidance_interval
     )
-    guide = None if options.guide is None else load_guide(options.guide, device, dtype)
+    guide = load_guide(options.guide, device, dtype)
     pipeline = adapt_pipeline(load_pipeline(folder, device, dtype), settings, guide)
     training = read_training(folder)
-    if guide is None and settings.guidance_scale != 1 and training and not training["recipe"]["data"]["label_dropout"]:
+    if (
+        guide is None
+        and settings.guidance_scale != 1
+        and training
+        and not training["recipe"]["data"].get("label_dropout")
+    ):
         raise InputError(
             f"`--guidance-scale` must be 1 for {folder}, which was trained with data.label_dropout 0 and so without a "
             f"null label, got {settings.guidance_scale}"

@@ -108,7 +108,7 @@ class ImageSet:
         """The images at these indices, in this order, uint8 (B, C, H, W), copied into memory.
 
         Args:
-            transform: makes pixels of each image; required if images are decoded at each read, else not allowed.
+            transform: makes pixels of each image; required if images are decoded at each read, else ignored.
 
         Raises:
             IndexError: there is no such image.

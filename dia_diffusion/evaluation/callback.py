@@ -13,7 +13,7 @@ from dia_diffusion.distributed import (
     on_rank_zero,
 )
 from dia_diffusion.errors import InputError, first_line
-from dia_diffusion.evaluation.evaluate import Evaluator, few_images
+from dia_diffusion.evaluation.evaluate import Evaluator, few_images_warnings
 from dia_diffusion.evaluation.features import FeatureExtractor, build_features
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import distance_name, read_records
@@ -60,15 +60,12 @@ class EvaluatePipelines(Callback):
         missing = broadcast_from_rank_zero(trainer.accelerator, lambda: self._is_missing(trainer))
         if trainer.step == self.config.max_steps and not missing:
             return
-        name = self.protocol.guide
-        if name is None and self.protocol.guidance_scale != 1 and not trainer.experiment.data.label_dropout:
-            raise InputError(f"protocol {self.protocol.name} needs data.label_dropout above 0, for guidance, got 0")
-        check_samples(trainer.experiment, self.protocol.sampling, None if name is None else load_guide(name))
+        check_samples(trainer.experiment, self.protocol.sampling, load_guide(self.protocol.guide))
         on_rank_zero(trainer.accelerator, self._check_records)
         device, progress = trainer.accelerator.device, trainer.progress.reading("bytes")
         build = partial(build_features, self.protocol.features, device, progress=progress)
         extractor = first_on_each_machine(trainer.accelerator, build)
-        self.protocol.check_count(self.protocol.num_samples)
+        self.protocol.check_count(self.protocol.num_samples, num_features=extractor.num_features)
         self.protocol.check_layers(extractor)
         reference = self._reference(trainer, extractor)
         accelerator, model = trainer.accelerator, trainer.experiment.model
@@ -86,7 +83,7 @@ class EvaluatePipelines(Callback):
             return False
         records = read_records(self.records) if self.records.is_file() else []
         lines = read_metrics(trainer.folder.metrics) if trainer.folder.metrics.is_file() else []
-        recorded = any(record.step == trainer.step and self.protocol.named_in(record) for record in records)
+        recorded = any(record.step == trainer.step and self.protocol.made(record) for record in records)
         return not (recorded and any(line["step"] == trainer.step and name in line for line in lines))
 
     def _check_records(self) -> None:
@@ -114,7 +111,7 @@ class EvaluatePipelines(Callback):
         device, dtype = trainer.accelerator.device, getattr(torch, self.protocol.precision)
 
         def load() -> ImagePipeline:
-            guide = None if self.protocol.guide is None else load_guide(self.protocol.guide, device, dtype)
+            guide = load_guide(self.protocol.guide, device, dtype)
             return adapt_pipeline(load_pipeline(folder, device, dtype), self.protocol.sampling, guide)
 
         pipeline = on_all_ranks(trainer.accelerator, load)
@@ -130,6 +127,6 @@ class EvaluatePipelines(Callback):
             return
         if added:
             trainer.message(f"step {trainer.step:,}: {record.metric} {record.distance:.3f} by {self.protocol.name}")
-            for text in few_images(record.protocol, self.evaluator.extractor.num_features):
+            for text in few_images_warnings(record.protocol, self.evaluator.extractor.num_features):
                 trainer.message(f"warning: {text}")
         trainer.log({record.metric: record.distance})

@@ -76,10 +76,10 @@ def refuse_mixed_protocols(runs: Sequence[Run]) -> None:
     for label, record in placed[1:]:
         first_label, first = placed[0]
         if differences := first.protocol.differences(record.protocol):
-            listed = ", ".join(f"{name} {mine} against {other}" for name, (mine, other) in differences.items())
+            listed = ", ".join(f"{name} {mine} vs. {other}" for name, (mine, other) in differences.items())
             raise InputError(
-                f"{first_label} (step {first.step}) and {label} (step {record.step}) can't share a figure, their "
-                f"protocols differ: {listed}"
+                f"{first_label} (step {first.step}) and {label} (step {record.step}) can't be plotted together "
+                f"because their protocols differ: {listed}"
             )
 
 

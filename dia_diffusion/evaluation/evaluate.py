@@ -16,31 +16,23 @@ from accelerate import Accelerator
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_rank_zero
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.feature_store import (
-    FeatureStore,
-    Judge,
-    filled_stores,
-)
+from dia_diffusion.evaluation.feature_store import FeatureStore, StoreSpec, filled_stores
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import SUM_BLOCK, bootstrap_interval, sums
-from dia_diffusion.evaluation.metrics import METRICS, MetricInputs, labelled
-from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
+from dia_diffusion.evaluation.metrics import METRICS, MetricInputs, labeled
+from dia_diffusion.evaluation.protocol import EvalProtocol, renamed
 from dia_diffusion.evaluation.record import (
     EvaluationRecord,
     ResolvedProtocol,
     append_record,
-    check_record_file,
     distance_name,
     make_record,
     read_records,
 )
 from dia_diffusion.evaluation.reference import HeldOut, Reference, choose
-from dia_diffusion.evaluation.sources import ImageSource
-from dia_diffusion.pipelines.folder import (
-    TRAINING_FILE,
-    records_file,
-    weights_hash,
-)
+from dia_diffusion.evaluation.sources import MeasuredImages
+from dia_diffusion.io import check_writable
+from dia_diffusion.pipelines.folder import TRAINING_FILE, records_file, weights_hash
 from dia_diffusion.progress import Progress
 from dia_diffusion.sharing.card import evaluation_rows, write_card
 
@@ -59,7 +51,7 @@ class Evaluator:
     held_out: HeldOut | None = None
     """Only if a metric needs it."""
 
-    def resolve(self, source: ImageSource) -> ResolvedProtocol:
+    def resolve(self, source: MeasuredImages) -> ResolvedProtocol:
         """The protocol of the source's distance, as stored in its record."""
         return ResolvedProtocol(
             features=self.extractor.name,
@@ -85,13 +77,11 @@ class Evaluator:
                 settings[name] |= {"reference_images": self.reference.num_feature_images}
         return settings
 
-    def record(
-        self, source: ImageSource, file: Path, measuring: Measuring = lambda work: nullcontext(Progress())
-    ) -> tuple[EvaluationRecord, bool]:
+    def record(self, source: MeasuredImages, file: Path) -> tuple[EvaluationRecord, bool]:
         """`record_together` for this evaluator alone."""
-        return record_together([self], source, file, measuring)[0]
+        return record_together([self], source, file)[0]
 
-    def known(self, source: ImageSource, file: Path) -> EvaluationRecord | None:
+    def known(self, source: MeasuredImages, file: Path) -> EvaluationRecord | None:
         """The newest record of these images and this protocol with all metrics, under the protocol's name if any is."""
         origin, resolved, settings = source.origin, self.resolve(source), self.metric_settings()
         known = [
@@ -101,9 +91,9 @@ class Evaluator:
             and not record.protocol.differences(resolved)
             and record.has(settings)
         ]
-        return next(reversed([record for record in known if self.protocol.named_in(record)] or known), None)
+        return next(reversed([record for record in known if self.protocol.made(record)] or known), None)
 
-    def check(self, source: ImageSource) -> None:
+    def check(self, source: MeasuredImages) -> None:
         """Raises InputError if a metric has too few images, or lacks a layer."""
         self.protocol.check_count(source.count, num_features=self.extractor.num_features)
         if self.held_out is not None and self.held_out.count < source.count:
@@ -138,7 +128,7 @@ class Evaluator:
             if index:
                 progress.update("computing", "metrics", index, len(protocol.metrics), name)
             numbers = METRICS[name].compute(inputs, protocol.settings_of(name))
-            metrics |= labelled(METRICS[name], numbers, self.extractor.name)
+            metrics |= labeled(METRICS[name], numbers, self.extractor.name)
         distance = metrics.pop(distance_name(self.extractor.name))
         fields: dict[str, Any] = {"distance": distance, "metrics": metrics}
         if protocol.bootstrap:
@@ -148,7 +138,7 @@ class Evaluator:
             fields |= vars(interval)
         return store.resumed_seconds, fields
 
-    def work_folder(self, source: ImageSource, resolved: ResolvedProtocol, records: Path) -> Path:
+    def work_folder(self, source: MeasuredImages, resolved: ResolvedProtocol, records: Path) -> Path:
         """The folder of chunks until the record is in the file `records`, next to that file.
 
         Its name is a hash of everything that the features depend on, so that no other evaluation resumes from it.
@@ -161,7 +151,7 @@ class Evaluator:
 
 def record_together(
     evaluators: Sequence[Evaluator],
-    source: ImageSource,
+    source: MeasuredImages,
     file: Path,
     measuring: Measuring = lambda work: nullcontext(Progress()),
 ) -> list[tuple[EvaluationRecord, bool]]:
@@ -179,7 +169,7 @@ def record_together(
     def known() -> list[dict[str, Any] | None]:
         found = [evaluator.known(source, file) for evaluator in evaluators]
         if None in found:
-            check_record_file(file)
+            check_writable(file, "the records file")
         return [None if record is None else record.to_dict() for record in found]
 
     before = [
@@ -194,7 +184,7 @@ def record_together(
         with measuring(new_works[0]) as progress:
             measured = iter(measure_together(new, source, new_works, progress))
     records = [
-        under_name(record or next(measured), evaluator.protocol)
+        renamed(record or next(measured), evaluator.protocol)
         for evaluator, record in zip(evaluators, before, strict=True)
     ]
 
@@ -215,7 +205,7 @@ def record_together(
 
 def measure_together(
     evaluators: Sequence[Evaluator],
-    source: ImageSource,
+    source: MeasuredImages,
     works: Sequence[Path | None],
     progress: Progress | None = None,
 ) -> list[EvaluationRecord]:
@@ -246,17 +236,17 @@ def measure_together(
 
 
 def filled_by_all(
-    evaluators: Sequence[Evaluator], source: ImageSource, works: Sequence[Path | None], progress: Progress
+    evaluators: Sequence[Evaluator], source: MeasuredImages, works: Sequence[Path | None], progress: Progress
 ) -> AbstractContextManager[list[FeatureStore | None]]:
     """The features of the images by each evaluator, see `filled_stores`; arguments and errors of `measure_together`."""
     for evaluator in evaluators:
         evaluator.check(source)
-    judges = [
-        Judge(evaluator.extractor, work, evaluator.protocol.layers)
+    specs = [
+        StoreSpec(evaluator.extractor, work, evaluator.protocol.layers)
         for evaluator, work in zip(evaluators, works, strict=True)
     ]
     accelerator = evaluators[0].accelerator
-    return filled_stores(source.images, source.count, judges, accelerator, source.name, progress=progress)
+    return filled_stores(source.images, source.count, specs, accelerator, source.name, progress=progress)
 
 
 def discard_work(folder: Path) -> None:
@@ -275,12 +265,12 @@ def update_card(folder: Path, file: Path) -> None:
     write_card(folder, evaluation_rows(records))
 
 
-def few_images(protocol: ResolvedProtocol, num_features: int) -> list[str]:
+def few_images_warnings(protocol: ResolvedProtocol, num_features: int) -> list[str]:
     """Warnings if there are no more images than features."""
     counts = {"samples": protocol.num_samples, "reference images": protocol.reference_count}
     return [
-        f"{count} {what} for {num_features} features: their covariance is singular and the distance comes out too "
-        f"large, the more so the fewer there are; compare it only with distances of as many"
+        f"{count} {what} for {num_features} features: their covariance is singular and the distance is biased "
+        "upward; compare it only with distances of the same number of images"
         for what, count in counts.items()
         if count is not None and count <= num_features
     ]

@@ -23,7 +23,7 @@ from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import UNREADABLE, load_tensors, save_tensors
 from dia_diffusion.io import native_lock, remove_partial
-from dia_diffusion.progress import Progress
+from dia_diffusion.progress import Advance, Progress
 from dia_diffusion.reading import parse_json
 
 BATCH = 64
@@ -31,8 +31,6 @@ BATCH = 64
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 500, 2500, 20
 CHUNK_FILES = "chunk-*.safetensors"
 
-Advance = Callable[[float], None]
-"""Called with the number of images made since the last call, which may be fractional."""
 ImagesOf = Callable[[Sequence[int], Advance], Iterable[torch.Tensor]]
 """Images by index (for a pipeline, by seed), as uint8 batches (B, C, H, W), in that order."""
 
@@ -148,7 +146,7 @@ def open_store(folder: Path, widths: dict[str, int], count: int, *, wait: bool =
 
 
 @dataclass(frozen=True)
-class Judge:
+class StoreSpec:
     """An extractor, and the folder for its features of the images."""
 
     extractor: FeatureExtractor
@@ -167,17 +165,17 @@ class Judge:
 def filled_stores(
     images: ImagesOf,
     count: int,
-    judges: Sequence[Judge],
+    specs: Sequence[StoreSpec],
     accelerator: Accelerator,
     name: str,
     *,
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[list[FeatureStore | None]]:
-    """Each judge's features of `count` images, measured by all ranks unless stored already; None except on rank 0.
+    """Each extractor's features of `count` images, measured by all ranks unless stored already; None except on rank 0.
 
-    Each image is made once for all judges. Each chunk is divided over the ranks, collected in order and written by rank
-    0, so that a different number of processes can resume.
+    Each image is made once for all extractors. Each chunk is divided over the ranks, collected in order and written by
+    rank 0, so that a different number of processes can resume.
 
     Args:
         name: of the images, for messages and progress.
@@ -191,21 +189,21 @@ def filled_stores(
     with ExitStack() as stack:
         opened: list[FeatureStore] = []
 
-        def open_in(place: Path, judge: Judge) -> None:
-            opened.append(stack.enter_context(open_store(place, judge.widths, count, wait=cache)))
+        def open_in(place: Path, spec: StoreSpec) -> None:
+            opened.append(stack.enter_context(open_store(place, spec.widths, count, wait=cache)))
 
         def open_all() -> None:
-            for judge in judges:
+            for spec in specs:
                 try:
-                    open_in(judge.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())), judge)
+                    open_in(spec.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())), spec)
                 except OSError:
                     if not cache:
                         raise
-                    open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())), judge)
+                    open_in(Path(stack.enter_context(tempfile.TemporaryDirectory())), spec)
 
         on_rank_zero(accelerator, open_all)
-        stores: list[FeatureStore | None] = [*opened] or [None] * len(judges)
-        _fill(stores, images, count, judges, accelerator, name, progress)
+        stores: list[FeatureStore | None] = [*opened] or [None] * len(specs)
+        _fill(stores, images, count, specs, accelerator, name, progress)
         yield stores
 
 
@@ -218,13 +216,12 @@ def filled_store(
     name: str,
     *,
     folder: Path | None = None,
-    layers: Sequence[str] = (),
     cache: bool = False,
     progress: Progress,
 ) -> Iterator[FeatureStore | None]:
-    """`filled_stores` for one judge."""
-    judges = [Judge(extractor, folder, layers)]
-    with filled_stores(images, count, judges, accelerator, name, cache=cache, progress=progress) as (store,):
+    """`filled_stores` for one extractor."""
+    specs = [StoreSpec(extractor, folder)]
+    with filled_stores(images, count, specs, accelerator, name, cache=cache, progress=progress) as (store,):
         yield store
 
 
@@ -232,7 +229,7 @@ def _fill(
     stores: list[FeatureStore | None],
     images: ImagesOf,
     count: int,
-    judges: Sequence[Judge],
+    specs: Sequence[StoreSpec],
     accelerator: Accelerator,
     name: str,
     progress: Progress,
@@ -257,7 +254,7 @@ def _fill(
         began = time.monotonic()
         without = [place for place, own in enumerate(missing) if [start, stop] in own]
         mine = shard(range(start, stop), accelerator.process_index, accelerator.num_processes)
-        measure = partial(_measure, mine, images, [judges[place] for place in without], name, advance)
+        measure = partial(_measure, mine, images, [specs[place] for place in without], name, advance)
         for place, share in zip(without, on_all_ranks(accelerator, measure), strict=True):
             rows = {array: _in_order(accelerator, part, stop - start) for array, part in share.items()}
             seconds, store = time.monotonic() - began, stores[place]
@@ -266,16 +263,16 @@ def _fill(
 
 
 def _measure(
-    indices: Sequence[int], images: ImagesOf, judges: Sequence[Judge], name: str, advance: Advance
+    indices: Sequence[int], images: ImagesOf, specs: Sequence[StoreSpec], name: str, advance: Advance
 ) -> list[dict[str, torch.Tensor]]:
-    """Each judge's rows of these images, on its extractor's device."""
+    """Each extractor's rows of these images, on its extractor's device."""
     parts = [
-        {array: [torch.zeros(0, width, device=judge.extractor.device)] for array, width in judge.widths.items()}
-        for judge in judges
+        {array: [torch.zeros(0, width, device=spec.extractor.device)] for array, width in spec.widths.items()}
+        for spec in specs
     ]
     for batch in images(indices, advance):
-        for judge, own in zip(judges, parts, strict=True):
-            layers = judge.extractor.layers(batch)
+        for spec, own in zip(specs, parts, strict=True):
+            layers = spec.extractor.layers(batch)
             for array, rows in own.items():
                 rows.append(layers[array])
     measured = [{array: torch.cat(rows) for array, rows in own.items()} for own in parts]

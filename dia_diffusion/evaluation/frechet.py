@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ class FeatureStatistics:
             statistics = cls(0)  # sized for the file, it would allocate the square of a long sum
             statistics.count, statistics.sum, statistics.outer = int(count), total.double(), outer.double()
         except UNREADABLE as error:
-            raise InputError(f"{path} is not a whole file of feature statistics ({type(error).__name__})") from error
+            raise InputError(
+                f"{path} is truncated, corrupted or not a file of feature statistics ({type(error).__name__})"
+            ) from error
         if statistics.count < 2:
             raise InputError(f"statistics in {path} must be of 2 images or more, got {statistics.count}")
         check_moments(path, statistics.sum.numpy(), statistics.outer.numpy(), "sum of outer products")
@@ -139,6 +141,10 @@ class GivenMoments:
     """Such files don't give the number of images."""
 
 
+Moments = FeatureStatistics | GivenMoments
+"""A mean (D,) and a covariance (D, D), both float64."""
+
+
 def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what: str = "covariance") -> None:
     """Raises InputError, naming the file, unless `first` is (D,), `second` symmetric (D, D), and all of it finite."""
     if first.ndim != 1 or second.shape != (first.size, first.size) or first.size == 0:
@@ -154,16 +160,6 @@ def check_moments(path: str | Path, first: np.ndarray, second: np.ndarray, what:
 
 TOLERANCE = 1e-12
 """The largest rounding error of the overlap, as a fraction of it."""
-
-
-class Moments(Protocol):
-    """Anything with a mean (D,) and a covariance (D, D), both float64."""
-
-    @property
-    def mean(self) -> np.ndarray: ...
-
-    @property
-    def covariance(self) -> np.ndarray: ...
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -87,14 +87,14 @@ class Metric:
             where = f"metric {name} in {num_features} features"
             raise InputError(f"{what} for {where} must be {most + 1} or more, got {count}")
         if count < (least := self.min_images(settings)):
-            options = f", or change {', '.join(f'`{option}`' for option in self.options)}" if self.options else ""
-            raise InputError(f"{what} for metric {name} must be {least} or more, got {count}{options}")
+            as_many = f", as many as `{self.options[0]}`" if self.options else ""
+            raise InputError(f"{what} for metric {name} must be {least} or more{as_many}, got {count}")
 
 
 METRICS: Registry[Metric] = Registry("metric")
 
 
-def labelled(metric: Metric, numbers: Mapping[str, float], features: str) -> dict[str, float]:
+def labeled(metric: Metric, numbers: Mapping[str, float], features: str) -> dict[str, float]:
     """A metric's numbers under their names in records."""
     labels = metric.labels(features)
     labels |= {f"{name} {part}": f"{label} {part}" for name, label in labels.items() for part in NUMBER_PARTS}

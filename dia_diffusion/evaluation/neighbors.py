@@ -33,7 +33,7 @@ class Neighbors:
 def find_neighbors(features: Tensor, reference: Tensor, device: torch.device) -> Neighbors:
     """The neighbors of samples (N, D) among reference images (M, D), M at least NEIGHBORS.
 
-    Memory: the reference, and 100 rows of distances to it.
+    Memory: both sets of features, and 100 rows of distances.
     """
     reference = reference.to(device)
     distances, indices = _nearest(features.to(device), reference, NEIGHBORS)

@@ -1,13 +1,11 @@
 """What an evaluation measures: `EvalProtocol`, from a YAML file that many runs share, or from the options of `fid`."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from dia_diffusion.data import SPLITS
 from dia_diffusion.errors import InputError
@@ -15,7 +13,7 @@ from dia_diffusion.evaluation.features.extractor import FeatureExtractor, check_
 from dia_diffusion.evaluation.frechet import LEVEL, MIN_RESAMPLES, SEED
 from dia_diffusion.evaluation.metrics import DISTANCE, LAYERS, METRICS, Needs
 from dia_diffusion.evaluation.record import EvaluationRecord
-from dia_diffusion.io import shipped_folder, shipped_names
+from dia_diffusion.io import sha256_of_json, shipped_folder, shipped_names
 from dia_diffusion.pipelines.pipeline_uvit import check_guidance
 from dia_diffusion.reading import read_yaml
 from dia_diffusion.sampling.samplers import PRECISIONS, SamplingSettings, check_sampler_name
@@ -30,11 +28,11 @@ class EvalProtocol(Strict):
 
     name: str = ""
     """The file's stem; empty for a protocol from options."""
-    features: str
-    """The features that the distance is measured in: digits, cifar10, inception or MODULE:CLASS."""
+    features: Annotated[str, AfterValidator(check_features_name)]
+    """The features that the distance is measured in: a row of FEATURES, or MODULE:CLASS."""
     num_samples: NonNegative
     """Number of images, 2 or more; a pipeline's seeds are 0, 1, 2, ... From options also 0: all images of a folder."""
-    sampler: str
+    sampler: Annotated[str, AfterValidator(check_sampler_name)]
     """A name in SAMPLERS, or own."""
     steps: Positive
     """Sampler steps."""
@@ -64,24 +62,12 @@ class EvalProtocol(Strict):
     held_out: str | None = None
     """Real images outside the reference, for metric fdr; None: the other split of the reference."""
 
-    @field_validator("features")
-    @classmethod
-    def _check_features(cls, features: str) -> str:
-        check_features_name(features)
-        return features
-
     @field_validator("num_samples")
     @classmethod
     def _check_num_samples(cls, count: int, info: ValidationInfo) -> int:
         if count < 2 and (count == 1 or info.data.get("name")):
             raise ValueError("2 or more")
         return count
-
-    @field_validator("sampler")
-    @classmethod
-    def _check_sampler(cls, sampler: str) -> str:
-        check_sampler_name(sampler)
-        return sampler
 
     @field_validator("metrics")
     @classmethod
@@ -183,16 +169,16 @@ class EvalProtocol(Strict):
             for name, field in type(self).model_fields.items()
             if name not in UNHASHED and (value := getattr(self, name)) != field.default
         }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(settings)
 
-    def named_in(self, record: EvaluationRecord) -> bool:
+    def made(self, record: EvaluationRecord) -> bool:
         """Whether a record was made under this name and these settings."""
         return (record.protocol_name, record.protocol_file_hash) == (self.name, self.hash())
 
     def refuse_changed(self, records: Iterable[EvaluationRecord], place: str | Path) -> None:
         """Raises InputError if records in `place` have this protocol's name but were made with other settings."""
         for record in records:
-            if record.protocol_name == self.name and not self.named_in(record):
+            if record.protocol_name == self.name and not self.made(record):
                 theirs, own = str(record.protocol_file_hash)[:8], self.hash()[:8]
                 raise InputError(
                     f"{place} has records of a protocol {self.name} with other settings (hash {theirs}, now {own}); "
@@ -200,8 +186,8 @@ class EvalProtocol(Strict):
                 )
 
 
-def under_name(record: EvaluationRecord, protocol: EvalProtocol) -> EvaluationRecord:
+def renamed(record: EvaluationRecord, protocol: EvalProtocol) -> EvaluationRecord:
     """The record under the protocol's name; unchanged if it has that name already, or the protocol has none."""
-    if not protocol.name or protocol.named_in(record):
+    if not protocol.name or protocol.made(record):
         return record
     return dataclasses.replace(record, protocol_name=protocol.name, protocol_file_hash=protocol.hash())

@@ -7,10 +7,7 @@ field of `Origin` or `EvaluationRecord` only needs a default.
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 from dia_diffusion.environment import installed_versions
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import append_json_line, verify_checksum
+from dia_diffusion.io import append_json_line, sha256_of_json, verify_checksum
 from dia_diffusion.reading import Unreadable, parse_json, read_lines
 from dia_diffusion.reading.typed import from_json
 
@@ -72,7 +69,7 @@ class ResolvedProtocol:
 
     def hash(self) -> str:
         """sha256 over `to_dict`."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(self.to_dict())
 
     def differences(self, other: "ResolvedProtocol") -> dict[str, tuple[Any, Any]]:
         """The fields that differ, each with this protocol's value and the other's.
@@ -197,13 +194,6 @@ def make_record(
 def distance_name(features: str) -> str:
     """The name of a Frechet distance in these features."""
     return "FID" if features == "inception" else f"FD({features})"
-
-
-def check_record_file(file: Path) -> None:
-    """Raises InputError if no record could be added to a file, before anything is measured."""
-    place = next(path for path in (file, *file.absolute().parents) if path.exists())
-    if file.is_dir() or not (place == file or place.is_dir()) or not os.access(place, os.W_OK):
-        raise InputError(f"records must go to a file in a writable folder, got {file}, which can't be written")
 
 
 def append_record(path: str | Path, record: EvaluationRecord) -> None:

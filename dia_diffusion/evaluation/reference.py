@@ -1,7 +1,6 @@
 """Reference images: their statistics and features, cached on disk."""
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import (
     SUM_BLOCK,
     FeatureStatistics,
-    GivenMoments,
+    Moments,
     frechet_distance,
     sums,
 )
@@ -34,7 +33,7 @@ from dia_diffusion.evaluation.statistics_file import (
     refuse_other_features,
     sizes_text,
 )
-from dia_diffusion.io import cache_folder, sha256_of_file
+from dia_diffusion.io import cache_folder, sha256_of_file, sha256_of_json
 from dia_diffusion.progress import Progress
 
 OTHER_SPLIT = {"train": "test", "test": "train"}
@@ -50,10 +49,10 @@ class Reference:
     """(C, H, W)"""
     hash: str
     """Hash of the chosen images, independent of the features; of the file, if it doesn't say which images they were."""
-    statistics: FeatureStatistics | GivenMoments
+    statistics: Moments
     features: torch.Tensor | None = None
     """(M, D), on rank 0 and only if a metric needs them."""
-    spatial: FeatureStatistics | GivenMoments | None = None
+    spatial: Moments | None = None
     """The statistics of the extractor's spatial features, if a metric needs them or a file has them."""
     num_feature_images: int | None = None
     """The number of images behind `features`, if a file has these images in addition to statistics of others."""
@@ -121,7 +120,7 @@ def measure_reference(
     if protocol.needs("reference features"):
         features = reference_features(images, extractor, accelerator, progress)
     spatial = protocol.needs("spatial")
-    compute = partial(reference_statistics, images, extractor, features=features, spatial=spatial)
+    compute = partial(reference_statistics, images, extractor, progress=progress, features=features, spatial=spatial)
     return replace(first_on_each_machine(accelerator, compute), features=features)
 
 
@@ -171,7 +170,10 @@ def reference_statistics(
     described = {"features": provenance}
     if spatial:
         described["spatial"] = provenance | {"layer": "spatial"}
-    paths = {layer: cache_folder() / "statistics" / f"{_hash(text)}.safetensors" for layer, text in described.items()}
+    paths = {
+        layer: cache_folder() / "statistics" / f"{sha256_of_json(text)}.safetensors"
+        for layer, text in described.items()
+    }
     known: dict[str, FeatureStatistics] = {}
     for layer, path in paths.items():
         with suppress(InputError):  # not there yet, or truncated
@@ -219,7 +221,7 @@ def reference_features(
 ) -> torch.Tensor | None:
     """The features (N, D) of the images, cached on disk; None except on rank 0. All ranks share the work."""
     depends = [images.fingerprint, extractor.name, extractor.weights_hash, STATISTICS_VERSION]
-    folder = cache_folder() / "features" / hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    folder = cache_folder() / "features" / sha256_of_json(depends)
     measured = filled_store(
         batches_of(images),
         len(images),
@@ -236,7 +238,7 @@ def reference_features(
 
 def hash_of_images(images: ImageSet, indices: np.ndarray) -> str:
     """The hash of a reference made of the images at these int64 indices."""
-    return _hash({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
+    return sha256_of_json({"fingerprint": images.fingerprint, "indices": hashlib.sha256(indices.tobytes()).hexdigest()})
 
 
 def floor_distance(
@@ -254,10 +256,6 @@ def choose(total: int, count: int | None = None, seed: int | None = None) -> np.
     if not 0 < count <= total:
         raise InputError(f"the number of images must be 1 to {total}, the size of the source, got {count}")
     return np.arange(count) if seed is None else np.sort(np.random.default_rng(seed).permutation(total)[:count])
-
-
-def _hash(values: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def open_reference(path: str | Path, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> Reference:

@@ -15,7 +15,7 @@ from dia_diffusion.sampling.generate import ImagePipeline, generate
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class MeasuredImages:
     """Images to measure."""
 
     name: str
@@ -29,7 +29,7 @@ class ImageSource:
     """Folder of the pipeline that draws the images."""
 
 
-def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_size: int = BATCH) -> ImageSource:
+def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_size: int = BATCH) -> MeasuredImages:
     """The images that a pipeline draws from the seeds 0 to count - 1."""
 
     def images(seeds: Sequence[int], advance: Advance) -> Iterator[Tensor]:
@@ -49,13 +49,13 @@ def pipeline_source(pipeline: ImagePipeline, folder: Path, count: int, batch_siz
         "guidance_interval": None if settings.guidance_interval is None else list(settings.guidance_interval),
         "guide": None if pipeline.guide is None else pipeline.guide.hashes,
     }
-    return ImageSource(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
+    return MeasuredImages(folder.name, pipeline_origin(folder), count, images, sampled_by, folder)
 
 
-def images_source(images: ImageSet) -> ImageSource:
+def images_source(images: ImageSet) -> MeasuredImages:
     """Existing images."""
     origin = Origin(source=images.name, split=images.split, weights_hash=images.fingerprint)
-    return ImageSource(images.name, origin, len(images), batches_of(images), {})
+    return MeasuredImages(images.name, origin, len(images), batches_of(images), {})
 
 
 def pipeline_origin(folder: Path) -> Origin:

@@ -13,8 +13,10 @@ from dia_diffusion.environment import __version__, installed_versions
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import (
+    SUM_BLOCK,
     FeatureStatistics,
     GivenMoments,
+    Moments,
     check_moments,
 )
 from dia_diffusion.reading import refuse_bomb
@@ -41,7 +43,7 @@ class StatisticsFile:
     """The contents of a file of statistics."""
 
     path: Path
-    statistics: FeatureStatistics | GivenMoments
+    statistics: Moments
     provenance: dict[str, Any] | None
     """TEXTS, split (None: the source has no splits), shape (C, H, W) of the images and more; None for an npz, which has
     none of them."""
@@ -80,11 +82,8 @@ def _npz_keys(path: Path) -> set[str]:
 
 
 def write_statistics(path: str | Path, reference: "Reference", extractor: FeatureExtractor) -> None:
-    """Writes a safetensors file with all that `read_statistics` needs. Raises InputError for other suffixes."""
-    if Path(path).suffix != ".safetensors":
-        raise InputError(f"the file for statistics must end in .safetensors, got {path}")
-    if not isinstance(reference.statistics, FeatureStatistics):
-        raise InputError(f"{reference.name} gives a mean and a covariance only, of unknown images")
+    """Writes a safetensors file with all that `read_statistics` needs."""
+    assert isinstance(reference.statistics, FeatureStatistics)
     provenance = {
         "source": reference.name,
         "split": reference.split,
@@ -122,7 +121,10 @@ def read_statistics(path: str | Path) -> StatisticsFile:
     if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(length, int) for length in shape):
         raise InputError(f"the shape of images in {path} must be three numbers (C, H, W), got {shape}")
     if (version := provenance.get("statistics_version")) != STATISTICS_VERSION:
-        raise InputError(f"{path} is of version {version}, this program's are {STATISTICS_VERSION}; make it again")
+        raise InputError(
+            f"`statistics_version` of {path} must be {STATISTICS_VERSION}, got {version}; make it again with "
+            "`dia-diffusion stats make`"
+        )
     return StatisticsFile(path, statistics, provenance)
 
 
@@ -146,7 +148,7 @@ def refuse_other_features(file: StatisticsFile, features: str, weights_hash: str
         )
 
 
-def _read_npz(path: Path) -> tuple[FeatureStatistics | GivenMoments, GivenMoments | None]:
+def _read_npz(path: Path) -> tuple[Moments, GivenMoments | None]:
     """The statistics of features and, from ADM's files, of spatial features."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -183,13 +185,13 @@ def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: s
     return moments
 
 
-def _of_features(path: Path, features: np.ndarray, block: int = 4096) -> FeatureStatistics:
+def _of_features(path: Path, features: np.ndarray) -> FeatureStatistics:
     """The statistics of features (N, D), computed here."""
     if features.ndim != 2 or len(features) < 2:
         raise InputError(f"pool_3 in {path} must be (N, D) of 2 images or more, got {features.shape}")
     statistics = FeatureStatistics(features.shape[1])
-    for start in range(0, len(features), block):
-        statistics.update(torch.from_numpy(features[start : start + block].astype(np.float64)))
+    for start in range(0, len(features), SUM_BLOCK):
+        statistics.update(torch.from_numpy(features[start : start + SUM_BLOCK].astype(np.float64)))
     check_moments(path, statistics.sum.numpy(), statistics.outer.numpy())
     return statistics
 

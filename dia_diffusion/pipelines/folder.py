@@ -1,12 +1,11 @@
 """Pipeline folders: finding them, their index, their weights and whether those are intact, hashes, and records."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import sha256_of_file, step_folders
+from dia_diffusion.io import sha256_of_file, sha256_of_json, step_folders
 from dia_diffusion.reading import Unreadable, read_json_object, stored_shapes
 
 INDEX = "model_index.json"
@@ -46,7 +45,7 @@ def find_pipeline(path: str | Path, step: int | None = None) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"a pipeline must be in a pipeline folder or a run folder, but {path} does not exist")
+        raise InputError(f"{path} does not exist; it must be a pipeline folder or a run folder")
     if (path / INDEX).is_file():
         if step is not None:
             raise InputError(f"{path} is one pipeline, not a run: it has no step {step} to choose")
@@ -165,8 +164,7 @@ def model_hash(folder: str | Path) -> str:
         for name, (_, kind) in components(index).items()
     }
     own = [index["prediction_type"]] if index.get("prediction_type") else []
-    described = json.dumps([class_name(index), configs, *own], sort_keys=True)
-    return hashlib.sha256(described.encode()).hexdigest()
+    return sha256_of_json([class_name(index), configs, *own])
 
 
 def check_weights(folder: Path) -> None:
@@ -212,17 +210,18 @@ def read_training(folder: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     training = read_record(path, NEEDED)
+    optional: dict[str, Any] = {}
     if training["recipe"]["model"].get("backbone", "uvit") == "uvit":
-        read_record(path, NEEDED_OF_UVIT)
+        optional |= NEEDED_OF_UVIT
     if training.get("init_from"):
-        read_record(path, STARTED_FROM)
+        optional |= STARTED_FROM
     if "randomness" in training:
-        read_record(path, {"randomness": int})
+        optional["randomness"] = int
     if "average" in training:
-        read_record(path, {"average": dict})
+        optional["average"] = dict
     if training["data"].get("class_names"):
-        read_record(path, {"data.class_names": list})
-    return training
+        optional["data.class_names"] = list
+    return read_record(path, optional)
 
 
 def average_of(training: dict[str, Any]) -> str | None:

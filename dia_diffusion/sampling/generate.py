@@ -6,7 +6,7 @@ it. Most pipelines are sampled by UViTPipeline's loop around their network, othe
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,13 +27,13 @@ from dia_diffusion.pipelines.pipeline_uvit import (
     check_null_label,
     network_prediction_type,
 )
+from dia_diffusion.progress import Advance
 from dia_diffusion.sampling.load import Guide
 from dia_diffusion.sampling.samplers import (
     MAX_SEED,
     OWN_SAMPLER,
     SamplingSettings,
     build_scheduler,
-    check_sampler_name,
     check_steps,
     scheduler_settings,
 )
@@ -50,12 +50,9 @@ SHARED_LOOPS: dict[str, tuple[str, str | None]] = {
 }
 DECODERS = (AutoencoderKL, VQModel, AutoencoderTiny)
 
-Progress = Callable[[float], None]
-"""Called with the (fractional) number of images that have been sampled since the last call."""
-
 
 def generate(
-    pipeline: "ImagePipeline", seeds: Sequence[int], batch_size: int = 64, progress: Progress | None = None
+    pipeline: "ImagePipeline", seeds: Sequence[int], batch_size: int = 64, progress: Advance | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Generates the images of seeds, batch by batch.
 
@@ -158,7 +155,7 @@ class ImagePipeline(ABC):
     def dtype(self) -> torch.dtype: ...
 
     @abstractmethod
-    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+    def draw(self, seeds: list[int], progress: Advance | None = None) -> Tensor:
         """Float images (B, C, H, W) in [0, 1], one per seed; none depends on the other seeds."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +213,7 @@ class SharedLoop(ImagePipeline):
     def dtype(self) -> torch.dtype:
         return self.runner.unet.dtype
 
-    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+    def draw(self, seeds: list[int], progress: Advance | None = None) -> Tensor:
         def on_step_end(runner: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if progress is not None:
                 progress(len(seeds) / len(runner.scheduler.timesteps))
@@ -275,7 +272,6 @@ class OwnLoop(ImagePipeline):
     def __init__(self, pipeline: DiffusionPipeline, settings: SamplingSettings):
         name, config = type(pipeline).__name__, pipeline.unet.config
         self.pipeline, self.parameters = pipeline, inspect.signature(pipeline.__call__).parameters
-        check_sampler_name(settings.sampler)
         if settings.sampler != OWN_SAMPLER:
             raise InputError(f"`sampler` must be own for a {name}, which has its own loop, got {settings.sampler!r}")
         decoder = getattr(pipeline, "vae", getattr(pipeline, "vqvae", None))
@@ -294,7 +290,7 @@ class OwnLoop(ImagePipeline):
     def dtype(self) -> torch.dtype:
         return self.pipeline.unet.dtype
 
-    def draw(self, seeds: list[int], progress: Progress | None = None) -> Tensor:
+    def draw(self, seeds: list[int], progress: Advance | None = None) -> Tensor:
         images, device, labels = [], self.pipeline.device, self.settings.labels(seeds)
         for index, seed in enumerate(seeds):
             given = {

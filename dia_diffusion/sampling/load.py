@@ -91,8 +91,10 @@ class Guide:
     """weights_hash and model_hash of the folder, for records."""
 
 
-def load_guide(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Guide:
-    """The guide named by RUN, RUN:STEP or a pipeline folder. For arguments and errors see `load_pipeline`."""
+def load_guide(name: str | None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Guide | None:
+    """The guide named by RUN, RUN:STEP or a pipeline folder, or None. For arguments and errors see `load_pipeline`."""
+    if name is None:
+        return None
     folder = find_guide(name)
     hashes = {"weights_hash": weights_hash(folder), "model_hash": model_hash(folder)}
     return Guide(load_pipeline(folder, device, dtype), hashes)

@@ -142,10 +142,11 @@ SAMPLERS.register(
 SAMPLERS.register("euler-maruyama", Sampler("EulerMaruyamaScheduler"))
 
 
-def check_sampler_name(name: str) -> None:
-    """Raises InputError if there is no sampler of this name."""
+def check_sampler_name(name: str) -> str:
+    """The name. Raises InputError if there is no sampler of this name."""
     if name != OWN_SAMPLER and name not in SAMPLERS:
         raise InputError(f"`sampler` must be one of {', '.join([*SAMPLERS, OWN_SAMPLER])}, got {name!r}")
+    return name
 
 
 def samplers_of(scheduler: "SchedulerMixin") -> list[str]:

@@ -10,6 +10,7 @@ import yaml
 
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import write_text
+from dia_diffusion.models.factory import BACKBONES
 from dia_diffusion.pipelines.folder import CONVERTED_FILE, TRAINING_FILE, read_record, read_training
 from dia_diffusion.reading import read_json_object
 
@@ -24,12 +25,10 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         folder: the pipeline folder. Without training.json, as for converted weights, the card describes only the model.
         evaluations: rows for the table of distances, from `evaluation_rows`.
     """
-    from dia_diffusion.models.factory import BACKBONES  # not at the top: commands read their options without torch
-
     folder = Path(folder)
     training = read_training(folder)
     model = training["recipe"]["model"] if training else read_json_object(folder / "unet" / "config.json")
-    unit = model["attention"]
+    unit, num_classes = model.get("attention"), model.get("num_classes")
     backbone = model.get("backbone", "uvit")
     if backbone not in BACKBONES:
         accepted = ", ".join(BACKBONES)
@@ -40,11 +39,11 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
     if model.get("attention_at") or model.get("attention_blocks"):
         place = "in some blocks"
     described = "no attention unit" if unit in (None, "none") else f"the unit {_code(unit)} {place}"
-    kind = "An unconditional" if model["num_classes"] is None else f"A {model['num_classes']}-class"
+    kind = "An unconditional" if num_classes is None else f"A {model['num_classes']}-class"
     lines = [
         "---",
         "library_name: diffusers",
-        *(["pipeline_tag: unconditional-image-generation"] if model["num_classes"] is None else []),
+        *(["pipeline_tag: unconditional-image-generation"] if num_classes is None else []),
         f"tags: [dia-diffusion, {backbone}, diffusion]",
         "---",
         f"# {name}, step {training['step']:,}" if training else f"# {name}",
@@ -64,13 +63,13 @@ def write_card(folder: str | Path, evaluations: list[dict[str, Any]] | None = No
         lines += [f"It started from the weights of {_code(name)} (sha256 {_code(sha256)}).", ""]
     if (folder / "samples.png").is_file():
         lines += ["![Samples of seeds 0, 1, 2, ..., not picked](samples.png)", ""]
-    if training and model["num_classes"] is not None and training["data"].get("class_names"):
+    if training and num_classes is not None and training["data"].get("class_names"):
         names = ", ".join(f"{number} {_text(name)}" for number, name in enumerate(training["data"]["class_names"]))
-        in_grid = training["recipe"]["samples"]["count"] >= model["num_classes"]  # else some classes are missing
+        in_grid = training["recipe"]["samples"]["count"] >= num_classes  # else some classes are missing
         lines += [f"Its classes{', and the columns of the grid in their order' if in_grid else ''}: {names}.", ""]
     # Guidance needs the null label, which is only trained with label dropout.
     guided = training is not None and bool(training["recipe"]["data"].get("label_dropout"))
-    lines += ["## Use", *_use(folder, model["num_classes"], guided), "", "## Evaluations"]
+    lines += ["## Use", *_use(folder, num_classes, guided), "", "## Evaluations"]
     if evaluations:
         lines += ["| metric | distance | images | reference | sampler | steps | protocol |", "| --- |" + " --- |" * 6]
         lines += [

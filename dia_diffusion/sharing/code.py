@@ -43,10 +43,11 @@ def with_classes(source: Path, index: dict[str, Any], with_code: bool) -> tuple[
         InputError: the scheduler is neither diffusers' nor this package's, or the network (with code, also the unit)
             isn't this package's.
     """
-    scheduler, network = index.get("scheduler"), str(index["unet"][-1])
-    if not isinstance(scheduler, list) or len(scheduler) != 2:
-        raise InputError(f"{source / INDEX} must name a scheduler")
-    library, name = map(str, scheduler)
+    for component in ("unet", "scheduler"):
+        if not isinstance(index.get(component), list) or len(index[component]) != 2:
+            raise InputError(f"{source / INDEX} must name a {component}")
+    network = str(index["unet"][1])
+    library, name = map(str, index["scheduler"])
     if network not in NETWORKS:
         raise InputError(f"the unet of {source} must be one of {', '.join(NETWORKS)}, got a {network}")
     if library != "diffusers" and name not in SCHEDULERS:

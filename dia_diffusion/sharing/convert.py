@@ -88,7 +88,8 @@ def convert_to_pipeline(path: str | Path, folder: str | Path, heads: int | None 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise InputError(f"{path} must be a file of official U-ViT weights (.pth)")
+        got = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"{path} must be a file of official U-ViT weights (.pth), got {got}")
     try:
         state = load_pickled_tensors(path)
     except NotTensors as error:

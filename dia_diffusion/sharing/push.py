@@ -21,6 +21,7 @@ class Shipment:
     folder: Path
     repo_id: str
     endpoint: str
+    """The Hub's address: huggingface_hub's default, or $HF_ENDPOINT."""
     sizes: dict[Path, int]
     """Path relative to the folder -> bytes."""
     left_out: dict[Path, str]
@@ -28,13 +29,12 @@ class Shipment:
     carries_code: bool
 
 
-def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Shipment:
+def prepare(folder: str | Path, repo_id: str) -> Shipment:
     """What would be uploaded from a pipeline folder; makes no connection.
 
     Args:
         folder: of a UViTPipeline.
         repo_id: such as "name/model".
-        endpoint: the Hub's address; None is huggingface_hub's default, or $HF_ENDPOINT.
 
     Raises:
         InputError: not a complete UViTPipeline (`check_pipeline`), a malformed repo_id, a file that contains a local
@@ -65,7 +65,7 @@ def prepare(folder: str | Path, repo_id: str, endpoint: str | None = None) -> Sh
         if path not in carried or (folder / path).read_bytes() != code.get(path, "").encode():
             raise InputError(f"{folder / path} is not the code that this version generates; {again}")
     sizes = {relative: (folder / relative).stat().st_size for relative in shared}
-    return Shipment(folder, repo_id, HfApi(endpoint=endpoint).endpoint, sizes, left_out, carries_code)
+    return Shipment(folder, repo_id, HfApi().endpoint, sizes, left_out, carries_code)
 
 
 def find_token() -> str:

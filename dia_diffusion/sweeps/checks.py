@@ -18,7 +18,6 @@ from dia_diffusion.pipelines.folder import read_training
 from dia_diffusion.sampling.load import load_guide
 from dia_diffusion.sweeps.collect import Inventory, RunState, records_of
 from dia_diffusion.sweeps.sweep import Run, Study
-from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import check_samples
 from dia_diffusion.training.run_folder import RunFolder, check_new_run, refuse_changes, refuse_other_randomness
 
@@ -39,20 +38,13 @@ def check_recipes(runs: Iterable[Run], protocols: Sequence[EvalProtocol] = ()) -
             check_samples(experiment)
             micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
             check_trackers(experiment.trackers)
-            for protocol in protocols:
-                _check_classes(protocol, experiment)
         except InputError as error:
             raise InputError(f"unit {run.unit}: {error}") from None
-
-
-def _check_classes(protocol: EvalProtocol, experiment: Experiment) -> None:
-    known = experiment.model.num_classes or 0
-    if protocol.classes is not None and max(protocol.classes) >= known:
-        raise InputError(f"protocol {protocol.name} has class {max(protocol.classes)}; the model has {known} classes")
-    if protocol.guide is not None:
-        check_samples(experiment, protocol.sampling, load_guide(protocol.guide))
-    elif protocol.guidance_scale != 1 and not experiment.data.label_dropout:
-        raise InputError(f"protocol {protocol.name} has guidance, which needs data.label_dropout; the recipe has none")
+        for protocol in protocols:
+            try:
+                check_samples(experiment, protocol.sampling, load_guide(protocol.guide))
+            except InputError as error:
+                raise InputError(f"unit {run.unit}, protocol {protocol.name}: {error}") from None
 
 
 def check_runs(states: Sequence[RunState]) -> None:

@@ -72,7 +72,7 @@ def measured(runs: Sequence[Run], protocol: EvalProtocol) -> list[Measured]:
     for run in runs:
         records = records_of(run)
         protocol.refuse_changed(records, RunFolder(run.folder).evaluations)
-        by_step = {record.step: record for record in records if record.step and protocol.named_in(record)}
+        by_step = {record.step: record for record in records if record.step and protocol.made(record)}
         for record in by_step.values():
             _refuse_another_run(record, run)
         by_run[run.name] = [by_step[step] for step in sorted(by_step)]

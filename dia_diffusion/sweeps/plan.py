@@ -85,7 +85,7 @@ def seconds_of_sampler_step(experiment: Experiment, protocol: EvalProtocol) -> f
     dtype = getattr(torch, protocol.precision)
     pipeline.unet.to(dtype)
     few = replace(protocol.sampling, steps=min(protocol.steps, 8))
-    guide = None if protocol.guide is None else load_guide(protocol.guide, device, dtype)
+    guide = load_guide(protocol.guide, device, dtype)
     adapted = adapt_pipeline(pipeline, few, guide)
     for _ in range(2):  # the first is a warm-up
         started = time.perf_counter()

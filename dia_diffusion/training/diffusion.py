@@ -232,8 +232,10 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
     check_layers(experiment.model.model_dump(), MOST_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
-    pipeline = _pipeline(model, experiment.noise_process())
-    adapt_pipeline(pipeline, settings or sampling_settings(experiment), guide)
+    pipeline, settings = _pipeline(model, experiment.noise_process()), settings or sampling_settings(experiment)
+    adapt_pipeline(pipeline, settings, guide)
+    if guide is None and settings.guidance_scale != 1 and not experiment.data.label_dropout:
+        raise InputError(f"`guidance_scale` must be 1 without data.label_dropout, got {settings.guidance_scale}")
 
 
 def save_samples(pipeline: UViTPipeline, experiment: Experiment, path: Path) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 from dia_diffusion.distributed import on_rank_zero
 from dia_diffusion.errors import InputError
 from dia_diffusion.io import refuse_existing, step_folders, step_name
-from dia_diffusion.pipelines.folder import TRAINING_FILE
-from dia_diffusion.reading import read_json_object
+from dia_diffusion.pipelines.folder import TRAINING_FILE, read_record
 from dia_diffusion.training.callbacks import Callback
 from dia_diffusion.training.checkpoint import (
     Checkpoint,
@@ -225,7 +224,7 @@ def _save(
 ) -> None:
     """Writes a pipeline with the weights that `weights` returns for the names of the model's parameters."""
     training = {key: value for key, value in state.items() if key not in NOT_OF_PIPELINES} | {"average": average}
-    if (place / TRAINING_FILE).is_file() and read_json_object(place / TRAINING_FILE) == training:
+    if (place / TRAINING_FILE).is_file() and read_record(place / TRAINING_FILE, {}) == training:
         return
     refuse_existing(place)
     experiment = read_experiment(str(RunFolder(run).config))

@@ -120,6 +120,10 @@ def test_bad_input(averages: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert line in error_of(["ema", *arguments], capsys)
     assert not (averages / "averages").exists()
+    assert main(["ema", str(averages), "--width", "0.1", "--out", str(plain / "made")]) == 0
+    (plain / "made" / "training.json").write_text("{")
+    line = error_of(["ema", averages, "--width", "0.1", "--out", plain / "made"], capsys)
+    assert "training.json is truncated or corrupted" in line
     lone = averages / "snapshots" / "step-00000020" / "width-0.1.safetensors"
     lone.write_bytes(lone.read_bytes()[:-1])
     assert f"snapshot file {lone} is truncated" in error_of(["ema", averages, "--width", "0.1"], capsys)
@@ -140,8 +144,9 @@ def test_fid_sweeps_widths_and_steps(averages: Path, capsys: pytest.CaptureFixtu
     assert not (averages / "averages").exists()
     assert main([*fid, "--sweep", "width=0.05,0.1", "steps=2,3"]) == 0
     made = averages / "averages" / "step-00000020"
-    written = json.loads((made / "sweep-width-steps.json").read_text())
+    (numbers,) = made.glob("sweep-width-steps-*.json")
+    written = json.loads(numbers.read_text())
     distances = [record.distance for w in (0.05, 0.1) for record in read_records(made / f"width-{w}/evaluations.jsonl")]
     assert [point["distance"] for point in written["points"]] == distances and len(set(distances)) == 4
     assert written["points"][1]["settings"] == {"width": 0.05, "steps": 3}
-    assert (made / "sweep-width-steps.png").is_file()
+    assert numbers.with_suffix(".png").is_file()

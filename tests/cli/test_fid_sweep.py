@@ -36,8 +36,9 @@ def test_a_grid_is_measured_once(run: Path, sampled: list[int], capsys: pytest.C
     at = f"steps {best.protocol.num_inference_steps}, sampler {best.protocol.sampler}"
     assert f"best FD(digits): {best.distance:.3f} [{best.low:.3f}, {best.high:.3f}] at {at}" in shown
 
-    assert (run / "sweep-steps-sampler.png").stat().st_size > 1000
-    written = json.loads((run / "sweep-steps-sampler.json").read_text())
+    (numbers,) = run.glob("sweep-steps-sampler-*.json")  # the same for the same sweep
+    assert numbers.with_suffix(".png").stat().st_size > 1000
+    written = json.loads(numbers.read_text())
     assert written["sweep"] == {"steps": [3, 2], "sampler": ["ddim", "dpmsolver++"]}
     assert [point["distance"] for point in written["points"]][:4] == [record.distance for record in digits]
     assert written["points"][1]["settings"] == {"steps": 3, "sampler": "dpmsolver++"}
@@ -56,7 +57,8 @@ def test_a_sweep_of_a_named_protocol_and_of_steps_of_training(run: Path, tmp_pat
         (6, 2, "mine"),
         (6, 1, "mine with steps=1"),
     ]
-    written = json.loads((run / "sweep-steps-step.json").read_text())
+    (numbers,) = run.glob("sweep-steps-step-*.json")
+    written = json.loads(numbers.read_text())
     assert [point["settings"] for point in written["points"]] == [
         {"steps": 2, "step": 3},
         {"steps": 1, "step": 3},
@@ -82,6 +84,7 @@ def test_what_cannot_be_swept(run: Path, sampled: list[int], capsys: pytest.Capt
         ("steps=2,3 --every-step", "must be left out when"),
         ("step=3,4", "must be one of 3, 6, got 4"),
         ("width=0.1,wide", "must have numbers, got 'wide'"),
+        ("step=3,1e3", "must have whole numbers, got '1e3'"),
         ("width=0.1 decay=0.9", "must be left out when"),
     ):
         fid = ["fid", run, "--reference", "digits", "--num", "40", "--sweep", *options.split()]

@@ -126,7 +126,10 @@ def test_what_is_refused(
         ("ours --guidance-scale 2 --guidance-interval 5", "must be two noise levels low < high"),
         ("ours --guidance-scale 2 --guidance-interval a,b", "`--guidance-interval` must be a number"),
         ("ours --guide other", "`guidance_scale` must be above 1 with a guide, got 1.0"),
-        ("ours --guide nowhere --guidance-scale 2", "`guide`: a pipeline must be in "),
+        (
+            "ours --guide nowhere --guidance-scale 2",
+            "`guide`: nowhere does not exist; it must be a pipeline folder",
+        ),
         ("ours --guide other:7 --guidance-scale 2", "`guide`: the step of a pipeline in "),
         ("ours --guide= --guidance-scale 2", "`guide`: a pipeline must have a name, got none"),
         ("ours --guide ours:7 --guidance-scale 2", "it has no step 7 to choose"),

@@ -93,7 +93,7 @@ def test_train_sample_fid_curves(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "only samples" in samples
 
     assert main(["fid", str(run), *reference, "--num", "70", "--steps", "3"]) == 0
-    assert "num_samples 80 against 70" in error_of(["curves", run, "--out", figure], capsys)
+    assert "num_samples 80 vs. 70" in error_of(["curves", run, "--out", figure], capsys)
     chosen = records[0].protocol_hash()[:12]
     assert main(["curves", str(run), "--out", str(figure), "--protocol", chosen]) == 0
 

@@ -61,7 +61,7 @@ def test_records_in_any_order_and_the_later_of_two_counts(tmp_path, run, record)
 
 def test_mixed_protocols_are_refused_by_what_differs(tmp_path, run):
     other = run("b", [3, 2], num_samples=1000, sampler="ddpm")
-    differences = "num_samples 500 against 1000, sampler dpmsolver\\+\\+ against ddpm"
+    differences = "num_samples 500 vs. 1000, sampler dpmsolver\\+\\+ vs. ddpm"
     with pytest.raises(InputError, match=f"a \\(step 100\\) and b \\(step 100\\).*{differences}"):
         draw_curves([run("a", [3, 2]), other], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

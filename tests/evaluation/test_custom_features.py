@@ -112,8 +112,8 @@ def test_distance_equals_torch_fidelitys(module, digits):
 def test_logits_are_optional(module, digits):
     images = torch.from_numpy(digits.images[:4])
     without, with_logits = build_features(f"{module}:Projection"), build_features(f"{module}:Classifying")
-    assert (without.num_features, without.num_classes) == (5, None)
-    assert (with_logits.num_features, with_logits.num_classes) == (5, 2)
+    assert without.widths == {"features": 5}
+    assert with_logits.widths == {"features": 5, "logits": 2}
     features, logits = with_logits.layers(images).values()
     assert torch.equal(logits, features[:, :2])
     assert torch.equal(without(images), features)

@@ -15,14 +15,14 @@ from dia_diffusion.cli.main import main
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation import feature_store
-from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images, measure_together
+from dia_diffusion.evaluation.evaluate import Evaluator, discard_work, few_images_warnings, measure_together
 from dia_diffusion.evaluation.feature_store import filled_store, open_store
 from dia_diffusion.evaluation.features import build_features
 from dia_diffusion.evaluation.metrics import METRICS, Metric
 from dia_diffusion.evaluation.protocol import EvalProtocol
 from dia_diffusion.evaluation.record import Origin, read_records
 from dia_diffusion.evaluation.reference import reference_features, reference_statistics
-from dia_diffusion.evaluation.sources import ImageSource
+from dia_diffusion.evaluation.sources import MeasuredImages
 from dia_diffusion.progress import Progress
 from tests.evaluation.torch_images import Images
 from tests.processes import PATIENCE, free_port
@@ -63,7 +63,7 @@ def many():
 
 def source_of(images_of, count, protocol):
     sampled_by = {name: getattr(protocol(), name) for name in SAMPLED_BY}
-    return ImageSource("images", ORIGIN, count, images_of, sampled_by)
+    return MeasuredImages("images", ORIGIN, count, images_of, sampled_by)
 
 
 def in_batches(images, batch, asked=None, fail_at=None):
@@ -190,7 +190,7 @@ def test_damaged_chunks_are_measured_again(many, run, tmp_path):
 
 def test_the_work_folder_is_next_to_the_records_and_depends_on_the_settings(protocol, tmp_path):
     def place(extras=PLAIN, weights="a", model="m", **changes):
-        source = ImageSource("x", Origin(source="x", weights_hash=weights, model_hash=model), 9, None, {})
+        source = MeasuredImages("x", Origin(source="x", weights_hash=weights, model_hash=model), 9, None, {})
         evaluator = Evaluator(extras, None, None, None)
         return evaluator.work_folder(source, protocol(**changes), tmp_path / "evaluations.jsonl")
 
@@ -282,11 +282,11 @@ def test_fewer_images_than_asked_for_are_refused(train, run):
 
 
 def test_warns_of_fewer_images_than_features(protocol):
-    (samples,) = few_images(protocol(num_samples=50, reference_count=596), 64)
+    (samples,) = few_images_warnings(protocol(num_samples=50, reference_count=596), 64)
     assert "50 samples for 64 features: their covariance is singular" in samples
-    (reference,) = few_images(protocol(num_samples=65, reference_count=64), 64)
+    (reference,) = few_images_warnings(protocol(num_samples=65, reference_count=64), 64)
     assert "64 reference images for 64 features" in reference
-    assert few_images(protocol(num_samples=65, reference_count=None), 64) == []
+    assert few_images_warnings(protocol(num_samples=65, reference_count=None), 64) == []
 
 
 def _share(rank, port, folder, images, reference, protocol):

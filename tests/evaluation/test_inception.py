@@ -124,7 +124,7 @@ def test_features_and_logits_match_torch_fidelity(network, extractor, monkeypatc
     monkeypatch.setattr(inception, "CPU_BATCH", 2)
     batch = images(3, 0)
     features, logits = network(batch)
-    assert (extractor.num_features, extractor.num_classes) == (2048, 1008)
+    assert (extractor.num_features, extractor.widths["logits"]) == (2048, 1008)
     ours, our_logits, _ = extractor.layers(batch).values()
     assert features.std() > 0.1
     torch.testing.assert_close(ours, features, rtol=1e-4, atol=1e-4)

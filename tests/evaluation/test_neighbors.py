@@ -36,9 +36,9 @@ def test_the_page_shows_a_copy_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for index, image in enumerate(images):
         Image.fromarray(image[0]).save(folder / f"{index:02d}.png")
     monkeypatch.chdir(tmp_path)
-    command = ["fid", str(folder), "--reference", "digits", "--features", "digits", "--show", "8"]
+    command = ["fid", str(folder), "--reference", "digits", "--features", "digits,digits", "--show", "8"]
     assert main(command) == 0
-    page = tmp_path / "show-images-digits.html"
+    (page,) = tmp_path.glob("show-images-digits-*.html")
     html = page.read_text()
     page.unlink()
     assert main(command) == 0 and page.read_text() == html  # the distance is already on record

@@ -98,7 +98,7 @@ def test_dinov2_matches_timm_with_dinov2s_positions(dinov2_file: Path) -> None:
     with torch.no_grad():
         expected = reference(normalized(images(3), *IMAGENET))
     extractor = build_features("dinov2-vit-s-14", weights=dinov2_file)
-    assert extractor.num_features == 384 and extractor.num_classes is None
+    assert extractor.widths == {"features": 384}
     assert expected.std(0).mean() > 0.05
     torch.testing.assert_close(extractor(images(3)), expected, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,7 +10,7 @@ import yaml
 from diffusers import DDPMScheduler
 
 from dia_diffusion.errors import InputError
-from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
+from dia_diffusion.evaluation.protocol import EvalProtocol, renamed
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.io import shipped_folder, shipped_names
 from dia_diffusion.noise import NoiseProcess
@@ -135,18 +135,18 @@ def test_no_such_protocol_and_no_yaml(tmp_path: Path) -> None:
 def test_a_record_under_a_name(write: Callable[..., str], record: Callable[..., EvaluationRecord]) -> None:
     protocol, plain = EvalProtocol.read(write()), record()
     unnamed = protocol.model_copy(update={"name": ""})
-    assert under_name(plain, unnamed) is plain
-    named = under_name(plain, protocol)
-    assert protocol.named_in(named) and not protocol.named_in(plain)
+    assert renamed(plain, unnamed) is plain
+    named = renamed(plain, protocol)
+    assert protocol.made(named) and not protocol.made(plain)
     assert replace(named, protocol_name=None, protocol_file_hash=None) == plain
-    assert under_name(named, protocol) is named
+    assert renamed(named, protocol) is named
 
 
 def test_a_changed_protocol_needs_another_name(
     write: Callable[..., str], record: Callable[..., EvaluationRecord]
 ) -> None:
     protocol = EvalProtocol.read(write())
-    records = [record(), under_name(record(), protocol)]
+    records = [record(), renamed(record(), protocol)]
     protocol.refuse_changed(records, "e.jsonl")
     changed = EvalProtocol.read(write(steps=3))
     with pytest.raises(InputError) as caught:

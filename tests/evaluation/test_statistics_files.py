@@ -92,7 +92,7 @@ def test_damaged_and_other_files(path, tmp_path):
         (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:kept])
         refused(tmp_path / "cut.npz", "truncated")
     path.write_bytes(path.read_bytes()[:-1])
-    refused(path, "not a whole file")
+    refused(path, "truncated, corrupted or not a file of feature statistics")
     with (tmp_path / "array.npz").open("wb") as file:
         np.save(file, np.eye(3))
     refused(tmp_path / "array.npz", "no npz")
@@ -104,7 +104,7 @@ def test_damaged_and_other_files(path, tmp_path):
     [
         ({"shape": [8, 8]}, {}, "three numbers"),
         ({"features": None}, {}, "doesn't say what it was made from"),
-        ({"statistics_version": 0}, {}, "of version 0, this program's are 1"),
+        ({"statistics_version": 0}, {}, "must be 1, got 0; make it again with `dia-diffusion stats make`"),
         ({}, {"count": torch.tensor(1)}, "of 2 images or more, got 1"),
         ({}, {"sum": torch.zeros(3)}, r"got \(3,\) and \(64, 64\)"),
     ],

@@ -35,8 +35,11 @@ def test_a_read_only_run_is_read_and_not_trained(
         succeeds(["sample", run, "--seeds", "0-3", "--steps", "1", "--out", tmp_path / "images"])
         error = error_of(["sample", run, "--seeds", "0-3", "--steps", "1", "--out", run / "images"], capsys, code=1)
         assert f"Read-only file system: {run}/images" in error
+        for option, file in (("--grid", run / "grid.png"), ("--out", run / "images.npz")):
+            error = error_of(["sample", run, "--seeds", "0-3", "--steps", "1", option, file], capsys)
+            assert f"`{option}` must be a file that can be written, got {file}" in error
         error = error_of(fid(run), capsys)
-        assert f"records must go to a file in a writable folder, got {run}/evaluations.jsonl" in error
+        assert f"the records file must be a file that can be written, got {run}/evaluations.jsonl" in error
         succeeds(fid(run, "--record", tmp_path / "records.jsonl"))
         assert len(read_records(tmp_path / "records.jsonl")) == 1
         error = error_of(["report", run], capsys, code=1)

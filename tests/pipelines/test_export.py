@@ -243,6 +243,11 @@ def test_card_of_classes(
     dropout: float, num_classes: int, labels: str, save: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = save("source", num_classes=num_classes)
+    index = (source / "model_index.json").read_text()
+    (source / "model_index.json").write_text(index.replace('"unet"', '"net"', 1))
+    with pytest.raises(InputError, match="must name a unet"):
+        export_pipeline(source, tmp_path / "untrained")
+    (source / "model_index.json").write_text(index)
     export_pipeline(source, tmp_path / "untrained")
     card = (tmp_path / "untrained" / "README.md").read_text()
     assert f"A {num_classes}-class UViT (16 wide, 3 blocks, 8x8 images)" in card

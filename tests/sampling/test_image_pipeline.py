@@ -233,7 +233,7 @@ def no_timesteps():
         ("consistency", {"sampler": "own", "steps": 41}, "`steps` must be 1 to 40 for"),
         ("pndm", {"sampler": "own", "steps": 3}, "`steps` must be a number that PNDMScheduler accepts .*, got 3"),
         ("sde", {}, "must be own for a ScoreSdeVePipeline, which has its own loop"),
-        ("sde", {"sampler": "plms"}, "`sampler` must be one of ddpm, .*, got 'plms'"),
+        ("sde", {"sampler": "plms"}, "must be own for a ScoreSdeVePipeline, which has its own loop, got 'plms'"),
         ("ddpm, other schedule", {}, "`sampler` must be own for the beta_schedule 'sigmoid' of this DDPMScheduler"),
         ("edm", {}, "one of own for the process of a EDMEulerScheduler"),
         ("shifted", {}, "one of own for the process of a CogVideoXDDIMScheduler"),

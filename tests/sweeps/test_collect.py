@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dia_diffusion.data import open_images
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.protocol import EvalProtocol, under_name
+from dia_diffusion.evaluation.protocol import EvalProtocol, renamed
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_file import write_statistics
@@ -82,7 +82,7 @@ def record(run: Run, *steps: int, randomness: int | None = None, **changes: Any)
     """Adds records of a run at these steps under fd-digits."""
     for step in steps:
         one = replace(a_record(run, step, 1.5, **changes), randomness=randomness)
-        append_record(RunFolder(run.folder).evaluations, under_name(one, EvalProtocol.read("fd-digits")))
+        append_record(RunFolder(run.folder).evaluations, renamed(one, EvalProtocol.read("fd-digits")))
 
 
 def test_what_is_missing(study: Read) -> None:
@@ -220,15 +220,15 @@ def test_references_of_runs_are_compared_when_each_run_ends(study: Read, monkeyp
             check(job)
 
     monkeypatch.setattr("dia_diffusion.sweeps.launcher.run_jobs", run_jobs)
-    with pytest.raises(InputError, match="reference_hash a against b"):
+    with pytest.raises(InputError, match=r"reference_hash a vs\. b"):
         run_study(scan(here), 1, lambda *_: None)
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ("steps: 2, classes: [3]", "fd-digits has class 3; the model has 0 classes"),
-        ("steps: 2, guidance_scale: 2", "fd-digits has guidance, which needs data.label_dropout"),
+        ("steps: 2, classes: [3]", "protocol fd-digits: `classes` must be left out for an unconditional model"),
+        ("steps: 2, guidance_scale: 2", "protocol fd-digits: `guidance_scale` must be 1 for an unconditional model"),
         ("steps: 2, guidance_scale: 2, guide: nowhere", "nowhere does not exist"),
         ("steps: 2", "both called fd-digits and differ"),
     ],

@@ -112,7 +112,7 @@ def test_other_reference_images_under_one_name_are_refused(tmp_path):
     study = make_study(tmp_path, seeds=[0])
     add_records(study, lambda run, step: distance(run, step) if run.unit == "none" else None)
     add_records(study, lambda run, step: distance(run, step) if run.unit != "none" else None, reference_hash="a" * 64)
-    with pytest.raises(InputError, match=r"none-b8-s0 .* dia-lstm-b8-s0 .*: reference_hash e+ against a+"):
+    with pytest.raises(InputError, match=r"none-b8-s0 .* dia-lstm-b8-s0 .*: reference_hash e+ vs. a+"):
         points_of(study)
 
 

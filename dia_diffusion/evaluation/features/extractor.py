@@ -39,10 +39,11 @@ FEATURES: Registry[BuildFeatures] = Registry("features")
 OWN = "MODULE:CLASS, a torch-fidelity extractor of your own"
 
 
-def check_features_name(name: str) -> None:
-    """Raises InputError unless features are a row of FEATURES or have the form MODULE:CLASS."""
+def check_features_name(name: str) -> str:
+    """The name. Raises InputError unless features are a row of FEATURES or have the form MODULE:CLASS."""
     if name not in FEATURES and not all(name.partition(":")):
         raise InputError(f"`features` must be one of {', '.join(FEATURES)}, or {OWN}, got {name!r}")
+    return name
 
 
 def build_features(
@@ -88,7 +89,6 @@ class FeatureExtractor:
         layers = self.layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
         self.widths = {name: layer.shape[1] for name, layer in layers.items()}
         self.num_features = self.widths["features"]
-        self.num_classes = self.widths.get("logits")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images (B, C, H, W) with 1 or 3 channels, on any device -> float32 features (B, num_features).
@@ -144,9 +144,9 @@ def fold_batch_norms(network: nn.Module) -> None:
     network: in evaluation mode; its state dict changes.
     """
     for module in network.modules():
-        for (name, convolution), (next_name, normalisation) in pairwise(list(module.named_children())):
-            if isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(convolution, normalisation))
+        for (name, convolution), (next_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, next_name, nn.Identity())
 
 
@@ -226,8 +226,6 @@ def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
     Raises InputError if it can't be imported or constructed, or the class is not an extractor.
     """
     module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name:
-        raise InputError(f"features of your own must be MODULE:CLASS, got {name!r}")
     module = _import(module_name)
     extractor = getattr(module, class_name, None)
     if not (isinstance(extractor, type) and issubclass(extractor, FeatureExtractorBase)):
