@@ -1,6 +1,6 @@
 """Which attention is faster on a CPU: softmax of explicit products, or torch's scaled_dot_product_attention.
 
-`softmax_attention` in dia_diffusion/models/uvit.py is based on this table.
+`softmax_attention` in dia_diffusion/models/uvit_blocks.py is based on this table.
 """
 
 import statistics

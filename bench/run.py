@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from timing import Found, console, note, save, show
 
+from dia_diffusion.cli.env import cpu_model
 from dia_diffusion.environment import environment, keep_freed_memory
 from dia_diffusion.errors import InputError
 from dia_diffusion.precision import DTYPES, Precision, best_precision
@@ -112,7 +113,10 @@ def _precision(name: str, device: torch.device) -> Precision:
 
 def _about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What the figures depend on in addition to the code."""
-    about: dict[str, Any] = {"environment": environment(), "processor": _processor()}
+    about: dict[str, Any] = {
+        "environment": environment(),
+        "processor": f"{cpu_model()}, {best_precision(torch.device('cpu')).reason}",
+    }
     # Paths mean nothing on another machine.
     about |= {"options": {name: value for name, value in vars(options).items() if not isinstance(value, Path)}}
     if device.type == "cuda":
@@ -128,18 +132,6 @@ def _gpu_clocks() -> str:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _processor() -> str:
-    """The CPU's model and its bf16 instructions, from /proc/cpuinfo."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    lines_by_key = dict(line.split(":", 1) for line in lines if ":" in line)
-    found = {key.strip(): value.strip() for key, value in lines_by_key.items()}
-    bf16 = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in found.get("flags", "").split()]
-    return f"{found.get('model name', 'unknown')}, {', '.join(bf16) or 'no bf16 products'}"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def measure(
         drawn = partial(_draw, pipeline_of(attention, precision, device), seeds, steps)
         contenders.append(Contender(name, drawn, batch_size))
     if checkout is not None:
-        theirs = Official(checkout).sampler(None, precision, device)
+        theirs = Official(checkout).sampler(precision, device)
         noise = torch.randn(batch_size, 3, 32, 32, device=device)
         contenders.append(Contender(OFFICIAL, partial(theirs, noise, steps), batch_size))
     timings = interleave(contenders, rounds, device)

@@ -79,13 +79,10 @@ class Official:
 
         return step
 
-    def sampler(self, weights: dict[str, Tensor] | None, precision: str, device: torch.device) -> Callable[..., Tensor]:
+    def sampler(self, precision: str, device: torch.device) -> Callable[..., Tensor]:
         """Its Euler-Maruyama sampler, called with the initial noise (B, 3, 32, 32) and the number of steps."""
         accelerator = Accelerator(mixed_precision="no" if precision == "none" else precision)
-        network = self.network()
-        if weights is not None:
-            network.load_state_dict(weights)
-        network = accelerator.prepare(network.eval().to(device))
+        network = accelerator.prepare(self.network().eval().to(device))
         score_model = self.sde.ScoreModel(network, pred="noise_pred", sde=self.sde.VPSDE())
 
         def sample(noise: Tensor, steps: int) -> Tensor:

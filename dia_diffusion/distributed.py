@@ -119,10 +119,8 @@ def gloo_group() -> Any:
 
 def _gather(accelerator: Accelerator, number: int) -> list[int]:
     """The number of each rank, in order."""
-    if accelerator.num_processes == 1:
-        return [number]
     numbers = [torch.zeros((), dtype=torch.int64) for _ in range(accelerator.num_processes)]
-    torch.distributed.all_gather(numbers, torch.tensor(int(number)), group=gloo_group())
+    torch.distributed.all_gather(numbers, torch.tensor(number), group=gloo_group())
     return [int(each) for each in numbers]
 
 

@@ -17,7 +17,7 @@ SETTINGS = {
     "ACCELERATE_USE_FSDP": (OFF, DDP),
     "ACCELERATE_USE_MEGATRON_LM": (OFF, DDP),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, DDP),
-    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": (OFF[3:], DDP),
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": (("no",), DDP),
     # Each of these would be applied on top of the recipe's own setting.
     "ACCELERATE_DYNAMO_BACKEND": (("no",), "launch without --dynamo_backend and set `train.compile`"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("1",), "unset it and set `train.accumulation`"),

@@ -21,9 +21,8 @@ class Table:
     def of(cls, rows: Sequence[Mapping[str, str]], title: str = "", **how: Any) -> "Table":
         """A table of rows given as column -> cell, without the columns that are empty in all rows."""
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        return cls(
-            columns, [[row.get(name, "") for name in columns] for row in rows], title, **how
-        ).without_empty_columns()
+        cells = [[row.get(name, "") for name in columns] for row in rows]
+        return cls(columns, cells, title, **how).without_empty_columns()
 
     def without_empty_columns(self) -> "Table":
         """The table without the columns that are empty in all rows."""

@@ -28,7 +28,8 @@ from dia_diffusion.evaluation.features import FeatureExtractor
 from dia_diffusion.evaluation.frechet import Moments, frechet_distance, measure
 from dia_diffusion.evaluation.record import distance_name
 from dia_diffusion.evaluation.reference import choose, reference_statistics
-from dia_diffusion.io import atomic_file, write_json
+from dia_diffusion.io import write_json
+from dia_diffusion.plotting import save_figure
 from dia_diffusion.sampling.samplers import parse_seeds
 from dia_diffusion.tables import Table
 
@@ -212,8 +213,7 @@ def draw_corrupted(images: ImageSet, rows: list[Row], path: Path) -> None:
         title = case.name if case.amount is None else f"{case.name} {case.amount:g}"
         axis.text(-4, height / 2, title, ha="right", va="center", fontsize=8)
         axis.text(width + 4, height / 2, f"{means[case.name, case.amount]:.3g}", va="center", fontsize=8)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

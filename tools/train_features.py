@@ -39,7 +39,7 @@ from dia_diffusion.validation import Strict
 CIFAR10_RECIPE = "cifar10_features"
 DATA = {
     "digits": "scikit-learn's handwritten digits (UCI optical recognition of handwritten digits, CC BY 4.0)",
-    "cifar10": "CIFAR-10 (Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images; no licence stated)",
+    "cifar10": "CIFAR-10 (Krizhevsky 2009, Learning Multiple Layers of Features from Tiny Images; no license stated)",
 }
 
 
@@ -128,9 +128,8 @@ def _train_cifar10(options: Options, out: Path, reporter: Progress) -> Trained:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in trainer.model.state_dict().items()}
     # Vectors, such as the variances of a norm, stay in float32.
     tensors = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-    train, test = task.train_images, task.test_images
-    assert isinstance(train, ImageSet) and isinstance(test, ImageSet)
-    return Trained(tensors, task.experiment.to_dict(), train, test, trainer.accelerator.is_main_process)
+    images = task.train_images, task.test_images
+    return Trained(tensors, task.experiment.to_dict(), *images, trainer.accelerator.is_main_process)
 
 
 def _train_digits(options: Options, out: Path, reporter: Progress) -> Trained:

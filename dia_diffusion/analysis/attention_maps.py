@@ -216,7 +216,7 @@ def describe(record: Record) -> Iterator[str]:
 # ---- figure
 
 LABELS = {"blocks": "between blocks", "channels": "channels", "times": "times", "images": "images"}
-MOST_CLASSES = 12  # per panel
+MAX_CLASSES = 12  # per panel
 
 
 def draw(runs: Sequence[Record]) -> matplotlib.figure.Figure:
@@ -289,10 +289,10 @@ def _draw_times(run: Record, y: Axis) -> Panel:
 def _draw_classes(run: Record) -> Panel:
     """Each class's mean h minus that of all images, by block; of many classes, only the most frequent."""
     classes = run["steps"][-1]["classes"]
-    shown = sorted(sorted(range(len(classes["names"])), key=lambda c: -classes["counts"][c])[:MOST_CLASSES])
+    shown = sorted(sorted(range(len(classes["names"])), key=lambda c: -classes["counts"][c])[:MAX_CLASSES])
     values = 1000 * np.array(classes["deviation_by_class_and_block"])[shown]
     largest = float(np.abs(values).max()) or 1.0
-    heat = HeatMap(values, -largest, largest, "RdBu_r", bar="class's mean h less that of all, 10⁻³")
+    heat = HeatMap(values, -largest, largest, "RdBu_r", bar="class mean of h minus overall mean, 10⁻³")
     adjusted = "" if classes["adjusted"] is None else f"\n(adjusted for chance {classes['adjusted']:.1%})"
     title = f"classes explain {classes['share']:.1%} of the variance over images{adjusted}"
     y = Axis(ticks={row: classes["names"][c] for row, c in enumerate(shown)}, grid=False)

@@ -162,7 +162,7 @@ def _draw_distribution(stage: Record, step: int) -> Panel:
     items.append(Level(PAPERS_MEAN, f"{PAPERS_MEAN}: the paper's average for SE, ECA", "x"))
     note, (maps, centered) = "", (stage[variant]["undefined"] for variant in VARIANTS)
     if maps or centered:
-        note = f"undefined of {maps + stage['maps']['coefficients']:,}:\n{maps:,}; less means {centered:,}"
+        note = f"undefined of {maps + stage['maps']['coefficients']:,}:\n{maps:,}; minus means {centered:,}"
     x, y = Axis("Pearson's r over channels", low=-1, high=1, grid=False), Axis(ticks={}, low=0, grid=False)
     return Panel(items, f"step {step:,}: images, pairs of blocks", x, y, note)
 

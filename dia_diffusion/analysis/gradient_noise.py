@@ -93,7 +93,7 @@ def _record(squares: Tensor, products: Tensor, counts: Tensor, batch_size: int) 
     error = float(((len(left) - 1) * left.var(correction=0)).sqrt()) if len(left) > 1 else math.inf
 
     def scale(squared: float) -> float | None:
-        return batch_size * trace / squared if squared > 0 else None
+        return batch_size * trace / squared if 0 < squared < math.inf else None
 
     return {
         "batch_gradient_norm": math.sqrt(float(squares.sum() / counts.sum())),

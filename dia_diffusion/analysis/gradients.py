@@ -120,7 +120,7 @@ def describe(record: Record) -> Iterator[str]:
 
 
 def draw(runs: Sequence[Record]) -> Figure:
-    """The distribution of log10 |g| at each block, runs side by side, at the first common step and each run's last.
+    """The distribution of log10 |g| at each block, runs side by side, at each run's first and last measured steps.
 
     Networks with several stages show the last block of each, as in Fig. 13; networks with one stage show all blocks.
     """

@@ -32,7 +32,7 @@ from dia_diffusion.figures import block_axis
 
 TREES = 100
 MIN_LEAF = 5  # samples; smaller leaves fit the noise
-LEAST_R2 = 0.2  # importances are not a finding below it
+MIN_R2 = 0.2  # importances are not a finding below it
 
 Samples = npt.NDArray[np.float64]
 
@@ -172,7 +172,7 @@ ANALYSIS = Analysis(
     _measure,
     draw,
     describe,
-    about=lambda run, over: {"least_r2": LEAST_R2},
+    about=lambda run, over: {"least_r2": MIN_R2},
     choose_steps=_last_step,
     passes=3,  # the means, the samples to fit, the samples to score
     held_out=True,

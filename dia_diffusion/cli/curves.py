@@ -87,17 +87,12 @@ def names_study(name: str) -> bool:
 def _draw_runs(options: Options) -> None:
     from dia_diffusion.evaluation.curves import draw_curves
 
-    runs = [(label(run), records(run, options.protocol)) for run in options.subjects]
+    runs = [(Path(run).resolve().name, records(run, options.protocol)) for run in options.subjects]
     floor = None if options.floor is None else floor_of(options.floor, runs[0][1][0])
     points = draw_curves(runs, options.out, floor=floor, title=options.title)
     numbers = options.out.with_suffix(".json")
     write_json(numbers, points)
     console.print(f"{len(points)} points of {len(runs)} runs: {options.out}, numbers in {numbers}")
-
-
-def label(run: str) -> str:
-    """A run's name in the legend."""
-    return Path(run).resolve().name
 
 
 def records(run: str, protocol: str | None = None) -> "list[EvaluationRecord]":

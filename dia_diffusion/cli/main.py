@@ -79,7 +79,7 @@ def _run_to_exit_code(name: str, parse: Callable[[], Callable[[], None]]) -> int
         return 128 + signal.SIGPIPE
     except OSError as error:
         _discard_output()
-        return _end(name, f"failed: {error.strerror or error}: while writing", 1)
+        return _end(name, f"failed to write output: {error.strerror or error}", 1)
 
 
 def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
@@ -107,7 +107,7 @@ def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
     except Stopped as stopped:
         return _end(name, str(stopped), 128 + stopped.signal_number)
     except KeyboardInterrupt as interrupt:
-        line = "interrupted; what is written stays, and the same command does the rest"
+        line = "interrupted; completed work is kept, and the same command resumes"
         return _end(name, line, 128 + number_of(interrupt))
     except RuntimeError as error:
         import torch
@@ -125,7 +125,8 @@ def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             raise
-        return _end(name, f"failed: {error.strerror or error}: {error.filename or 'while writing'}", 1)
+        where = f"failed: {error.strerror or error}: {error.filename}"
+        return _end(name, where if error.filename else f"failed to write output: {error.strerror or error}", 1)
     return 0
 
 

@@ -49,6 +49,8 @@ def print_added(models: Sequence[str], units: Sequence[str] | None, options: dic
     from dia_diffusion.analysis.stages import stages_of
     from dia_diffusion.attention import UNITS
 
+    if reserved := {"name", "channels", "num_blocks", "unit", "stages"} & options.keys():
+        raise InputError(f"`--kwargs` must not have {min(reserved)}, which the model or --unit sets")
     columns = ["model", "stages", "parameters", "unit", "shared adds", "individual adds", "sharing saves"]
     rows = []
     for name in models:

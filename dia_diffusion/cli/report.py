@@ -20,12 +20,13 @@ class Options(Strict):
 
 def run(options: Options) -> None:
     """Writes the page."""
-    from dia_diffusion.report.page import write_page
+    from dia_diffusion.io import write_text
+    from dia_diffusion.report.page import render
     from dia_diffusion.report.subjects import page_of
 
     if options.out is not None and (options.out.suffix != ".html" or options.out.is_dir()):
         raise InputError(f"`--out` must be a file ending in .html, got {options.out}")
     page, folder = page_of(options.subject)
     out = options.out or folder / "report.html"
-    write_page(page, out)
+    write_text(out, render(page))
     console.print(f"{out}: {out.stat().st_size / 2**20:.1f} MiB, opens in a browser without a network")

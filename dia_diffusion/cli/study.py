@@ -16,7 +16,7 @@ from dia_diffusion.sweeps.collect import Inventory, in_one_precision, scan
 from dia_diffusion.sweeps.figures import draw_grids_of_study
 from dia_diffusion.sweeps.launcher import run_study, threads_per_job
 from dia_diffusion.sweeps.plan import make_plan
-from dia_diffusion.sweeps.results import Results, results_of, write_results
+from dia_diffusion.sweeps.results import results_of, write_results
 from dia_diffusion.sweeps.sweep import Study, read_study, write_study
 from dia_diffusion.sweeps.table import format_time
 from dia_diffusion.tables import Table
@@ -56,7 +56,7 @@ def run_study_command(options: Options) -> None:
             _run(scan(study), options.jobs, precision)  # another process may have worked in it until now
             _draw(scan(study))
         except KeyboardInterrupt as interrupt:  # a second interrupt, or one while drawing
-            text = "ended at once; the same command resumes from what is written"
+            text = "stopped immediately; the same command resumes"
             raise Stopped(number_of(interrupt), text) from None
 
 
@@ -95,25 +95,20 @@ def _draw(inventory: Inventory) -> None:
     study = inventory.study
     with console.status("measuring real images for the floor line, where that is not on record"):
         results = results_of(inventory)
-    print_results(results)
-    drawn = [*write_results(results), *draw_grids_of_study(study)]
-    console.print(f"\nIn {study.folder}: {', '.join(path.name for path in drawn)}")
-
-
-def print_results(results: Results) -> None:
-    """The tables of results.md and the notes below them."""
     for table in results.tables:
         console.print(table.to_rich())
         console.print()
     for note in results.notes:
         console.print(note)
+    drawn = [*write_results(results), *draw_grids_of_study(study)]
+    console.print(f"\nIn {study.folder}: {', '.join(path.name for path in drawn)}")
 
 
 def _plan(inventory: Inventory, jobs: int) -> None:
     study, threads = inventory.study, threads_per_job(jobs)
     with console.status("timing each unit and batch size"):
         groups = make_plan(inventory, threads)
-    columns = ["batch size", "unit", "runs", "trained", "steps left", "a step", "training left"]
+    columns = ["batch size", "unit", "runs", "trained", "steps left", "time per step", "training left"]
     columns += ["evaluations left", "measuring left"]
     rows = []
     for group in groups:
@@ -133,5 +128,5 @@ def _plan(inventory: Inventory, jobs: int) -> None:
         f"\n{len(study.runs)} runs, {complete} complete. Left: {sum(seconds) * (1 if gpu else threads) / 3600:.1f} "
         f"{'GPU' if gpu else 'core'}-hours, {format_time(max(sum(seconds) / jobs, max(seconds)))} with --jobs {jobs}.\n"
         f"Disk: {disk / 1e9:.2f} GB in all in {study.folder}, where {free / 1e9:.0f} GB are free.\n"
-        f"Measured on {device_name()}, one process at a time, without starting processes, reading images and features."
+        f"Timed on {device_name()}, one process at a time; without startup, loading images and features."
     )

@@ -31,8 +31,10 @@ def parse(arguments: Sequence[str]) -> Options:
     """The recipe with its overrides; `model:` is checked only when the recipe runs."""
     own, experiment = parse_command(arguments, Experiment, "train", train_help, ("--evaluate", "--evaluate-every"))
     every = own.evaluate_every
-    if every is not None and (own.evaluate is None or not re.fullmatch(r"[1-9]\d{0,17}", every)):
-        raise InputError(f"`--evaluate-every` must be 1 or more and needs --evaluate, got {every}")
+    if every is not None and own.evaluate is None:
+        raise InputError("`--evaluate-every` must be left out without `--evaluate`")
+    if every is not None and not re.fullmatch(r"[1-9]\d{0,17}", every):
+        raise InputError(f"`--evaluate-every` must be 1 or more, got {every}")
     if every is not None and int(every) % (saved := experiment.train.checkpoint_every):
         raise InputError(f"`--evaluate-every` must be a multiple of train.checkpoint_every, {saved}, got {every}")
     return Options(experiment, own.evaluate, None if every is None else int(every))
@@ -73,7 +75,7 @@ def train(task: Any, callbacks: Sequence[Any] = ()) -> None:
         try:
             Trainer(task, progress, callbacks).run()
         except KeyboardInterrupt as interrupt:  # a second interrupt, or one before the first step
-            text = "ended at once; the same command resumes from the last checkpoint that was written"
+            text = "stopped immediately; the same command resumes from the last checkpoint"
             raise Stopped(number_of(interrupt), text) from None
 
 

@@ -76,11 +76,8 @@ class Passes:
     def __init__(self) -> None:
         self.kept: weakref.WeakSet[Pass] = weakref.WeakSet()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Passes":
-        return Passes()  # a copied model has no graph yet
-
     def __reduce__(self) -> Any:
-        return Passes, ()
+        return Passes, ()  # a copied model has no graph yet
 
     def hold(self, current: Pass, output: Any) -> None:
         """Ties the lifetime of the pass to the autograd graph of these tensors, if it kept states."""

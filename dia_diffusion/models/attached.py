@@ -16,6 +16,7 @@ from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.attach import Attachment, attach, attachment_in
 from dia_diffusion.models.registry import BACKBONES, Backbone, wrapped_networks
 from dia_diffusion.models.uvit import UViTOutput
+from dia_diffusion.validation import nearest
 
 ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
@@ -85,11 +86,13 @@ class AttachedModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             row.classes_argument: embedded,
         }
         self.network = build_network(row.network, backbone_kwargs or {}, given)
+        multiple = row.size_multiple(self.network)
+        if any(side % multiple for side in sides):
+            raise InputError(f"`sample_size` must be a multiple of {multiple} for this {row.name}, got {sample_size}")
         if attention in (None, "none"):
             if attention_kwargs or attention_at is not None:
-                key, value = (
-                    ("attention_kwargs", attention_kwargs) if attention_kwargs else ("attention_at", attention_at)
-                )
+                key = "attention_kwargs" if attention_kwargs else "attention_at"
+                value = attention_kwargs or attention_at
                 raise InputError(f"`{key}` must be null without attention, got {value}")
             with forked_rng():  # so that later draws don't depend on the unit
                 pass
@@ -215,10 +218,10 @@ def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[st
 
     Raises InputError: arguments that the class doesn't have or refuses.
     """
-    known = sorted(inspect.signature(kind).parameters)
+    known = inspect.signature(kind).parameters
     for key, value in kwargs.items():
         if key not in known:
-            raise InputError(f"`backbone_kwargs` must be of {', '.join(known)} for {kind.__name__}, got {key!r}")
+            raise InputError(f"unknown key `backbone_kwargs.{key}`; did you mean `{nearest(key, known)}`?")
         if key in given and value != given[key] and key != "out_channels":
             raise InputError(
                 f"`backbone_kwargs` must not have {key}, which the model sets to {given[key]!r}, got {value!r}"
@@ -251,7 +254,15 @@ def _position(place: Any) -> str | Position:
 INTERNAL = ("has_null_label", "down_block_types", "norm_type")
 BACKBONES.register(
     "unet2d",
-    Backbone(AttachedModel, INTERNAL, "after every resnet block", UNet2DModel, classes_argument="num_class_embeds"),
+    Backbone(
+        AttachedModel,
+        INTERNAL,
+        "after every resnet block",
+        UNet2DModel,
+        classes_argument="num_class_embeds",
+        # diffusers' blocks double an odd side to one more than the long skip has
+        size_multiple=lambda network: 2 ** sum(bool(block.downsamplers) for block in network.down_blocks),
+    ),
 )
 BACKBONES.register(
     "dit",
@@ -262,5 +273,6 @@ BACKBONES.register(
         DiTTransformer2DModel,
         classes_argument="num_embeds_ada_norm",
         adds_null_label=True,
+        size_multiple=lambda network: network.config.patch_size,
     ),
 )

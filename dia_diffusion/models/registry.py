@@ -1,5 +1,6 @@
 """The backbones that a recipe's `model.backbone` can name. The module that defines a backbone registers it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,8 @@ class Backbone:
     adds_null_label: bool = False
     """The network adds a null label after those classes, and needs at least one class. Otherwise their number includes
     the null label."""
+    size_multiple: Callable[[Any], int] = lambda network: 1
+    """The network -> the number that its images' sides must be multiples of."""
 
     @property
     def name(self) -> str:

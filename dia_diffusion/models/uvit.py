@@ -278,7 +278,7 @@ class UViT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             tokens.insert(0, self._label_token(class_labels, x))
         elif class_labels is not None:
             raise InputError("`class_labels` must be None for an unconditional model, got labels")
-        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, extra + L, N)
+        x = torch.cat(tokens, dim=1) + self.pos_embed  # (B, prefix + L, N)
 
         unit: Any = self.unit
         state: Any = unit.first_state(embedding) if self.unit_needs_time else None

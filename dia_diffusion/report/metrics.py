@@ -25,8 +25,8 @@ def thin(x: np.ndarray, y: np.ndarray, most: int) -> Curve:
     """At most `most` points: the lowest and the highest of each of `most` / 2 segments."""
     if len(x) <= most:
         return x, y
-    stretches = np.array_split(np.arange(len(y)), most // 2)
-    kept = sorted({int(part[end(y[part])]) for part in stretches for end in (np.argmin, np.argmax)})
+    segments = np.array_split(np.arange(len(y)), most // 2)
+    kept = sorted({int(part[end(y[part])]) for part in segments for end in (np.argmin, np.argmax)})
     return x[kept], y[kept]
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,7 +9,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dia_diffusion.environment import __version__
-from dia_diffusion.io import write_text
 
 # Everything is escaped, since names and paths are untrusted.
 _templates = Environment(
@@ -35,8 +33,3 @@ class Page:
 def render(page: Page) -> str:
     """The page as HTML."""
     return _templates.get_template("page.html").render(page=page, plotly=get_plotlyjs(), version=__version__)
-
-
-def write_page(page: Page, path: Path) -> None:
-    """Renders the page to a file, replacing an older one atomically."""
-    write_text(path, render(page))

@@ -17,8 +17,9 @@ from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation.curves import curve_panel, distance_label, points_of
 from dia_diffusion.evaluation.record import EvaluationRecord
 from dia_diffusion.figures import Axis, Panel, Series, images_axis, value_axis
-from dia_diffusion.io import STEP_FOLDER, shipped_names
+from dia_diffusion.io import STEP_FOLDER, shipped_names, step_folders
 from dia_diffusion.models.registry import BACKBONES
+from dia_diffusion.reading import read_yaml
 from dia_diffusion.report.metrics import Curve, mean_of_runs, metric, running_mean, spread, thin
 from dia_diffusion.report.page import Page, blocks
 from dia_diffusion.report.plots import to_plotly
@@ -31,16 +32,16 @@ from dia_diffusion.sweeps.table import format_time
 from dia_diffusion.tables import Table
 from dia_diffusion.training.config import Experiment
 from dia_diffusion.training.diffusion import build_model
-from dia_diffusion.training.recipe import read_experiment
+from dia_diffusion.training.recipe import command_of, read_experiment
 from dia_diffusion.training.run_folder import RunFolder, read_metrics
 
-MOST_GRIDS = 24
+MAX_GRIDS = 24
 """Most grids of one run."""
-MOST_MOMENTS = 6
+MAX_GRID_STEPS = 6
 """Most steps at which grids of several runs are shown."""
-MOST_POINTS = 10_000
+MAX_POINTS = 10_000
 """Most points of a metric as logged: 500,000 steps, logged every 50."""
-MOST_MEANS = 1_000
+MAX_MEANS = 1_000
 """Most points of a running mean."""
 QUANTITIES = {"loss": "loss", "gradient norm": "grad_norm", "learning rate": "lr"}
 """Title -> metric."""
@@ -63,9 +64,11 @@ class RecordedRun(Run):
 
     @property
     def step(self) -> int:
-        """The last step of a finished run, else the last logged step; 0 before that."""
+        """The last step of a finished run, else the last that was logged or has a checkpoint; 0 before that."""
         logged = self.metrics[-1]["step"] if self.metrics else 0
-        return self.max_steps if self.metrics and logged >= last_logged_step(self.experiment) else logged
+        if self.metrics and logged >= last_logged_step(self.experiment):
+            return self.max_steps
+        return max([logged, *step_folders(self.paths.checkpoints)])
 
     @property
     def facts(self) -> dict[str, str]:
@@ -135,11 +138,14 @@ def run_page(path: Path) -> Page:
     Raises:
         InputError: its recipe or its evaluations can't be read.
     """
-    experiment = read_experiment(str(RunFolder(path).config))
+    config = RunFolder(path).config
+    if command_of(read_yaml(config, "recipe", "data, model, train")) != Experiment.COMMAND:
+        raise InputError(f"`RUN_OR_STUDY` must be a run of `train` or a study, got {path}, a run of `classify`")
+    experiment = read_experiment(str(config))
     label = {"unit": experiment.model.attention}
     run = RecordedRun(path.resolve().name, label, experiment.model_copy(update={"output": str(path)}))
-    subtitle, command = f"A training run, {describe(experiment)}.", f"dia-diffusion train --config {run.paths.config}"
-    recipe = [blocks.code(run.paths.config.read_text(encoding="utf-8"))]
+    subtitle, command = f"A training run, {describe(experiment)}.", f"dia-diffusion train --config {config}"
+    recipe = [blocks.code(config.read_text(encoding="utf-8"))]
     return Page(run.name, subtitle, run.facts, _sections([run], _distance_of_run(run), recipe, command))
 
 
@@ -237,7 +243,7 @@ def _samples(runs: Sequence[RecordedRun]) -> list[Markup]:
     for size in sorted({run.batch_size for run in runs}):
         shown = twins(runs, size, lambda run: bool(run.grids))
         steps = sorted(set.intersection(*(set(run.grids) for run in shown))) if shown else []
-        chosen, moments, corrupt = spread(steps, MOST_GRIDS if len(runs) == 1 else MOST_MOMENTS), {}, []
+        chosen, moments, corrupt = spread(steps, MAX_GRIDS if len(runs) == 1 else MAX_GRID_STEPS), {}, []
         for step in chosen:
             grids = {run.unit: run.grid(step) for run in shown}
             if pictures := [(unit, *grid) for unit, grid in grids.items() if grid]:
@@ -265,9 +271,9 @@ def _training(runs: Sequence[RecordedRun]) -> list[Markup]:
             own = [run.metrics for run in runs if (run.unit, run.batch_size) == (unit, size)]
             curve = mean_of_runs([metric(logged, key) for logged in own])
             if single:
-                lines[size].append(_series(title, thin(*curve, MOST_POINTS), pale=True))
+                lines[size].append(_series(title, thin(*curve, MAX_POINTS), pale=True))
             label = f"{title}, running mean" if single else unit
-            lines[size].append(_series(label, running_mean(*curve, MOST_MEANS), style))
+            lines[size].append(_series(label, running_mean(*curve, MAX_MEANS), style))
         values = [value for group in lines.values() for line in group for value in line.y]
         y = Axis(title, low=0) if key == "lr" else value_axis(title, values)  # the same for all batch sizes
         for size, group in lines.items():
@@ -276,8 +282,8 @@ def _training(runs: Sequence[RecordedRun]) -> list[Markup]:
     caption = "Running means of the mean over the seeds that have come furthest."
     if single:
         every = f"every {runs[0].experiment.train.log_every} steps"
-        stretches = f"of more than {MOST_POINTS:,}, the lowest and highest of {MOST_POINTS // 2:,} stretches"
-        caption = f"Pale: values as logged {every}; {stretches}. Dark: their running mean."
+        segments = f"of more than {MAX_POINTS:,}, the lowest and highest of {MAX_POINTS // 2:,} segments"
+        caption = f"Pale: values as logged {every}; {segments}. Dark: their running mean."
     return [blocks.plots(plots, caption)] if any(run.metrics for run in runs) else []
 
 

@@ -20,19 +20,7 @@ from dia_diffusion.training.run_folder import RunFolder, read_metrics
 INDIVIDUAL = "individual"
 # Runs of the same setting may differ in the unit and in keys that don't affect the comparison.
 UNIT_KEYS = {"model.attention", "model.attention_kwargs", "model.attention_stages", "model.attention_blocks"}
-FREE_KEYS = {
-    "output",
-    "seed",
-    "trackers",
-    "data.source",
-    "data.test_source",
-    "data.test_split",
-    "train.compile",
-    "train.log_every",
-    "train.evaluate_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-}
+FREE_KEYS = ClassifyExperiment.MAY_CHANGE - {"train.max_steps"} | {"seed"}
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,10 @@ def check_recipes(runs: Iterable[Run], protocols: Sequence[EvalProtocol] = ()) -
     checked = []
     for run in runs:
         experiment = run.experiment
-        shape = (experiment.model, experiment.noise, experiment.samples, run.batch_size)
-        if shape in checked:
+        recipe = experiment.model_copy(update={"output": "", "seed": 0})
+        if recipe in checked:
             continue
-        checked.append(shape)
+        checked.append(recipe)
         try:
             check_samples(experiment)
             micro_batch_size(run.batch_size, 1, experiment.train.accumulation)
@@ -142,7 +142,8 @@ def check_measuring(inventory: Inventory, unmeasured: Sequence[Run], open_images
             _refuse_others(known, protocol, f"reference {source}", reference)
             if reference != next(iter(references.values())):
                 pairs = " and ".join(f"{run.name} against {source}" for source, run in sources.items())
-                raise InputError(f"would measure {pairs}, which differ; --reference DATA gives one for all")
+                what = "runs must be measured against the same reference"
+                raise InputError(f"{what}, got {pairs}; use --reference DATA for all")
 
 
 def _source(study: Study, run: Run) -> str:

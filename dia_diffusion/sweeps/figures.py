@@ -128,13 +128,10 @@ def draw_final_distances(points: Sequence[Point], units: Sequence[str], path: Pa
 
 
 def _means(x: Sequence[float], means: Sequence[Estimate], unit: str, style: int, **how: Any) -> Series:
-    low, high = ([_end(value, sign) for value in means] for sign in (-1, 1))
+    low, high = (
+        [getattr(value, end) if value.count >= INTERVAL_FROM else None for value in means] for end in ("low", "high")
+    )
     return Series(x, [value.mean for value in means], unit, style, low=low, high=high, **how)
-
-
-def _end(value: Estimate, sign: int) -> float | None:
-    """The lower (sign -1) or upper (sign 1) end of an interval, if it is drawn."""
-    return None if value.count < INTERVAL_FROM or value.half_width is None else value.mean + sign * value.half_width
 
 
 def _seeds(counts: Mapping[str, int]) -> str:
@@ -202,7 +199,7 @@ def draw_accuracies(rows: Sequence[Row], path: Path) -> None:
                 series.append(Series(list(curve), list(curve.values()), style=style, pale=True, markers=False))
             if shared:
                 means = np.mean([[*curve.values()] for curve in shared.values()], axis=0)
-                series.append(Series([*shared[0]], means.tolist(), row.unit, style))
+                series.append(Series([*next(iter(shared.values()))], means.tolist(), row.unit, style))
         sizes = {result.recipe["train.batch_size"] for row in own for result in row.results}
         panels.append(Panel(series, fill(setting, 50), images_axis(sizes), Axis("test accuracy", form="percent")))
     save_figure(Figure([panels], (max(6.4, 1 + 4.4 * len(panels)), 4.2), share_y="row"), path)

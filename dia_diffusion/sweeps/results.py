@@ -96,7 +96,7 @@ class Results:
 
     @property
     def trained(self) -> int:
-        return sum(row.seconds.count for row in self.rows if row.seconds)
+        return sum(state.trained for state in self.inventory.states)
 
     @property
     def tables(self) -> list[Table]:

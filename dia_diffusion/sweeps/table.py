@@ -55,7 +55,7 @@ def _reached(rows: Sequence[Row], curve: str, final: str) -> Table:
 
 def _differences(rows: Sequence[Row], final: str) -> Table:
     compared = [(row, row.comparison) for row in rows if row.comparison]
-    columns = ["batch size", "unit", "pairs", "difference to none", f"{_LEVEL} interval"]
+    columns = ["batch size", "unit", "pairs", "difference from none", f"{_LEVEL} interval"]
     columns += ["p (Holm)", "p paired by seed (Holm)"]
     text = [
         [
@@ -69,7 +69,7 @@ def _differences(rows: Sequence[Row], final: str) -> Table:
         ]
         for row, comparison in compared
     ]
-    return Table(columns, text, f"Final {final}, with the unit less without: below zero the unit is better")
+    return Table(columns, text, f"Final {final}, unit minus no unit: negative means the unit is better")
 
 
 def _seeds(row: Row) -> str:

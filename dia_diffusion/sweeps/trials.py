@@ -132,6 +132,8 @@ def placement_trials(
     """
     common = {"train.max_steps": steps, **keys}
     bases: dict[str, tuple[list[int], Experiment]] = {}
+    if unit == "none":
+        raise InputError("`--unit` must be an attention unit, got none")
     model = read_experiment(config, keys=keys).to_dict()["model"]
     if "num_layers" not in model:
         raise InputError(f"`model.backbone` must be uvit for placements, got {model['backbone']!r}")

@@ -68,7 +68,7 @@ class LogMetrics(Callback):
         values = {name: metric(trainer, result) for name, metric in METRICS.items()}
         if (skipped_steps := int(trainer.finite.skipped)) > self.skipped_steps:
             self.skipped_steps = skipped_steps
-            trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} steps skipped so far, not finite")
+            trainer.message(f"step {trainer.step:,}: {self.skipped_steps:,} non-finite steps skipped so far")
         now, images = time.perf_counter(), (trainer.step - self.step) * trainer.config.batch_size
         values["images_per_second"] = round(images / (now - self.time - trainer.seconds_in_callbacks), 3)
         self.time, self.step, trainer.seconds_in_callbacks = now, trainer.step, 0.0

@@ -82,8 +82,8 @@ def newest_intact_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]
             damaged[place] = str(error)
     if damaged:
         newest, *_ = damaged.values()
-        otherwise = "restore one from a copy, or choose another output"
-        raise InputError(f"{newest}; no checkpoint in {folder} is whole: {otherwise}")
+        otherwise = "restore one from a backup, or choose another output"
+        raise InputError(f"{newest}; no checkpoint in {folder} is intact: {otherwise}")
     return None, {}
 
 

@@ -107,12 +107,12 @@ def test_pixels(images: ImageSet, indices: np.ndarray, size: int) -> Tensor:
     if images.source is None:
         return torch.from_numpy(images.read(indices))
 
-    def centre(_: int, image: Image.Image) -> np.ndarray:
+    def center(_: int, image: Image.Image) -> np.ndarray:
         whole = round(size / TEST_CROP)
         edge = (whole - size) // 2
         return to_pixels(image, whole, 3)[edge : edge + size, edge : edge + size].transpose(2, 0, 1)
 
-    return torch.from_numpy(images.read(indices, centre))
+    return torch.from_numpy(images.read(indices, center))
 
 
 RESULT_FILE = "result.json"

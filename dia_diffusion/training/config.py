@@ -78,15 +78,10 @@ class Recipe(Strict):
 
     COMMAND: ClassVar[str]
     """The command that trains it."""
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {
-            "output",
-            "trackers",
-            "data.source",
-            *(f"train.{key}" for key in ("max_steps", "compile", "log_every", "checkpoint_every", "keep_last")),
-            "train.max_skipped_steps",
-        }
-    )
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"output", "trackers", "data.source"}) | {
+        f"train.{key}"
+        for key in ("max_steps", "compile", "log_every", "checkpoint_every", "keep_last", "max_skipped_steps")
+    }
     """Keys that may change when a run resumes: where it is, what it reports and how it is computed, but not what is
     trained. Training images and initial weights are compared by content, so their location may change too."""
 

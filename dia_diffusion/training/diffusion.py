@@ -39,14 +39,7 @@ if TYPE_CHECKING:
     from dia_diffusion.training.trainer import StepResult, Trainer
 
 
-MOST_LAYERS = 10_000
-
-
-def diffusion_loss(
-    model: nn.Module, process: NoiseProcess, images: Tensor, draws: StepDraws, labels: Tensor | None
-) -> Tensor:
-    """Weighted mean squared error over images (B, C, H, W) in [-1, 1], in float32 whatever the model's precision."""
-    return image_losses(model, process, images, draws, labels).mean()
+MAX_LAYERS = 10_000
 
 
 def image_losses(
@@ -164,7 +157,7 @@ class DiffusionTask(Task):
 
     def loss(self, network: nn.Module, draws: StepDraws, device: torch.device, dtype: torch.dtype) -> Tensor:
         images, labels = training_batch(self.images, self.experiment, draws, device, dtype)
-        loss = diffusion_loss(network, self.process, images, draws, labels)
+        loss = image_losses(network, self.process, images, draws, labels).mean()
         return loss if self.guidance is None else loss + self.experiment.ssia.weight * self.guidance.take()
 
     def callbacks(self) -> list[Callback]:
@@ -229,7 +222,7 @@ def check_samples(experiment: Experiment, settings: SamplingSettings | None = No
 
     settings, guide: replace those of the grids, which have no guide.
     """
-    check_layers(experiment.model.model_dump(), MOST_LAYERS)
+    check_layers(experiment.model.model_dump(), MAX_LAYERS)
     model = build_on_meta(lambda: build_model(experiment.model))
     check_memory(model)
     pipeline, settings = _pipeline(model, experiment.noise_process()), settings or sampling_settings(experiment)

@@ -196,7 +196,8 @@ def flatten(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in recipe.items():
         if not isinstance(key, str):
             raise InputError(f"recipe key {prefix}{key!r} must be text")
-        if isinstance(value, dict) and not prefix:  # a section; deeper dicts are values such as attention_kwargs
+        # A section; deeper dicts are values such as attention_kwargs.
+        if isinstance(value, dict) and not prefix and "." not in key:
             flat.update(flatten(value, prefix=f"{key}."))
         else:
             flat[prefix + key] = value

@@ -150,7 +150,8 @@ def check_shared(folder: RunFolder, accelerator: Accelerator, message: Callable[
         while folder.lock_text() != lock:
             waited = time.monotonic() - started
             if waited > SECONDS_TO_SEE_A_FILE:
-                raise InputError(f"output {folder.path} is not one folder; all machines must share it")
+                what = "output must be on a disk that all machines share"
+                raise InputError(f"{what}, got {folder.path}, which differs between them")
             if waited > SECONDS_UNTIL_MESSAGE and not reported:
                 seconds = round(SECONDS_TO_SEE_A_FILE)
                 message(f"waiting up to {seconds} s for {folder.path} to appear on {socket.gethostname()}")

@@ -26,7 +26,7 @@ from dia_diffusion.distributed import (
     start_accelerator,
 )
 from dia_diffusion.environment import environment
-from dia_diffusion.errors import DivergedError, Stopped, first_line
+from dia_diffusion.errors import DivergedError, InputError, Stopped, first_line
 from dia_diffusion.io import write_json
 from dia_diffusion.precision import in_precision, slow_warning, training_device, training_precision
 from dia_diffusion.progress import Progress
@@ -145,9 +145,8 @@ class Trainer:
             check_new_run(self.folder, self.experiment)
             return None
         place = self.folder.checkpoints / name
-        checkpoint = load_checkpoint(
-            place, checked=self.accelerator.is_main_process
-        )  # newest_intact_checkpoint checked it
+        checked = self.accelerator.is_main_process  # by newest_intact_checkpoint
+        checkpoint = load_checkpoint(place, checked)
         check_resumed_run(self.folder.path, self.experiment, self.images.fingerprint, checkpoint.state)
         self.started_from = self.task.check_start(checkpoint.state.get("init_from"))
         load_weights(self.model, checkpoint.tensors["model"], place)
@@ -294,7 +293,9 @@ class Trainer:
         )
         if warning := slow_warning(self.precision, self.accelerator.device):
             self.message(warning)
-        if self.step:
+        if self.step >= config.max_steps:
+            self.message(f"trained to step {self.step:,} already")
+        elif self.step:
             self.message(f"resuming from step {self.step:,}")
         elif self.started_from is not None:
             gained = (
@@ -302,9 +303,16 @@ class Trainer:
             )
             self.message(f"starting from the weights of {self.started_from['path']}{gained}")
         if self.experiment.trackers:
-            self.accelerator.init_trackers("dia-diffusion")
+            on_all_ranks(self.accelerator, self._start_trackers)
         for callback in reversed(self.callbacks):  # reversed, so that LogMetrics' clock starts last
             callback.start(self)
+
+    def _start_trackers(self) -> None:
+        try:
+            self.accelerator.init_trackers("dia-diffusion")
+        except Exception as error:  # of any kind, such as a missing API key
+            names = ", ".join(self.experiment.trackers)
+            raise InputError(f"`trackers` must be ones that can be started, got {names}: {first_line(error)}") from None
 
     def _open_folder(self) -> None:
         self.folder.truncate_metrics(self.step)  # first, since it raises if the file is damaged

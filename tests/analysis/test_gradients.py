@@ -11,7 +11,7 @@ from dia_diffusion.analysis.gradients import ANALYSIS as GRADIENTS
 from dia_diffusion.analysis.gradients import Magnitudes
 from dia_diffusion.analysis.run import GradientBatches, open_runs
 from dia_diffusion.analysis.stages import uvit_blocks
-from dia_diffusion.training.diffusion import diffusion_loss
+from dia_diffusion.training.diffusion import image_losses
 from tests.analysis.conftest import MakeRun
 
 
@@ -49,7 +49,7 @@ def test_run_gradients_match_autograd_at_the_blocks(tiny_run: MakeRun) -> None:
                 for b in uvit_blocks(model)
             ]
             images, labels = run.batch(draws)
-            loss = diffusion_loss(model, run.process, images, draws, labels)
+            loss = image_losses(model, run.process, images, draws, labels).mean()
             for block, gradient in enumerate(torch.autograd.grad(loss, outputs)):
                 sizes[block].append(gradient.abs().double().numpy().ravel())
             for hook in hooks:
@@ -105,6 +105,8 @@ def test_the_interval_holds_the_noise_scale_of_a_known_distribution() -> None:
     assert inside >= 33  # two standard errors, estimated from 8 parts
     nothing = noise_of(np.repeat(np.eye(4), 4, axis=0) * np.tile([1, 1, -1, -1], 4)[:, None], 1)
     assert nothing["noise_scale"] is None and nothing["noise_scale_high"] is None
+    two = noise_of(0.1 + draw.normal(0, 2 / np.sqrt(16), size=(2, 50)), 16)
+    assert two["standard_error"] is None and two["noise_scale_low"] is None and two["noise_scale_high"] is None
 
 
 def test_run_gradient_noise_matches_autograd(tiny_run: MakeRun) -> None:
@@ -126,7 +128,7 @@ def test_run_gradient_noise_matches_autograd(tiny_run: MakeRun) -> None:
     for number in range(3):
         draws = run.draw(5, number, 4)
         images, labels = run.batch(draws)
-        parts = torch.autograd.grad(diffusion_loss(model, run.process, images, draws, labels), mlps)
+        parts = torch.autograd.grad(image_losses(model, run.process, images, draws, labels).mean(), mlps)
         gradients.append(torch.cat([part.flatten() for part in parts]).double().numpy())
     expected = noise_of(np.array(gradients), 4)["covariance_trace"]
     assert groups["MLPs"]["covariance_trace"] == pytest.approx(expected, rel=1e-4)

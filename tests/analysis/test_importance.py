@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from dia_diffusion.analysis.attention_maps import measure_maps
-from dia_diffusion.analysis.importance import LEAST_R2, draw, draw_samples, importances
+from dia_diffusion.analysis.importance import MIN_R2, draw, draw_samples, importances
 from dia_diffusion.analysis.run import Coverage, open_runs
 from tests.analysis.conftest import MakeRun
 
@@ -29,7 +29,7 @@ def rows() -> list[dict[str, Any]]:
 def test_importance_finds_the_block_that_a_map_is_computed_from(rows: list[dict[str, Any]]) -> None:
     second, third, fourth = rows
     assert third["importance"][0] > 0.95 and third["r2"] > 0.99
-    assert second["r2"] < LEAST_R2 and second["importance"] == [1.0]  # although its forest predicts nothing
+    assert second["r2"] < MIN_R2 and second["importance"] == [1.0]  # although its forest predicts nothing
     assert fourth["r2"] < 0.05 and sum(fourth["importance"]) == pytest.approx(1)
 
 
@@ -63,7 +63,7 @@ def test_rows_that_predict_nothing_are_hatched(rows: list[dict[str, Any]], monke
     add = Axes.add_patch
     monkeypatch.setattr(Axes, "add_patch", lambda self, patch: (hatched.append(patch), add(self, patch))[1])
     stage = {"name": "", "blocks": ["1", "2", "3", "4"], "samples": 1500, "maps": rows, "centred": rows}
-    run = {"run": "made", "least_r2": LEAST_R2, "steps": [{"step": 1, "stages": [stage]}]}
+    run = {"run": "made", "least_r2": MIN_R2, "steps": [{"step": 1, "stages": [stage]}]}
     draw([run])
     rows_hatched = [round(patch.get_y() + 0.5) for patch in hatched if patch.get_hatch()]
     assert rows_hatched == [0, 2, 0, 2]  # blocks 2 and 4 of both triangles

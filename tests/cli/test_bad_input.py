@@ -86,6 +86,8 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "no output": ([*config, "--output", ""], "`output` must be text of 1 or more"),
         "unit's cell": ([*config, "--model.attention_kwargs.cell", "lstm"], "`cell` is set by"),
         "unit's dropout": ([*config, "--model.attention_kwargs.dropout", "2"], "can't be built"),
+        "unit's channels": (["params", "--unit", "se", "--kwargs", "{channels: 3}"], "must not have channels"),
+        "unit to place": (["analyze", "placement", *config[1:3], "--unit", "none"], "an attention unit, got none"),
         "tracker": ([*config, "--trackers", "[paper]"], "`trackers` must be installed"),
         "grid's sampler": ([*config, "--samples.sampler", "plms"], "`sampler` must be one of ddpm"),
         "grid's steps": ([*config, "--samples.steps", "2000"], "`steps` must be 1 to 1000"),

@@ -50,7 +50,7 @@ def test_a_full_disk_behind_stdout_is_one_line(
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert main(["env", "--help"]) == 1
-        assert capsys.readouterr().err == "dia-diffusion env: failed: No space left on device: while writing\n"
+        assert capsys.readouterr().err == "dia-diffusion env: failed to write output: No space left on device\n"
 
 
 def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (BrokenPipeError(32, "Broken pipe"), "failed: Broken pipe: while writing"),
+        (BrokenPipeError(32, "Broken pipe"), "failed to write output: Broken pipe"),
         (RuntimeError("[gloo/transport/tcp/pair.cc:534] writev: Broken pipe"), "another process of this launch"),
     ],
 )

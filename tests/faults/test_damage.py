@@ -139,7 +139,7 @@ def test_without_a_whole_checkpoint_nothing_is_touched(run: Path, recipe: Path) 
     for place in step_folders(run / "checkpoints").values():
         flip_one(place / "model.safetensors")
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
-    with pytest.raises(InputError, match=r"step-00000006/model.safetensors .*no checkpoint in .* is whole"):
+    with pytest.raises(InputError, match=r"step-00000006/model.safetensors .*no checkpoint in .* is intact"):
         Trainer(read_experiment(str(recipe), ["--output", str(run)]), Recorder())
     assert {file: file.read_bytes() for file in before} == before
     assert len(step_folders(run / "checkpoints")) == 3

@@ -45,7 +45,7 @@ def test_a_second_interrupt_ends_training_at_once(recipe: Path, tmp_path: Path) 
     running.until(lambda: being_written(run))
     running.send(signal.SIGINT)
     assert running.wait() == 130
-    line = "dia-diffusion train: ended at once; the same command resumes from the last checkpoint that was written"
+    line = "dia-diffusion train: stopped immediately; the same command resumes from the last checkpoint"
     assert running.last_line() == line and "Traceback" not in running.text()
     assert not checkpoints(run) and not leftovers(run)
 
@@ -105,7 +105,7 @@ def test_study_ends_what_it_started(numbers: list[int], code: int, recipe: Path,
         how = "stopped; the same command resumes from there"
         assert checkpoints(first)
     else:
-        how = "ended at once; the same command resumes from what is written"
+        how = "stopped immediately; the same command resumes"
     assert running.last_line() == f"dia-diffusion curves: {how}"
     # A child that is still alive would hold its lock, and this command would be refused.
     again = Forked("curves", tmp_path / "mine.yaml", log=log)

@@ -200,7 +200,7 @@ def test_a_diffusers_pipeline_with_attached_units_is_refused(tmp_path: Path) -> 
     ("kwargs", "error"),
     [
         ({"backbone": "resnet"}, "`backbone` must be one of unet2d, dit, got 'resnet'"),
-        ({"backbone_kwargs": {"layers": 2}}, "`backbone_kwargs` must be of act_fn, .* for UNet2DModel, got 'layers'"),
+        ({"backbone_kwargs": {"layers": 2}}, "unknown key `backbone_kwargs.layers`; did you mean `layers_per_block`"),
         ({"backbone_kwargs": {"in_channels": 2}}, "must not have in_channels, which the model sets to 1, got 2"),
         ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built from backbone_kwargs: Must"),
         ({"attention": "none", "attention_at": ["conv_in"]}, "`attention_at` must be null without attention"),
@@ -213,6 +213,11 @@ def test_a_diffusers_pipeline_with_attached_units_is_refused(tmp_path: Path) -> 
         ({"num_classes": -1, "backbone": "dit"}, "must be above 0"),
         ({"in_channels": 0}, "must be above 0"),
         ({"sample_size": [8, 0]}, "must be above 0"),
+        ({"sample_size": 7}, "`sample_size` must be a multiple of 2 for this UNet2DModel, got 7"),
+        (
+            {"backbone": "dit", "backbone_kwargs": ARGUMENTS["dit"], "sample_size": 9},
+            "`sample_size` must be a multiple of 2 for this DiTTransformer2DModel, got 9",
+        ),
     ],
 )
 def test_bad_input(kwargs: dict[str, Any], error: str) -> None:

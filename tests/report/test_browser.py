@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dia_diffusion.report.page import write_page
+from dia_diffusion.report.page import render
 from dia_diffusion.report.subjects import run_page
 from tests.report.conftest import parse
 
@@ -34,7 +34,7 @@ def test_a_browser_draws_the_page_without_console_messages(tmp_path: Path, write
     hostile = "</script><img src=x onerror=console.log('in')>"
     records = [record(9, 3, 8, features=hostile), record(8, 6, 8, features=hostile)]
     page = tmp_path / "report.html"
-    write_page(run_page(write_run(tmp_path / "<img src=x onerror=console.log('in')>", records=records)), page)
+    page.write_text(render(run_page(write_run(tmp_path / "<img src=x onerror=console.log('in')>", records=records))))
     written = parse(page.read_text())
     shown, said = opened(page)
     assert said == []
@@ -52,7 +52,7 @@ def test_a_browser_draws_the_page_without_console_messages(tmp_path: Path, write
 def test_a_page_that_loads_or_throws_is_noticed(tmp_path: Path, write_run, opened) -> None:
     """Proves that the test above can fail: the browser reports both, and the page's policy blocks the first."""
     page = tmp_path / "report.html"
-    write_page(run_page(write_run(tmp_path / "run")), page)
+    page.write_text(render(run_page(write_run(tmp_path / "run"))))
     added = "<img src='https://example.org/x.png'><script>nothing()</script>"
     page.write_text(page.read_text().replace("</body>", f"{added}</body>"))
     _, said = opened(page)

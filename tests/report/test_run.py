@@ -98,6 +98,8 @@ def test_missing_parts_are_reported(tmp_path: Path, write_run) -> None:
     assert f"No evaluations yet; dia-diffusion fid {new}" in page.text
     assert "No grids yet" in page.text and "No metrics yet; dia-diffusion train" in page.text
     assert not page.plots
+    (new / "checkpoints" / "step-00000003").mkdir(parents=True)  # a run that ends before its first logged line
+    assert run_page(new).facts["steps"].startswith("3 of ")
 
     torn = write_run(tmp_path / "torn")
     (torn / "samples" / "step-00000003.png").write_bytes(b"\x89PNG\r\n\x1a\n")

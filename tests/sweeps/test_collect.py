@@ -185,7 +185,7 @@ def test_one_reference_for_all_runs_in_the_protocols_features(study: Read, tmp_p
     (tmp_path / "open.yaml").write_text("{features: digits, num_samples: 70, sampler: ddim, steps: 2}")
     moved, keys = {"data.source": str(tmp_path / "copy.npy")}, {"protocol": str(tmp_path / "open.yaml")}
     here = study(overrides=moved, changes={**keys, **NO_FINAL})
-    with pytest.raises(InputError, match=r"none-b8-s0 against digits and dia-lstm-b8-s0 against .*copy.npy, which dif"):
+    with pytest.raises(InputError, match=r"got none-b8-s0 against digits and dia-lstm-b8-s0 against .*copy.npy; use"):
         check_measuring(
             scan(here), here.runs, lambda source, size, channels, split: open_images(source, size=size, channels=1)
         )

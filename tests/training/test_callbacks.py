@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dia_diffusion.cli.main import main
-from dia_diffusion.errors import DivergedError, Stopped
+from dia_diffusion.errors import DivergedError, InputError, Stopped
 from dia_diffusion.evaluation import evaluate
 from dia_diffusion.evaluation.callback import EvaluatePipelines
 from dia_diffusion.evaluation.protocol import EvalProtocol
@@ -97,6 +97,15 @@ def test_a_tracker_that_fails_is_reported_once(tiny, train, tmp_path: Path, monk
     assert trainer.step == 6 and len(metrics(tmp_path / "run")) == 6
     warnings = [text for text in trainer.progress.messages if text.startswith("warning")]
     assert warnings == ["warning: tracker tensorboard failed (no route to host); training continues"]
+
+
+def test_a_tracker_that_can_not_start_is_refused(tiny, train, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_key(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(TensorBoardTracker, "__init__", no_key)
+    with pytest.raises(InputError, match="`trackers` must be ones that can be started, got tensorboard: no API key"):
+        train(tiny("run", "--trackers", "[tensorboard]"))
 
 
 def test_a_metric_of_ones_own(tiny, train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

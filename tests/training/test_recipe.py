@@ -210,6 +210,15 @@ def test_override_checks_what_it_changes() -> None:
         override(recipe, {"train.max_steps": 0})
 
 
+def test_arguments_of_the_unit_are_one_value() -> None:
+    """However they are written, they replace the recipe's; a single one can be changed by its own key."""
+    recipe = override(read_experiment("digits_uvit_cpu_dia"), {"model.attention_kwargs": {"reduction": 8}})
+    for keys in ({"model.attention_kwargs": {"scale": 2.0}}, {"model": {"attention_kwargs": {"scale": 2.0}}}):
+        assert override(recipe, flatten(keys)).model.attention_kwargs == {"scale": 2.0}
+    changed = override(recipe, {"model.attention_kwargs.scale": 2.0})
+    assert changed.model.attention_kwargs == {"reduction": 8, "scale": 2.0}
+
+
 OLDER = {
     "digits_uvit_cpu": {"backbone_kwargs": None, "attention_at": None},
     "digits_unet_cpu": {"patch_size": 2, "hidden_size": 512, "pool_tokens": "all", "attention_blocks": None},
