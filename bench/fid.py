@@ -22,10 +22,10 @@ from dia_diffusion.cli.main import main as command
 from dia_diffusion.data import open_images
 from dia_diffusion.evaluation.feature_store import BATCH
 from dia_diffusion.evaluation.features import build_features
-from dia_diffusion.evaluation.features.extractor import exact_float32
 from dia_diffusion.evaluation.frechet import FeatureStatistics, GivenMoments, frechet_distance
 from dia_diffusion.evaluation.metrics import METRICS, MetricInputs
 from dia_diffusion.evaluation.record import read_records
+from dia_diffusion.precision import exact_float32
 
 IMAGE_SIZE = 32
 SMALL_NETWORK = 25

@@ -2,10 +2,11 @@
 
 Each call runs for at most --minutes and resumes where the last one stopped, until all tasks are done:
 
-    test_...    the files of tests/gpu
-    before      the suites of bench/run.py
-    study       twins of a study, for as many steps as fit in --training-minutes, with distances along the way
-    after       the suites train and sample again: any change since `before` is due to the machine
+    test_...      the files of tests/gpu
+    before-train  the suite train of bench/run.py
+    study         twins of a study, for as many steps as fit in --training-minutes, with distances along the way
+    before-...    the other suites of bench/run.py
+    after-...     the suites train and sample again: any change since `before` is due to the machine
 
 OUT/gpu.md and its figures are rewritten after each call. Exit codes: 0 done, 3 more to do, 2 can't be run.
 """
@@ -30,7 +31,7 @@ from dia_diffusion.io import write_json, write_text
 from dia_diffusion.sweeps.sweep import Study, read_study
 
 ROOT = Path(__file__).parents[1]
-SUITES = "train,memory,overhead,sample,fid,scale"
+SUITES = "train,overhead,sample,memory,fid"  # without scale: on a GPU its small networks only time kernel launches
 AFTER = ("train", "sample")
 SECONDS_TO_STOP = 45
 """Reserved for the checkpoint after SIGTERM and for writing the page."""
@@ -107,9 +108,10 @@ def _names(options: argparse.Namespace) -> list[str]:
             for size in (sizes if suite in by_size else sizes[:1])
         ]
 
+    first, rest = ([suite for suite in suites if (suite == "train") is train] for train in (True, False))
     after = [suite for suite in suites if suite in AFTER]
     tests = [] if options.no_tests else [file.stem for file in sorted((ROOT / "tests" / "gpu").glob("test_*.py"))]
-    return [*tests, *measured("before", suites), "study", *measured("after", after)]
+    return [*tests, *measured("before", first), "study", *measured("before", rest), *measured("after", after)]
 
 
 def _task(name: str, options: argparse.Namespace, state: State) -> Task:
@@ -203,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/gpu"), help="folder of everything, to be kept between calls")
     add("--minutes", type=float, default=9.0, help="of a call, at the most")
-    add("--training-minutes", type=float, default=20.0, help="of the study's runs together")
+    add("--training-minutes", type=float, default=20.0, help="of the study's runs together, without their distances")
     add("--device", choices=("cpu", "cuda"), default="cuda")
     add("--data", help="the study's images; the recipe's own, which are downloaded, if none")
     add("--uvit-repo", type=Path, metavar="PATH", help="a checkout of github.com/baofff/U-ViT")
@@ -230,6 +232,8 @@ def write_page(out: Path, done: dict[str, dict[str, Any]]) -> Path:
     parts = [_machine(measured), _tasks(out, done)]
     for name, suite in measured.items():
         for table in suite["tables"]:
+            if name.startswith("after-") and not table["timings"]:
+                continue  # the cost of compilation, whose kernels are cached by now
             parts.append(f"## {name}: {table['title']}")
             parts.append(_timings(name, table, measured) if table["timings"] else _rows(table["figures"]))
             parts += [table["note"]] if table["note"] else []

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from steps import OURS, Setting, experiment_of, made_up_images, own_step
+from steps import COMPILED, OURS, Setting, experiment_of, made_up_images, own_step
 from timing import STEPS, Contender, Found, Timing, interleave, note, rows_of
 
 from dia_diffusion.data import open_images
@@ -35,22 +35,27 @@ def measure(batch_size: int, rounds: int, precision: str, device: torch.device) 
 
 
 def _training(setting: Setting, rounds: int, device: torch.device) -> Found:
-    contenders = [Contender(name, own_step(experiment_of(name, setting)), setting.batch_size) for name in ATTENTIONS]
+    # As train.compile auto does for few steps; on a GPU, an uncompiled step times Python's kernel launches.
+    way, how = ("", "not compiled") if device.type == "cpu" else (COMPILED, "compiled")
+    contenders = [
+        Contender(name, own_step(experiment_of(name + way, setting)), setting.batch_size) for name in ATTENTIONS
+    ]
     timings = interleave(contenders, rounds, device, STEPS)
-    title = f"The unit in a training step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}, not compiled"
+    title = f"The unit in a training step, U-ViT-S/2, batch {setting.batch_size}, {setting.precision}, {how}"
     return Found(title, rows_of(timings, timings[0]), timings)
 
 
 def _calls(setting: Setting, rounds: int, device: torch.device) -> Found:
     """Calls of the network, which are 95 % or more of sampling."""
     sample, contenders = torch.randn(setting.batch_size, 3, 32, 32, device=device), []
+    time = torch.tensor(500, device=device)  # already there, as a scheduler's are
     for name, attention in ATTENTIONS.items():
         network = pipeline_of(attention, setting.precision, device).unet
         noisy = sample.to(network.dtype)
 
         def call(network: torch.nn.Module = network, noisy: torch.Tensor = noisy) -> None:
             with torch.no_grad():
-                network(noisy, 500)
+                network(noisy, time)
 
         contenders.append(Contender(name, call, setting.batch_size))
     timings = interleave(contenders, 2 * rounds, device, STEPS)

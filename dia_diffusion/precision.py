@@ -6,6 +6,8 @@ AVX2, a bfloat16 matrix product takes 40 times as long as the float32 one.
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,3 +154,37 @@ def slow_warning(precision: Precision, device: torch.device) -> str | None:
         f"warning: {precision}: this device multiplies matrices {rates[0] / rates[1]:.0f} times slower in it than in "
         f"float32 ({bfloat16} against {float32})"
     )
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Disables TF32 and bfloat16 in place of float32, and uses cuDNN's deterministic kernels; restored at exit.
+
+    Settings are read and written under their new names, `fp32_precision`. After a mix of old and new names, reading the
+    old `allow_tf32` raises; this may also happen inside the context.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+    try:
+        for place, name, value in _settings():
+            before = getattr(place, name)
+            if before != value:
+                setattr(place, name, value)
+                changed.append((place, name, before))
+        yield
+    finally:
+        for place, name, before in reversed(changed):
+            setattr(place, name, before)
+
+
+def _settings() -> list[tuple[Any, str, Any]]:
+    """(object, attribute, value), in the order to set them. An operator without its own precision falls back on its
+    backend's, and that on the global one, so each is read only after its fallback is set."""
+    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    operators = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]  # type: ignore[attr-defined]
+    return [
+        (cudnn, "enabled", True),
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+        (torch.backends, "fp32_precision", "none"),
+        *((place, "fp32_precision", "ieee") for place in (cudnn, mkldnn, *operators)),
+    ]

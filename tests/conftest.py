@@ -1,5 +1,6 @@
 """For all tests: one thread each, so that two can run in parallel, and no Accelerate state carried between tests."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,12 @@ from dia_diffusion.training.compilation import separate_kernel_cache
 
 torch.set_num_threads(1)
 separate_kernel_cache()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only `-m gpu` uses a GPU: the other tests compare with exact results of the CPU, and a GPU would compile each."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(autouse=True)

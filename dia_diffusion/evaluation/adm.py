@@ -7,7 +7,7 @@ differ.
 import torch
 from torch import Tensor
 
-from dia_diffusion.evaluation.features.extractor import exact_float32
+from dia_diffusion.precision import exact_float32
 
 ROWS = 1000  # rows of pairwise distances held at once
 LARGEST_NORM = torch.finfo(torch.float16).max / 2

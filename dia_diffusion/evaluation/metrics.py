@@ -18,10 +18,10 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dia_diffusion.errors import InputError
 from dia_diffusion.evaluation import adm
-from dia_diffusion.evaluation.features.extractor import exact_float32
 from dia_diffusion.evaluation.frechet import FeatureStatistics, Moments, frechet_distance
 from dia_diffusion.evaluation.jackknife import extrapolated_distance, relative_distance
 from dia_diffusion.evaluation.record import NUMBER_PARTS
+from dia_diffusion.precision import exact_float32
 from dia_diffusion.registry import Registry
 
 DISTANCE = "fid"

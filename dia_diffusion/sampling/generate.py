@@ -7,7 +7,7 @@ it. Most pipelines are sampled by UViTPipeline's loop around their network, othe
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from dia_diffusion.pipelines.pipeline_uvit import (
     check_null_label,
     network_prediction_type,
 )
+from dia_diffusion.precision import exact_float32
 from dia_diffusion.progress import Advance
 from dia_diffusion.sampling.load import Guide
 from dia_diffusion.sampling.samplers import (
@@ -77,7 +78,13 @@ def generate(
     if wrong := [seed for seed in seeds if not 0 <= seed <= MAX_SEED]:
         raise InputError(f"`seeds` must be 0 to {MAX_SEED}, got {wrong[0]}")
     batches = (list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size))
-    return ((batch, _to_uint8(pipeline.draw(batch, progress), batch)) for batch in batches)
+    return ((batch, _draw(pipeline, batch, progress)) for batch in batches)
+
+
+def _draw(pipeline: "ImagePipeline", seeds: list[int], progress: Advance | None) -> Tensor:
+    # Else a GPU's convolutions round float32 to TF32, differently for different batch sizes.
+    with exact_float32() if pipeline.dtype == torch.float32 else nullcontext():
+        return _to_uint8(pipeline.draw(seeds, progress), seeds)
 
 
 def _to_uint8(images: Tensor, seeds: list[int]) -> Tensor:

@@ -250,7 +250,8 @@ class Trainer:
             self.ema.update(self.parameters, skip)
         for average in self.averages.values():
             average.update(self.parameters, skip)
-        if skip.device.type == "cpu":  # wait for a GPU only when logging or saving
+        # Wait for a GPU only when logging or saving; fp16's scaler has just waited, and only knows of its own skips.
+        if skip.device.type == "cpu" or self.accelerator.scaler is not None:
             self.check_finite()
         self.step += 1
         return StepResult(loss, grad_norm, skip)

@@ -51,11 +51,11 @@ def test_tasks_resume_in_order_and_only_a_study_takes_more_than_one_piece(
     monkeypatch.setattr(gpu, "_task", lambda name, *_: gpu.Task(name, [], resumable=name == "study"))
     monkeypatch.setattr(gpu, "_run", run)
     given, state = options(tmp_path, suites="train,sample,fid"), gpu.State()
-    for next_task in ("before-sample", "before-fid", "study", "study", ""):
+    for next_task in ("study", "study", "before-sample", "before-fid", ""):
         assert gpu._work(given, state, 0.0).partition(",")[0] == next_task
         state = gpu._read(tmp_path)
     before = ["test_processes", "test_sampling", "test_training", "before-train-b32", "before-train-b128"]
-    tried = ["before-sample", "before-sample", "before-fid", "study", "study", "study"]
+    tried = ["study", "study", "study", "before-sample", "before-sample", "before-fid"]
     assert ran == [*before, *tried, "after-train-b32", "after-train-b128", "after-sample"]
     assert state.done["before-fid"]["code"] == 1 and state.done["before-sample"]["code"] is None
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dia_diffusion.evaluation.features.extractor import exact_float32
+from dia_diffusion.precision import exact_float32
 
 backends: Any = torch.backends
 PLACES = ["cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.conv", "mkldnn.matmul"]

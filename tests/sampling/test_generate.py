@@ -40,6 +40,16 @@ def test_an_image_belongs_to_its_seed(name, tiny_pipeline):
     assert largest_difference(whole, shares[0] | shares[1] | shares[2]) <= 1
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, "ieee"), (torch.bfloat16, "tf32")])
+def test_float32_convolutions_are_not_rounded_to_tf32(dtype, rounding, tiny_pipeline):
+    """Which cuDNN does by default, and for some batch sizes only."""
+    pipeline, seen = tiny_pipeline().to(dtype), set()
+    pipeline.unet.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.conv.fp32_precision))
+    before = torch.backends.cudnn.conv.fp32_precision
+    images_of(pipeline, [0], steps=1)
+    assert seen == {rounding} and torch.backends.cudnn.conv.fp32_precision == before
+
+
 @pytest.mark.parametrize("name", ["euler-maruyama", "dpmsolver++"])
 def test_batches_from_1_to_64_draw_the_same_in_float64(name, tiny_pipeline):
     pipeline = tiny_pipeline().to(torch.float64)

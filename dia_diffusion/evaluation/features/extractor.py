@@ -7,12 +7,11 @@ import hashlib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +23,7 @@ from torch_fidelity import FeatureExtractorBase
 from dia_diffusion.errors import InputError, one_line
 from dia_diffusion.io import sha256_of_file
 from dia_diffusion.models.factory import unusable
+from dia_diffusion.precision import exact_float32
 from dia_diffusion.reading import Unreadable, read_json_object
 from dia_diffusion.registry import Registry
 
@@ -182,40 +182,6 @@ def load_weights(module: Module, path: str | Path) -> Module:
     except RuntimeError as error:
         raise InputError(f"weights {path} are another network's, not a {type(module).__name__}'s") from error
     return module
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Disables TF32 and bfloat16 in place of float32, and uses cuDNN's deterministic kernels; restored at exit.
-
-    Settings are read and written under their new names, `fp32_precision`. After a mix of old and new names, reading the
-    old `allow_tf32` raises; this may also happen inside the context.
-    """
-    changed: list[tuple[Any, str, Any]] = []
-    try:
-        for place, name, value in _settings():
-            before = getattr(place, name)
-            if before != value:
-                setattr(place, name, value)
-                changed.append((place, name, before))
-        yield
-    finally:
-        for place, name, before in reversed(changed):
-            setattr(place, name, before)
-
-
-def _settings() -> list[tuple[Any, str, Any]]:
-    """(object, attribute, value), in the order to set them. An operator without its own precision falls back on its
-    backend's, and that on the global one, so each is read only after its fallback is set."""
-    cudnn, cuda, mkldnn = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
-    operators = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul]  # type: ignore[attr-defined]
-    return [
-        (cudnn, "enabled", True),
-        (cudnn, "deterministic", True),
-        (cudnn, "benchmark", False),
-        (torch.backends, "fp32_precision", "none"),
-        *((place, "fp32_precision", "ieee") for place in (cudnn, mkldnn, *operators)),
-    ]
 
 
 def build_custom(name: str) -> tuple[FeatureExtractorBase, str]:
