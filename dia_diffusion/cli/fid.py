@@ -31,6 +31,7 @@ from dia_diffusion.tables import Table
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dia_diffusion.data import ImageSet
     from dia_diffusion.evaluation.evaluate import Evaluator
     from dia_diffusion.evaluation.features import FeatureExtractor
     from dia_diffusion.evaluation.protocol import EvalProtocol
@@ -123,6 +124,7 @@ def _measure(
     with ConsoleProgress() as shown:
         progress = shown if accelerator.is_main_process else Progress()
         evaluators: list[Evaluator] = []
+        real: ImageSet | None = None
         for source, shape, index in sources_of(plans[0].options, plans[0].protocols, pipelines, accelerator, progress):
             evaluators = evaluators or [
                 _evaluator(plan, source.count, shape, extractor, accelerator, progress)
@@ -130,7 +132,10 @@ def _measure(
             ]
             current = [replace(each, protocol=p.protocols[index]) for each, p in zip(evaluators, plans, strict=True)]
             file = plans[0].files[source.folder]
-            pages = _show(plans[0], current, source, shape, progress) if plans[0].options.show else []
+            if plans[0].options.show and real is None:
+                data = plans[0].reference_data
+                real = reference_images(plans[0].options, plans[0].protocols[0], data, shape, accelerator, progress)
+            pages = [] if real is None else _show(plans[0], current, source, real, progress)
             measured = record_together(current, source, file, partial(_measuring, progress))
             for own, (record, _) in zip(records, measured, strict=True):
                 own.append(record)
@@ -164,17 +169,16 @@ def _show(
     plan: _Plan,
     evaluators: "Sequence[Evaluator]",
     source: "MeasuredImages",
-    shape: tuple[int, int, int],
+    real: "ImageSet",
     progress: Progress,
 ) -> list[Path]:
-    """Writes pages of the samples; the features stay in the work folders for the measurement."""
+    """Writes pages of the samples beside real images; the features stay in the work folders for the measurement."""
     from dia_diffusion.cli.fid_show import show_samples
 
-    accelerator, file = evaluators[0].accelerator, plan.files[source.folder]
-    images = reference_images(plan.options, plan.protocols[0], plan.reference_data, shape, accelerator, progress)
+    file = plan.files[source.folder]
     works = [evaluator.work_folder(source, evaluator.resolve(source), file) for evaluator in evaluators]
     with _measuring(progress, works[0]):
-        return show_samples(evaluators, source, works, plan.options.show, images, progress, file.parent)
+        return show_samples(evaluators, source, works, plan.options.show, real, progress, file.parent)
 
 
 def _evaluator(
