@@ -16,7 +16,6 @@ from dia_diffusion.errors import InputError, first_line
 from dia_diffusion.models.attach import Attachment, attach, attachment_in
 from dia_diffusion.models.registry import BACKBONES, Backbone, wrapped_networks
 from dia_diffusion.models.uvit import UViTOutput
-from dia_diffusion.validation import nearest
 
 ELSEWHERE = "of dia_diffusion.AttachedModel, which loads this folder"
 
@@ -218,10 +217,10 @@ def build_network(kind: type[ModelMixin], kwargs: dict[str, Any], given: dict[st
 
     Raises InputError: arguments that the class doesn't have or refuses.
     """
-    known = inspect.signature(kind).parameters
+    known = sorted(inspect.signature(kind).parameters)
     for key, value in kwargs.items():
         if key not in known:
-            raise InputError(f"unknown key `backbone_kwargs.{key}`; did you mean `{nearest(key, known)}`?")
+            raise InputError(f"`backbone_kwargs` must be of {', '.join(known)} for {kind.__name__}, got {key!r}")
         if key in given and value != given[key] and key != "out_channels":
             raise InputError(
                 f"`backbone_kwargs` must not have {key}, which the model sets to {given[key]!r}, got {value!r}"

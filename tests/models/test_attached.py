@@ -200,7 +200,7 @@ def test_a_diffusers_pipeline_with_attached_units_is_refused(tmp_path: Path) -> 
     ("kwargs", "error"),
     [
         ({"backbone": "resnet"}, "`backbone` must be one of unet2d, dit, got 'resnet'"),
-        ({"backbone_kwargs": {"layers": 2}}, "unknown key `backbone_kwargs.layers`; did you mean `layers_per_block`"),
+        ({"backbone_kwargs": {"layers": 2}}, "`backbone_kwargs` must be of act_fn, .* for UNet2DModel, got 'layers'"),
         ({"backbone_kwargs": {"in_channels": 2}}, "must not have in_channels, which the model sets to 1, got 2"),
         ({"backbone_kwargs": {"block_out_channels": [8]}}, "UNet2DModel can't be built from backbone_kwargs: Must"),
         ({"attention": "none", "attention_at": ["conv_in"]}, "`attention_at` must be null without attention"),

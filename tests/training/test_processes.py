@@ -116,7 +116,7 @@ def test_refusals_are_printed_once_and_end_every_process(
     (tmp_path / "other").mkdir()
     elsewhere = partial(second_process_in, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
-    launch(tmp_path, "apart", 2, "--output", "apart", prepare=elsewhere, refused="must share it")
+    launch(tmp_path, "apart", 2, "--output", "apart", prepare=elsewhere, refused="which differs between them")
     np.save(tmp_path / "images.npy", np.zeros((10, 8, 8), dtype=np.uint8))
     source = ["--data.source", "images.npy"]
     launch(tmp_path, "one", 2, *source, prepare=elsewhere, refused="is not a file or folder")

@@ -178,7 +178,7 @@ def test_a_folder_may_appear_as_late_as_nfs_shows_it(
     folder = RunFolder(tmp_path)
     monkeypatch.setattr(folder, "lock_text", clock.lock_text)
     if lines is None:
-        with pytest.raises(InputError, match="all machines must share it"):
+        with pytest.raises(InputError, match="must be on a disk that all machines share"):
             check_shared(folder, Accelerator(cpu=True), messages.append)
         assert clock.now == pytest.approx(90, abs=1)
     else:
