@@ -41,8 +41,12 @@ if TYPE_CHECKING:
 
 def run(options: Options) -> None:
     """Measures what the options ask for, and records and prints it."""
+    from dia_diffusion.data.sources import find_format
+
     folder = Path(options.source)
     is_model = any((folder / name).exists() for name in ("pipelines", "model_index.json", "config.yaml"))
+    if not folder.exists() and find_format(options.source) is None:
+        raise InputError(f"`SOURCE` must be a pipeline, a run or images, got {options.source}, which doesn't exist")
     refuse_ignored(options, is_model)
     options = with_precision(options)
     if options.sweep:

@@ -111,6 +111,7 @@ def bad_arguments(run: Path, folder: Path) -> dict[str, tuple[list[object], str]
         "unknown option": (["sample", run, "--samplr", "ddim"], "did you mean `--sampler`?"),
         "unknown features": (["fid", run, *reference, "--features", "vgg"], "must be one of digits, cifar10"),
         "no reference": (["fid", run], "`--reference` is missing"),
+        "nothing to measure": (["fid", folder / "no", "--protocol", "fd-digits"], "a pipeline, a run or images"),
         "held-out images of no metric": (["fid", run, *reference, "--held-out", run], "left out without metric fdr"),
         "KID's subsets alone": (["fid", run, *reference, "--kid-subset-size", "9"], "left out without metric kid"),
         "unknown protocol": (["fid", run, "--protocol", "fd1"], "a protocol must be a YAML file or one of"),
