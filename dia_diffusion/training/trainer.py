@@ -250,7 +250,8 @@ class Trainer:
             self.ema.update(self.parameters, skip)
         for average in self.averages.values():
             average.update(self.parameters, skip)
-        # Wait for a GPU only when logging or saving; fp16's scaler has just waited, and only knows of its own skips.
+        # This waits for a GPU, so there it is left to logging and saving. In fp16 the scaler has waited already, and
+        # it would apply a finite step that follows a streak of non-finite losses.
         if skip.device.type == "cpu" or self.accelerator.scaler is not None:
             self.check_finite()
         self.step += 1
