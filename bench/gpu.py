@@ -233,7 +233,7 @@ def write_page(out: Path, done: dict[str, dict[str, Any]]) -> Path:
     for name, suite in measured.items():
         for table in suite["tables"]:
             if name.startswith("after-") and not table["timings"]:
-                continue  # the cost of compilation, whose kernels are cached by now
+                continue  # compilation, which takes its kernels from the cache by now
             parts.append(f"## {name}: {table['title']}")
             parts.append(_timings(name, table, measured) if table["timings"] else _rows(table["figures"]))
             parts += [table["note"]] if table["note"] else []

@@ -125,8 +125,9 @@ def _run(name: str, parse: Callable[[], Callable[[], None]]) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
             raise
-        where = f"failed: {error.strerror or error}: {error.filename}"
-        return _end(name, where if error.filename else f"failed to write output: {error.strerror or error}", 1)
+        reason = error.strerror or error
+        where = f"failed: {reason}: {error.filename}" if error.filename else f"failed to write output: {reason}"
+        return _end(name, where, 1)
     return 0
 
 

@@ -9,7 +9,8 @@ from dia_diffusion.cli.console import Counter, console
 from dia_diffusion.cli.curves import Options
 from dia_diffusion.environment import device_name
 from dia_diffusion.errors import InputError, Stopped, number_of
-from dia_diffusion.io import FolderLock, remove_partial
+from dia_diffusion.io import remove_partial
+from dia_diffusion.locks import FolderLock
 from dia_diffusion.precision import Precision, slow_warning, training_device
 from dia_diffusion.sweeps.checks import check_images, check_randomness, check_recipes, check_runs
 from dia_diffusion.sweeps.collect import Inventory, in_one_precision, scan

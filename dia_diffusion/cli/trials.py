@@ -10,7 +10,8 @@ from dia_diffusion.cli.console import ConsoleProgress, Counter, console
 from dia_diffusion.cli.options import Positional
 from dia_diffusion.cli.study import SweepCounter, refuse_launcher
 from dia_diffusion.evaluation.protocol import EvalProtocol
-from dia_diffusion.io import FolderLock, write_json
+from dia_diffusion.io import write_json
+from dia_diffusion.locks import FolderLock
 from dia_diffusion.sweeps.figures import draw_placement, draw_stability
 from dia_diffusion.sweeps.outcome import TRAINED, Result, finished, open_held_out, train_trials
 from dia_diffusion.sweeps.sweep import Run

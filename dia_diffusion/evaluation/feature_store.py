@@ -22,7 +22,8 @@ from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks, on
 from dia_diffusion.errors import InputError, RunError
 from dia_diffusion.evaluation.features.extractor import FeatureExtractor
 from dia_diffusion.evaluation.frechet import UNREADABLE, load_tensors, save_tensors
-from dia_diffusion.io import native_lock, remove_partial
+from dia_diffusion.io import remove_partial
+from dia_diffusion.locks import native_lock
 from dia_diffusion.progress import Advance, Progress
 from dia_diffusion.reading import parse_json
 

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from dia_diffusion.distributed import broadcast_from_rank_zero, on_all_ranks
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import FolderLock, append_json_line, remove_partial, step_folders, verify_checksum, write_text
+from dia_diffusion.io import append_json_line, remove_partial, step_folders, verify_checksum, write_text
+from dia_diffusion.locks import FolderLock
 from dia_diffusion.pipelines.folder import EVALUATIONS, TRAINING_FILE
 from dia_diffusion.reading import Unreadable, complete_lines, parse_json, read_json_object
 from dia_diffusion.training.randomness import RANDOMNESS

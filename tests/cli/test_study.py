@@ -13,7 +13,8 @@ import torch
 from dia_diffusion.cli.curves import names_study
 from dia_diffusion.cli.main import main
 from dia_diffusion.evaluation.record import read_records
-from dia_diffusion.io import FolderLock, sha256_of_file
+from dia_diffusion.io import sha256_of_file
+from dia_diffusion.locks import FolderLock
 from dia_diffusion.sweeps.sweep import read_study
 from dia_diffusion.training.trainer import Trainer
 from tests.cli.one_line import error_of

@@ -15,7 +15,7 @@ import pytest
 
 from dia_diffusion.cli.main import main
 from dia_diffusion.errors import InputError
-from dia_diffusion.io import FolderLock
+from dia_diffusion.locks import FolderLock
 from tests.cli.one_line import error_of
 from tests.cli.test_study import PROTOCOL, STUDY
 from tests.processes import FORKED, Forked, hold_steps, wait_for

@@ -19,7 +19,7 @@ from dia_diffusion.evaluation.protocol import EvalProtocol, renamed
 from dia_diffusion.evaluation.record import append_record
 from dia_diffusion.evaluation.reference import reference_statistics
 from dia_diffusion.evaluation.statistics_file import write_statistics
-from dia_diffusion.io import FolderLock
+from dia_diffusion.locks import FolderLock
 from dia_diffusion.sweeps.checks import check_images, check_measuring, check_randomness, check_recipes, check_runs
 from dia_diffusion.sweeps.collect import Inventory, scan
 from dia_diffusion.sweeps.launcher import Job, commands, run_study
