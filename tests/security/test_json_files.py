@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from dia_diffusion.errors import InputError
+from dia_diffusion.evaluation.frechet import save_tensors
 from tests.security.hostile import JSON_FILES, put_json, wrong_values
-from tests.security.readers import LENIENT, STRICT
+from tests.security.readers import LENIENT, STRICT, features_finished
 from tests.security.watch import Sandbox, check_line
 
 # An empty file means a run that has not been measured yet.
@@ -57,7 +59,7 @@ def test_hostile_json_does_no_harm(name: str, kind: str, sandbox: Sandbox) -> No
     sandbox.survived(reader.read)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", [name for name in READERS if name != "features that are finished"])  # safetensors
 def test_values_of_other_types_are_refused_or_do_nothing(name: str, sandbox: Sandbox) -> None:
     """Each value in turn is missing or has another type; reading the file may then raise nothing but InputError."""
     reader = READERS[name](sandbox.folder)
@@ -75,6 +77,14 @@ def test_values_of_other_types_are_refused_or_do_nothing(name: str, sandbox: San
         except Exception as error:
             raise AssertionError(f"{label}: {type(error).__name__}: {error}") from error
         shutil.rmtree(sandbox.folder / "out", ignore_errors=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "1", *(f'{{"seconds": {v}}}' for v in ("null", "[]", '"x"'))])
+def test_a_chunk_of_features_with_another_header_is_measured_again(text: str, tmp_path: Path) -> None:
+    reader = features_finished(tmp_path)
+    assert reader.read() == ([], 1.0)
+    save_tensors(reader.file, {"features": torch.ones(10, 4)}, text)
+    assert reader.read() == ([range(10)], 0)
 
 
 def test_the_readers_are_all_of_the_library() -> None:
